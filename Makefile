@@ -1,0 +1,65 @@
+# Every target sets itself up in .venv and does nothing twice. `make` alone lists them.
+#   make test PYTHON=python3.12            another Python (after `make clean`)
+#   make test PYTEST_ARGS="-k pipeline"    only some tests
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := pyproject.toml setup.py constraints.txt
+
+# The stamps go first, so that an interrupted install leaves none.
+define install
+@rm -f $(VENV)/.demo $(VENV)/.test
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+	{ echo "Creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+@echo "Installing .[$(EXTRAS)] (minutes the first time; details in $(VENV)/pip.log)"
+@$(BIN)/python -m pip install --quiet --log $(VENV)/pip.log -c constraints.txt -e '.[$(EXTRAS)]'
+endef
+
+.PHONY: help demo test test-fast lint bench constraints clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Train the default model with distributed data parallel
+	$(BIN)/python -m lightning_mgpu +strategy=ddp
+
+test: lint ## Lint, types and every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.test ## The tests that take a few seconds
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.test ## Ruff (rules, format) and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.test ## Run every benchmark
+	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+constraints: ## Pin in constraints.txt what .venv holds
+	$(BIN)/python .ci/constraints.py > $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
+
+clean: ## Remove .venv, caches, builds and the outputs of runs
+	rm -rf $(VENV) build dist ./*.egg-info outputs multirun lightning_logs
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.demo: EXTRAS := demo
+$(VENV)/.demo: $(SETUP)
+	$(install)
+	@touch $@
+
+$(VENV)/.test: EXTRAS := all,demo,dev
+$(VENV)/.test: $(SETUP)
+	$(install)
+	@touch $(VENV)/.demo $@

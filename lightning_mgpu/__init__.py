@@ -1,0 +1,38 @@
+"""Multi-device strategies for PyTorch Lightning, with Hydra configs and a Ray bridge.
+
+Importing this package registers its strategies, so that ``Trainer(strategy="mgpu_ddp")`` works.
+"""
+
+import importlib
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from lightning_mgpu._version import __version__
+
+if TYPE_CHECKING:
+    from lightning_mgpu.strategies import DDPStrategy
+
+__all__ = ["DDPStrategy", "__version__"]
+
+_PUBLIC = {"DDPStrategy": "lightning_mgpu.strategies"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _is_command() -> bool:
+    """Whether this is our own command starting, by ``python -m`` or by its console script."""
+    return PurePath(sys.argv[0]).name in ("-m", __name__) if sys.argv else False
+
+
+# The command answers `--help` without torch; it registers the strategies when it builds a Trainer.
+if not _is_command():
+    importlib.import_module("lightning_mgpu.strategies")

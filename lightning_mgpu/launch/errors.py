@@ -1,0 +1,139 @@
+"""What can go wrong in a launch, and how an error crosses from a worker to its caller."""
+
+import pickle
+import signal
+import traceback
+from dataclasses import dataclass
+
+import cloudpickle
+import torch.distributed as dist
+
+# Gloo reports a lost or silent peer as a plain `RuntimeError`; only its words tell it apart.
+_COLLECTIVE_WORDS = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+_TIMEOUT_WORDS = ("Timed out waiting", "timed out", "timeout")
+
+
+class LaunchError(RuntimeError):
+    """A launch that was refused or could not begin."""
+
+
+class UnpicklableError(LaunchError):
+    """An object on its way to the workers cannot be pickled; the message names where it hangs."""
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker process ended in the middle of a launch without reporting an error.
+
+    Attributes:
+        rank: The rank that was lost.
+        exit_code: As in `subprocess.Popen.returncode`: negative for a signal.
+    """
+
+    def __init__(self, rank: int, exit_code: int | None) -> None:
+        self.rank = rank
+        self.exit_code = exit_code
+        super().__init__(f"Rank {rank} died: {_describe_exit(exit_code)}")
+
+    def __reduce__(self) -> tuple[type["WorkerDiedError"], tuple[int, int | None]]:
+        return type(self), (self.rank, self.exit_code)
+
+
+class RankHungError(TimeoutError):
+    """Some ranks waited for the others longer than the timeout; the message shows their stacks.
+
+    Attributes:
+        ranks: The ranks that did not arrive.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        self.ranks = ranks
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type["RankHungError"], tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
+class RemoteTraceback(Exception):
+    """The cause of an error that was raised on another rank: that rank's traceback, as text."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""' if self.args else ""
+
+
+@dataclass(frozen=True)
+class RemoteFailure:
+    """An exception as it travels from a worker to the caller.
+
+    Attributes:
+        pickled: The exception, or `None` if it does not survive pickling.
+        summary: Type and message, for the case that `pickled` is of no use.
+        traceback: The formatted traceback of the rank that raised.
+        is_collective: It reports that another rank went missing, so it is hardly the first cause.
+        is_timeout: It reports that a collective ran out of time.
+    """
+
+    pickled: bytes | None
+    summary: str
+    traceback: str
+    is_collective: bool
+    is_timeout: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> "RemoteFailure":
+        """Pack an exception; never raises."""
+        return cls(
+            pickled=_dump_or_none(error),
+            summary="".join(traceback.format_exception_only(error)).strip(),
+            traceback="".join(traceback.format_exception(error)),
+            is_collective=is_collective_error(error),
+            is_timeout=is_timeout_error(error),
+        )
+
+    def restore(self, rank: int) -> BaseException:
+        """The exception again, its cause the traceback of `rank`."""
+        error: BaseException | None = None
+        if self.pickled is not None:
+            try:
+                error = pickle.loads(self.pickled)
+            except Exception:  # its module may exist on the worker only
+                error = None
+        if not isinstance(error, BaseException) or isinstance(error, (SystemExit, GeneratorExit)):
+            # A `SystemExit` would end the caller's program in silence.
+            error = RuntimeError(f"Rank {rank} raised {self.summary}")
+        error.__cause__ = RemoteTraceback(f"On rank {rank}:\n{self.traceback}")
+        return error
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether `error` reports a lost or silent peer rather than a fault of its own rank."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _COLLECTIVE_WORDS)
+
+
+def is_timeout_error(error: BaseException) -> bool:
+    """Whether a collective gave up waiting."""
+    return is_collective_error(error) and any(word in str(error) for word in _TIMEOUT_WORDS)
+
+
+def _dump_or_none(error: BaseException) -> bytes | None:
+    try:
+        data = cloudpickle.dumps(error)
+        # Exceptions with an `__init__` of their own often pickle and then fail to unpickle.
+        pickle.loads(data)
+    except Exception:
+        return None
+    return bytes(data)
+
+
+def _describe_exit(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "it closed its connection"
+    if exit_code >= 0:
+        return f"its process ended with exit code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+    return f"its process was killed by {name}{hint}"

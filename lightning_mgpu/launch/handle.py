@@ -1,0 +1,83 @@
+"""The caller's hold on one worker process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from lightning_mgpu.launch.channel import Channel
+
+__all__: list[str] = []
+
+_BOOT = "from lightning_mgpu.launch.worker import main; main({fd}, {parent}, {main}, {preload!r})"
+_EXIT_SECONDS = 5.0
+
+
+class WorkerHandle:
+    """A worker process, started at once and without waiting for it to be up.
+
+    It runs in a session of its own: the terminal's Ctrl-C reaches the caller alone, which then
+    decides, and `kill` takes the worker's children with it.
+
+    Args:
+        environment: The worker's environment until its first launch.
+        path: The worker's `sys.path` until its first launch; must find this package.
+        preload: Modules to import at the start.
+    """
+
+    def __init__(
+        self, environment: dict[str, str], path: Sequence[str], preload: Sequence[str]
+    ) -> None:
+        self.channel, theirs = Channel.pair()
+        boot = _BOOT.format(
+            fd=theirs.fileno(),
+            parent=os.getpid(),
+            main=threading.current_thread() is threading.main_thread(),
+            preload=list(preload),
+        )
+        # `-P`-like safety without needing Python 3.11: the path is set before the first import.
+        boot = f"import sys; sys.path[:] = {list(path)!r}; {boot}"
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", boot],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def send(self, message: Any, file: int | None = None) -> None:
+        """Send a message. That the worker is gone shows when its answer is waited for."""
+        with suppress(OSError):
+            self.channel.send(message, file)
+
+    def exit_code(self) -> int | None:
+        """The exit code of a worker that closed its connection."""
+        try:
+            return self._process.wait(_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> None:
+        """End the process and all it started. May be called twice."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """`kill`, and give the socket back."""
+        self.kill()
+        self.channel.close()

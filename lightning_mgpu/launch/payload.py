@@ -1,0 +1,95 @@
+"""Objects on their way to another process: pickled once, tensors mapped rather than copied."""
+
+import os
+import pickle
+import tempfile
+from types import SimpleNamespace
+from typing import Any
+
+import cloudpickle
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_mgpu.launch.unpicklable import explain
+
+__all__: list[str] = []
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles what `pickle` cannot: lambdas, `__main__`, a `DataLoader` in the middle of use."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, DataLoader) and obj._iterator is not None:
+            # Persistent DataLoader workers belong to this process.
+            function, arguments, state, *rest = obj.__reduce_ex__(2)
+            return function, arguments, {**state, "_iterator": None}, *rest
+        return super().reducer_override(obj)
+
+
+# `torch.save` wants a module-like object and derives its own pickler from `Pickler`.
+_PICKLE_MODULE = SimpleNamespace(Pickler=_Pickler, __name__="cloudpickle")
+
+
+class Payload:
+    """A pickled object in an anonymous file, to be sent to any number of processes.
+
+    The file lies in memory where the system has `memfd_create`, which unlike ``/dev/shm`` no
+    container limits; elsewhere in the temporary directory. It vanishes with its last user.
+
+    Args:
+        obj: The object to pickle.
+        names: Words for the parts of `obj` in an error message: attribute path -> name.
+
+    Raises:
+        UnpicklableError: Something in `obj` cannot be pickled.
+    """
+
+    def __init__(self, obj: Any, names: dict[str, Any] | None = None) -> None:
+        self.file = _anonymous_file()
+        try:
+            with os.fdopen(os.dup(self.file), "wb", buffering=0) as stream:
+                torch.save(obj, stream, pickle_module=_PICKLE_MODULE)
+        except Exception as error:
+            self.close()
+            raise explain(error, names if names is not None else {"object": obj}) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Drop this process's hold of the file."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+    def __enter__(self) -> "Payload":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(file: int) -> Any:
+    """The object in a `Payload`'s file, its tensors on the CPU, and close the file.
+
+    Tensors are private mappings of the file: reading shares the memory, writing copies the page.
+    """
+    try:
+        os.lseek(file, 0, os.SEEK_SET)
+        return torch.load(
+            f"/dev/fd/{file}",
+            map_location="cpu",
+            weights_only=False,
+            mmap=True,
+            pickle_module=pickle,
+        )
+    finally:
+        os.close(file)
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("lightning_mgpu")
+    file, path = tempfile.mkstemp(prefix="lightning_mgpu_")
+    os.unlink(path)
+    return file

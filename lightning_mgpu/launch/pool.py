@@ -1,0 +1,222 @@
+"""The pool: workers that outlive a launch, and the launch itself."""
+
+import atexit
+import functools
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_mgpu.launch import payload, protocol
+from lightning_mgpu.launch.errors import LaunchError
+from lightning_mgpu.launch.handle import WorkerHandle
+from lightning_mgpu.launch.interrupt import Interrupter
+from lightning_mgpu.launch.rank import GroupGuard, Rank, Rendezvous, abort_group
+from lightning_mgpu.launch.state import (
+    RANK_VARIABLES,
+    ProcessState,
+    frozen_environment,
+    threads_per_rank,
+)
+from lightning_mgpu.launch.watch import Watch
+from lightning_mgpu.launch.worker import is_worker
+
+log = logging.getLogger(__name__)
+
+# Importing torch from a cold, busy disk can take minutes.
+_START_SECONDS = 600.0
+_CLEANUP_SECONDS = 60.0
+
+
+class WorkerPool:
+    """Worker processes that are started when first needed and kept for later launches.
+
+    One launch at a time: the default process group is one per process. A failed launch kills the
+    workers; the next one starts new ones.
+
+    Args:
+        preload: Modules that each worker imports at its start, before the first launch.
+    """
+
+    def __init__(self, preload: Sequence[str] = ()) -> None:
+        self._preload = tuple(preload)
+        self._workers: list[WorkerHandle] = []
+        self._launching = threading.Lock()
+        self._owner = os.getpid()
+        self._started_under: _Conditions | None = None
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the living workers, in the order of their ranks."""
+        return [worker.pid for worker in self._workers if worker.is_alive()]
+
+    def launch(
+        self,
+        local: Callable[[Rank], Any],
+        remote: payload.Payload,
+        *,
+        world_size: int,
+        timeout: timedelta,
+        prepare: Callable[[Rank], None] | None = None,
+        normal_exit: tuple[type[BaseException], ...] = (),
+    ) -> list[Any]:
+        """Run a function on every rank and wait for all of them.
+
+        Args:
+            local: Rank 0's function, called in this thread.
+            remote: The pickled function of the other ranks.
+            world_size: Number of ranks, the calling process included.
+            timeout: How long ranks wait for each other; a rank that is later counts as hung.
+            prepare: Called on each worker before `remote` is unpickled; picklable by reference.
+            normal_exit: Exceptions that end a rank's function without being a failure.
+
+        Returns:
+            The ranks' results, by rank. Those of the workers have their tensors on the CPU.
+
+        Raises:
+            LaunchError: Refused: inside a worker, beside another launch or beside a process group
+                that somebody else has initialised.
+            WorkerDiedError: A worker's process ended.
+            RankHungError: A rank kept the others waiting longer than `timeout`.
+            BaseException: What any rank's function raised; one raised on a worker has that
+                rank's traceback as its cause.
+        """
+        with self._exclusive(), ExitStack() as stack:
+            threads = threads_per_rank(world_size)
+            state = ProcessState.capture(threads)
+            workers = dict(enumerate(self._take(world_size - 1), start=1))
+            rendezvous = stack.enter_context(Rendezvous())
+            stack.enter_context(GroupGuard())
+            stack.enter_context(_intra_op_threads(threads))
+            # Below the group on the stack, so that a failure kills the workers before the group
+            # is destroyed: only then can nothing block.
+            stack.enter_context(self._closed_on_failure(normal_exit))
+            interrupter = stack.enter_context(Interrupter())
+
+            def unblock() -> None:
+                rendezvous.close()
+                abort_group()
+
+            seconds = timeout.total_seconds()
+            watch = stack.enter_context(Watch(workers, interrupter, seconds, unblock))
+            ranks = [Rank(rank, world_size, rendezvous.port) for rank in range(world_size)]
+            for rank, worker in workers.items():
+                worker.send(protocol.Run(ranks[rank], state, prepare, normal_exit), remote.file)
+            watch.collect(protocol.Ready, _START_SECONDS)
+            for worker in workers.values():
+                worker.send(protocol.Go())
+
+            result, ending = None, None
+            try:
+                result = watch.rank_zero(lambda: local(ranks[0]))
+            except normal_exit as error:
+                ending = error
+            files = watch.collect(protocol.Done, seconds)
+            for worker in workers.values():
+                worker.send(protocol.Release())
+            results = [result, *(payload.load(files[rank]) for rank in workers)]
+            if not watch.wait_for(protocol.Idle, _CLEANUP_SECONDS):
+                log.warning("The workers do not come to rest; the next launch starts new ones.")
+                self.close()
+            if ending is not None:
+                raise ending
+            return results
+
+    def close(self) -> None:
+        """End every worker. The pool can be used again."""
+        workers, self._workers = self._workers, []
+        if os.getpid() == self._owner:  # a forked child must leave its parent's workers alone
+            for worker in workers:
+                worker.close()
+
+    def _take(self, count: int) -> list[WorkerHandle]:
+        """`count` workers fit to stand in for this process, started where there are too few."""
+        conditions = _Conditions()
+        fit = self._started_under is not None and self._started_under.still_hold(conditions)
+        if not fit or len(self.pids) < len(self._workers) or os.getpid() != self._owner:
+            self.close()
+            self._started_under, self._owner = conditions, os.getpid()
+        environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+        while len(self._workers) < count:
+            self._workers.append(WorkerHandle(environment, sys.path, self._preload))
+        return self._workers[:count]
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if is_worker():
+            raise LaunchError(
+                "This process is itself a worker of a launch, and a worker cannot launch others."
+                " Create the inner trainer with `devices=1` and `strategy='auto'`, or run it after"
+                " the outer one."
+            )
+        if not self._launching.acquire(blocking=False):
+            raise LaunchError(
+                "Another launch is running in this process, and torch has one default process"
+                " group for all threads. Run the trainers one after another or in processes of"
+                " their own."
+            )
+        try:
+            if dist.is_initialized():
+                raise LaunchError(
+                    "A process group is initialised already, and not by us. Call"
+                    " `torch.distributed.destroy_process_group()` first, or start every rank from"
+                    " outside with `torchrun`."
+                )
+            yield
+        finally:
+            self._launching.release()
+
+    @contextmanager
+    def _closed_on_failure(self, normal_exit: tuple[type[BaseException], ...]) -> Iterator[None]:
+        try:
+            yield
+        except normal_exit:
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+
+class _Conditions:
+    """What a worker cannot change any more once it runs, as it is in this process now."""
+
+    def __init__(self) -> None:
+        self._environment = frozen_environment()
+        # `importlib.reload` gives a module a new spec; a worker would still run the old code.
+        self._specs = {
+            name: spec
+            for name, module in list(sys.modules.items())
+            if (spec := getattr(module, "__spec__", None)) is not None
+            and not str(getattr(spec, "origin", "")).startswith((sys.prefix, sys.base_prefix))
+        }
+
+    def still_hold(self, now: "_Conditions") -> bool:
+        """Whether a process started under these conditions can serve under `now`."""
+        return self._environment == now._environment and all(
+            now._specs.get(name, spec) is spec for name, spec in self._specs.items()
+        )
+
+
+@contextmanager
+def _intra_op_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+def default_pool() -> WorkerPool:
+    """The pool that all strategies of this process share; its workers end with the process."""
+    pool = WorkerPool(preload=("lightning.pytorch",))
+    atexit.register(pool.close)
+    return pool

@@ -1,0 +1,117 @@
+"""One rank's place in a launch, and the process group it joins."""
+
+import socket
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank's place in a launch, handed to the launched function.
+
+    Attributes:
+        rank: 0 in the calling process, 1 to `world_size - 1` in the workers.
+        world_size: Number of processes, the calling one included.
+        port: Where rank 0's rendezvous store listens, on the loopback address.
+    """
+
+    rank: int
+    world_size: int
+    port: int
+
+    @property
+    def host(self) -> str:
+        """Address of the rendezvous store."""
+        return _HOST
+
+    def join_group(
+        self,
+        backend: str,
+        timeout: timedelta,
+        device_id: torch.device | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Initialise the default process group of this launch. Nothing goes to `os.environ`.
+
+        Args:
+            backend: As in `torch.distributed.init_process_group`.
+            timeout: How long a collective may wait for the other ranks.
+            device_id: The accelerator this rank is bound to; `None` on the CPU.
+            **kwargs: Handed on to `torch.distributed.init_process_group`.
+        """
+        store = dist.TCPStore(
+            self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout
+        )
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("default_pg", store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+            device_id=device_id,
+            **kwargs,
+        )
+
+
+class Rendezvous:
+    """The store through which the ranks of one launch find each other.
+
+    It listens on a port that the kernel picked and that stays ours until `close`. Closing it also
+    frees a rank that waits for a peer which will never come: its connection breaks.
+    """
+
+    def __init__(self) -> None:
+        listener = socket.create_server((_HOST, 0), backlog=256)
+        self.port: int = listener.getsockname()[1]
+        self._store: dist.TCPStore | None = dist.TCPStore(
+            _HOST,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    def close(self) -> None:
+        """Stop listening. May be called from any thread, and twice."""
+        self._store = None
+
+    def __enter__(self) -> "Rendezvous":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class GroupGuard:
+    """Leaves `torch.distributed` and `sys.excepthook` as they were, however the block ends."""
+
+    def __enter__(self) -> "GroupGuard":
+        # Every `init_process_group` wraps the hook anew.
+        self._excepthook = sys.excepthook
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        leave_group()
+        sys.excepthook = self._excepthook
+
+
+def leave_group() -> None:
+    """Destroy the default process group, also one whose initialisation failed half-way."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # A failed `init_process_group` has counted its group already; the next one would wait for
+    # keys under another name than its peers.
+    dist.distributed_c10d._world.group_count = 0
+
+
+def abort_group() -> None:
+    """Free a rank that is stuck in a collective on a GPU; Gloo's end with their connections."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()

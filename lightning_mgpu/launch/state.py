@@ -1,0 +1,212 @@
+"""The state of the calling process that a worker takes over for one launch."""
+
+import logging
+import os
+import pickle
+import random
+import sys
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+import torch
+
+__all__: list[str] = []
+
+# A rank's own place; a worker gets it from its `Rank`, never from the caller's environment.
+RANK_VARIABLES = frozenset(
+    ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    + ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK")
+)
+
+# Read once, when a process starts or a library loads: a worker that was started under other
+# values has to be replaced.
+_FROZEN_PREFIXES = (
+    *("CUDA", "CUBLAS", "NVIDIA", "HIP", "ROCR", "NCCL", "GLOO", "TORCH", "PYTORCH"),
+    *("OMP", "MKL", "KMP", "OPENBLAS", "LD_", "PYTHON", "MALLOC"),
+)
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    """What code can tell one process from another by, apart from its objects.
+
+    Attributes:
+        environment: `os.environ` without the variables that say which rank a process is.
+        threads: Intra-op threads for each rank.
+        random: Generator states, or `None` if the caller is not seeded: then each rank draws its
+            own numbers.
+        hydra: Pickled singletons and resolvers of Hydra and OmegaConf; `None` if not in use.
+    """
+
+    environment: dict[str, str]
+    directory: str
+    path: list[str]
+    argv: list[str]
+    umask: int
+    threads: int
+    default_dtype: torch.dtype
+    default_device: torch.device
+    deterministic: tuple[bool, bool]
+    cudnn: tuple[bool, bool]
+    matmul_precision: str
+    random: dict[str, Any] | None
+    log_levels: dict[str, int]
+    warning_filters: bytes | None
+    hydra: bytes | None = field(repr=False)
+
+    @classmethod
+    def capture(cls, threads: int) -> "ProcessState":
+        """The state of this process."""
+        return cls(
+            environment={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES},
+            directory=os.getcwd(),
+            path=list(sys.path),
+            argv=list(sys.argv),
+            umask=_umask(),
+            threads=threads,
+            default_dtype=torch.get_default_dtype(),
+            default_device=torch.get_default_device(),
+            deterministic=(
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            ),
+            cudnn=(torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+            matmul_precision=torch.get_float32_matmul_precision(),
+            random=_random_states() if _is_seeded() else None,
+            log_levels=_log_levels(),
+            warning_filters=_dump_or_none(warnings.filters),
+            hydra=_hydra_state(),
+        )
+
+    def apply(self) -> None:
+        """Take the state over in this process."""
+        os.environ.clear()
+        os.environ.update(self.environment)
+        os.chdir(self.directory)
+        sys.path[:] = self.path
+        sys.argv[:] = self.argv
+        os.umask(self.umask)
+        torch.set_num_threads(self.threads)
+        torch.set_default_dtype(self.default_dtype)
+        # Setting the CPU, too, would slow down every tensor factory from then on.
+        on_cpu = self.default_device.type == "cpu"
+        torch.set_default_device(None if on_cpu else self.default_device)
+        torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = self.cudnn
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        for name, level in self.log_levels.items():
+            logging.getLogger(name).setLevel(level)
+        if self.warning_filters is not None:
+            warnings.filters[:] = pickle.loads(self.warning_filters)  # type: ignore[index]
+            warnings._filters_mutated()  # type: ignore[attr-defined]
+        if self.hydra is not None:
+            _restore_hydra(self.hydra)
+        _set_random_states(self.random)
+
+
+def frozen_environment() -> dict[str, str]:
+    """The variables that cannot change in a running process."""
+    return {
+        name: value for name, value in os.environ.items() if name.startswith(_FROZEN_PREFIXES)
+    }
+
+
+def threads_per_rank(world_size: int) -> int:
+    """Intra-op threads for each of `world_size` ranks on this machine, at least 1.
+
+    The caller's own setting is kept where it is lower, or where ``OMP_NUM_THREADS`` made it.
+    """
+    current = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        return current
+    return max(1, min(current, _cpu_count() // world_size))
+
+
+def _cpu_count() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _is_seeded() -> bool:
+    """Whether somebody seeded torch.
+
+    An unseeded generator starts from 53 random bits, so a seed below 2**32 was chosen by a person
+    (wrong once in two million unseeded runs, which then draw the same numbers on each rank).
+    """
+    return torch.initial_seed() < 2**32
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        states["numpy"] = sys.modules["numpy"].random.get_state()
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _set_random_states(states: dict[str, Any] | None) -> None:
+    if states is None:
+        torch.seed()
+        random.seed()
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed()
+        return
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if "numpy" in states:
+        import numpy as np
+
+        np.random.set_state(states["numpy"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _log_levels() -> dict[str, int]:
+    loggers = logging.root.manager.loggerDict
+    return {
+        name: logger.level
+        for name, logger in loggers.items()
+        if isinstance(logger, logging.Logger) and logger.level != logging.NOTSET
+    }
+
+
+def _hydra_state() -> bytes | None:
+    if "hydra" not in sys.modules:
+        return None
+    from hydra.core.singleton import Singleton
+    from omegaconf.basecontainer import BaseContainer
+
+    resolvers = {}
+    for name, resolver in BaseContainer._resolvers.items():
+        pickled = _dump_or_none(resolver)
+        if pickled is not None:
+            resolvers[name] = pickled
+    return _dump_or_none((Singleton.get_state(), resolvers))
+
+
+def _restore_hydra(state: bytes) -> None:
+    from hydra.core.singleton import Singleton
+    from omegaconf.basecontainer import BaseContainer
+
+    singletons, resolvers = pickle.loads(state)
+    Singleton.set_state(singletons)
+    BaseContainer._resolvers.clear()
+    BaseContainer._resolvers.update({k: pickle.loads(v) for k, v in resolvers.items()})
+
+
+def _dump_or_none(obj: Any) -> bytes | None:
+    """Pickled, or `None`: a value that cannot travel must not keep a launch from starting."""
+    try:
+        return bytes(cloudpickle.dumps(obj))
+    except Exception:
+        return None

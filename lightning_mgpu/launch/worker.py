@@ -1,0 +1,158 @@
+"""The life of a worker process: wait for a launch, run it, clean up, wait for the next.
+
+Started as ``python -c "from lightning_mgpu.launch.worker import main; main(...)"`` rather than
+with `multiprocessing`, so that nothing of the caller's ``__main__`` runs again.
+"""
+
+import ctypes
+import gc
+import importlib
+import os
+import queue
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any, TypeVar
+
+from lightning_mgpu.launch import payload, protocol
+from lightning_mgpu.launch.channel import Channel
+from lightning_mgpu.launch.errors import RemoteFailure
+from lightning_mgpu.launch.rank import GroupGuard
+
+__all__: list[str] = []
+
+_Message = TypeVar("_Message")
+_PARENT_CHECK_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1
+
+_running_in_worker = False
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker of some pool."""
+    return _running_in_worker
+
+
+def main(descriptor: int, parent: int, spawned_by_main_thread: bool, preload: list[str]) -> None:
+    """Serve launches until the caller closes its end of the socket.
+
+    Args:
+        descriptor: Our end of the socket pair.
+        parent: Process id of the caller.
+        spawned_by_main_thread: Whether the kernel's parent-death signal, which follows the
+            *thread* that spawned us, can be trusted.
+        preload: Modules to import before the first launch.
+    """
+    global _running_in_worker
+    _running_in_worker = True
+    if spawned_by_main_thread:
+        _die_with_parent()
+        os.register_at_fork(after_in_child=_die_with_parent)
+    channel = Channel(socket.socket(fileno=descriptor))
+    inbox = _Inbox(channel, parent)
+    for name in preload:
+        importlib.import_module(name)
+    gc.collect()
+    # The modules just imported never become garbage: keep every later collection off them.
+    gc.freeze()
+    _Worker(channel, inbox).serve()
+
+
+class _Inbox:
+    """Messages for the main thread; a thread of its own answers what cannot wait."""
+
+    def __init__(self, channel: Channel, parent: int) -> None:
+        self._channel = channel
+        self._parent = parent
+        self._messages: queue.SimpleQueue[tuple[Any, int | None]] = queue.SimpleQueue()
+        self._main_thread = threading.get_ident()
+        threading.Thread(target=self._receive, name="mgpu-inbox", daemon=True).start()
+
+    def next(self) -> tuple[Any, int | None]:
+        """The next message and the file that came with it."""
+        return self._messages.get()
+
+    def expect(self, kind: type[_Message]) -> _Message:
+        """The next message, which must be a `kind`."""
+        message, _ = self.next()
+        assert isinstance(message, kind), message
+        return message
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                while not select.select([self._channel], [], [], _PARENT_CHECK_SECONDS)[0]:
+                    if os.getppid() != self._parent:
+                        raise EOFError
+                message, file = self._channel.receive()
+                if isinstance(message, protocol.ShowStack):
+                    self._channel.send(protocol.Stack(self._stack()))
+                else:
+                    self._messages.put((message, file))
+        except (EOFError, OSError):
+            # The caller is gone or wants us gone. Our own children (DataLoader workers) are in
+            # our process group and go with us.
+            os.killpg(0, signal.SIGKILL)
+
+    def _stack(self) -> str:
+        frame = sys._current_frames().get(self._main_thread)
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
+
+class _Worker:
+    def __init__(self, channel: Channel, inbox: _Inbox) -> None:
+        self._channel = channel
+        self._inbox = inbox
+
+    def serve(self) -> None:
+        while True:
+            message, file = self._inbox.next()
+            assert isinstance(message, protocol.Run), message
+            assert file is not None
+            self._serve_one(message, file)
+            gc.collect()
+            _release_accelerator_memory()
+            self._channel.send(protocol.Idle())
+
+    def _serve_one(self, run: protocol.Run, file: int) -> None:
+        with GroupGuard():
+            try:
+                result = self._run(run, file)
+            except BaseException as error:
+                self._channel.send(protocol.Failed(RemoteFailure.of(error)))
+                # Peers may still be talking to us: only the caller knows when to end this.
+                self._inbox.next()
+                raise
+            with payload.Payload(result) as parcel:
+                self._channel.send(protocol.Done(), parcel.file)
+            del result
+            self._inbox.expect(protocol.Release)
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    def _run(self, run: protocol.Run, file: int) -> Any:
+        run.state.apply()
+        if run.prepare is not None:
+            run.prepare(run.rank)
+        function = payload.load(file)
+        self._channel.send(protocol.Ready())
+        self._inbox.expect(protocol.Go)
+        try:
+            return function(run.rank)
+        except run.normal_exit:
+            return None
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _release_accelerator_memory() -> None:
+    torch = sys.modules["torch"]
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,11 @@
+"""Strategies for Lightning's `Trainer`. Importing this module registers their names."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_mgpu.strategies.distributed import DDPStrategy
+
+__all__ = ["DDPStrategy"]
+
+for _strategy in (DDPStrategy,):
+    if _strategy.strategy_name not in StrategyRegistry:
+        _strategy.register_strategies(StrategyRegistry)

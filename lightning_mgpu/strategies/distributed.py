@@ -1,0 +1,101 @@
+"""Distributed data parallel: a process per device, launched by our own worker pool."""
+
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.strategies import _StrategyRegistry
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_mgpu.strategies.environment import PoolEnvironment
+from lightning_mgpu.strategies.launcher import PoolLauncher
+
+
+class DDPStrategy(_LightningDDPStrategy):
+    """Lightning's DDP, launched so that it works wherever Python runs.
+
+    Stock DDP starts the other ranks by running ``sys.argv`` again, which repeats a whole Hydra
+    multirun in every rank and cannot work in a notebook. Here rank 0 stays in the calling process
+    and the others are persistent worker processes that receive the pickled trainer. They serve
+    later `fit`, `validate`, `test` and `predict` calls, of this trainer and of others, without
+    being started again. Nothing stays behind in `os.environ`.
+
+    Where the ranks come from outside (``torchrun``, SLURM or any other cluster environment, or
+    ``LOCAL_RANK`` set by hand) it behaves as Lightning's own.
+
+    Registered as ``"mgpu_ddp"``.
+
+    Args:
+        *args: As Lightning's `DDPStrategy`.
+        **kwargs: As Lightning's `DDPStrategy`, and through it
+            `torch.nn.parallel.DistributedDataParallel`. `timeout` (default 30 minutes) also
+            bounds how long a rank may hang before the run ends with its Python stack.
+            `start_method` must stay ``"popen"``.
+
+    Raises:
+        MisconfigurationException: `num_nodes` is more than 1 and nothing outside starts the ranks.
+        ValueError: `start_method` is given.
+    """
+
+    strategy_name = "mgpu_ddp"
+
+    @property
+    def cluster_environment(self) -> ClusterEnvironment | None:
+        """Our pool's, unless something outside starts the ranks."""
+        return self._cluster_environment
+
+    @cluster_environment.setter
+    def cluster_environment(self, environment: ClusterEnvironment | None) -> None:
+        if (
+            type(environment) is LightningEnvironment
+            and not environment.creates_processes_externally
+        ):
+            environment = PoolEnvironment()
+        self._cluster_environment = environment
+
+    @override
+    def _configure_launcher(self) -> None:
+        if not isinstance(self.cluster_environment, PoolEnvironment):
+            super()._configure_launcher()
+            return
+        if self._start_method != "popen":
+            raise ValueError(
+                f"`{type(self).__name__}(start_method={self._start_method!r})`: this strategy has"
+                " a launcher of its own. Leave `start_method` out, or use Lightning's"
+                " `strategy='ddp_spawn'`."
+            )
+        if self.num_nodes > 1:
+            raise MisconfigurationException(
+                f"`Trainer(num_nodes={self.num_nodes})`: this process can start ranks on its own"
+                " machine only. Start one process per device on every node from outside, for"
+                f" example `torchrun --nnodes {self.num_nodes} --nproc-per-node"
+                f" {self.num_processes} ...` or SLURM's `srun`."
+            )
+        self._launcher = PoolLauncher(self)
+
+    @override
+    def setup_distributed(self) -> None:
+        environment = self.cluster_environment
+        if not isinstance(environment, PoolEnvironment):
+            super().setup_distributed()
+            return
+        assert environment.rank is not None
+        reset_seed()
+        self.set_world_ranks()
+        self._process_group_backend = self._get_process_group_backend()
+        environment.rank.join_group(
+            self._process_group_backend,
+            self._timeout or default_pg_timeout,
+            device_id=self.root_device if self.root_device.type != "cpu" else None,
+        )
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        strategy_registry.register(
+            cls.strategy_name,
+            cls,
+            description="DDP through a pool of persistent workers; safe under Hydra multirun",
+        )

@@ -1,0 +1,153 @@
+"""Runs the Trainer's entry points on every rank of the worker pool."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+from typing_extensions import override
+
+from lightning_mgpu.launch import Rank, default_pool
+from lightning_mgpu.launch.payload import Payload
+from lightning_mgpu.strategies.environment import PoolEnvironment
+from lightning_mgpu.strategies.predictions import RankPredictions, merge_predictions
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import ParallelStrategy
+
+__all__: list[str] = []
+
+
+class PoolLauncher(_Launcher):
+    """Runs a function of the trainer in this process as rank 0 and in the pool's workers.
+
+    Since rank 0 works on the caller's own objects, nothing has to be brought back: weights,
+    metrics, callbacks and loops are as a single-process run would leave them.
+
+    Args:
+        strategy: The strategy to launch for; its cluster environment is a `PoolEnvironment`.
+    """
+
+    def __init__(self, strategy: "ParallelStrategy") -> None:
+        self._strategy = strategy
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return True
+
+    @override
+    def launch(
+        self, function: Callable[..., Any], *args: Any, trainer: "Trainer | None" = None, **kw: Any
+    ) -> Any:
+        """Run ``function(*args, **kw)`` on every rank.
+
+        Returns:
+            Rank 0's result; for `Trainer.predict` the predictions of all ranks in the order of
+            the dataset.
+        """
+        entry = _Entry(self._strategy, trainer, function, args, kw)
+        with entry.pickled() as payload:
+            results = default_pool().launch(
+                entry,
+                payload,
+                world_size=len(self._strategy.parallel_devices or ()),
+                timeout=getattr(self._strategy, "_timeout", None) or default_pg_timeout,
+                prepare=_announce_rank,
+                normal_exit=(_TunerExitException,),
+            )
+        if isinstance(results[0], RankPredictions):
+            return merge_predictions(results)
+        return results[0]
+
+    @override
+    def kill(self, signum: int) -> None:
+        """Lightning's way to hand a signal on, called from its own signal handler."""
+        if signum == signal.SIGTERM:
+            # Lightning would go on to tell the other ranks by a collective, in the middle of
+            # whatever collective this rank is in. Leave at once: the launch ends the workers.
+            raise SIGTERMException
+        default_pool().close()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A function of the trainer, as each rank runs it."""
+
+    strategy: "ParallelStrategy"
+    trainer: "Trainer | None"
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, rank: Rank) -> Any:
+        environment = self.strategy.cluster_environment
+        assert isinstance(environment, PoolEnvironment)
+        environment.rank = rank
+        _announce_rank(rank)
+        try:
+            result = self.function(*self.args, **self.kwargs)
+        finally:
+            environment.rank = None
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
+            return RankPredictions.of(self.trainer, result)
+        # Metrics are reduced over the ranks already.
+        return result if rank.rank == 0 else None
+
+    @contextmanager
+    def pickled(self) -> Iterator[Payload]:
+        """This entry as a payload, less what the workers make anew.
+
+        Raises:
+            UnpicklableError: Names the attribute at fault.
+        """
+        with ExitStack() as stack:
+            if self.trainer is not None:
+                _set_live_state_aside(self.trainer, stack)
+            payload = Payload(self, self._names())
+        with payload:
+            yield payload
+
+    def _names(self) -> dict[str, Any]:
+        """The parts of this entry under the names their user knows them by."""
+        trainer = self.trainer
+        if trainer is None:
+            return {"function": self.function, "arguments": (self.args, self.kwargs)}
+        names: dict[str, Any] = {"model": trainer.lightning_module}
+        names |= {f"trainer.callbacks[{i}]": callback for i, callback in enumerate(trainer.callbacks)}
+        names |= {f"trainer.loggers[{i}]": logger for i, logger in enumerate(trainer.loggers)}
+        names |= {"trainer.profiler": trainer.profiler, "trainer.strategy": self.strategy}
+        names |= {type(argument).__name__: argument for argument in self.args}
+        return {**names, "trainer": trainer}
+
+
+def _set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
+    """For as long as `stack` lasts, take away what every run makes anew on each rank.
+
+    Optimizer state may be twice the model's size, iterators hold live processes.
+    """
+    strategy = trainer.strategy
+    for name in ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
+        stack.enter_context(patch.object(strategy, name, []))
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    for loop in (trainer.fit_loop, val_loop, trainer.validate_loop, trainer.test_loop):
+        stack.enter_context(patch.multiple(loop, _combined_loader=None, _data_fetcher=None))
+    stack.enter_context(
+        patch.multiple(
+            trainer.predict_loop, _combined_loader=None, _data_fetcher=None, _predictions=[]
+        )
+    )
+
+
+def _announce_rank(rank: Rank) -> None:
+    """Let `rank_zero_only` know who we are before any user's object is unpickled."""
+    rank_zero_only.rank = utilities_rank_zero_only.rank = rank.rank

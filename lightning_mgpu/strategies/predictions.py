@@ -1,0 +1,150 @@
+"""Bring every rank's predictions together in the order of the dataset."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class RankPredictions:
+    """One rank's share of what `Trainer.predict` returns.
+
+    Attributes:
+        outputs: What `predict_step` returned: dataloaders x batches. `None` if predictions are
+            not kept.
+        indices: The dataset index of each sample: dataloaders x batches x samples. Empty for a
+            dataloader whose indices are not known (an `IterableDataset`).
+        nested: Whether the caller expects a list per dataloader.
+    """
+
+    outputs: list[list[Any]] | None
+    indices: list[list[list[int]]]
+    nested: bool
+
+    @classmethod
+    def of(cls, trainer: "Trainer", returned: Any) -> "RankPredictions":
+        """This rank's share, taken when `Trainer.predict` has just `returned`."""
+        combined = trainer.predict_loop._combined_loader
+        loaders = combined.flattened if combined is not None else []
+        nested = len(loaders) != 1
+        if not returned:
+            return cls(None, [], nested)
+        outputs = returned if nested else [returned]
+        indices = []
+        for loader, batches in zip(loaders, outputs, strict=True):
+            seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", [])
+            # DataLoader workers fetch ahead of `limit_predict_batches`.
+            indices.append([list(batch) for batch in seen[: len(batches)]])
+        return cls(outputs, indices, nested)
+
+
+def merge_predictions(ranks: Sequence[RankPredictions]) -> Any:
+    """The predictions of all ranks, as one process would have returned them.
+
+    Samples are put in the order of the dataset and cut into batches of rank 0's batch size again.
+    Two kinds of output cannot be: those of a dataset without indices, and those that do not have
+    the batch as their first dimension. They are returned batch by batch, ordered by their first
+    index or else in turns of the ranks.
+
+    Returns:
+        A list of batches, or a list of such lists if there are several dataloaders. `None` if no
+        rank kept predictions.
+    """
+    kept = [rank for rank in ranks if rank.outputs is not None]
+    if not kept:
+        return None
+    merged = [
+        _merge(
+            [rank.outputs[loader] for rank in kept if rank.outputs is not None],
+            [rank.indices[loader] for rank in kept],
+        )
+        for loader in range(len(kept[0].indices))
+    ]
+    return merged if kept[0].nested else merged[0]
+
+
+def _merge(outputs: list[list[Any]], indices: list[list[list[int]]]) -> list[Any]:
+    if not all(len(i) == len(o) for i, o in zip(indices, outputs, strict=True)):
+        return _in_turns(outputs)
+    if len(indices) > 1 and all(other == indices[0] for other in indices[1:]):
+        return outputs[0]  # not a distributed sampler: every rank has seen everything
+    batches = [batch for rank in outputs for batch in rank]
+    sizes = [batch for rank in indices for batch in rank]
+    if not all(_has_batch_dimension(b, len(i)) for b, i in zip(batches, sizes, strict=True)):
+        rank_zero_warn(
+            "`predict_step` returned something whose first dimension is not the batch, so the"
+            " predictions of the ranks are ordered batch by batch, not sample by sample."
+        )
+        order = sorted(range(len(batches)), key=lambda i: sizes[i][:1])
+        return [batches[i] for i in order]
+    samples = np.concatenate([np.asarray(batch, dtype=np.int64) for batch in sizes])
+    order = np.argsort(samples, kind="stable")
+    joined = _join(batches)
+    size = len(indices[0][0])
+    return [_take(joined, order[start : start + size]) for start in range(0, len(order), size)]
+
+
+def _in_turns(outputs: list[list[Any]]) -> list[Any]:
+    longest = max(len(rank) for rank in outputs)
+    return [rank[i] for i in range(longest) for rank in outputs if i < len(rank)]
+
+
+def _has_batch_dimension(output: Any, size: int) -> bool:
+    if isinstance(output, (torch.Tensor, np.ndarray)):
+        return output.ndim > 0 and output.shape[0] == size
+    if isinstance(output, Mapping):
+        return all(_has_batch_dimension(value, size) for value in output.values())
+    if isinstance(output, (list, tuple)) and output:
+        return all(_has_batch_dimension(value, size) for value in output) or (
+            isinstance(output, list) and len(output) == size
+        )
+    return output is None
+
+
+def _is_sample_list(output: Any) -> bool:
+    """A list with one entry per sample (texts, say), rather than a list of batched tensors."""
+    return isinstance(output, list) and not isinstance(output[0], (torch.Tensor, np.ndarray))
+
+
+def _join(batches: Sequence[Any]) -> Any:
+    first = batches[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(batches))
+    if isinstance(first, np.ndarray):
+        return np.concatenate(list(batches))
+    if isinstance(first, Mapping):
+        return {key: _join([batch[key] for batch in batches]) for key in first}
+    if first is None:
+        return None
+    if _is_sample_list(first):
+        return [sample for batch in batches for sample in batch]
+    return _like(first, [_join(column) for column in zip(*batches, strict=True)])
+
+
+def _take(joined: Any, order: Any) -> Any:
+    if isinstance(joined, torch.Tensor):
+        return joined[torch.from_numpy(order)]
+    if isinstance(joined, np.ndarray):
+        return joined[order]
+    if isinstance(joined, Mapping):
+        return {key: _take(value, order) for key, value in joined.items()}
+    if joined is None:
+        return None
+    if _is_sample_list(joined):
+        return [joined[i] for i in order]
+    return _like(joined, [_take(value, order) for value in joined])
+
+
+def _like(example: Any, values: list[Any]) -> Any:
+    if hasattr(example, "_fields"):  # a named tuple
+        return type(example)(*values)
+    return type(example)(values)
