@@ -32,55 +32,64 @@ class Interrupter:
         self.wakeup, self._wakeup_writer = socket.socketpair()
         self.wakeup.setblocking(False)
         self._wakeup_writer.setblocking(False)
-        self._active = threading.Lock()
-        self._done = False
+        self._wanted = False
+        self._responsive = threading.Event()
 
     def __enter__(self) -> "Interrupter":
         if self._is_main:
             self._old_wakeup = signal.set_wakeup_fd(
                 self._wakeup_writer.fileno(), warn_on_full_buffer=False
             )
-            if self._signal is not None:
-                self._old_handler = signal.signal(self._signal, _raise_interrupted)
+        if self._signal is not None:
+            self._old_handler = signal.signal(self._signal, self._on_signal)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        with self._active:
-            self._done = True
+        self._wanted = False
+        if self._signal is not None:
+            signal.signal(self._signal, self._old_handler)
         if self._is_main:
-            if self._signal is not None:
-                signal.signal(self._signal, self._old_handler)
             signal.set_wakeup_fd(self._old_wakeup)
         self.wakeup.close()
         self._wakeup_writer.close()
 
     def interrupt(self) -> None:
         """Raise `Interrupted` in the thread. Called from another thread."""
-        with self._active:
-            if self._done:
-                return
-            if self._signal is not None:
-                signal.pthread_kill(self._thread, self._signal)
-            else:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._thread), ctypes.py_object(Interrupted)
-                )
+        self._wanted = True
+        if self._signal is not None:
+            signal.pthread_kill(self._thread, self._signal)
+        else:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self._thread), ctypes.py_object(Interrupted)
+            )
+
+    def ping(self) -> None:
+        """Ask the main thread for a sign of life; `is_responsive` tells whether it came."""
+        self._responsive.clear()
+        if self._signal is not None:
+            signal.pthread_kill(self._thread, self._signal)
+        else:
+            self._responsive.set()
+
+    @property
+    def is_responsive(self) -> bool:
+        """Whether the main thread has run Python since the last `ping`, signal handlers included.
+
+        If not, it is in native code, and a Ctrl-C that came before the `ping` waits there too.
+        """
+        return self._responsive.is_set()
+
+    def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
+        self._responsive.set()
+        if self._wanted:
+            raise Interrupted
 
 
-def raises_keyboard_interrupt(signum: int) -> bool:
-    """Whether the pending signal `signum` is a Ctrl-C that nobody but Python handles."""
-    return signum == signal.SIGINT and signal.getsignal(signum) is signal.default_int_handler
-
-
-def _raise_interrupted(_signum: int, _frame: FrameType | None) -> None:
-    raise Interrupted
-
-
-def _free_signal() -> signal.Signals | int | None:
+def _free_signal() -> int | None:
     """A signal without a handler; real-time signals first, since programs hardly use them."""
     last = getattr(signal, "SIGRTMAX", None)
     candidates = [] if last is None else [last - offset for offset in range(2, 8)]
     for candidate in [*candidates, signal.SIGUSR2, signal.SIGUSR1]:
         if signal.getsignal(candidate) is signal.SIG_DFL:
-            return candidate
+            return int(candidate)
     return None

@@ -4,7 +4,7 @@ import os
 import pickle
 import tempfile
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import torch
@@ -21,7 +21,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, DataLoader) and obj._iterator is not None:
             # Persistent DataLoader workers belong to this process.
-            function, arguments, state, *rest = obj.__reduce_ex__(2)
+            function, arguments, state, *rest = cast("tuple[Any, ...]", obj.__reduce_ex__(2))
             return function, arguments, {**state, "_iterator": None}, *rest
         return super().reducer_override(obj)
 

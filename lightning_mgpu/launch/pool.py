@@ -121,7 +121,7 @@ class WorkerPool:
             files = watch.collect(protocol.Done, seconds)
             for worker in workers.values():
                 worker.send(protocol.Release())
-            results = [result, *(payload.load(files[rank]) for rank in workers)]
+            results = [result, *(payload.load(file) for _, file in sorted(files.items()))]
             if not watch.wait_for(protocol.Idle, _CLEANUP_SECONDS):
                 log.warning("The workers do not come to rest; the next launch starts new ones.")
                 self.close()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _world
 
 _HOST = "127.0.0.1"
 
@@ -46,12 +48,12 @@ class Rank:
             device_id: The accelerator this rank is bound to; `None` on the CPU.
             **kwargs: Handed on to `torch.distributed.init_process_group`.
         """
-        store = dist.TCPStore(
+        store = TCPStore(
             self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout
         )
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("default_pg", store),
+            store=PrefixStore("default_pg", store),
             rank=self.rank,
             world_size=self.world_size,
             timeout=timeout,
@@ -70,7 +72,7 @@ class Rendezvous:
     def __init__(self) -> None:
         listener = socket.create_server((_HOST, 0), backlog=256)
         self.port: int = listener.getsockname()[1]
-        self._store: dist.TCPStore | None = dist.TCPStore(
+        self._store: TCPStore | None = TCPStore(
             _HOST,
             self.port,
             is_master=True,
@@ -108,7 +110,7 @@ def leave_group() -> None:
         dist.destroy_process_group()
     # A failed `init_process_group` has counted its group already; the next one would wait for
     # keys under another name than its peers.
-    dist.distributed_c10d._world.group_count = 0
+    _world.group_count = 0
 
 
 def abort_group() -> None:

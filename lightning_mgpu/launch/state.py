@@ -16,15 +16,17 @@ __all__: list[str] = []
 
 # A rank's own place; a worker gets it from its `Rank`, never from the caller's environment.
 RANK_VARIABLES = frozenset(
-    ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    + ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK")
+    {
+        *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+        *("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK"),
+    }
 )
 
-# Read once, when a process starts or a library loads: a worker that was started under other
-# values has to be replaced.
+# Read when a process starts or a library loads: a worker that was started under other values has
+# to be replaced. Threads (OMP and its like) are set by call instead.
 _FROZEN_PREFIXES = (
-    *("CUDA", "CUBLAS", "NVIDIA", "HIP", "ROCR", "NCCL", "GLOO", "TORCH", "PYTORCH"),
-    *("OMP", "MKL", "KMP", "OPENBLAS", "LD_", "PYTHON", "MALLOC"),
+    *("CUDA", "CUBLAS", "NVIDIA", "HIP", "ROCR", "NCCL"),
+    *("TORCH", "PYTORCH", "LD_", "PYTHON"),
 )
 
 
@@ -108,9 +110,7 @@ class ProcessState:
 
 def frozen_environment() -> dict[str, str]:
     """The variables that cannot change in a running process."""
-    return {
-        name: value for name, value in os.environ.items() if name.startswith(_FROZEN_PREFIXES)
-    }
+    return {name: value for name, value in os.environ.items() if name.startswith(_FROZEN_PREFIXES)}
 
 
 def threads_per_rank(world_size: int) -> int:
@@ -149,7 +149,7 @@ def _random_states() -> dict[str, Any]:
     states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
         states["numpy"] = sys.modules["numpy"].random.get_state()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 

@@ -18,7 +18,7 @@ from lightning_mgpu.launch.errors import (
     WorkerDiedError,
 )
 from lightning_mgpu.launch.handle import WorkerHandle
-from lightning_mgpu.launch.interrupt import Interrupter, raises_keyboard_interrupt
+from lightning_mgpu.launch.interrupt import Interrupter
 
 __all__: list[str] = []
 
@@ -27,6 +27,8 @@ _CAUSE_SECONDS = 2.0
 # What rank 0 gets to notice by itself that its peers are gone, before it is interrupted.
 _NOTICE_SECONDS = 1.0
 _STACK_SECONDS = 1.0
+# A handler of somebody's own may well let the current batch come to its end.
+_PATIENCE_SECONDS = 10.0
 
 _STOP, _LOOK = b"s", b"l"
 
@@ -79,7 +81,7 @@ class Watch:
         os.close(self._control_reader)
         os.close(self._control_writer)
 
-    def collect(self, kind: type[Any], seconds: float) -> dict[int, int | None]:
+    def collect(self, kind: type[Any], seconds: float) -> dict[int, int]:
         """Wait until every worker has sent a `kind`; the files that came along, by rank.
 
         Raises:
@@ -88,11 +90,12 @@ class Watch:
         if not self.wait_for(kind, seconds):
             with self._changed:
                 self._after(0.0, self._show_missing_stacks)
-                self._changed.wait_for(lambda: self._conclusion is not None)
+                self._wait_for_conclusion()
         with self._changed:
             if self._conclusion is not None:
                 raise self._conclusion
-            return self._answers.get(kind, {})
+            answers = self._answers.get(kind, {})
+            return {rank: file for rank, file in answers.items() if file is not None}
 
     def wait_for(self, kind: type[Any], seconds: float) -> bool:
         """Wait until every worker has sent a `kind` or the launch failed; whether either came."""
@@ -130,16 +133,18 @@ class Watch:
         return result
 
     def _cause_of(self, error: BaseException) -> BaseException:
-        failure = RemoteFailure.of(error)
+        facts = RemoteFailure.of(error)
         with self._changed:
-            if self._conclusion is not None:
-                return self._conclusion
-            if not failure.is_collective:
+            if self._conclusion is None and not facts.is_collective:
                 return error
-            self._report(0, error, failure)
-            self._changed.wait_for(lambda: self._conclusion is not None)
-            assert self._conclusion is not None
-            return self._conclusion
+            if self._conclusion is None:
+                self._report(0, error, facts)
+            return self._wait_for_conclusion()
+
+    def _wait_for_conclusion(self) -> BaseException:
+        self._changed.wait_for(lambda: self._conclusion is not None)
+        assert self._conclusion is not None
+        return self._conclusion
 
     # From here on everything runs in the watching thread, or with the lock held.
 
@@ -249,14 +254,16 @@ class Watch:
 
     def _on_signals(self) -> bool:
         for signum in self._interrupter.wakeup.recv(64):
-            if raises_keyboard_interrupt(signum):
-                self._after(_CAUSE_SECONDS, self._free_rank_zero)
+            if signum in (signal.SIGINT, signal.SIGTERM):
+                patient = signal.getsignal(signum) is not signal.default_int_handler
+                self._interrupter.ping()
+                self._after(_PATIENCE_SECONDS if patient else _CAUSE_SECONDS, self._free_rank_zero)
         return True
 
     def _free_rank_zero(self) -> None:
-        """Ctrl-C came, and the main thread is still in native code, where it cannot see it."""
+        """If somebody wants to stop rank 0, and it cannot know: it waits in native code."""
         with self._changed:
-            if self._rank_zero_busy and raises_keyboard_interrupt(signal.SIGINT):
+            if self._rank_zero_busy and not self._interrupter.is_responsive:
                 self._end_workers()
 
     def _end_workers(self) -> None:

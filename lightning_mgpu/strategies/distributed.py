@@ -1,12 +1,12 @@
 """Distributed data parallel: a process per device, launched by our own worker pool."""
 
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.strategies import _StrategyRegistry
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from lightning_mgpu.strategies.environment import PoolEnvironment

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from lightning_mgpu.launch import Rank, default_pool
@@ -21,7 +20,7 @@ from lightning_mgpu.strategies.environment import PoolEnvironment
 from lightning_mgpu.strategies.predictions import RankPredictions, merge_predictions
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.strategies import ParallelStrategy
 
 __all__: list[str] = []
@@ -122,10 +121,11 @@ class _Entry:
         trainer = self.trainer
         if trainer is None:
             return {"function": self.function, "arguments": (self.args, self.kwargs)}
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         names: dict[str, Any] = {"model": trainer.lightning_module}
-        names |= {f"trainer.callbacks[{i}]": callback for i, callback in enumerate(trainer.callbacks)}
+        names |= {f"trainer.callbacks[{i}]": callback for i, callback in enumerate(callbacks)}
         names |= {f"trainer.loggers[{i}]": logger for i, logger in enumerate(trainer.loggers)}
-        names |= {"trainer.profiler": trainer.profiler, "trainer.strategy": self.strategy}
+        names |= {"trainer.strategy": self.strategy}
         names |= {type(argument).__name__: argument for argument in self.args}
         return {**names, "trainer": trainer}
 
@@ -150,4 +150,4 @@ def _set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
 
 def _announce_rank(rank: Rank) -> None:
     """Let `rank_zero_only` know who we are before any user's object is unpickled."""
-    rank_zero_only.rank = utilities_rank_zero_only.rank = rank.rank
+    rank_zero_only.rank = rank.rank  # type: ignore[attr-defined]

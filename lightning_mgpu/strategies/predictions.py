@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -72,6 +73,20 @@ def merge_predictions(ranks: Sequence[RankPredictions]) -> Any:
     return merged if kept[0].nested else merged[0]
 
 
+def join_batches(batches: Sequence[Any]) -> Any:
+    """Batched outputs joined along the batch; the list itself where they are not batched."""
+    if not batches or not all(_is_batched(batch) for batch in batches):
+        return list(batches)
+    return _join(batches)
+
+
+def _is_batched(output: Any) -> bool:
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, (torch.Tensor, np.ndarray))]
+    if not leaves or leaves[0].ndim == 0:
+        return False
+    return _has_batch_dimension(output, leaves[0].shape[0])
+
+
 def _merge(outputs: list[list[Any]], indices: list[list[list[int]]]) -> list[Any]:
     if not all(len(i) == len(o) for i, o in zip(indices, outputs, strict=True)):
         return _in_turns(outputs)
@@ -84,8 +99,8 @@ def _merge(outputs: list[list[Any]], indices: list[list[list[int]]]) -> list[Any
             "`predict_step` returned something whose first dimension is not the batch, so the"
             " predictions of the ranks are ordered batch by batch, not sample by sample."
         )
-        order = sorted(range(len(batches)), key=lambda i: sizes[i][:1])
-        return [batches[i] for i in order]
+        by_first_sample = sorted(range(len(batches)), key=lambda i: sizes[i][:1])
+        return [batches[i] for i in by_first_sample]
     samples = np.concatenate([np.asarray(batch, dtype=np.int64) for batch in sizes])
     order = np.argsort(samples, kind="stable")
     joined = _join(batches)

@@ -1,0 +1,133 @@
+"""The command: ``python -m lightning_mgpu``. Imports torch only when there is something to run."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_mgpu.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning_mgpu.interrupts import Stopped
+    from lightning_mgpu.run import RunResult
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: a traceback for everything
+_BAD_INPUT = 2
+
+
+def main() -> None:
+    """Compose the config, run it, and end with an exit code that says how it went.
+
+    0: done. 1: training raised, with its traceback. 2: bad input, said in one line.
+    128 + n: ended by signal n.
+    """
+    wants_traceback = os.environ.get(_FULL_ERROR) == "1"
+    in_job = False
+
+    @hydra.main(version_base="1.3", config_path="pkg://lightning_mgpu.conf", config_name="config")
+    def app(cfg: DictConfig) -> float | None:
+        nonlocal in_job
+        in_job = True
+        with _environment(_FULL_ERROR, "1" if wants_traceback else None):
+            return _job(cfg, wants_traceback)
+
+    if os.getcwd() not in sys.path:
+        # `model._target_=my_project.LitModel`, with the console script as with `python -m`.
+        sys.path.insert(0, os.getcwd())
+    try:
+        with _environment(_FULL_ERROR, "1"):  # so that Hydra leaves the errors to us
+            app()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        _refuse(error)
+    except OSError as error:
+        if wants_traceback or in_job:
+            raise
+        _refuse(ConfigError(f"hydra.run.dir: cannot write there: {error}."))
+
+
+def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
+    from lightning_mgpu.interrupts import Stopped
+    from lightning_mgpu.run import train
+
+    try:
+        result = train(cfg)
+    except ConfigError as error:
+        if wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # in a multirun the other jobs go on, and Hydra raises this at the end
+        _refuse(error)
+    except Stopped as stopped:
+        _tell_stopped(stopped)
+        sys.exit(128 + stopped.signum)
+    if result.trainer.is_global_zero:
+        _report(result)
+    return result.metric
+
+
+def _refuse(error: Exception) -> NoReturn:
+    if isinstance(error, MissingConfigException) and error.options:
+        message = (
+            f"Could not find '{error.missing_cfg_file}'. Known: {', '.join(sorted(error.options))}."
+        )
+    else:
+        message = " ".join(str(error).split())
+    print(f"Error: {message}", file=sys.stderr)
+    sys.exit(_BAD_INPUT)
+
+
+def _tell_stopped(stopped: "Stopped") -> None:
+    if stopped.checkpoint is not None:
+        path = _relative(stopped.checkpoint)
+        print(f"Stopped by {stopped}. Saved: {path}\nGo on with: ckpt_path={path}", file=sys.stderr)
+    else:
+        print(f"Stopped by {stopped}; there was no training to save.", file=sys.stderr)
+
+
+def _report(result: "RunResult") -> None:
+    """The last lines of a run: its metrics, and where its files are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if result.metrics:
+        table = Table("metric", "value")
+        for name, value in sorted(result.metrics.items()):
+            table.add_row(name, f"{value:.4g}")
+        Console().print(table)
+    print(f"Outputs: {_relative(result.output_dir)}")
+    for name, path in result.files.items():
+        print(f"  {name}: {_relative(path)}")
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable, or with `None` unset it, for the length of the block."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+if __name__ == "__main__":
+    main()

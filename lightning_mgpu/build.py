@@ -1,0 +1,175 @@
+"""From a composed config to a model, its data and a Trainer."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hydra.utils
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from omegaconf import DictConfig, open_dict
+
+import lightning_mgpu.strategies  # noqa: F401  (registers their names)
+from lightning_mgpu.arguments import accepted_keys, check_arguments, describe
+from lightning_mgpu.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# What `devices: auto` means to a strategy for several devices on a machine without accelerators.
+_CPU_DEVICES = 2
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    model: LightningModule
+    datamodule: LightningDataModule | None
+    trainer: Trainer
+
+
+def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
+    """Instantiate what the config names.
+
+    Args:
+        cfg: As composed from `conf/`: the nodes `model`, `data`, `trainer` and, if wanted,
+            `strategy`, `callbacks` and `logger`, each built through its `_target_`.
+        callbacks: More callbacks, beside those of the config.
+
+    Raises:
+        ConfigError: A node cannot be built; the message names it.
+    """
+    datamodule = _build_node(cfg, "data") if cfg.get("data") else None
+    model = _build_node(cfg, "model")
+    extra: dict[str, Any] = {
+        "callbacks": [*_build_each(cfg, "callbacks"), *callbacks],
+        "logger": _build_each(cfg, "logger") or False,
+    }
+    if cfg.get("strategy") is not None:
+        extra["strategy"] = _build_node(cfg, "strategy")
+    trainer_cfg = cfg.trainer.copy()
+    if _wants_cpu_devices(trainer_cfg, extra.get("strategy")):
+        trainer_cfg.devices = _CPU_DEVICES
+    trainer = _build(trainer_cfg, "trainer", **extra)
+    _check_type(model, LightningModule, "model")
+    _check_type(datamodule, (LightningDataModule, type(None)), "data")
+    _check_type(trainer, Trainer, "trainer")
+    return Parts(model, datamodule, trainer)
+
+
+def _check_type(obj: Any, kind: type | tuple[type, ...], path: str) -> None:
+    if not isinstance(obj, kind):
+        wanted = kind[0] if isinstance(kind, tuple) else kind
+        raise ConfigError(
+            f"{path}: {describe(type(obj))} is not a {describe(wanted)}"
+            + (
+                "; derive it from `lightning.pytorch`, not from `pytorch_lightning`, whose classes"
+                " are others."
+                if any(base.__module__.startswith("pytorch_lightning") for base in type(obj).mro())
+                else "."
+            )
+        )
+
+
+def _build_each(cfg: DictConfig, group: str) -> list[Any]:
+    nodes = cfg.get(group) or DictConfig({})
+    return [
+        _build_node(nodes, name, f"{group}.{name}")
+        for name in map(str, nodes)
+        if nodes[name] is not None  # `callbacks.early_stopping=null` takes one out
+    ]
+
+
+def _build_node(cfg: DictConfig, key: str, path: str | None = None) -> Any:
+    path = path or key
+    node = cfg.get(key)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise ConfigError(f"{path}: expected a node with `_target_`, got {node!r}.")
+    return _build(node, path)
+
+
+def _build(node: DictConfig, path: str, **extra: Any) -> Any:
+    target = _find_target(node, path)
+    node = _without_foreign_defaults(node, target, path)
+    try:
+        check_arguments(node, target, path)
+        return hydra.utils.instantiate(node, **extra)
+    except ConfigError:
+        raise
+    except InstantiationException as error:
+        reason = error.__cause__ or error
+        raise ConfigError(f"{path}: {_explain(reason, node)}") from error
+    except Exception as error:
+        raise ConfigError(f"{path}: {_explain(error, node)}") from error
+
+
+def _find_target(node: DictConfig, path: str) -> Callable[..., Any]:
+    name = node._target_
+    try:
+        target = hydra.utils.get_object(name)
+    except Exception as error:
+        reason = error.__cause__ or error
+        raise ConfigError(
+            f"{path}._target_={name}: cannot be imported ({_line(reason)})."
+            " Give the full dotted name, and start the command where Python finds the module."
+        ) from error
+    if not callable(target):
+        raise ConfigError(f"{path}._target_={name}: is not a class or function.")
+    return target  # type: ignore[no-any-return]
+
+
+def _without_foreign_defaults(
+    node: DictConfig, target: Callable[..., Any], path: str
+) -> DictConfig:
+    """Leave out defaults that belong to the class which the user has replaced.
+
+    ``model._target_=my_project.LitModel`` keeps the other keys of `conf/model/lenet.yaml`; those
+    that `LitModel` does not know and nobody set by hand are left out, so that one line is enough.
+    """
+    known = accepted_keys(target)
+    if known is None or not HydraConfig.initialized():
+        return node
+    overrides = HydraConfig.get().overrides.task
+    if not any(override.lstrip("+").startswith(f"{path}._target_=") for override in overrides):
+        return node
+    by_hand = {override.lstrip("+").split("=", 1)[0] for override in overrides}
+    foreign = [
+        key
+        for key in map(str, node)
+        if key not in known and not key.startswith("_") and f"{path}.{key}" not in by_hand
+    ]
+    if not foreign:
+        return node
+    log.info("%s: %s does not take %s; left out.", path, describe(target), ", ".join(foreign))
+    node = node.copy()
+    with open_dict(node):
+        for key in foreign:
+            del node[key]
+    return node
+
+
+def _wants_cpu_devices(trainer: DictConfig, strategy: Any) -> bool:
+    """Whether ``devices: auto`` would leave a strategy for several devices with one CPU."""
+    if strategy in (None, "auto") or trainer.get("devices", "auto") != "auto":
+        return False
+    accelerator = trainer.get("accelerator", "auto")
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+
+
+def _explain(error: BaseException, node: DictConfig) -> str:
+    line = _line(error)
+    if "No supported gpu backend" in line or "accelerator is not available" in line:
+        line = (
+            f"accelerator={node.get('accelerator')}, devices={node.get('devices')}: this machine"
+            " has none of that kind. Use `trainer=cpu`."
+        )
+    if isinstance(error, ModuleNotFoundError) and "pip install" not in line and error.name:
+        line += f" It is an optional package: `pip install {error.name.partition('.')[0]}`."
+    return line
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

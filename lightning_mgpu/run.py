@@ -1,0 +1,214 @@
+"""Run what a config describes: fit, validate, test or predict."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_mgpu.build import Parts, build
+from lightning_mgpu.checkpoint import check_checkpoint
+from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.interrupts import StopOnSignal
+from lightning_mgpu.strategies.predictions import join_batches
+
+log = logging.getLogger(__name__)
+
+_SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+
+
+@dataclass(kw_only=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    metrics: dict[str, float]
+    """The last value of each logged metric, by name."""
+    metric: float | None
+    """The best value of the metric that the config names; what a sweeper optimises."""
+    output_dir: Path
+    """Where the run's files lie."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """The run's files, each by what it is."""
+    model: LightningModule
+    datamodule: LightningDataModule | None
+    trainer: Trainer
+
+
+def train(cfg: DictConfig) -> RunResult:
+    """Run a composed config. Any program may call this; outside Hydra, set `output_dir`.
+
+    Args:
+        cfg: As composed from `conf/`. `mode` says what to do; ``fit`` trains and then tests the
+            best checkpoint, if the model and the data have a test.
+
+    Returns:
+        Metrics, files and objects of the run.
+
+    Raises:
+        ConfigError: The config asks for something that cannot be; nothing has been trained.
+        Stopped: SIGINT or SIGTERM came; the state of training has been saved.
+    """
+    mode = cfg.get("mode", "fit")
+    if mode not in _MODES:
+        raise ConfigError(f"mode={mode}: unknown. Choose one of {', '.join(_MODES)}.")
+    if cfg.get("ckpt_path") is not None:
+        check_checkpoint(str(cfg.ckpt_path))
+    elif mode != "fit":
+        log.warning("mode=%s without ckpt_path: the model has random weights.", mode)
+    output_dir = _output_dir(cfg)
+    stop = StopOnSignal(output_dir / "checkpoints" / "interrupted.ckpt")
+    with _seeded(cfg.get("seed")):
+        parts = build(cfg, callbacks=[stop])
+        if parts.trainer.is_global_zero:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+        with stop, _checkpoint_must_fit(cfg):
+            metrics, files = _MODES[mode](parts, cfg, output_dir)
+    return RunResult(
+        metrics=metrics,
+        metric=_best(parts.trainer, metrics, cfg.get("metric")) if mode == "fit" else None,
+        output_dir=output_dir,
+        files={"config": output_dir / "config.yaml", **files},
+        model=parts.model,
+        datamodule=parts.datamodule,
+        trainer=parts.trainer,
+    )
+
+
+_Outcome = tuple[dict[str, float], dict[str, Path]]  # metrics and files
+
+
+def _fit(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
+    trainer, model, datamodule = parts.trainer, parts.model, parts.datamodule
+    trainer.fit(model, datamodule=datamodule, ckpt_path=cfg.get("ckpt_path"))
+    metrics = _numbers(trainer)
+    checkpoint = trainer.checkpoint_callback
+    files = {}
+    if isinstance(checkpoint, ModelCheckpoint):
+        named = {
+            "best checkpoint": checkpoint.best_model_path,
+            "last checkpoint": checkpoint.last_model_path,
+        }
+        files = {name: Path(path) for name, path in named.items() if path}
+    if (output_dir / "metrics.csv").exists():
+        files["metrics"] = output_dir / "metrics.csv"
+    if _has_test(parts):
+        best = str(files["best checkpoint"]) if "best checkpoint" in files else None
+        trainer.test(model, datamodule=datamodule, ckpt_path=best, verbose=False)
+        metrics |= _numbers(trainer)
+    return metrics, files
+
+
+def _validate(parts: Parts, cfg: DictConfig, _: Path) -> _Outcome:
+    parts.trainer.validate(
+        parts.model, datamodule=parts.datamodule, ckpt_path=cfg.get("ckpt_path"), verbose=False
+    )
+    return _numbers(parts.trainer), {}
+
+
+def _test(parts: Parts, cfg: DictConfig, _: Path) -> _Outcome:
+    parts.trainer.test(
+        parts.model, datamodule=parts.datamodule, ckpt_path=cfg.get("ckpt_path"), verbose=False
+    )
+    return _numbers(parts.trainer), {}
+
+
+def _predict(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
+    trainer = parts.trainer
+    batches = trainer.predict(
+        parts.model, datamodule=parts.datamodule, ckpt_path=cfg.get("ckpt_path")
+    )
+    if trainer.predict_loop.num_dataloaders > 1:
+        predictions = [join_batches(loader) for loader in batches or []]
+    else:
+        predictions = join_batches(batches or [])
+    # Ranks that were started from outside each run this, with a share of their own.
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    external = environment is not None and environment.creates_processes_externally
+    path = output_dir / f"predictions{f'-rank{trainer.global_rank}' if external else ''}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(predictions, path)
+    return {}, {"predictions": path}
+
+
+_MODES: dict[str, Callable[[Parts, DictConfig, Path], _Outcome]] = {
+    "fit": _fit,
+    "validate": _validate,
+    "test": _test,
+    "predict": _predict,
+}
+
+
+def _has_test(parts: Parts) -> bool:
+    source = parts.datamodule if parts.datamodule is not None else parts.model
+    return is_overridden("test_step", parts.model) and is_overridden("test_dataloader", source)
+
+
+def _numbers(trainer: Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _best(trainer: Trainer, metrics: dict[str, float], name: str | None) -> float | None:
+    if name is None:
+        return None
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor == name:
+            score = callback.best_model_score
+            return None if score is None else float(score)
+    if name not in metrics:
+        log.warning(
+            "metric=%s was never logged, so the run has no result for a sweeper; logged were: %s.",
+            name,
+            ", ".join(sorted(metrics)) or "none",
+        )
+    return metrics.get(name)
+
+
+def _output_dir(cfg: DictConfig) -> Path:
+    try:
+        return Path(cfg.output_dir)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            "output_dir: follows Hydra's run directory, and Hydra is not running here. Set it:"
+            " `cfg.output_dir = 'outputs/my_run'`."
+        ) from error
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Seed everything, and take the seed out of the environment again: the next run has its own."""
+    if seed is not None and not isinstance(seed, int):
+        raise ConfigError(f"seed={seed}: expected an integer or null.")
+    before = {name: os.environ.get(name) for name in _SEED_VARIABLES}
+    try:
+        if seed is not None:
+            seed_everything(seed, workers=True, verbose=False)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _checkpoint_must_fit(cfg: DictConfig) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if cfg.get("ckpt_path") is None or "Error(s) in loading state_dict" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"ckpt_path={cfg.ckpt_path}: the checkpoint is of another model ({reason[:300]} ...)."
+            " Use the model and the sizes it was trained with."
+        ) from error

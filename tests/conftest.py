@@ -1,0 +1,127 @@
+"""Every test starts in an empty directory and must leave the process as it found it."""
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_mgpu.launch import default_pool
+
+ROOT = Path(__file__).parent.parent
+
+# Threads of other libraries that live as long as the process.
+_LASTING_THREADS = ("TMonitor", "pytest_timeout")
+_SETTLE_SECONDS = 5.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Temporary files of the code under test go where a leak can be seen."""
+    directory = tmp_path_factory.mktemp("tempfile")
+    before = tempfile.tempdir, os.environ.get("TMPDIR")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(directory)
+    yield directory
+    tempfile.tempdir = before[0]
+    if before[1] is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """The pool serves all tests of a session and goes with it."""
+    yield
+    default_pool().close()
+    children = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(children, timeout=_SETTLE_SECONDS)
+    assert not alive, f"processes left behind: {alive}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(
+    tmp_path: Path, temporary_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    before = _Snapshot(temporary_files)
+    yield
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while (leaks := before.compare(_Snapshot(temporary_files))) and time.monotonic() < deadline:
+        time.sleep(0.05)  # a thread or process may be on its way out
+    assert not leaks, f"the test leaks: {leaks}"
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """Wait until a condition holds; fail the test if it does not within `seconds`."""
+
+    def wait(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "did not come true in time"
+            time.sleep(0.02)
+
+    return wait
+
+
+class _Snapshot:
+    """What a test could leave behind, by what it is."""
+
+    def __init__(self, temporary_files: Path) -> None:
+        workers = default_pool().pids
+        self.state: dict[str, object] = {
+            "processes": {
+                child.pid
+                for child in psutil.Process().children(recursive=True)
+                if not _belongs_to(child, workers)
+            },
+            "threads": {
+                thread
+                for thread in threading.enumerate()
+                if not thread.name.startswith(_LASTING_THREADS)
+            },
+            "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+            "process group": dist.is_initialized(),
+            "files in the repository": {path.name for path in ROOT.iterdir()},
+            "temporary files": {path.name for path in temporary_files.iterdir()},
+            "sys.excepthook": sys.excepthook,
+            "signal handlers": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+            "rank": rank_zero_only.rank,
+            "intra-op threads": torch.get_num_threads(),
+            "default dtype": torch.get_default_dtype(),
+        }
+
+    def compare(self, after: "_Snapshot") -> dict[str, object]:
+        """What is in `after` and was not here before."""
+        leaks: dict[str, object] = {}
+        for name, value in self.state.items():
+            other = after.state[name]
+            if isinstance(value, set) and isinstance(other, set):
+                if other - value:
+                    leaks[name] = other - value
+            elif value != other:
+                leaks[name] = (value, other)
+        return leaks
+
+
+def _belongs_to(process: psutil.Process, workers: list[int]) -> bool:
+    try:
+        return process.pid in workers or any(p.pid in workers for p in process.parents())
+    except psutil.NoSuchProcess:
+        return True

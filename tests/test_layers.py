@@ -1,0 +1,86 @@
+"""Imports point one way; held against the source."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lightning_mgpu"
+
+# What each part may import of the others. The rest of the package (`run` and what stands beside
+# it) may import everything but `demo`.
+_MAY_IMPORT = {
+    "engine": {"engine"},
+    "launch": {"launch"},
+    "report": {"report"},
+    "demo": {"demo"},
+    "strategies": {"strategies", "engine", "launch"},
+    "ray": {"ray", "strategies", "engine", "launch", "errors"},
+}
+_NEVER_LIGHTNING = ("engine", "launch", "report")
+_FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", _FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path) -> None:
+    part = file.relative_to(PACKAGE).parts[0]
+    for module in _imported(file):
+        names = module.split(".")
+        if names[0] == "lightning_mgpu" and len(names) > 1:
+            allowed = _MAY_IMPORT.get(part)
+            assert names[1] != "demo" or part == "demo", f"{file.name} imports {module}"
+            assert allowed is None or names[1] in allowed, f"{file.name} imports {module}"
+        assert names[0] != "pytorch_lightning", f"{file.name}: import lightning.pytorch instead"
+        if part in _NEVER_LIGHTNING:
+            assert names[0] not in ("lightning", "torchmetrics"), f"{file.name} imports {module}"
+        assert names[0] != "ray" or part == "ray", f"{file.name} imports {module}"
+
+
+def test_import_needs_neither_ray_nor_hydra() -> None:
+    code = "import lightning_mgpu, sys; print({'ray', 'hydra'} & set(sys.modules))"
+    assert _python(code) == "set()"
+
+
+def test_command_module_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['-m']; import lightning_mgpu.__main__;"
+        " print({'torch', 'lightning'} & set(sys.modules))"
+    )
+    assert _python(code) == "set()"
+
+
+def test_public_names_load_on_first_use() -> None:
+    code = (
+        "import sys; sys.argv = ['-m']; import lightning_mgpu; before = 'torch' in sys.modules;"
+        " print(before, lightning_mgpu.DDPStrategy.__name__, 'DDPStrategy' in dir(lightning_mgpu))"
+    )
+    assert _python(code) == "False DDPStrategy True"
+
+
+def test_unknown_public_name_is_refused() -> None:
+    import lightning_mgpu
+
+    with pytest.raises(AttributeError, match="has no attribute 'DPStrategy'"):
+        _ = lightning_mgpu.DPStrategy
+
+
+def _imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}: write the import in full"
+            assert node.module is not None
+            yield node.module
+            if node.module == "lightning_mgpu":
+                yield from (f"lightning_mgpu.{alias.name}" for alias in node.names)
+
+
+def _python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.strip()
