@@ -1,8 +1,10 @@
 """The command: ``python -m lightning_mgpu``. Imports torch only when there is something to run."""
 
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: a traceback for everything
 _BAD_INPUT = 2
+
+_KNOWN_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning with torch 2.13
+    "Experiment logs directory .* exists and is not empty",  # the run's directory, made by Hydra
+    "The '.*_dataloader' does not have many workers",
+)
 
 
 def main() -> None:
@@ -63,6 +71,7 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
     from lightning_mgpu.interrupts import Stopped
     from lightning_mgpu.run import train
 
+    _quieten()
     try:
         result = train(cfg)
     except ConfigError as error:
@@ -75,6 +84,20 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
     if result.trainer.is_global_zero:
         _report(result)
     return result.metric
+
+
+def _quieten() -> None:
+    """Leave out what tells a user of this command nothing."""
+    # Lightning has a handler of its own, and Hydra's shows the same lines again.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def _refuse(error: Exception) -> NoReturn:

@@ -1,9 +1,10 @@
 """From a composed config to a model, its data and a Trainer."""
 
 import logging
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import hydra.utils
 import torch
@@ -109,16 +110,15 @@ def _build(node: DictConfig, path: str, **extra: Any) -> Any:
 def _find_target(node: DictConfig, path: str) -> Callable[..., Any]:
     name = node._target_
     try:
-        target = hydra.utils.get_object(name)
+        target = pkgutil.resolve_name(str(name))
     except Exception as error:
-        reason = error.__cause__ or error
         raise ConfigError(
-            f"{path}._target_={name}: cannot be imported ({_line(reason)})."
+            f"{path}._target_={name}: cannot be imported ({_line(error)})."
             " Give the full dotted name, and start the command where Python finds the module."
         ) from error
     if not callable(target):
         raise ConfigError(f"{path}._target_={name}: is not a class or function.")
-    return target  # type: ignore[no-any-return]
+    return cast("Callable[..., Any]", target)
 
 
 def _without_foreign_defaults(

@@ -1,6 +1,7 @@
 """Look at a checkpoint before a run depends on it."""
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -27,16 +28,18 @@ def check_checkpoint(ckpt_path: str) -> None:
         raise ConfigError(f"ckpt_path={ckpt_path}: no such file (looked in {Path.cwd()}).")
     if path.is_dir():
         return  # sharded checkpoints are directories
+    if not zipfile.is_zipfile(path):
+        raise _damaged(ckpt_path, "it is no zip archive, as `torch.save` writes them")
     try:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "weights_only" in str(error).split("\n", 1)[0]:
             return  # whole, but holds more than tensors: Lightning decides whether to trust it
-        raise _damaged(ckpt_path, error) from error
+        raise _damaged(ckpt_path, _line(error)) from error
     except OSError as error:
         raise ConfigError(f"ckpt_path={ckpt_path}: cannot be read: {error}.") from error
     except Exception as error:
-        raise _damaged(ckpt_path, error) from error
+        raise _damaged(ckpt_path, _line(error)) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ConfigError(
             f"ckpt_path={ckpt_path}: not a Lightning checkpoint (it has no `state_dict`). Save one"
@@ -44,8 +47,11 @@ def check_checkpoint(ckpt_path: str) -> None:
         )
 
 
-def _damaged(ckpt_path: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:200]
+def _damaged(ckpt_path: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"ckpt_path={ckpt_path}: damaged or not a checkpoint ({reason}). Use an earlier one."
+        f"ckpt_path={ckpt_path}: damaged, or not a checkpoint ({reason}). Use an earlier one."
     )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
