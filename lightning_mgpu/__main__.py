@@ -1,5 +1,6 @@
 """The command: ``python -m lightning_mgpu``. Imports torch only when there is something to run."""
 
+import errno
 import logging
 import os
 import signal
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from lightning_mgpu.interrupts import Stopped
     from lightning_mgpu.run import RunResult
 
+log = logging.getLogger(__name__)
+
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: a traceback for everything
 _BAD_INPUT = 2
 
@@ -40,14 +43,16 @@ def main() -> None:
     128 + n: ended by signal n.
     """
     wants_traceback = os.environ.get(_FULL_ERROR) == "1"
-    in_job = False
+    job_errors: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://lightning_mgpu.conf", config_name="config")
     def app(cfg: DictConfig) -> float | None:
-        nonlocal in_job
-        in_job = True
         with _environment(_FULL_ERROR, "1" if wants_traceback else None):
-            return _job(cfg, wants_traceback)
+            try:
+                return _job(cfg, wants_traceback)
+            except Exception as error:
+                job_errors.append(error)
+                raise
 
     if os.getcwd() not in sys.path:
         # `model._target_=my_project.LitModel`, with the console script as with `python -m`.
@@ -57,14 +62,17 @@ def main() -> None:
             app()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except ConfigError as error:
         if wants_traceback:
             raise
         _refuse(error)
-    except OSError as error:
-        if wants_traceback or in_job:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        # The same kinds of error from within a job are the job's own, and keep their traceback.
+        if wants_traceback or any(error is other for other in job_errors):
             raise
-        _refuse(ConfigError(f"hydra.run.dir: cannot write there: {error}."))
+        if isinstance(error, OSError) and not isinstance(error, HydraException):
+            _refuse_to_write(error)
+        _refuse(error)
 
 
 def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
@@ -74,13 +82,16 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
     _quieten()
     try:
         result = train(cfg)
-    except ConfigError as error:
-        if wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # in a multirun the other jobs go on, and Hydra raises this at the end
-        _refuse(error)
     except Stopped as stopped:
         _tell_stopped(stopped)
         sys.exit(128 + stopped.signum)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            # The other jobs go on, and at the end Hydra raises the first error only.
+            log.error("Job %s failed: %s", HydraConfig.get().job.num, _line(error))
+        elif isinstance(error, ConfigError) and not wants_traceback:
+            _refuse(error)
+        raise
     if result.trainer.is_global_zero:
         _report(result)
     return result.metric
@@ -88,9 +99,10 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
 
 def _quieten() -> None:
     """Leave out what tells a user of this command nothing."""
-    # Lightning has a handler of its own, and Hydra's shows the same lines again.
+    # Lightning has a handler of its own; Hydra's shows the lines once, and keeps them in a file.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
@@ -106,9 +118,22 @@ def _refuse(error: Exception) -> NoReturn:
             f"Could not find '{error.missing_cfg_file}'. Known: {', '.join(sorted(error.options))}."
         )
     else:
-        message = " ".join(str(error).split())
+        message = _line(error)
     print(f"Error: {message}", file=sys.stderr)
     sys.exit(_BAD_INPUT)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _refuse_to_write(error: OSError) -> NoReturn:
+    if error.errno == errno.EPIPE:  # `--help | head`: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    _refuse(
+        ConfigError(f"hydra.run.dir (hydra.sweep.dir in a multirun): cannot write there: {error}.")
+    )
 
 
 def _tell_stopped(stopped: "Stopped") -> None:

@@ -44,6 +44,7 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], path: str) -> 
     """
     known = accepted_keys(target)
     hints = _type_hints(target)
+    optional = _none_by_default(target)
     for key in node:
         name = str(key)
         if name in _INSTRUCTIONS:
@@ -54,11 +55,13 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], path: str) -> 
                 f"{_suggestion(name, known)}"
             )
         value = node[key]
+        if value is None and name in optional:
+            continue  # `size: int = None`, as many write it
         if name in hints and not _fits(value, hints[name]):
             raise ConfigError(
                 f"{path}.{name}={OmegaConf.to_container(value) if _is_config(value) else value}:"
                 f" {describe(target)} wants {_words(hints[name])}, not"
-                f" {type(value).__name__}."
+                f" {_kind(value)}."
             )
 
 
@@ -82,6 +85,14 @@ def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
+def _none_by_default(target: Callable[..., Any]) -> set[str]:
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    return {parameter.name for parameter in parameters if parameter.default is None}
+
+
 def _is_config(value: Any) -> bool:
     return isinstance(value, (DictConfig, ListConfig))
 
@@ -94,7 +105,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in arguments
     if value is None:
-        return hint in (None, type(None), Any)
+        return hint in (None, type(None), Any, object)
     if isinstance(value, DictConfig):
         is_mapping = _is_subclass(origin or hint, Mapping)
         return "_target_" in value or is_mapping or not _is_plain(hint)
@@ -131,4 +142,17 @@ def _words(hint: Any) -> str:
         return " or ".join(map(repr, get_args(hint)))
     if hint is type(None):
         return "null"
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    return str(hint).replace("collections.abc.", "").replace("typing.", "")
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in the words of `_words`."""
+    if value is None:
+        return "null"
+    if isinstance(value, DictConfig):
+        return "dict"
+    if isinstance(value, ListConfig):
+        return f"list[{' | '.join(dict.fromkeys(_kind(item) for item in value))}]"
+    return type(value).__name__

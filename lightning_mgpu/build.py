@@ -10,7 +10,10 @@ import hydra.utils
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, open_dict
 
 import lightning_mgpu.strategies  # noqa: F401  (registers their names)
@@ -46,8 +49,8 @@ def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
     datamodule = _build_node(cfg, "data") if cfg.get("data") else None
     model = _build_node(cfg, "model")
     extra: dict[str, Any] = {
-        "callbacks": [*_build_each(cfg, "callbacks"), *callbacks],
-        "logger": _build_each(cfg, "logger") or False,
+        "callbacks": [*_build_each(cfg, "callbacks", Callback), *callbacks],
+        "logger": _build_each(cfg, "logger", Logger) or False,
     }
     if cfg.get("strategy") is not None:
         extra["strategy"] = _build_node(cfg, "strategy")
@@ -58,6 +61,7 @@ def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
     _check_type(model, LightningModule, "model")
     _check_type(datamodule, (LightningDataModule, type(None)), "data")
     _check_type(trainer, Trainer, "trainer")
+    _check_multirun(trainer)
     return Parts(model, datamodule, trainer)
 
 
@@ -75,13 +79,29 @@ def _check_type(obj: Any, kind: type | tuple[type, ...], path: str) -> None:
         )
 
 
-def _build_each(cfg: DictConfig, group: str) -> list[Any]:
+def _check_multirun(trainer: Trainer) -> None:
+    """In a multirun, refuse strategies that start the other ranks by running `sys.argv` again."""
+    if (
+        HydraConfig.initialized()
+        and HydraConfig.get().mode == RunMode.MULTIRUN
+        and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    ):
+        raise ConfigError(
+            f"strategy: {describe(type(trainer.strategy))} starts its processes by running the"
+            " whole command again, so each would run every job of this multirun. Use"
+            " `+strategy=ddp`, or `trainer.devices=1`."
+        )
+
+
+def _build_each(cfg: DictConfig, group: str, kind: type) -> list[Any]:
     nodes = cfg.get(group) or DictConfig({})
-    return [
-        _build_node(nodes, name, f"{group}.{name}")
-        for name in map(str, nodes)
-        if nodes[name] is not None  # `callbacks.early_stopping=null` takes one out
-    ]
+    parts = []
+    for name in map(str, nodes):
+        if nodes[name] is not None:  # `callbacks.early_stopping=null` takes one out
+            part = _build_node(nodes, name, f"{group}.{name}")
+            _check_type(part, kind, f"{group}.{name}")
+            parts.append(part)
+    return parts
 
 
 def _build_node(cfg: DictConfig, key: str, path: str | None = None) -> Any:
@@ -97,6 +117,10 @@ def _build(node: DictConfig, path: str, **extra: Any) -> Any:
     node = _without_foreign_defaults(node, target, path)
     try:
         check_arguments(node, target, path)
+        if "_convert_" not in node:
+            # Plain lists and dicts: a checkpoint that holds OmegaConf's, by way of
+            # `save_hyperparameters`, would be refused when it is loaded.
+            extra["_convert_"] = "all"
         return hydra.utils.instantiate(node, **extra)
     except ConfigError:
         raise
@@ -136,6 +160,7 @@ def _without_foreign_defaults(
     if not any(override.lstrip("+").startswith(f"{path}._target_=") for override in overrides):
         return node
     by_hand = {override.lstrip("+").split("=", 1)[0] for override in overrides}
+    by_hand |= {".".join(key.split(".")[: path.count(".") + 2]) for key in by_hand}
     foreign = [
         key
         for key in map(str, node)
@@ -167,7 +192,8 @@ def _explain(error: BaseException, node: DictConfig) -> str:
             " has none of that kind. Use `trainer=cpu`."
         )
     if isinstance(error, ModuleNotFoundError) and "pip install" not in line and error.name:
-        line += f" It is an optional package: `pip install {error.name.partition('.')[0]}`."
+        name = error.name.partition(".")[0]
+        line += f". If that is a package, install it: `pip install {name}`."
     return line
 
 

@@ -1,6 +1,8 @@
 """Look at a checkpoint before a run depends on it."""
 
+import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -10,13 +12,20 @@ from lightning_mgpu.errors import ConfigError
 
 # Words that the Trainer turns into a path itself.
 _KEYWORDS = ("best", "last", "hpc", "registry")
+# What lies in the directory of a checkpoint that several ranks have written: FSDP's, DeepSpeed's.
+_SHARDED = ("meta.pt", ".metadata", "latest", "checkpoint")
+_TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch
 
 
-def check_checkpoint(ckpt_path: str) -> None:
+def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
     """Check that a checkpoint is there, whole, and one of Lightning's.
 
     Tensors are not read, so this takes no time however large the file is. Remote paths and
     Lightning's keywords (``last``) are left to Lightning.
+
+    Args:
+        ckpt_path: Where it is said to be.
+        resume: Whether training is to go on from it, which takes more than the weights.
 
     Raises:
         ConfigError: The file is missing, damaged or something else.
@@ -27,23 +36,37 @@ def check_checkpoint(ckpt_path: str) -> None:
     if not path.exists():
         raise ConfigError(f"ckpt_path={ckpt_path}: no such file (looked in {Path.cwd()}).")
     if path.is_dir():
-        return  # sharded checkpoints are directories
+        if any((path / name).exists() for name in _SHARDED):
+            return
+        raise ConfigError(f"ckpt_path={ckpt_path}: a directory, and not that of a checkpoint.")
     if not zipfile.is_zipfile(path):
         raise _damaged(ckpt_path, "it is no zip archive, as `torch.save` writes them")
     try:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "weights_only" in str(error).split("\n", 1)[0]:
-            return  # whole, but holds more than tensors: Lightning decides whether to trust it
-        raise _damaged(ckpt_path, _line(error)) from error
+        found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise _damaged(ckpt_path, _line(error)) from error
+        if os.environ.get(_TRUST, "").lower() in ("1", "y", "yes", "true"):
+            return
+        raise ConfigError(
+            f"ckpt_path={ckpt_path}: holds more than tensors and plain values ({found[1]}), and to"
+            f" load that may run code. If you trust the file, set {_TRUST}=1."
+        ) from error
     except OSError as error:
         raise ConfigError(f"ckpt_path={ckpt_path}: cannot be read: {error}.") from error
     except Exception as error:
         raise _damaged(ckpt_path, _line(error)) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    for key in ("state_dict", "pytorch-lightning_version"):
+        if not isinstance(content, dict) or key not in content:
+            raise ConfigError(
+                f"ckpt_path={ckpt_path}: not a Lightning checkpoint (it has no `{key}`). Save one"
+                " with `trainer.save_checkpoint` or `ModelCheckpoint`."
+            )
+    if resume and "optimizer_states" not in content:
         raise ConfigError(
-            f"ckpt_path={ckpt_path}: not a Lightning checkpoint (it has no `state_dict`). Save one"
-            " with `trainer.save_checkpoint` or `ModelCheckpoint`."
+            f"ckpt_path={ckpt_path}: holds the weights alone, from which training cannot go on. Use"
+            " one that was saved without `save_weights_only`."
         )
 
 

@@ -1,6 +1,7 @@
 """Stop a run on SIGINT or SIGTERM without losing what it has learnt."""
 
 import logging
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -44,6 +45,7 @@ class StopOnSignal(Callback):
         self._signum: int | None = None
         self._saved: Path | None = None
         self._previous: dict[int, Any] = {}
+        self._pid = os.getpid()
 
     def __enter__(self) -> "StopOnSignal":
         self._previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
@@ -70,6 +72,8 @@ class StopOnSignal(Callback):
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a loader's process, forked from ours: Ctrl-C reaches it too, and we end it
         if self._signum is not None:
             raise Stopped(self._signum)
         self._signum = signum

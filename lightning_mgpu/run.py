@@ -23,6 +23,7 @@ from lightning_mgpu.strategies.predictions import join_batches
 log = logging.getLogger(__name__)
 
 _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+_MAX_SEED = 2**32 - 1  # numpy's
 
 
 @dataclass(kw_only=True)
@@ -56,22 +57,25 @@ def train(cfg: DictConfig) -> RunResult:
         ConfigError: The config asks for something that cannot be; nothing has been trained.
         Stopped: SIGINT or SIGTERM came; the state of training has been saved.
     """
+    output_dir = _output_dir(cfg)
+    _check_values(cfg)
     mode = cfg.get("mode", "fit")
     if mode not in _MODES:
         raise ConfigError(f"mode={mode}: unknown. Choose one of {', '.join(_MODES)}.")
     if cfg.get("ckpt_path") is not None:
-        check_checkpoint(str(cfg.ckpt_path))
+        check_checkpoint(str(cfg.ckpt_path), resume=mode == "fit")
     elif mode != "fit":
         log.warning("mode=%s without ckpt_path: the model has random weights.", mode)
-    output_dir = _output_dir(cfg)
     stop = StopOnSignal(output_dir / "checkpoints" / "interrupted.ckpt")
     with _seeded(cfg.get("seed")):
         parts = build(cfg, callbacks=[stop])
         if parts.trainer.is_global_zero:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+            _save_config(cfg, output_dir)
         with stop, _checkpoint_must_fit(cfg):
             metrics, files = _MODES[mode](parts, cfg, output_dir)
+    if mode != "fit" and cfg.get("ckpt_path") is not None and parts.trainer.ckpt_path is None:
+        # Lightning only warns, and goes on with random weights.
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: {output_dir} has no such checkpoint.")
     return RunResult(
         metrics=metrics,
         metric=_best(parts.trainer, metrics, cfg.get("metric")) if mode == "fit" else None,
@@ -174,19 +178,39 @@ def _best(trainer: Trainer, metrics: dict[str, float], name: str | None) -> floa
 
 def _output_dir(cfg: DictConfig) -> Path:
     try:
-        return Path(cfg.output_dir)
+        output_dir = cfg.output_dir
     except OmegaConfBaseException as error:
         raise ConfigError(
             "output_dir: follows Hydra's run directory, and Hydra is not running here. Set it:"
             " `cfg.output_dir = 'outputs/my_run'`."
         ) from error
+    if not isinstance(output_dir, str):
+        raise ConfigError(f"output_dir={output_dir}: expected the path of a directory.")
+    return Path(output_dir)
+
+
+def _check_values(cfg: DictConfig) -> None:
+    """See to it that every value is there before anything is built."""
+    try:
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{error.full_key or 'config'}: {reason}.") from error
+
+
+def _save_config(cfg: DictConfig, output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={output_dir}: cannot write there: {error}.") from error
 
 
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     """Seed everything, and take the seed out of the environment again: the next run has its own."""
-    if seed is not None and not isinstance(seed, int):
-        raise ConfigError(f"seed={seed}: expected an integer or null.")
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= _MAX_SEED):
+        raise ConfigError(f"seed={seed}: expected an integer from 0 to {_MAX_SEED}, or null.")
     before = {name: os.environ.get(name) for name in _SEED_VARIABLES}
     try:
         if seed is not None:
@@ -212,3 +236,8 @@ def _checkpoint_must_fit(cfg: DictConfig) -> Iterator[None]:
             f"ckpt_path={cfg.ckpt_path}: the checkpoint is of another model ({reason[:300]} ...)."
             " Use the model and the sizes it was trained with."
         ) from error
+    except ValueError as error:
+        if f'(ckpt_path="{cfg.get("ckpt_path")}")' not in str(error):
+            raise
+        # One of Lightning's keywords; `best`, say, means something only after a fit.
+        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: {error}") from error

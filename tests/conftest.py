@@ -20,7 +20,7 @@ from lightning_mgpu.launch import default_pool
 ROOT = Path(__file__).parent.parent
 
 # Threads of other libraries that live as long as the process.
-_LASTING_THREADS = ("TMonitor", "pytest_timeout")
+_LASTING_THREADS = ("tqdm_monitor", "pytest_timeout")
 _SETTLE_SECONDS = 5.0
 
 

@@ -21,6 +21,7 @@ class LeNet(Classifier):
         l1: Width of the first linear layer.
         l2: Width of the second linear layer.
         channels: Channels after the first and the second convolution.
+        dropout: Share of the convolutions' outputs to drop while training.
         lr: Adam's learning rate.
 
     Raises:
@@ -32,13 +33,14 @@ class LeNet(Classifier):
         *,
         image_shape: Sequence[int] = (1, 8, 8),
         num_classes: int = 10,
-        l1: int = 120,
-        l2: int = 84,
-        channels: Sequence[int] = (16, 32),
-        lr: float = 2e-3,
+        l1: int = 128,
+        l2: int = 64,
+        channels: Sequence[int] = (32, 64),
+        dropout: float = 0.25,
+        lr: float = 3e-3,
     ) -> None:
         image_shape, channels = image_size(image_shape), tuple(int(c) for c in channels)
-        super().__init__(lenet(image_shape, channels, (l1, l2), num_classes), lr=lr)
+        super().__init__(lenet(image_shape, channels, (l1, l2), dropout, num_classes), lr=lr)
         self.save_hyperparameters()
 
 
@@ -46,6 +48,7 @@ def lenet(
     image_shape: tuple[int, int, int],
     channels: tuple[int, ...],
     hidden: tuple[int, int],
+    dropout: float,
     num_classes: int,
 ) -> nn.Sequential:
     """Build the network as one flat sequence of named layers."""
@@ -57,13 +60,14 @@ def lenet(
     (c1, c2), (l1, l2) = channels, hidden
     return nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(depth, c1, kernel_size=5, padding=2),
+            conv1=nn.Conv2d(depth, c1, kernel_size=3, padding=1),
             relu1=nn.ReLU(),
             pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(c1, c2, kernel_size=5, padding=2),
+            conv2=nn.Conv2d(c1, c2, kernel_size=3, padding=1),
             relu2=nn.ReLU(),
             pool2=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
+            dropout=nn.Dropout(dropout),
             fc1=nn.Linear(c2 * (height // 4) * (width // 4), l1),
             relu3=nn.ReLU(),
             fc2=nn.Linear(l1, l2),

@@ -27,7 +27,7 @@ class MLP(Classifier):
         image_shape: Sequence[int] = (1, 8, 8),
         num_classes: int = 10,
         hidden: Sequence[int] = (256, 128),
-        lr: float = 1e-3,
+        lr: float = 2e-3,
     ) -> None:
         image_shape, hidden = image_size(image_shape), tuple(int(width) for width in hidden)
         super().__init__(mlp(prod(image_shape), hidden, num_classes), lr=lr)

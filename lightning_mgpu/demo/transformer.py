@@ -41,7 +41,7 @@ class Transformer(Classifier):
         dim: int = 64,
         heads: int = 4,
         layers: int = 2,
-        dropout: float = 0.0,
+        dropout: float = 0.1,
         lr: float = 1e-3,
     ) -> None:
         image_shape = image_size(image_shape)
@@ -66,7 +66,7 @@ class RowEmbedding(nn.Module):
         super().__init__()
         channels, height, width = image_shape
         self.linear = nn.Linear(channels * width, dim)
-        self.position = nn.Parameter(0.02 * torch.randn(height, dim))
+        self.position = position_code(height, dim)
 
     def forward(self, images: Tensor) -> Tensor:
         rows: Tensor = self.linear(images.transpose(1, 2).flatten(2))
@@ -79,7 +79,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, vocab_size: int, sequence_length: int, dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.position = nn.Parameter(0.02 * torch.randn(sequence_length, dim))
+        self.position = position_code(sequence_length, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         embedded: Tensor = self.embedding(tokens)
@@ -91,6 +91,15 @@ class MeanOverSequence(nn.Module):
 
     def forward(self, sequence: Tensor) -> Tensor:
         return sequence.mean(dim=1)
+
+
+def position_code(length: int, dim: int) -> nn.Parameter:
+    """Make the learnt vectors that tell positions apart, of shape (length, dim).
+
+    They start on the scale of the embedded inputs: with the customary 0.02 a small set like digits
+    takes far longer to find out that the order matters.
+    """
+    return nn.Parameter(0.5 * torch.randn(length, dim))
 
 
 def encoder_layer(dim: int, heads: int, dropout: float) -> nn.TransformerEncoderLayer:

@@ -4,30 +4,18 @@ import os
 import pickle
 import tempfile
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import cloudpickle
 import torch
-from torch.utils.data import DataLoader
 
+from lightning_mgpu.launch.pickler import Pickler
 from lightning_mgpu.launch.unpicklable import explain
 
 __all__: list[str] = []
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Pickles what `pickle` cannot: lambdas, `__main__`, a `DataLoader` in the middle of use."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, DataLoader) and obj._iterator is not None:
-            # Persistent DataLoader workers belong to this process.
-            function, arguments, state, *rest = cast("tuple[Any, ...]", obj.__reduce_ex__(2))
-            return function, arguments, {**state, "_iterator": None}, *rest
-        return super().reducer_override(obj)
-
-
 # `torch.save` wants a module-like object and derives its own pickler from `Pickler`.
-_PICKLE_MODULE = SimpleNamespace(Pickler=_Pickler, __name__="cloudpickle")
+_PICKLE_MODULE = SimpleNamespace(Pickler=Pickler, __name__="cloudpickle")
 
 
 class Payload:
@@ -47,7 +35,9 @@ class Payload:
     def __init__(self, obj: Any, names: dict[str, Any] | None = None) -> None:
         self.file = _anonymous_file()
         try:
-            with os.fdopen(os.dup(self.file), "wb", buffering=0) as stream:
+            # Buffered: `torch.save` takes no notice of short writes, and the kernel writes no more
+            # than 2 GiB at once.
+            with os.fdopen(os.dup(self.file), "wb") as stream:
                 torch.save(obj, stream, pickle_module=_PICKLE_MODULE)
         except Exception as error:
             self.close()

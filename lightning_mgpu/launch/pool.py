@@ -60,7 +60,7 @@ class WorkerPool:
     def launch(
         self,
         local: Callable[[Rank], Any],
-        remote: payload.Payload,
+        remote: payload.Payload | None,
         *,
         world_size: int,
         timeout: timedelta,
@@ -71,7 +71,7 @@ class WorkerPool:
 
         Args:
             local: Rank 0's function, called in this thread.
-            remote: The pickled function of the other ranks.
+            remote: The pickled function of the other ranks; `None` if there are none.
             world_size: Number of ranks, the calling process included.
             timeout: How long ranks wait for each other; a rank that is later counts as hung.
             prepare: Called on each worker before `remote` is unpickled; picklable by reference.
@@ -108,6 +108,7 @@ class WorkerPool:
             watch = stack.enter_context(Watch(workers, interrupter, seconds, unblock))
             ranks = [Rank(rank, world_size, rendezvous.port) for rank in range(world_size)]
             for rank, worker in workers.items():
+                assert remote is not None
                 worker.send(protocol.Run(ranks[rank], state, prepare, normal_exit), remote.file)
             watch.collect(protocol.Ready, _START_SECONDS)
             for worker in workers.values():
@@ -121,7 +122,8 @@ class WorkerPool:
             files = watch.collect(protocol.Done, seconds)
             for worker in workers.values():
                 worker.send(protocol.Release())
-            results = [result, *(payload.load(file) for _, file in sorted(files.items()))]
+            loaded = (payload.load(os.dup(file)) for _, file in sorted(files.items()))
+            results = [result, *loaded]
             if not watch.wait_for(protocol.Idle, _CLEANUP_SECONDS):
                 log.warning("The workers do not come to rest; the next launch starts new ones.")
                 self.close()
@@ -143,6 +145,8 @@ class WorkerPool:
         if not fit or len(self.pids) < len(self._workers) or os.getpid() != self._owner:
             self.close()
             self._started_under, self._owner = conditions, os.getpid()
+        elif self._started_under is not None:
+            self._started_under.add(conditions)
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
         while len(self._workers) < count:
             self._workers.append(WorkerHandle(environment, sys.path, self._preload))
@@ -202,6 +206,10 @@ class _Conditions:
         return self._environment == now._environment and all(
             now._specs.get(name, spec) is spec for name, spec in self._specs.items()
         )
+
+    def add(self, now: "_Conditions") -> None:
+        """Take in the modules imported since: the coming launch may load them in the workers."""
+        self._specs = now._specs | self._specs
 
 
 @contextmanager

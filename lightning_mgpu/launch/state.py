@@ -99,7 +99,9 @@ class ProcessState:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = self.cudnn
         torch.set_float32_matmul_precision(self.matmul_precision)
         for name, level in self.log_levels.items():
-            logging.getLogger(name).setLevel(level)
+            logger = logging.getLogger(name)
+            if logger.level != level:  # setting a level takes a walk over all loggers
+                logger.setLevel(level)
         if self.warning_filters is not None:
             warnings.filters[:] = pickle.loads(self.warning_filters)  # type: ignore[index]
             warnings._filters_mutated()  # type: ignore[attr-defined]
@@ -173,11 +175,12 @@ def _set_random_states(states: dict[str, Any] | None) -> None:
 
 def _log_levels() -> dict[str, int]:
     loggers = logging.root.manager.loggerDict
-    return {
+    levels = {
         name: logger.level
-        for name, logger in loggers.items()
-        if isinstance(logger, logging.Logger) and logger.level != logging.NOTSET
+        for name, logger in list(loggers.items())
+        if isinstance(logger, logging.Logger)
     }
+    return {logging.root.name: logging.root.level, **levels}
 
 
 def _hydra_state() -> bytes | None:

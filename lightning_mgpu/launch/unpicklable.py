@@ -6,15 +6,15 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import cloudpickle
 import torch
 
 from lightning_mgpu.launch.errors import LaunchError, UnpicklableError
+from lightning_mgpu.launch.pickler import Pickler
 
 __all__: list[str] = []
 
 
-class _Probe(cloudpickle.Pickler):  # type: ignore[misc]
+class _Probe(Pickler):
     """Pickles everything but the tensors' data: fast, and as strict."""
 
     def persistent_id(self, obj: Any) -> Any:
@@ -28,10 +28,11 @@ def explain(error: Exception, roots: dict[str, Any]) -> LaunchError:
         error: What the pickler raised.
         roots: The objects that were pickled, each under the name its user knows it by.
     """
-    if isinstance(error, OSError):
-        return LaunchError(f"Could not write the objects for the workers: {error}.")
     found = find(roots)
     if found is None:
+        unwritten = _os_error(error)
+        if unwritten is not None:
+            return LaunchError(f"Could not write the objects for the workers: {unwritten}.")
         return UnpicklableError(
             f"The objects for the workers cannot be pickled: {error}. {_WAYS_OUT}"
         )
@@ -47,6 +48,13 @@ _WAYS_OUT = (
     " or start the ranks from outside, where nothing is pickled:"
     " `torchrun --nproc-per-node N your_script.py`."
 )
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """`error` itself or what it covers: `torch.save` may fail once more when it gives up."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def find(roots: dict[str, Any]) -> tuple[str, Any, Exception] | None:
@@ -86,7 +94,7 @@ def _children(obj: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(obj, (list, tuple, set, frozenset)):
         yield from ((f"[{index}]", value) for index, value in enumerate(obj))
     elif isinstance(obj, functools.partial):
-        yield from _children([obj.func, *obj.args, *obj.keywords.values()])
+        yield from ((f".{part}", getattr(obj, part)) for part in ("func", "args", "keywords"))
     elif isinstance(obj, types.MethodType):
         yield ".__self__", obj.__self__
     elif isinstance(obj, types.FunctionType):
@@ -104,6 +112,9 @@ def _state(obj: Any) -> Iterator[tuple[str, Any]]:
         state = obj.__reduce_ex__(2)[2]
     except Exception:
         state = getattr(obj, "__dict__", None)
+    if isinstance(state, tuple) and all(part is None or isinstance(part, dict) for part in state):
+        # Of an object with slots: its dictionary, if any, and its slots.
+        state = {name: value for part in state for name, value in (part or {}).items()}
     if not isinstance(state, dict):
         yield from _children(state) if isinstance(state, tuple) else ()
         return

@@ -18,7 +18,7 @@ from lightning_mgpu.launch.errors import (
     WorkerDiedError,
 )
 from lightning_mgpu.launch.handle import WorkerHandle
-from lightning_mgpu.launch.interrupt import Interrupter
+from lightning_mgpu.launch.interrupt import Interrupted, Interrupter
 
 __all__: list[str] = []
 
@@ -59,12 +59,14 @@ class Watch:
         self._unblock = unblock
         self._changed = threading.Condition()
         self._answers: dict[type[Any], dict[int, int | None]] = {}
+        self._files: list[int] = []
         self._failures: dict[int, RemoteFailure | BaseException] = {}
         self._stacks: dict[int, str] = {}
         self._missing: tuple[int, ...] = ()
         self._conclusion: BaseException | None = None
         self._rank_zero = threading.get_ident()
         self._rank_zero_busy = False
+        self._rank_zero_freed = False
         self._deadlines: dict[Callable[[], None], float] = {}
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="mgpu-watch", daemon=True)
@@ -80,9 +82,13 @@ class Watch:
         self._thread.join()
         os.close(self._control_reader)
         os.close(self._control_writer)
+        for file in self._files:
+            os.close(file)
 
     def collect(self, kind: type[Any], seconds: float) -> dict[int, int]:
         """Wait until every worker has sent a `kind`; the files that came along, by rank.
+
+        The files are closed with the watch.
 
         Raises:
             BaseException: The launch's conclusion, if it failed meanwhile or within `seconds`.
@@ -135,6 +141,8 @@ class Watch:
     def _cause_of(self, error: BaseException) -> BaseException:
         facts = RemoteFailure.of(error)
         with self._changed:
+            if self._rank_zero_freed and not isinstance(error, Interrupted):
+                return error  # what it was freed for; that the workers died is our doing
             if self._conclusion is None and not facts.is_collective:
                 return error
             if self._conclusion is None:
@@ -184,6 +192,8 @@ class Watch:
                     self._after(0.0, self._conclude_hang)
             else:
                 self._answers.setdefault(type(message), {})[rank] = file
+                if file is not None:
+                    self._files.append(file)
                 self._changed.notify_all()
         return True
 
@@ -264,6 +274,7 @@ class Watch:
         """If somebody wants to stop rank 0, and it cannot know: it waits in native code."""
         with self._changed:
             if self._rank_zero_busy and not self._interrupter.is_responsive:
+                self._rank_zero_freed = True
                 self._end_workers()
 
     def _end_workers(self) -> None:

@@ -55,9 +55,9 @@ def main(descriptor: int, parent: int, spawned_by_main_thread: bool, preload: li
     inbox = _Inbox(channel, parent)
     for name in preload:
         importlib.import_module(name)
-    gc.collect()
     # The modules just imported never become garbage: keep every later collection off them.
     gc.freeze()
+    gc.enable()
     _Worker(channel, inbox).serve()
 
 
@@ -87,7 +87,13 @@ class _Inbox:
                 while not select.select([self._channel], [], [], _PARENT_CHECK_SECONDS)[0]:
                     if os.getppid() != self._parent:
                         raise EOFError
-                message, file = self._channel.receive()
+                try:
+                    message, file = self._channel.receive()
+                except EOFError:
+                    raise
+                except Exception as error:  # a class in the message is not to be found here
+                    self._channel.send(protocol.Failed(RemoteFailure.of(error)))
+                    continue
                 if isinstance(message, protocol.ShowStack):
                     self._channel.send(protocol.Stack(self._stack()))
                 else:
@@ -121,12 +127,13 @@ class _Worker:
         with GroupGuard():
             try:
                 result = self._run(run, file)
+                parcel = payload.Payload(result, {f"result of rank {run.rank.rank}": result})
             except BaseException as error:
                 self._channel.send(protocol.Failed(RemoteFailure.of(error)))
                 # Peers may still be talking to us: only the caller knows when to end this.
                 self._inbox.next()
                 raise
-            with payload.Payload(result) as parcel:
+            with parcel:
                 self._channel.send(protocol.Done(), parcel.file)
             del result
             self._inbox.expect(protocol.Release)

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -55,11 +55,12 @@ class PoolLauncher(_Launcher):
             the dataset.
         """
         entry = _Entry(self._strategy, trainer, function, args, kw)
-        with entry.pickled() as payload:
+        world_size = len(self._strategy.parallel_devices or ())
+        with entry.pickled() if world_size > 1 else nullcontext() as payload:
             results = default_pool().launch(
                 entry,
                 payload,
-                world_size=len(self._strategy.parallel_devices or ()),
+                world_size=world_size,
                 timeout=getattr(self._strategy, "_timeout", None) or default_pg_timeout,
                 prepare=_announce_rank,
                 normal_exit=(_TunerExitException,),

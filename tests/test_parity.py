@@ -1,0 +1,78 @@
+"""Every strategy against training on one device: weight by weight and metric by metric.
+
+A strategy joins with a row in `STRATEGIES`. float64, tolerance 1e-9, 20 steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import boring
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import lightning_mgpu  # noqa: F401  (registers the strategies)
+
+TOLERANCE = 1e-9
+GLOBAL_BATCH = 12
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How to train with a strategy so that its steps see the same samples as one device."""
+
+    name: str
+    devices: int
+    # Processes that share a step's samples; a single process gets the whole batch.
+    processes: int
+
+    def run(self, model: pl.LightningModule, size: int, **kwargs: Any) -> pl.Trainer:
+        trainer = boring.trainer(
+            self.name,
+            self.devices,
+            max_epochs=-1,
+            max_steps=STEPS,
+            use_distributed_sampler=False,
+            **kwargs,
+        )
+        data = boring.Blobs(GLOBAL_BATCH // self.processes, size, world_size=self.processes)
+        trainer.fit(model, datamodule=data)
+        trainer.test(model, datamodule=data, verbose=False)
+        return trainer
+
+
+STRATEGIES = [
+    Strategy("mgpu_ddp", devices=2, processes=2),
+    Strategy("mgpu_ddp", devices=3, processes=3),
+]
+
+CASES: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any]]] = {
+    "sgd": (boring.Classifier, {}),
+    "adam": (lambda: boring.Classifier("adam"), {}),
+    "scheduler": (lambda: boring.Classifier("adam", scheduler=True), {}),
+    "accumulation": (lambda: boring.Classifier("adam"), {"accumulate_grad_batches": 2}),
+    "clipping": (boring.Classifier, {"gradient_clip_val": 0.1}),
+    "all": (
+        lambda: boring.Classifier("adam", scheduler=True),
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{s.name}-{s.devices}")
+@pytest.mark.parametrize("case", CASES)
+def test_parity_with_one_device(strategy: Strategy, case: str) -> None:
+    build, kwargs = CASES[case]
+    size = 4 * GLOBAL_BATCH
+    alone, parallel = build(), build()
+    expected = Strategy("auto", devices=1, processes=1).run(alone, size, **kwargs)
+    actual = strategy.run(parallel, size, **kwargs)
+    assert actual.global_step == expected.global_step == STEPS
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(parallel.state_dict()[name], value, rtol=0, atol=TOLERANCE)
+    metrics = dict(actual.callback_metrics)
+    assert metrics.keys() == expected.callback_metrics.keys()
+    for name, value in expected.callback_metrics.items():
+        torch.testing.assert_close(metrics[name], value, rtol=0, atol=TOLERANCE, msg=name)
