@@ -54,7 +54,7 @@ def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
     }
     if cfg.get("strategy") is not None:
         extra["strategy"] = _build_node(cfg, "strategy")
-    trainer_cfg = cfg.trainer.copy()
+    trainer_cfg = _node(cfg, "trainer", "trainer").copy()
     if _wants_cpu_devices(trainer_cfg, extra.get("strategy")):
         trainer_cfg.devices = _CPU_DEVICES
     trainer = _build(trainer_cfg, "trainer", **extra)
@@ -106,10 +106,14 @@ def _build_each(cfg: DictConfig, group: str, kind: type) -> list[Any]:
 
 def _build_node(cfg: DictConfig, key: str, path: str | None = None) -> Any:
     path = path or key
+    return _build(_node(cfg, key, path), path)
+
+
+def _node(cfg: DictConfig, key: str, path: str) -> DictConfig:
     node = cfg.get(key)
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ConfigError(f"{path}: expected a node with `_target_`, got {node!r}.")
-    return _build(node, path)
+    return node
 
 
 def _build(node: DictConfig, path: str, **extra: Any) -> Any:

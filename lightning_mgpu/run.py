@@ -72,22 +72,26 @@ def train(cfg: DictConfig) -> RunResult:
         if parts.trainer.is_global_zero:
             _save_config(cfg, output_dir)
         with stop, _checkpoint_must_fit(cfg):
-            metrics, files = _MODES[mode](parts, cfg, output_dir)
+            outcome = _MODES[mode](parts, cfg, output_dir)
     if mode != "fit" and cfg.get("ckpt_path") is not None and parts.trainer.ckpt_path is None:
         # Lightning only warns, and goes on with random weights.
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: {output_dir} has no such checkpoint.")
     return RunResult(
-        metrics=metrics,
-        metric=_best(parts.trainer, metrics, cfg.get("metric")) if mode == "fit" else None,
+        metrics=outcome.metrics,
+        metric=outcome.metric,
         output_dir=output_dir,
-        files={"config": output_dir / "config.yaml", **files},
+        files={"config": output_dir / "config.yaml", **outcome.files},
         model=parts.model,
         datamodule=parts.datamodule,
         trainer=parts.trainer,
     )
 
 
-_Outcome = tuple[dict[str, float], dict[str, Path]]  # metrics and files
+@dataclass
+class _Outcome:
+    metrics: dict[str, float] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    metric: float | None = None
 
 
 def _fit(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
@@ -104,25 +108,33 @@ def _fit(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
         files = {name: Path(path) for name, path in named.items() if path}
     if (output_dir / "metrics.csv").exists():
         files["metrics"] = output_dir / "metrics.csv"
+    # Before the test: to load a checkpoint takes the callbacks back to what they knew at the time.
+    score = _best_score(trainer, cfg.get("metric"))
     if _has_test(parts):
         best = str(files["best checkpoint"]) if "best checkpoint" in files else None
-        trainer.test(model, datamodule=datamodule, ckpt_path=best, verbose=False)
+        trainer.test(
+            model,
+            datamodule=datamodule,
+            ckpt_path=best,
+            verbose=False,
+            weights_only=False,  # this run's own file, so whatever objects it holds may be loaded
+        )
         metrics |= _numbers(trainer)
-    return metrics, files
+    return _Outcome(metrics, files, _metric(score, metrics, cfg.get("metric")))
 
 
 def _validate(parts: Parts, cfg: DictConfig, _: Path) -> _Outcome:
     parts.trainer.validate(
         parts.model, datamodule=parts.datamodule, ckpt_path=cfg.get("ckpt_path"), verbose=False
     )
-    return _numbers(parts.trainer), {}
+    return _Outcome(_numbers(parts.trainer))
 
 
 def _test(parts: Parts, cfg: DictConfig, _: Path) -> _Outcome:
     parts.trainer.test(
         parts.model, datamodule=parts.datamodule, ckpt_path=cfg.get("ckpt_path"), verbose=False
     )
-    return _numbers(parts.trainer), {}
+    return _Outcome(_numbers(parts.trainer))
 
 
 def _predict(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
@@ -140,7 +152,7 @@ def _predict(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
     path = output_dir / f"predictions{f'-rank{trainer.global_rank}' if external else ''}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(predictions, path)
-    return {}, {"predictions": path}
+    return _Outcome(files={"predictions": path})
 
 
 _MODES: dict[str, Callable[[Parts, DictConfig, Path], _Outcome]] = {
@@ -160,13 +172,18 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def _best(trainer: Trainer, metrics: dict[str, float], name: str | None) -> float | None:
-    if name is None:
-        return None
+def _best_score(trainer: Trainer, name: str | None) -> float | None:
+    """The best value of a metric by which checkpoints are kept."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor == name:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor == name is not None:
             score = callback.best_model_score
             return None if score is None else float(score)
+    return None
+
+
+def _metric(score: float | None, metrics: dict[str, float], name: str | None) -> float | None:
+    if score is not None or name is None:
+        return score
     if name not in metrics:
         log.warning(
             "metric=%s was never logged, so the run has no result for a sweeper; logged were: %s.",

@@ -55,10 +55,14 @@ def no_process_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_leaks(
-    tmp_path: Path, temporary_files: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
+def nothing_leaks(tmp_path: Path, temporary_files: Path) -> Iterator[None]:
+    # Not the `monkeypatch` fixture, which would then be undone after the check.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path)
+        yield from _watch(temporary_files)
+
+
+def _watch(temporary_files: Path) -> Iterator[None]:
     before = _Snapshot(temporary_files)
     yield
     deadline = time.monotonic() + _SETTLE_SECONDS

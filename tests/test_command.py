@@ -35,7 +35,7 @@ def test_fit_leaves_its_files_in_the_run_directory() -> None:
         "metrics.csv",
         "lightning_mgpu.log",
         "checkpoints/last.ckpt",
-        "checkpoints/epoch=0-step=2.ckpt",
+        "checkpoints/epoch0-step2.ckpt",
         ".hydra/overrides.yaml",
     }
 
@@ -48,7 +48,7 @@ def test_fit_ends_with_metrics_and_files() -> None:
     named = dict(line.strip().split(": ") for line in files.splitlines())
     assert named == {
         "config": "run/config.yaml",
-        "best checkpoint": "run/checkpoints/epoch=0-step=2.ckpt",
+        "best checkpoint": "run/checkpoints/epoch0-step2.ckpt",
         "last checkpoint": "run/checkpoints/last.ckpt",
         "metrics": "run/metrics.csv",
     }
@@ -273,7 +273,7 @@ def test_multirun_with_ddp_runs_each_job_once() -> None:
     for job in range(2):
         assert Path(f"sweep/{job}/seeds.txt").read_text() == "42\n"
         checkpoints = _files(f"sweep/{job}/checkpoints")
-        assert checkpoints == {"last.ckpt", "epoch=0-step=2.ckpt"}
+        assert checkpoints == {"last.ckpt", "epoch0-step2.ckpt"}
 
 
 def test_multirun_keeps_each_seed_in_its_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from lightning_mgpu.launch.channel import Channel
 
 __all__: list[str] = []
 
-_BOOT = "from lightning_mgpu.launch.worker import main; main({fd}, {parent}, {main}, {preload!r})"
+_BOOT = "from lightning_mgpu.launch.worker import main; main({fd}, {parent}, {main})"
 _EXIT_SECONDS = 5.0
 
 
@@ -26,18 +26,14 @@ class WorkerHandle:
     Args:
         environment: The worker's environment until its first launch.
         path: The worker's `sys.path` until its first launch; must find this package.
-        preload: Modules to import at the start.
     """
 
-    def __init__(
-        self, environment: dict[str, str], path: Sequence[str], preload: Sequence[str]
-    ) -> None:
+    def __init__(self, environment: dict[str, str], path: Sequence[str]) -> None:
         self.channel, theirs = Channel.pair()
         boot = _BOOT.format(
             fd=theirs.fileno(),
             parent=os.getpid(),
             main=threading.current_thread() is threading.main_thread(),
-            preload=list(preload),
         )
         # `-P`-like safety without needing Python 3.11: the path is set before the first import.
         # Collecting garbage while importing costs a third of the start and finds none.
@@ -62,7 +58,7 @@ class WorkerHandle:
 
     def send(self, message: Any, file: int | None = None) -> None:
         """Send a message. That the worker is gone shows when its answer is waited for."""
-        with suppress(OSError):
+        with suppress(BrokenPipeError, ConnectionResetError):
             self.channel.send(message, file)
 
     def exit_code(self) -> int | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -40,13 +40,9 @@ class WorkerPool:
 
     One launch at a time: the default process group is one per process. A failed launch kills the
     workers; the next one starts new ones.
-
-    Args:
-        preload: Modules that each worker imports at its start, before the first launch.
     """
 
-    def __init__(self, preload: Sequence[str] = ()) -> None:
-        self._preload = tuple(preload)
+    def __init__(self) -> None:
         self._workers: list[WorkerHandle] = []
         self._launching = threading.Lock()
         self._owner = os.getpid()
@@ -149,7 +145,7 @@ class WorkerPool:
             self._started_under.add(conditions)
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
         while len(self._workers) < count:
-            self._workers.append(WorkerHandle(environment, sys.path, self._preload))
+            self._workers.append(WorkerHandle(environment, sys.path))
         return self._workers[:count]
 
     @contextmanager
@@ -225,6 +221,6 @@ def _intra_op_threads(count: int) -> Iterator[None]:
 @functools.cache
 def default_pool() -> WorkerPool:
     """The pool that all strategies of this process share; its workers end with the process."""
-    pool = WorkerPool(preload=("lightning.pytorch",))
+    pool = WorkerPool()
     atexit.register(pool.close)
     return pool

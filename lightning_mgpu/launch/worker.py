@@ -6,7 +6,6 @@ with `multiprocessing`, so that nothing of the caller's ``__main__`` runs again.
 
 import ctypes
 import gc
-import importlib
 import os
 import queue
 import select
@@ -36,7 +35,7 @@ def is_worker() -> bool:
     return _running_in_worker
 
 
-def main(descriptor: int, parent: int, spawned_by_main_thread: bool, preload: list[str]) -> None:
+def main(descriptor: int, parent: int, spawned_by_main_thread: bool) -> None:
     """Serve launches until the caller closes its end of the socket.
 
     Args:
@@ -44,7 +43,6 @@ def main(descriptor: int, parent: int, spawned_by_main_thread: bool, preload: li
         parent: Process id of the caller.
         spawned_by_main_thread: Whether the kernel's parent-death signal, which follows the
             *thread* that spawned us, can be trusted.
-        preload: Modules to import before the first launch.
     """
     global _running_in_worker
     _running_in_worker = True
@@ -53,8 +51,6 @@ def main(descriptor: int, parent: int, spawned_by_main_thread: bool, preload: li
         os.register_at_fork(after_in_child=_die_with_parent)
     channel = Channel(socket.socket(fileno=descriptor))
     inbox = _Inbox(channel, parent)
-    for name in preload:
-        importlib.import_module(name)
     # The modules just imported never become garbage: keep every later collection off them.
     gc.freeze()
     gc.enable()
