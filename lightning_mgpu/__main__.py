@@ -34,6 +34,7 @@ _KNOWN_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning with torch 2.13
     "Experiment logs directory .* exists and is not empty",  # the run's directory, made by Hydra
     "The '.*_dataloader' does not have many workers",
+    "The dirpath has changed from",  # of course: each run has a directory of its own
 )
 
 
@@ -163,6 +164,8 @@ def _report(result: "RunResult") -> None:
 
 
 def _relative(path: Path) -> str:
+    if HydraConfig.get().runtime.cwd != os.getcwd():
+        return str(path.absolute())  # `hydra.job.chdir`: the user stands elsewhere
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 

@@ -60,8 +60,7 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], path: str) -> 
         if name in hints and not _fits(value, hints[name]):
             raise ConfigError(
                 f"{path}.{name}={OmegaConf.to_container(value) if _is_config(value) else value}:"
-                f" {describe(target)} wants {_words(hints[name])}, not"
-                f" {_kind(value)}."
+                f" {describe(target)} wants {_words(hints[name])}{_instead(value, hints[name])}."
             )
 
 
@@ -145,6 +144,11 @@ def _words(hint: Any) -> str:
     if isinstance(hint, type) and not get_args(hint):
         return hint.__name__
     return str(hint).replace("collections.abc.", "").replace("typing.", "")
+
+
+def _instead(value: Any, hint: Any) -> str:
+    # Of a list of values the type of a wrong one says nothing.
+    return "" if "Literal[" in str(hint) else f", not {_kind(value)}"
 
 
 def _kind(value: Any) -> str:

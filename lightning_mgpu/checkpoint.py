@@ -11,7 +11,7 @@ import torch
 from lightning_mgpu.errors import ConfigError
 
 # Words that the Trainer turns into a path itself.
-_KEYWORDS = ("best", "last", "hpc", "registry")
+_KEYWORDS = ("last", "hpc", "registry")
 # What lies in the directory of a checkpoint that several ranks have written: FSDP's, DeepSpeed's.
 _SHARDED = ("meta.pt", ".metadata", "latest", "checkpoint")
 _TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch
@@ -32,6 +32,8 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
     """
     if "://" in ckpt_path or ckpt_path.partition(":")[0] in _KEYWORDS:
         return
+    if ckpt_path == "best":  # another of Lightning's words
+        raise ConfigError("ckpt_path=best: known only within the run that fits. Give its path.")
     path = Path(ckpt_path)
     if not path.exists():
         raise ConfigError(f"ckpt_path={ckpt_path}: no such file (looked in {Path.cwd()}).")

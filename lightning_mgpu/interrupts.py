@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,7 +35,8 @@ class StopOnSignal(Callback):
     """Ends the run after the current batch when SIGINT or SIGTERM comes, and saves a checkpoint.
 
     A second signal ends it at once; the checkpoint may then hold half an optimizer step. Use it
-    as a context manager around the Trainer's calls, and as a callback of the Trainer.
+    as a context manager around the Trainer's calls, and as a callback of the Trainer. Outside the
+    main thread, where Python lets nobody set signal handlers, it does nothing.
 
     Args:
         path: Where to save the checkpoint of an interrupted `fit`.
@@ -48,8 +50,9 @@ class StopOnSignal(Callback):
         self._pid = os.getpid()
 
     def __enter__(self) -> "StopOnSignal":
-        self._previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
-        self._listen()
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+            self._listen()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:

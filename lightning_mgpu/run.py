@@ -1,5 +1,6 @@
 """Run what a config describes: fit, validate, test or predict."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -23,6 +25,8 @@ from lightning_mgpu.strategies.predictions import join_batches
 log = logging.getLogger(__name__)
 
 _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+# How `ModelCheckpoint` and `EarlyStopping` begin when what they monitor is not there.
+_NOT_LOGGED = ("could not find the monitored key", "Early stopping conditioned on metric")
 _MAX_SEED = 2**32 - 1  # numpy's
 
 
@@ -66,12 +70,17 @@ def train(cfg: DictConfig) -> RunResult:
         check_checkpoint(str(cfg.ckpt_path), resume=mode == "fit")
     elif mode != "fit":
         log.warning("mode=%s without ckpt_path: the model has random weights.", mode)
+    if "loss" in str(cfg.get("metric")) and cfg.get("metric_mode") == "max":
+        log.warning(
+            "metric=%s with metric_mode=max keeps the worst; set metric_mode=min.", cfg.metric
+        )
     stop = StopOnSignal(output_dir / "checkpoints" / "interrupted.ckpt")
     with _seeded(cfg.get("seed")):
         parts = build(cfg, callbacks=[stop])
         if parts.trainer.is_global_zero:
             _save_config(cfg, output_dir)
-        with stop, _checkpoint_must_fit(cfg):
+            _keep_earlier_metrics(output_dir)
+        with stop, _told_in_terms_of(cfg):
             outcome = _MODES[mode](parts, cfg, output_dir)
     if mode != "fit" and cfg.get("ckpt_path") is not None and parts.trainer.ckpt_path is None:
         # Lightning only warns, and goes on with random weights.
@@ -98,14 +107,7 @@ def _fit(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
     trainer, model, datamodule = parts.trainer, parts.model, parts.datamodule
     trainer.fit(model, datamodule=datamodule, ckpt_path=cfg.get("ckpt_path"))
     metrics = _numbers(trainer)
-    checkpoint = trainer.checkpoint_callback
-    files = {}
-    if isinstance(checkpoint, ModelCheckpoint):
-        named = {
-            "best checkpoint": checkpoint.best_model_path,
-            "last checkpoint": checkpoint.last_model_path,
-        }
-        files = {name: Path(path) for name, path in named.items() if path}
+    files = _checkpoints(trainer)
     if (output_dir / "metrics.csv").exists():
         files["metrics"] = output_dir / "metrics.csv"
     # Before the test: to load a checkpoint takes the callbacks back to what they knew at the time.
@@ -161,6 +163,22 @@ _MODES: dict[str, Callable[[Parts, DictConfig, Path], _Outcome]] = {
     "test": _test,
     "predict": _predict,
 }
+
+
+def _checkpoints(trainer: Trainer) -> dict[str, Path]:
+    """The best checkpoint by the first callback that monitors a metric, and the last one."""
+    found: dict[str, Path] = {}
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        # What a callback without a metric calls the best is the last.
+        kind = "best checkpoint" if callback.monitor is not None else "last checkpoint"
+        paths = ((kind, callback.best_model_path), ("last checkpoint", callback.last_model_path))
+        for name, path in paths:
+            # One from before a resume may be gone.
+            if path and ("://" in path or Path(path).exists()):
+                found.setdefault(name, Path(path))
+    return found
 
 
 def _has_test(parts: Parts) -> bool:
@@ -223,6 +241,14 @@ def _save_config(cfg: DictConfig, output_dir: Path) -> None:
         raise ConfigError(f"output_dir={output_dir}: cannot write there: {error}.") from error
 
 
+def _keep_earlier_metrics(output_dir: Path) -> None:
+    """Put aside the metrics of an earlier run in the same directory; `CSVLogger` deletes them."""
+    metrics = output_dir / "metrics.csv"
+    if metrics.exists():
+        names = (output_dir / f"metrics-{number}.csv" for number in itertools.count(1))
+        metrics.rename(next(name for name in names if not name.exists()))
+
+
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     """Seed everything, and take the seed out of the environment again: the next run has its own."""
@@ -242,10 +268,16 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpoint_must_fit(cfg: DictConfig) -> Iterator[None]:
+def _told_in_terms_of(cfg: DictConfig) -> Iterator[None]:
+    """Say what Lightning finds out late, and what the config is to blame for, as such."""
     try:
         yield
-    except RuntimeError as error:
+    except (MisconfigurationException, RuntimeError) as error:
+        if any(words in str(error) for words in _NOT_LOGGED):
+            raise ConfigError(
+                f"metric={cfg.get('metric')}: {' '.join(str(error).split())} Set `metric=` to one"
+                " that is logged (with `metric_mode=min` for a loss), or to null."
+            ) from error
         if cfg.get("ckpt_path") is None or "Error(s) in loading state_dict" not in str(error):
             raise
         reason = " ".join(str(error).split())
@@ -256,5 +288,5 @@ def _checkpoint_must_fit(cfg: DictConfig) -> Iterator[None]:
     except ValueError as error:
         if f'(ckpt_path="{cfg.get("ckpt_path")}")' not in str(error):
             raise
-        # One of Lightning's keywords; `best`, say, means something only after a fit.
+        # One of Lightning's keywords (`hpc`), which finds nothing.
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: {error}") from error

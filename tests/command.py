@@ -198,7 +198,7 @@ class Process:
 
 
 @contextmanager
-def started(*arguments: str) -> Iterator[Process]:
+def started(*arguments: str, **environment: str) -> Iterator[Process]:
     """The command in a process of its own; it is killed if it outlives the block."""
     out, err = Path("stdout.txt"), Path("stderr.txt")
     with out.open("wb") as to_out, err.open("wb") as to_err:
@@ -206,6 +206,7 @@ def started(*arguments: str) -> Iterator[Process]:
             [sys.executable, "-m", "lightning_mgpu", *arguments],
             stdout=to_out,
             stderr=to_err,
+            env={**os.environ, **environment},
             start_new_session=True,
         )
     try:

@@ -88,7 +88,8 @@ def test_value_fits(value: Any, hint: Any) -> None:
         (3, None | str, "node.x=3: {} wants null or str, not int."),
         ("a", int | None, "node.x=a: {} wants int or null, not str."),
         ("a", Optional[int], "node.x=a: {} wants int or null, not str."),  # noqa: UP045
-        ("up", Literal["min", "max"], "node.x=up: {} wants 'min' or 'max', not str."),
+        ("up", Literal["min", "max"], "node.x=up: {} wants 'min' or 'max'."),
+        (8, Literal[16, "bf16"] | None, "node.x=8: {} wants 16 or 'bf16' or null."),
         (3, Path, "node.x=3: {} wants Path, not int."),
         (3, Sequence[int], "node.x=3: {} wants Sequence[int], not int."),
         ("ab", Sequence[str], "node.x=ab: {} wants Sequence[str], not str."),

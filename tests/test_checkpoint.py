@@ -32,7 +32,7 @@ def test_good_checkpoint_passes(resume: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["best", "last", "hpc", "registry", "registry:m", "s3://bucket/x.ckpt", "file://x"]
+    "path", ["last", "hpc", "registry", "registry:m", "s3://bucket/x.ckpt", "file://x"]
 )
 def test_keyword_or_remote_path_is_left_to_lightning(path: str) -> None:
     check_checkpoint(path)
@@ -42,6 +42,11 @@ def test_keyword_or_remote_path_is_left_to_lightning(path: str) -> None:
 def test_missing_file(path: str) -> None:
     with pytest.raises(ConfigError, match=rf"^ckpt_path={path}: no such file \(looked in /"):
         check_checkpoint(path)
+
+
+def test_best_is_known_to_a_fit_only() -> None:
+    with pytest.raises(ConfigError, match=r"^ckpt_path=best: .* Give its path\.$"):
+        check_checkpoint("best")
 
 
 def test_every_truncation_is_found(content: dict[str, Any]) -> None:

@@ -74,8 +74,11 @@ def test_log_file_has_what_lightning_says() -> None:
 def test_fit_tests_the_best_checkpoint() -> None:
     write_project()
     done = run_tiny("model=lenet", "model._target_=my_project.LitModel", "trainer.max_epochs=3")
+    assert _files("run/checkpoints") == {"epoch0-step2.ckpt", "last.ckpt"}
     assert done.metrics["test_epochs"] == "1"
     assert done.metrics["val_acc"] == "0.3333"
+    last = load_checkpoint("run/checkpoints/last.ckpt")
+    assert (last["epoch"], last["global_step"]) == (2, 6)
 
 
 def test_run_directory_is_dated_by_default() -> None:
@@ -85,6 +88,15 @@ def test_run_directory_is_dated_by_default() -> None:
     cfg = OmegaConf.create(run("--cfg", "hydra").out)
     run_dir = OmegaConf.to_container(cfg, resolve=False)["hydra"]["run"]["dir"]  # type: ignore
     assert run_dir == "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
+
+
+def test_printed_path_can_be_passed_back() -> None:
+    """Hydra would not take a `=` in a value, as Lightning's own names have it."""
+    done = run_tiny()
+    for kind in ("best", "last"):
+        path = next(line for line in done.out.splitlines() if f"{kind} checkpoint" in line)
+        again = run_tiny("mode=test", f"ckpt_path={path.split()[-1]}", "hydra.run.dir=again")
+        assert again.code == 0, again.err
 
 
 def test_modes_evaluate_a_checkpoint_as_fit_did() -> None:
@@ -132,8 +144,17 @@ def test_resume_by_keyword_in_the_same_directory() -> None:
     for epochs in (1, 2):  # `last` may be given before there is one
         done = run_tiny("ckpt_path=last", f"trainer.max_epochs={epochs}")
         assert done.code == 0, done.err
-    newest = max(Path("run/checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    assert load_checkpoint(newest)["global_step"] == 4
+    assert load_checkpoint("run/checkpoints/last.ckpt")["global_step"] == 4
+
+
+def test_second_run_in_a_directory_keeps_the_metrics_of_the_first() -> None:
+    run_tiny()
+    before = Path("run/metrics.csv").read_text()
+    for mode in ("fit", "test"):
+        assert run_tiny(f"mode={mode}", "ckpt_path=last", "trainer.max_epochs=2").code == 0
+    assert Path("run/metrics-1.csv").read_text() == before
+    assert "val_acc" in Path("run/metrics-2.csv").read_text()
+    assert "test_acc" in Path("run/metrics.csv").read_text()
 
 
 def test_seed_decides_the_result() -> None:
@@ -238,13 +259,11 @@ def test_callback_is_taken_out_by_null() -> None:
     assert long.metrics["val_acc"] == "0.25"
 
 
-@pytest.mark.parametrize(("group", "choice"), _CHOICES, ids="/".join)
-def test_every_shipped_choice_composes(group: str, choice: str) -> None:
-    plus = "+" if group == "strategy" else ""
-    done = run("--cfg", "job", f"{plus}{group}={choice}")
-    assert (done.code, done.err) == (0, "")
-    header = (ROOT / "conf" / group / f"{choice}.yaml").read_text().splitlines()[0]
-    assert header.startswith("# "), "the first line says what it is"
+def test_paths_are_absolute_where_hydra_changes_the_directory() -> None:
+    done = run_tiny("hydra.job.chdir=true", "mode=validate")
+    assert done.out.endswith(
+        f"Outputs: {Path('run').absolute()}\n  config: {Path('run/config.yaml').absolute()}\n"
+    )
 
 
 def test_experiment_runs() -> None:

@@ -109,8 +109,9 @@ _CASES = {
         "data.batch_size=1.5: `lightning_mgpu.demo.data.digits.Digits` wants int, not float.",
     ),
     "type-of-callback": (
-        ["callbacks.model_checkpoint.save_last=maybe"],
-        "callbacks.model_checkpoint.save_last=maybe: ",
+        ["callbacks.model_checkpoint.filename=3"],
+        "callbacks.model_checkpoint.filename=3: `lightning.pytorch.callbacks.model_checkpoint."
+        "ModelCheckpoint` wants str or null, not int.",
     ),
     "value-of-callback": (
         ["callbacks.model_checkpoint.mode=up"],
@@ -273,11 +274,11 @@ def _damage(kind: str, good: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("mode", ["fit", "test"])
-@pytest.mark.parametrize("kind", _DAMAGE)
-def test_checkpoint_that_is_none(kind: str, mode: str, trained: Path) -> None:
+@pytest.mark.parametrize(("kind", "expected"), _DAMAGE.items(), ids=_DAMAGE)
+def test_checkpoint_that_is_none(kind: str, expected: str, trained: Path) -> None:
     _damage(kind, trained)
-    assert _DAMAGE[kind] in _refused("ckpt_path=broken.ckpt", f"mode={mode}")
+    mode = "test" if kind == "missing" else "fit"
+    assert expected in _refused("ckpt_path=broken.ckpt", f"mode={mode}")
 
 
 @pytest.mark.parametrize("mode", ["fit", "validate", "test", "predict"])
@@ -311,8 +312,7 @@ def test_checkpoint_of_weights_alone_is_not_resumed(trained: Path) -> None:
 @pytest.mark.parametrize("keyword", ["best", "hpc"])
 @pytest.mark.parametrize("mode", ["fit", "test"])
 def test_checkpoint_keyword_without_a_checkpoint(keyword: str, mode: str) -> None:
-    message = _refused(f"ckpt_path={keyword}", f"mode={mode}")
-    assert message.startswith(f"Error: ckpt_path={keyword}: `.{mode}(ckpt_path=")
+    assert f"Error: ckpt_path={keyword}: " in _refused(f"ckpt_path={keyword}", f"mode={mode}")
 
 
 @pytest.mark.parametrize("mode", ["validate", "test", "predict"])
@@ -357,7 +357,7 @@ _TRAINING_ERRORS = {
 
 
 @pytest.mark.parametrize("statement", _TRAINING_ERRORS.values(), ids=_TRAINING_ERRORS)
-@pytest.mark.parametrize("flags", [(), ("-m",)], ids=["run", "multirun"])
+@pytest.mark.parametrize("flags", [(), pytest.param(("-m",), marks=pytest.mark.slow)])
 def test_training_error_keeps_its_traceback(flags: tuple[str, ...], statement: str) -> None:
     write_project(
         "import hydra\n"

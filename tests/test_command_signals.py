@@ -53,7 +53,11 @@ class Stops(LitModel):
 
 _CODES = [("SIGINT", 130), ("SIGTERM", 143)]
 _DDP = ("+strategy=ddp", "trainer.devices=2")
-_DEVICES = pytest.mark.parametrize("devices", [(), _DDP], ids=["single", "ddp"])
+_SINGLE = pytest.param((), id="single")
+_DEVICES = pytest.mark.parametrize("devices", [_SINGLE, pytest.param(_DDP, id="ddp")])
+_DEVICES_SLOW_DDP = pytest.mark.parametrize(
+    "devices", [_SINGLE, pytest.param(_DDP, id="ddp", marks=pytest.mark.slow)]
+)
 
 
 def _run(*arguments: str, at: str, signals: str = "SIGINT", sender: int = 0) -> Done:
@@ -103,7 +107,7 @@ def test_signal_saves_a_checkpoint_from_which_training_goes_on(
     assert done.metrics["val_acc"] == "0.3333"
 
 
-@_DEVICES
+@_DEVICES_SLOW_DDP
 def test_signal_in_the_last_batch_of_an_epoch(devices: tuple[str, ...]) -> None:
     assert _run(*devices, at="train 3").code == 130
     assert _checkpoint("run/checkpoints/interrupted.ckpt")["global_step"] == 4
@@ -117,7 +121,7 @@ def test_signal_in_the_first_batch_is_saved_too() -> None:
     assert _checkpoint("run/checkpoints/interrupted.ckpt")["global_step"] == 1
 
 
-@_DEVICES
+@_DEVICES_SLOW_DDP
 def test_signal_while_fit_validates(devices: tuple[str, ...]) -> None:
     # Step 0 is the sanity check's.
     assert _run(*devices, "++trainer.num_sanity_val_steps=1", at="validate 1").code == 130
@@ -134,7 +138,7 @@ def test_signal_before_the_first_step_has_nothing_to_save() -> None:
     assert not Path("run/checkpoints/interrupted.ckpt").exists()
 
 
-@_DEVICES
+@_DEVICES_SLOW_DDP
 @pytest.mark.parametrize("mode", ["validate", "test", "predict"])
 def test_signal_in_an_evaluation(mode: str, devices: tuple[str, ...]) -> None:
     done = _run(f"mode={mode}", *devices, at=f"{mode} 0", signals="SIGTERM")
@@ -158,7 +162,7 @@ def test_signal_of_a_worker_reaches_all_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("signals", "code"), [("SIGINT,SIGINT", 130), ("SIGTERM,SIGTERM", 143), ("SIGINT,SIGTERM", 143)]
+    ("signals", "code"), [("SIGINT,SIGINT", 130), ("SIGTERM,SIGTERM", 143), ("SIGINT,SIGTERM", 130)]
 )
 def test_second_signal_ends_at_once(signals: str, code: int) -> None:
     done = _run(at="train 5", signals=signals)
@@ -187,6 +191,7 @@ def test_handlers_are_put_back() -> None:
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.slow
 def test_pool_serves_again_after_a_signal() -> None:
     assert _run(*_DDP, at="train 1").code == 130
     assert _run(*_DDP, "hydra.run.dir=again", at="never").code == 0
@@ -239,7 +244,10 @@ def test_ctrl_c_reaches_loader_processes_too(
     devices: tuple[str, ...], eventually: Eventually
 ) -> None:
     """A terminal signals the whole group: whoever else is in it must not speak or stay."""
-    with started(*_LONG, "data.num_workers=1", *devices) as process:
+    # A loader process that is ended leaves multiprocessing's temporary directory.
+    temporary = Path("temporary")
+    temporary.mkdir()
+    with started(*_LONG, "data.num_workers=1", *devices, TMPDIR=str(temporary)) as process:
         eventually(lambda: process.reaches(_FIRST_CHECKPOINT), _START_SECONDS)
         process.signal(signal.SIGINT, group=True)
         done = process.wait()

@@ -155,7 +155,7 @@ def test_strategy_auto_is_lightnings_word_for_it() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("cpu", {"accelerator": "cpu", "devices": 1}),
+        ("cpu", {"accelerator": "cpu", "devices": "auto"}),
         ("gpu", {"accelerator": "gpu", "devices": "auto"}),
         ("multi_node", {"accelerator": "gpu", "num_nodes": 2}),
         ("debug", {"max_epochs": 1, "detect_anomaly": True}),
@@ -171,13 +171,13 @@ def test_trainer_variants_build_on_the_default(name: str, expected: dict[str, An
 def test_callbacks_default_keeps_the_best_checkpoint() -> None:
     checkpoint = instantiate(config().callbacks.model_checkpoint)
     assert isinstance(checkpoint, ModelCheckpoint)
-    assert (checkpoint.monitor, checkpoint.mode, checkpoint.save_last) == ("val_acc", "max", True)
+    assert (checkpoint.monitor, checkpoint.mode) == ("val_acc", "max")
     assert Path(checkpoint.dirpath) == Path("out/checkpoints").resolve()
 
 
 def test_callbacks_early_stopping_adds_to_the_default() -> None:
     callbacks = config("callbacks=early_stopping").callbacks
-    assert list(callbacks) == ["model_checkpoint", "early_stopping"]
+    assert list(callbacks) == ["model_checkpoint", "last_checkpoint", "early_stopping"]
     assert isinstance(instantiate(callbacks.early_stopping), EarlyStopping)
 
 

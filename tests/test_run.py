@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import boring
 import pytest
 import torch
 from command import write_project
-from conftest import ROOT
 from hydra import compose, initialize_config_module
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,6 +20,17 @@ from lightning_mgpu.demo.data import Digits
 from lightning_mgpu.demo.mlp import MLP
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.run import RunResult, train
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "Experiment logs directory .* exists and is not empty",
+        "Checkpoint directory .* exists and is not empty",
+        "The dirpath has changed from",
+        "Attribute 'layer' is an instance of `nn.Module`",
+        "Using `DistributedSampler` with the dataloaders",
+    )
+]
 
 _QUIET = (
     "trainer=cpu",
@@ -97,7 +108,7 @@ def test_config_needs_no_more_than_model_and_trainer() -> None:
     assert set(result.metrics) > {"train_loss", "val_loss", "val_acc", "test_loss"}
     assert result.metric is None
     assert result.trainer.current_epoch == 2
-    assert set(result.files) == {"config", "best checkpoint"}
+    assert set(result.files) == {"config", "last checkpoint"}  # none is better: no monitor
 
 
 def test_config_is_not_changed() -> None:
@@ -142,7 +153,7 @@ def test_metric_that_is_not_monitored_is_the_last_value() -> None:
 
 
 def test_metric_of_a_monitor_beside_others() -> None:
-    cfg = _config("model=mlp", "metric=val_loss")
+    cfg = _config("model=mlp", "metric=val_loss", "callbacks.model_checkpoint.monitor=val_acc")
     with open_dict(cfg):
         cfg.callbacks.by_loss = {
             "_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -153,11 +164,35 @@ def test_metric_of_a_monitor_beside_others() -> None:
     assert result.metric == pytest.approx(result.metrics["val_loss"])
     assert result.files["best checkpoint"].parent == Path("out/checkpoints").absolute()
     monitors = [c.monitor for c in result.trainer.checkpoint_callbacks if _is_checkpoint(c)]
-    assert monitors == ["val_acc", "val_loss"]
+    assert monitors == ["val_acc", None, "val_loss"]
 
 
 def _is_checkpoint(callback: Any) -> bool:
     return isinstance(callback, ModelCheckpoint)
+
+
+def test_metric_that_is_a_loss_is_minimised() -> None:
+    cfg = _config("model=mlp", "metric=val_loss", "metric_mode=min", "trainer.max_epochs=2")
+    result = train(cfg)
+    checkpoint = next(filter(_is_checkpoint, result.trainer.checkpoint_callbacks))
+    assert (checkpoint.monitor, checkpoint.mode) == ("val_loss", "min")
+    assert result.metric is not None
+    assert result.metric <= result.metrics["val_loss"] + 1e-9
+
+
+def test_metric_that_is_a_loss_and_not_minimised_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "lightning_mgpu"):
+        train(_config("model=mlp", "metric=val_loss"))
+    assert "keeps the worst; set metric_mode=min" in caplog.text
+
+
+@pytest.mark.parametrize("callbacks", ["default", "early_stopping"])
+def test_metric_that_the_model_does_not_log_is_refused(callbacks: str) -> None:
+    cfg = _config("model=mlp", "metric=val_f1", f"callbacks={callbacks}")
+    with pytest.raises(ConfigError, match=r"metric=val_f1: .*val_loss.*Set `metric=`"):
+        train(cfg)
 
 
 def test_metric_never_logged_is_none_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -266,7 +301,7 @@ def test_config_objects_stay_on_request() -> None:
 
 def test_predictions_are_in_dataset_order() -> None:
     fit = train(_boring())
-    checkpoint = f"ckpt_path={fit.files['best checkpoint']}"
+    checkpoint = f"ckpt_path={fit.files['last checkpoint']}"
     result = train(_boring("mode=predict", checkpoint, "data.batch_size=5"))
     predictions = torch.load(result.files["predictions"], weights_only=True)
     with torch.no_grad():
@@ -281,7 +316,7 @@ def test_predictions_of_ddp_equal_those_of_one_process(devices: int) -> None:
     fit = train(_boring())
     arguments = (
         "mode=predict",
-        f"ckpt_path={fit.files['best checkpoint']}",
+        f"ckpt_path={fit.files['last checkpoint']}",
         "data.batch_size=5",
         "data.size=47",  # neither batches nor ranks come out even
     )
@@ -369,11 +404,18 @@ def test_seed_and_environment_are_restored_after_an_error() -> None:
 
 def test_runs_follow_one_another_in_one_process() -> None:
     first = train(_boring("output_dir=first", "trainer.max_epochs=1"))
-    checkpoint = f"ckpt_path={first.files['best checkpoint']}"
+    checkpoint = f"ckpt_path={first.files['last checkpoint']}"
     second = train(_boring("output_dir=second", checkpoint))
     assert first.trainer is not second.trainer
     assert (first.trainer.current_epoch, second.trainer.current_epoch) == (1, 2)
     assert second.trainer.global_step == 2 * first.trainer.global_step
+
+
+def test_run_in_a_thread() -> None:
+    """Only the main thread may set signal handlers; Ray Tune, say, runs functions in another."""
+    with ThreadPoolExecutor(1) as executor:
+        result = executor.submit(train, _boring()).result(timeout=60)
+    assert result.trainer.state.finished
 
 
 @pytest.mark.parametrize("key", ["model", "trainer"])
@@ -385,14 +427,18 @@ def test_missing_part_is_named(key: str) -> None:
         train(cfg)
 
 
+def test_finished_run_resumed_without_its_best_checkpoint() -> None:
+    """Nothing is left to train, and what the checkpoint calls the best is gone."""
+    fit = train(_config("model=mlp"))
+    fit.files["best checkpoint"].unlink()
+    last = f"ckpt_path={fit.files['last checkpoint']}"
+    result = train(_config("model=mlp", last, output_dir="again"))
+    assert "best checkpoint" not in result.files
+    assert set(result.metrics) == {"test_loss", "test_acc"}
+    assert result.metric is None
+
+
 def test_training_error_is_the_original() -> None:
     cfg = _boring("model.optimizer=nope")
     with pytest.raises(KeyError, match="nope"):
         train(cfg)
-
-
-def test_every_experiment_names_its_command() -> None:
-    for file in (ROOT / "conf/experiment").glob("*.yaml"):
-        text = file.read_text()
-        assert text.startswith("# @package _global_\n")
-        assert f"python -m lightning_mgpu experiment={file.stem}" in text

@@ -157,6 +157,13 @@ class Watch:
     # From here on everything runs in the watching thread, or with the lock held.
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        except BaseException as error:  # nobody else would ever end the launch
+            with self._changed:
+                self._conclude(error)
+
+    def _follow(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._control_reader, selectors.EVENT_READ, self._on_control)
             selector.register(self._interrupter.wakeup, selectors.EVENT_READ, self._on_signals)
