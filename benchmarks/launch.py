@@ -67,11 +67,11 @@ def in_fresh_process(strategy: str, features: int) -> list[float]:
     """Seconds of each `fit` call in a new Python process."""
     done = subprocess.run(
         [sys.executable, __file__, "--child", strategy, str(features)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
         text=True,
-        check=True,
     )
+    if done.returncode:
+        raise SystemExit(done.stderr)
     times: list[float] = json.loads(done.stdout.splitlines()[-1])
     return times
 
@@ -80,7 +80,7 @@ def fit(strategy: str, features: int) -> float:
     """Seconds that one `Trainer.fit` of a single step takes, with a new Trainer and model."""
     import lightning.pytorch as pl
     import torch
-    from launch_model import OneLayer
+    from models.one_layer import OneLayer
     from torch.utils.data import DataLoader, TensorDataset
 
     import lightning_mgpu  # noqa: F401

@@ -1,4 +1,4 @@
-"""Multi-device strategies for PyTorch Lightning, with Hydra configs and a Ray bridge.
+"""Multi-device strategies for PyTorch Lightning, with Hydra configs.
 
 Importing this package registers its strategies, so that ``Trainer(strategy="mgpu_ddp")`` works.
 """
@@ -30,7 +30,10 @@ def __dir__() -> list[str]:
 
 def _is_command() -> bool:
     """Whether this is our own command starting, by ``python -m`` or by its console script."""
-    return PurePath(sys.argv[0]).name in ("-m", __name__) if sys.argv else False
+    if sys.argv[:1] == ["-m"]:  # until Python has found the module
+        after = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
+        return after[:1] == [__name__]
+    return bool(sys.argv) and PurePath(sys.argv[0]).name == __name__
 
 
 # The command answers `--help` without torch; it registers the strategies when it builds a Trainer.

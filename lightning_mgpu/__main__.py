@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,11 +79,9 @@ def main() -> None:
 
 
 def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
-    gc.disable()  # collecting garbage while importing costs a third of the time and finds none
-    from lightning_mgpu.interrupts import Stopped
-    from lightning_mgpu.run import train
-
-    gc.enable()
+    with _importing():
+        from lightning_mgpu.interrupts import Stopped
+        from lightning_mgpu.run import train
     _quieten()
     try:
         result = train(cfg)
@@ -99,6 +98,24 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
     if result.trainer.is_global_zero:
         _report(result)
     return result.metric
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import torch and Lightning: seconds in which an exception may come out as anything."""
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    handlers = [signal.signal(signum, lambda signum, _: came.append(signum)) for signum in signals]
+    gc.disable()  # collecting garbage while importing costs a third of the time and finds none
+    try:
+        yield
+    finally:
+        gc.enable()
+        for signum, handler in zip(signals, handlers, strict=True):
+            signal.signal(signum, handler)
+    if came:
+        sys.exit(128 + came[0])
 
 
 def _quieten() -> None:

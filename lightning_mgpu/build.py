@@ -16,9 +16,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, open_dict
 
-import lightning_mgpu.strategies  # noqa: F401  (registers their names)
 from lightning_mgpu.arguments import accepted_keys, check_arguments, describe
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.strategies import DDPStrategy
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,18 @@ def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
     if _wants_cpu_devices(trainer_cfg, extra.get("strategy")):
         trainer_cfg.devices = _CPU_DEVICES
     trainer = _build(trainer_cfg, "trainer", **extra)
+    if isinstance(trainer, Trainer) and _would_rerun_a_sweep(trainer):
+        if extra.get("strategy", trainer_cfg.get("strategy", "auto")) != "auto":
+            raise ConfigError(
+                f"strategy: {describe(type(trainer.strategy))} starts its processes by running the"
+                " whole command again, so each would run every job of this multirun. Use"
+                " `+strategy=ddp`, or `trainer.devices=1`."
+            )
+        log.info("In a multirun, several devices are trained on with our own DDPStrategy.")
+        trainer = _build(trainer_cfg, "trainer", **{**extra, "strategy": DDPStrategy()})
     _check_type(model, LightningModule, "model")
     _check_type(datamodule, (LightningDataModule, type(None)), "data")
     _check_type(trainer, Trainer, "trainer")
-    _check_multirun(trainer)
     return Parts(model, datamodule, trainer)
 
 
@@ -79,18 +87,15 @@ def _check_type(obj: Any, kind: type | tuple[type, ...], path: str) -> None:
         )
 
 
-def _check_multirun(trainer: Trainer) -> None:
-    """In a multirun, refuse strategies that start the other ranks by running `sys.argv` again."""
-    if (
+def _would_rerun_a_sweep(trainer: Trainer) -> bool:
+    """Whether the other ranks would be started by running a multirun's `sys.argv` again."""
+    launcher = trainer.strategy.launcher
+    return (
         HydraConfig.initialized()
         and HydraConfig.get().mode == RunMode.MULTIRUN
-        and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
-    ):
-        raise ConfigError(
-            f"strategy: {describe(type(trainer.strategy))} starts its processes by running the"
-            " whole command again, so each would run every job of this multirun. Use"
-            " `+strategy=ddp`, or `trainer.devices=1`."
-        )
+        and isinstance(launcher, _SubprocessScriptLauncher)
+        and not launcher.cluster_environment.creates_processes_externally
+    )
 
 
 def _build_each(cfg: DictConfig, group: str, kind: type) -> list[Any]:

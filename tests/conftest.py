@@ -105,7 +105,7 @@ class _Snapshot:
             "files in the repository": {path.name for path in ROOT.iterdir()},
             "temporary files": {path.name for path in temporary_files.iterdir()},
             "sys.excepthook": sys.excepthook,
-            "signal handlers": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+            "signal handlers": {s: signal.getsignal(s) for s in signal.valid_signals()},
             "rank": rank_zero_only.rank,
             "intra-op threads": torch.get_num_threads(),
             "default dtype": torch.get_default_dtype(),

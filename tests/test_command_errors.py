@@ -433,19 +433,26 @@ def test_multirun_into_an_unwritable_directory() -> None:
     )
 
 
-@pytest.mark.parametrize("strategy", [(), ("++trainer.strategy=ddp",)], ids=["auto", "ddp"])
-def test_multirun_refuses_strategies_that_start_the_command_again(
-    strategy: tuple[str, ...],
-) -> None:
+def test_multirun_refuses_strategies_that_start_the_command_again() -> None:
     """Stock DDP runs `sys.argv` again for each rank, and with it every job of the sweep."""
-    done = run_tiny("-m", "trainer.devices=1,2", *strategy)
+    done = run_tiny("-m", "trainer.devices=1,2", "++trainer.strategy=ddp")
     assert done.code == 2
     assert done.err.splitlines()[-1] == (
         "Error: strategy: `lightning.pytorch.strategies.ddp.DDPStrategy` starts its processes by"
         " running the whole command again, so each would run every job of this multirun. Use"
         " `+strategy=ddp`, or `trainer.devices=1`."
     )
-    assert Path("sweep/0/metrics.csv").exists() == (not strategy)
+    assert not Path("sweep/0/metrics.csv").exists()
+
+
+@pytest.mark.parametrize("strategy", [(), ("+strategy=auto",)], ids=["none", "auto"])
+def test_multirun_without_a_strategy_takes_ours_for_several_devices(
+    strategy: tuple[str, ...],
+) -> None:
+    done = run_tiny("-m", "trainer.devices=1,2", *strategy)
+    assert done.code == 0, done.err
+    assert Path("sweep/0/metrics.csv").exists()
+    assert Path("sweep/1/metrics.csv").exists()
 
 
 def test_unwritable_directory_of_another_user() -> None:

@@ -39,6 +39,27 @@ def test_imports_point_down(file: Path) -> None:
         assert names[0] != "ray" or part == "ray", f"{file.name} imports {module}"
 
 
+# As it looks while `python -m lightning_mgpu` imports the package.
+_AS_COMMAND = "import sys; sys.argv = ['-m']; sys.orig_argv = ['python', '-m', 'lightning_mgpu']"
+
+
+def test_other_modules_run_with_m_register_the_strategies(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text("import lightning_mgpu\n")
+    (tmp_path / "theirs" / "train.py").write_text(
+        "from lightning.pytorch.strategies import StrategyRegistry as registry\n"
+        "print('mgpu_ddp' in registry)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "theirs.train"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "True"
+
+
 def test_import_needs_neither_ray_nor_hydra() -> None:
     code = "import lightning_mgpu, sys; print({'ray', 'hydra'} & set(sys.modules))"
     assert _python(code) == "set()"
@@ -46,7 +67,7 @@ def test_import_needs_neither_ray_nor_hydra() -> None:
 
 def test_command_module_needs_no_torch() -> None:
     code = (
-        "import sys; sys.argv = ['-m']; import lightning_mgpu.__main__;"
+        f"{_AS_COMMAND}; import lightning_mgpu.__main__;"
         " print({'torch', 'lightning'} & set(sys.modules))"
     )
     assert _python(code) == "set()"
@@ -54,7 +75,7 @@ def test_command_module_needs_no_torch() -> None:
 
 def test_public_names_load_on_first_use() -> None:
     code = (
-        "import sys; sys.argv = ['-m']; import lightning_mgpu; before = 'torch' in sys.modules;"
+        f"{_AS_COMMAND}; import lightning_mgpu; before = 'torch' in sys.modules;"
         " print(before, lightning_mgpu.DDPStrategy.__name__, 'DDPStrategy' in dir(lightning_mgpu))"
     )
     assert _python(code) == "False DDPStrategy True"

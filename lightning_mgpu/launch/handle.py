@@ -37,7 +37,8 @@ class WorkerHandle:
         )
         # `-P`-like safety without needing Python 3.11: the path is set before the first import.
         # Collecting garbage while importing costs a third of the start and finds none.
-        boot = f"import gc, sys; gc.disable(); sys.path[:] = {list(path)!r}; {boot}"
+        entries = [entry for entry in path if isinstance(entry, str)]  # Python skips others too
+        boot = f"import gc, sys; gc.disable(); sys.path[:] = {entries!r}; {boot}"
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", boot],

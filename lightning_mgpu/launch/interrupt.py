@@ -36,18 +36,22 @@ class Interrupter:
         self._responsive = threading.Event()
 
     def __enter__(self) -> "Interrupter":
+        global _active
         if self._is_main:
             self._old_wakeup = signal.set_wakeup_fd(
                 self._wakeup_writer.fileno(), warn_on_full_buffer=False
             )
         if self._signal is not None:
-            self._old_handler = signal.signal(self._signal, self._on_signal)
+            _active = self
+            signal.signal(self._signal, _dispatch)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        global _active
         self._wanted = False
         if self._signal is not None:
-            signal.signal(self._signal, self._old_handler)
+            _active = None
+            signal.signal(self._signal, signal.SIG_DFL)
         if self._is_main:
             signal.set_wakeup_fd(self._old_wakeup)
         self.wakeup.close()
@@ -79,17 +83,30 @@ class Interrupter:
         """
         return self._responsive.is_set()
 
-    def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
+    def answer(self) -> None:
+        """What the main thread does when our signal comes."""
         self._responsive.set()
         if self._wanted:
             raise Interrupted
 
 
+_active: Interrupter | None = None  # the launch that runs; there is one at a time
+
+
+def _dispatch(_signum: int, _frame: FrameType | None) -> None:
+    if _active is not None:
+        _active.answer()
+
+
 def _free_signal() -> int | None:
-    """A signal without a handler; real-time signals first, since programs hardly use them."""
+    """A signal without a handler; real-time signals first, since programs hardly use them.
+
+    One that has ours is free as well: somebody who saves all handlers and puts them back later, as
+    Lightning does, may have put it there when its launch was over.
+    """
     last = getattr(signal, "SIGRTMAX", None)
     candidates = [] if last is None else [last - offset for offset in range(2, 8)]
     for candidate in [*candidates, signal.SIGUSR2, signal.SIGUSR1]:
-        if signal.getsignal(candidate) is signal.SIG_DFL:
+        if signal.getsignal(candidate) in (signal.SIG_DFL, _dispatch):
             return int(candidate)
     return None

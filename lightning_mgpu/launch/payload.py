@@ -38,7 +38,12 @@ class Payload:
             # Buffered: `torch.save` takes no notice of short writes, and the kernel writes no more
             # than 2 GiB at once.
             with os.fdopen(os.dup(self.file), "wb") as stream:
-                torch.save(obj, stream, pickle_module=_PICKLE_MODULE)
+                torch.save(
+                    obj,
+                    stream,
+                    pickle_module=_PICKLE_MODULE,
+                    pickle_protocol=pickle.HIGHEST_PROTOCOL,
+                )
         except Exception as error:
             self.close()
             raise explain(error, names if names is not None else {"object": obj}) from error

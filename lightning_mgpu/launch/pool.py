@@ -18,7 +18,7 @@ from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.handle import WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupter
-from lightning_mgpu.launch.rank import GroupGuard, Rank, Rendezvous, abort_group
+from lightning_mgpu.launch.rank import GroupGuard, Rank, Rendezvous, abort_group, leave_group
 from lightning_mgpu.launch.state import (
     RANK_VARIABLES,
     ProcessState,
@@ -98,7 +98,9 @@ class WorkerPool:
 
             def unblock() -> None:
                 rendezvous.close()
-                abort_group()
+                # In a thread of its own, since it may itself take its time.
+                if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                    threading.Thread(target=abort_group, daemon=True).start()
 
             seconds = timeout.total_seconds()
             watch = stack.enter_context(Watch(workers, interrupter, seconds, unblock))
@@ -118,6 +120,8 @@ class WorkerPool:
             files = watch.collect(protocol.Done, seconds)
             for worker in workers.values():
                 worker.send(protocol.Release())
+            # All at the same time: to destroy an NCCL group may take every rank.
+            leave_group()
             loaded = (payload.load(os.dup(file)) for _, file in sorted(files.items()))
             results = [result, *loaded]
             if not watch.wait_for(protocol.Idle, _CLEANUP_SECONDS):
@@ -181,6 +185,7 @@ class WorkerPool:
             raise
         except BaseException:
             self.close()
+            abort_group()
             raise
 
 

@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -114,6 +115,13 @@ def leave_group() -> None:
 
 
 def abort_group() -> None:
-    """Free a rank that is stuck in a collective on a GPU; Gloo's end with their connections."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        dist.distributed_c10d._abort_process_group()
+    """Give up an NCCL group whose peers are gone, from any thread, and free who waits for them.
+
+    Gloo needs none of this: its collectives end with their connections.
+    """
+    with _aborting:
+        if dist.is_initialized() and "nccl" in dist.get_backend_config():
+            dist.distributed_c10d._abort_process_group()
+
+
+_aborting = threading.Lock()

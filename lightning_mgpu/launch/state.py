@@ -11,6 +11,7 @@ from typing import Any
 
 import cloudpickle
 import torch
+import torch.multiprocessing
 
 __all__: list[str] = []
 
@@ -28,6 +29,9 @@ _FROZEN_PREFIXES = (
     *("CUDA", "CUBLAS", "NVIDIA", "HIP", "ROCR", "NCCL"),
     *("TORCH", "PYTORCH", "LD_", "PYTHON"),
 )
+
+
+_CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,10 @@ class ProcessState:
     umask: int
     threads: int
     default_dtype: torch.dtype
-    default_device: torch.device
+    default_device: str
     deterministic: tuple[bool, bool]
-    cudnn: tuple[bool, bool]
+    cudnn: dict[str, bool]
+    sharing_strategy: str
     matmul_precision: str
     random: dict[str, Any] | None
     log_levels: dict[str, int]
@@ -69,12 +74,14 @@ class ProcessState:
             umask=_umask(),
             threads=threads,
             default_dtype=torch.get_default_dtype(),
-            default_device=torch.get_default_device(),
+            # Without an index: each rank has a current device of its own.
+            default_device=torch.get_default_device().type,
             deterministic=(
                 torch.are_deterministic_algorithms_enabled(),
                 torch.is_deterministic_algorithms_warn_only_enabled(),
             ),
-            cudnn=(torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+            cudnn={name: getattr(torch.backends.cudnn, name) for name in _CUDNN_FLAGS},
+            sharing_strategy=torch.multiprocessing.get_sharing_strategy(),  # type: ignore[no-untyped-call]
             matmul_precision=torch.get_float32_matmul_precision(),
             random=_random_states() if _is_seeded() else None,
             log_levels=_log_levels(),
@@ -93,10 +100,12 @@ class ProcessState:
         torch.set_num_threads(self.threads)
         torch.set_default_dtype(self.default_dtype)
         # Setting the CPU, too, would slow down every tensor factory from then on.
-        on_cpu = self.default_device.type == "cpu"
-        torch.set_default_device(None if on_cpu else self.default_device)
+        torch.set_default_device(None if self.default_device == "cpu" else self.default_device)
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = self.cudnn
+        for name, value in self.cudnn.items():
+            setattr(torch.backends.cudnn, name, value)
+        set_sharing = torch.multiprocessing.set_sharing_strategy
+        set_sharing(self.sharing_strategy)  # type: ignore[no-untyped-call]
         torch.set_float32_matmul_precision(self.matmul_precision)
         for name, level in self.log_levels.items():
             logger = logging.getLogger(name)
@@ -171,6 +180,9 @@ def _set_random_states(states: dict[str, Any] | None) -> None:
         np.random.set_state(states["numpy"])
     if "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
+    elif torch.cuda.is_available():
+        # The caller has not touched CUDA yet; when it does, it will start from this seed.
+        torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 def _log_levels() -> dict[str, int]:

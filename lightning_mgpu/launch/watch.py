@@ -26,6 +26,8 @@ __all__: list[str] = []
 _CAUSE_SECONDS = 2.0
 # What rank 0 gets to notice by itself that its peers are gone, before it is interrupted.
 _NOTICE_SECONDS = 1.0
+# What it then gets for its own `finally` blocks, before it is interrupted once more.
+_CLEANUP_SECONDS = 30.0
 _STACK_SECONDS = 1.0
 # A handler of somebody's own may well let the current batch come to its end.
 _PATIENCE_SECONDS = 10.0
@@ -267,7 +269,7 @@ class Watch:
         with self._changed:
             if self._rank_zero_busy:
                 self._interrupter.interrupt()
-                self._after(_NOTICE_SECONDS, self._interrupt_rank_zero)
+                self._after(_CLEANUP_SECONDS, self._interrupt_rank_zero)
 
     def _on_signals(self) -> bool:
         for signum in self._interrupter.wakeup.recv(64):

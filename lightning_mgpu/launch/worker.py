@@ -28,6 +28,7 @@ _PARENT_CHECK_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 
 _running_in_worker = False
+_forked_by_main_thread = False
 
 
 def is_worker() -> bool:
@@ -48,7 +49,7 @@ def main(descriptor: int, parent: int, spawned_by_main_thread: bool) -> None:
     _running_in_worker = True
     if spawned_by_main_thread:
         _die_with_parent()
-        os.register_at_fork(after_in_child=_die_with_parent)
+        os.register_at_fork(before=_note_forking_thread, after_in_child=_die_with_main_thread)
     channel = Channel(socket.socket(fileno=descriptor))
     inbox = _Inbox(channel, parent)
     # The modules just imported never become garbage: keep every later collection off them.
@@ -153,6 +154,17 @@ def _die_with_parent() -> None:
     """Ask the kernel to kill this process when the thread that started it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _note_forking_thread() -> None:
+    global _forked_by_main_thread
+    _forked_by_main_thread = threading.current_thread() is threading.main_thread()
+
+
+def _die_with_main_thread() -> None:
+    """In a forked child, such as a DataLoader worker: go when this worker goes."""
+    if _forked_by_main_thread:  # another thread may end long before the process does
+        _die_with_parent()
 
 
 def _release_accelerator_memory() -> None:

@@ -1,6 +1,7 @@
 """Runs the Trainer's entry points on every rank of the worker pool."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ class PoolLauncher(_Launcher):
     def kill(self, signum: int) -> None:
         """Lightning's way to hand a signal on, called from its own signal handler."""
         if signum == signal.SIGTERM:
+            # The program's own handler, which Lightning would call last.
+            model = self._strategy.lightning_module
+            handlers = {} if model is None else model.trainer._signal_connector._original_handlers
+            if callable(handler := handlers.get(signal.SIGTERM)):
+                handler(signum, sys._getframe())
             # Lightning would go on to tell the other ranks by a collective, in the middle of
             # whatever collective this rank is in. Leave at once: the launch ends the workers.
             raise SIGTERMException
@@ -98,6 +104,10 @@ class _Entry:
             result = self.function(*self.args, **self.kwargs)
         finally:
             environment.rank = None
+            if self.trainer is not None:
+                # After a failure Lightning would do so when the launch is over, and put back the
+                # handlers that it found within.
+                self.trainer._signal_connector.teardown()
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
             return RankPredictions.of(self.trainer, result)
         # Metrics are reduced over the ranks already.
@@ -140,13 +150,12 @@ def _set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
     for name in ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
         stack.enter_context(patch.object(strategy, name, []))
     val_loop = trainer.fit_loop.epoch_loop.val_loop
-    for loop in (trainer.fit_loop, val_loop, trainer.validate_loop, trainer.test_loop):
+    evaluation = (val_loop, trainer.validate_loop, trainer.test_loop)
+    for loop in (trainer.fit_loop, *evaluation, trainer.predict_loop):
         stack.enter_context(patch.multiple(loop, _combined_loader=None, _data_fetcher=None))
-    stack.enter_context(
-        patch.multiple(
-            trainer.predict_loop, _combined_loader=None, _data_fetcher=None, _predictions=[]
-        )
-    )
+        # The data of an earlier call; that of the coming one is among the arguments.
+        stack.enter_context(patch.object(loop._data_source, "instance", None))
+    stack.enter_context(patch.object(trainer.predict_loop, "_predictions", []))
 
 
 def _announce_rank(rank: Rank) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
+_ARRAYS = (torch.Tensor, np.ndarray)
+
 
 @dataclass(frozen=True)
 class RankPredictions:
@@ -52,9 +54,9 @@ def merge_predictions(ranks: Sequence[RankPredictions]) -> Any:
     """The predictions of all ranks, as one process would have returned them.
 
     Samples are put in the order of the dataset and cut into batches of rank 0's batch size again.
-    Two kinds of output cannot be: those of a dataset without indices, and those that do not have
-    the batch as their first dimension. They are returned batch by batch, ordered by their first
-    index or else in turns of the ranks.
+    Two kinds of output cannot be: those of a dataset without indices, and those whose first
+    dimension is not the batch or that differ in shape from batch to batch. They are returned batch
+    by batch, ordered by their first index or else in turns of the ranks.
 
     Returns:
         A list of batches, or a list of such lists if there are several dataloaders. `None` if no
@@ -74,17 +76,11 @@ def merge_predictions(ranks: Sequence[RankPredictions]) -> Any:
 
 
 def join_batches(batches: Sequence[Any]) -> Any:
-    """Batched outputs joined along the batch; the list itself where they are not batched."""
-    if not batches or not all(_is_batched(batch) for batch in batches):
+    """Batched outputs joined along the batch; the list itself where they cannot be."""
+    sizes = [_batch_size(batch) for batch in batches]
+    if not batches or None in sizes or not _can_join(batches, sizes):
         return list(batches)
-    return _join(batches)
-
-
-def _is_batched(output: Any) -> bool:
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, (torch.Tensor, np.ndarray))]
-    if not leaves or leaves[0].ndim == 0:
-        return False
-    return _has_batch_dimension(output, leaves[0].shape[0])
+    return _join(batches, sizes)
 
 
 def _merge(outputs: list[list[Any]], indices: list[list[list[int]]]) -> list[Any]:
@@ -93,17 +89,19 @@ def _merge(outputs: list[list[Any]], indices: list[list[list[int]]]) -> list[Any
     if len(indices) > 1 and all(other == indices[0] for other in indices[1:]):
         return outputs[0]  # not a distributed sampler: every rank has seen everything
     batches = [batch for rank in outputs for batch in rank]
-    sizes = [batch for rank in indices for batch in rank]
-    if not all(_has_batch_dimension(b, len(i)) for b, i in zip(batches, sizes, strict=True)):
+    samples = [batch for rank in indices for batch in rank]
+    sizes = [len(batch) for batch in samples]
+    if not _can_join(batches, sizes):
         rank_zero_warn(
-            "`predict_step` returned something whose first dimension is not the batch, so the"
-            " predictions of the ranks are ordered batch by batch, not sample by sample."
+            "`predict_step` returns something that cannot be taken apart by sample (its first"
+            " dimension is not the batch, or batches differ in shape), so the predictions of the"
+            " ranks are ordered batch by batch."
         )
-        by_first_sample = sorted(range(len(batches)), key=lambda i: sizes[i][:1])
+        by_first_sample = sorted(range(len(batches)), key=lambda i: samples[i][:1])
         return [batches[i] for i in by_first_sample]
-    samples = np.concatenate([np.asarray(batch, dtype=np.int64) for batch in sizes])
-    order = np.argsort(samples, kind="stable")
-    joined = _join(batches)
+    # A sampler that pads repeats samples; the first of each is as good as the others.
+    _, order = np.unique(np.concatenate([np.asarray(b, np.int64) for b in samples]), True)
+    joined = _join(batches, sizes)
     size = len(indices[0][0])
     return [_take(joined, order[start : start + size]) for start in range(0, len(order), size)]
 
@@ -113,36 +111,62 @@ def _in_turns(outputs: list[list[Any]]) -> list[Any]:
     return [rank[i] for i in range(longest) for rank in outputs if i < len(rank)]
 
 
-def _has_batch_dimension(output: Any, size: int) -> bool:
-    if isinstance(output, (torch.Tensor, np.ndarray)):
-        return output.ndim > 0 and output.shape[0] == size
-    if isinstance(output, Mapping):
-        return all(_has_batch_dimension(value, size) for value in output.values())
-    if isinstance(output, (list, tuple)) and output:
-        return all(_has_batch_dimension(value, size) for value in output) or (
-            isinstance(output, list) and len(output) == size
+def _batch_size(output: Any) -> int | None:
+    """The first dimension of an output's first array; `None` if it has none."""
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, _ARRAYS)]
+    return len(leaves[0]) if leaves and leaves[0].ndim > 0 else None
+
+
+class _SampleList(list[Any]):
+    """A list with one entry per sample (texts, boxes), rather than a list of batched arrays."""
+
+
+def _can_join(batches: Sequence[Any], sizes: Sequence[Any]) -> bool:
+    """Whether all outputs have one structure, with the batch as every array's first dimension."""
+    first = batches[0]
+    if not all(type(batch) is type(first) for batch in batches):
+        return False
+    if isinstance(first, _ARRAYS):
+        return all(b.ndim > 0 and len(b) == n for b, n in zip(batches, sizes, strict=True)) and all(
+            b.shape[1:] == first.shape[1:] and b.dtype == first.dtype for b in batches
         )
-    return output is None
+    if isinstance(first, Mapping):
+        return all(batch.keys() == first.keys() for batch in batches) and all(
+            _can_join([batch[key] for batch in batches], sizes) for key in first
+        )
+    if isinstance(first, (list, tuple)):
+        return _is_per_sample(batches, sizes) or (
+            all(len(batch) == len(first) for batch in batches)
+            and len(first) > 0
+            and all(_can_join(column, sizes) for column in zip(*batches, strict=True))
+        )
+    return first is None
 
 
-def _is_sample_list(output: Any) -> bool:
-    """A list with one entry per sample (texts, say), rather than a list of batched tensors."""
-    return isinstance(output, list) and not isinstance(output[0], (torch.Tensor, np.ndarray))
+def _is_per_sample(batches: Sequence[Any], sizes: Sequence[Any]) -> bool:
+    """Whether these are lists with an entry per sample; `[logits, labels]`, say, is not."""
+    if not all(type(b) is list and len(b) == n for b, n in zip(batches, sizes, strict=True)):
+        return False
+    return not all(
+        isinstance(entry, _ARRAYS) and entry.ndim > 0 and len(entry) == n
+        for batch, n in zip(batches, sizes, strict=True)
+        for entry in batch
+    )
 
 
-def _join(batches: Sequence[Any]) -> Any:
+def _join(batches: Sequence[Any], sizes: Sequence[Any]) -> Any:
     first = batches[0]
     if isinstance(first, torch.Tensor):
         return torch.cat(list(batches))
     if isinstance(first, np.ndarray):
         return np.concatenate(list(batches))
     if isinstance(first, Mapping):
-        return {key: _join([batch[key] for batch in batches]) for key in first}
+        return {key: _join([batch[key] for batch in batches], sizes) for key in first}
     if first is None:
         return None
-    if _is_sample_list(first):
-        return [sample for batch in batches for sample in batch]
-    return _like(first, [_join(column) for column in zip(*batches, strict=True)])
+    if _is_per_sample(batches, sizes):
+        return _SampleList(sample for batch in batches for sample in batch)
+    return _like(first, [_join(column, sizes) for column in zip(*batches, strict=True)])
 
 
 def _take(joined: Any, order: Any) -> Any:
@@ -154,7 +178,7 @@ def _take(joined: Any, order: Any) -> Any:
         return {key: _take(value, order) for key, value in joined.items()}
     if joined is None:
         return None
-    if _is_sample_list(joined):
+    if isinstance(joined, _SampleList):
         return [joined[i] for i in order]
     return _like(joined, [_take(value, order) for value in joined])
 

@@ -1,4 +1,4 @@
-"""The model of `launch.py`, in a module of its own so that `ddp_spawn` can import it."""
+"""The model of `launch.py`, in a module that the processes of `ddp_spawn` can import."""
 
 import lightning.pytorch as pl
 import torch
