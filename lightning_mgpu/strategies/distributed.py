@@ -1,5 +1,8 @@
 """Distributed data parallel: a process per device, launched by our own worker pool."""
 
+import atexit
+import functools
+
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -9,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_mgpu.launch.rank import leave_group
 from lightning_mgpu.strategies.environment import PoolEnvironment
 from lightning_mgpu.strategies.launcher import PoolLauncher
 
@@ -80,6 +84,7 @@ class DDPStrategy(_LightningDDPStrategy):
         environment = self.cluster_environment
         if not isinstance(environment, PoolEnvironment):
             super().setup_distributed()
+            _leave_group_at_exit()
             return
         assert environment.rank is not None
         reset_seed()
@@ -99,3 +104,13 @@ class DDPStrategy(_LightningDDPStrategy):
             cls,
             description="DDP through a pool of persistent workers; safe under Hydra multirun",
         )
+
+
+@functools.cache
+def _leave_group_at_exit() -> None:
+    """Destroy the group before the interpreter goes.
+
+    Lightning does so for NCCL only. Gloo's threads may otherwise outlive what they use, and a rank
+    that has done its work ends with an error.
+    """
+    atexit.register(leave_group)
