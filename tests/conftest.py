@@ -103,7 +103,11 @@ class _Snapshot:
             "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
             "process group": dist.is_initialized(),
             "files in the repository": {path.name for path in ROOT.iterdir()},
-            "temporary files": {path.name for path in temporary_files.iterdir()},
+            # `multiprocessing` keeps a directory for each process that has shared a tensor, and
+            # cannot take it away when a loader's process is terminated.
+            "temporary files": {
+                path.name for path in temporary_files.iterdir() if not path.name.startswith("pymp-")
+            },
             "sys.excepthook": sys.excepthook,
             "signal handlers": {s: signal.getsignal(s) for s in signal.valid_signals()},
             "rank": rank_zero_only.rank,
