@@ -9,7 +9,7 @@ import cloudpickle
 import torch.distributed as dist
 
 # Gloo reports a lost or silent peer as a plain `RuntimeError`; only its words tell it apart.
-_COLLECTIVE_WORDS = ("/gloo/", "NCCL")
+_COLLECTIVE_WORDS = ("gloo/", "NCCL")
 _TIMEOUT_WORDS = ("Timed out waiting", "timed out", "timeout")
 
 
