@@ -24,6 +24,13 @@ _LASTING_THREADS = ("tqdm_monitor", "pytest_timeout")
 _SETTLE_SECONDS = 5.0
 
 
+def pytest_configure() -> None:
+    # A shell that starts the tests in the background has SIGINT ignored, and so would have every
+    # program that a test starts and interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -109,7 +116,10 @@ class _Snapshot:
                 path.name for path in temporary_files.iterdir() if not path.name.startswith("pymp-")
             },
             "sys.excepthook": sys.excepthook,
-            "signal handlers": {s: signal.getsignal(s) for s in signal.valid_signals()},
+            # SIGALRM is what the test runner times tests with.
+            "signal handlers": {
+                s: signal.getsignal(s) for s in signal.valid_signals() - {signal.SIGALRM}
+            },
             "rank": rank_zero_only.rank,
             "intra-op threads": torch.get_num_threads(),
             "default dtype": torch.get_default_dtype(),
