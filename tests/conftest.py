@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 
 # Threads of other libraries that live as long as the process.
 _LASTING_THREADS = ("tqdm_monitor", "pytest_timeout")
+# What the test runner times tests with, and what torch's DataLoader listens to once and for all.
+_FOREIGN_SIGNALS = {signal.SIGALRM, signal.SIGCHLD}
 _SETTLE_SECONDS = 5.0
 
 
@@ -116,9 +118,8 @@ class _Snapshot:
                 path.name for path in temporary_files.iterdir() if not path.name.startswith("pymp-")
             },
             "sys.excepthook": sys.excepthook,
-            # SIGALRM is what the test runner times tests with.
             "signal handlers": {
-                s: signal.getsignal(s) for s in signal.valid_signals() - {signal.SIGALRM}
+                s: signal.getsignal(s) for s in signal.valid_signals() - _FOREIGN_SIGNALS
             },
             "rank": rank_zero_only.rank,
             "intra-op threads": torch.get_num_threads(),
