@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 from lightning_mgpu._version import __version__
 
 if TYPE_CHECKING:
-    from lightning_mgpu.strategies import DDPStrategy
+    from lightning_mgpu.engine.batch import Shard
+    from lightning_mgpu.strategies import DataParallelStrategy, DDPStrategy
 
-__all__ = ["DDPStrategy", "__version__"]
+__all__ = ["DDPStrategy", "DataParallelStrategy", "Shard", "__version__"]
 
-_PUBLIC = {"DDPStrategy": "lightning_mgpu.strategies"}
+_PUBLIC = {
+    "DDPStrategy": "lightning_mgpu.strategies",
+    "DataParallelStrategy": "lightning_mgpu.strategies",
+    "Shard": "lightning_mgpu.engine.batch",
+}
 
 
 def __getattr__(name: str) -> Any:

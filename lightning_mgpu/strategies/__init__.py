@@ -2,10 +2,11 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_mgpu.strategies.data_parallel import DataParallelStrategy
 from lightning_mgpu.strategies.distributed import DDPStrategy
 
-__all__ = ["DDPStrategy"]
+__all__ = ["DDPStrategy", "DataParallelStrategy"]
 
-for _strategy in (DDPStrategy,):
+for _strategy in (DataParallelStrategy, DDPStrategy):
     if _strategy.strategy_name not in StrategyRegistry:
         _strategy.register_strategies(StrategyRegistry)

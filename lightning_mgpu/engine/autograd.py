@@ -1,0 +1,92 @@
+"""Work done elsewhere, as one node of the caller's autograd graph."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__: list[str] = []
+
+Gradients = Sequence[Tensor | None]
+Backward = Callable[[Gradients, bool], Gradients]
+
+
+def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backward) -> list[Tensor]:
+    """Join `outputs`, computed apart from the caller's graph, to it as a function of `inputs`.
+
+    Whatever the caller's graph may be used for then works: `Tensor.backward`,
+    `torch.autograd.grad`, accumulation, hooks on the inputs (which fire once).
+
+    The node itself lies on the CPU. The engine runs a node on the thread of its outputs' device,
+    and one that waits there for work on the same device would wait forever; so the outputs are made
+    from a CPU token by a second node, which does nothing but hand their gradients on. The first
+    node's backward thus runs on the thread that called the engine, where it may wait.
+
+    Args:
+        outputs: The values; detached here.
+        inputs: What the outputs depend on, parameters among them.
+        backward: Given the gradient of each output (`None` where there is none) and whether the
+            graph is to be kept for another time, returns the gradient of each input, or `None`.
+
+    Returns:
+        The outputs. Those of floating point are part of the graph if any input requires gradients.
+
+    Raises:
+        RuntimeError: In backward, if gradients of gradients are asked for (``create_graph=True``).
+    """
+    values = [output.detach() for output in outputs]
+    floating = [i for i, value in enumerate(values) if value.is_floating_point()]
+    if not torch.is_grad_enabled() or not floating or not any(x.requires_grad for x in inputs):
+        return values
+    link = _Link(backward)
+    token = _Work.apply(link, *inputs)  # type: ignore[no-untyped-call]
+    joined = _Outputs.apply(link, token, *(values[i] for i in floating))  # type: ignore[no-untyped-call]
+    for i, output in zip(floating, joined, strict=True):
+        values[i] = output
+    return values
+
+
+class _Link:
+    """What the two nodes of one graft share."""
+
+    def __init__(self, backward: Backward) -> None:
+        self.backward = backward
+        self.gradients: Gradients = ()
+
+
+class _Work(torch.autograd.Function):
+    """Inputs to a token on the CPU; does the work in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, link: _Link, *inputs: Tensor) -> Tensor:
+        ctx.link = link
+        return torch.zeros((), device="cpu", dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Gradients of gradients (`create_graph=True`) cannot be taken through work that"
+                " was done on several devices. Take them inside the step, where each replica has a"
+                " graph of its own."
+            )
+        gradients, ctx.link.gradients = ctx.link.gradients, ()
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        return None, *ctx.link.backward(gradients, keep)
+
+
+class _Outputs(torch.autograd.Function):
+    """A token to the outputs; hands the gradients on in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, link: _Link, token: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.link = link
+        ctx.set_materialize_grads(False)
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        ctx.link.gradients = gradients
+        token = torch.zeros((), device="cpu", dtype=torch.float32)
+        return None, token, *(None for _ in gradients)

@@ -1,0 +1,133 @@
+"""Running statistics of a batch whose parts are normalised apart.
+
+Each part (a replica's shard, a pipeline's micro-batch) is normalised with its own mean and
+variance, but the running statistics are updated once, with those of the whole batch.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__: list[str] = []
+
+Statistics = Literal["merge", "first"]
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_HOOK = "lightning_mgpu.batch_norm"
+
+
+@dataclass
+class _Call:
+    """What one call of a layer saw: per channel, in the dtype of the running statistics."""
+
+    count: float
+    mean: Tensor
+    variance: Tensor
+    """Unbiased."""
+
+
+@dataclass
+class _Layer:
+    """The calls of one layer in one part, and what the layer holds otherwise."""
+
+    calls: list[_Call] = field(default_factory=list)
+    outside: tuple[dict[str, Tensor | None], float | None] | None = None
+
+
+class Recorder:
+    """Keeps the batch statistics of some layers, whose running statistics stay as they are.
+
+    Args:
+        layers: Layers of one part; those in training mode are recorded.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = list(layers)
+        self._state = {id(layer): _Layer() for layer in layers}
+
+    def attach(self) -> None:
+        """Hook into the layers."""
+        for layer in self.layers:
+            layer._forward_pre_hooks[_HOOK] = self._before  # type: ignore[index]
+            layer._forward_hooks[_HOOK] = self._after  # type: ignore[index]
+
+    def detach(self) -> None:
+        """Leave the layers as they were before, also after an exception within one."""
+        for layer in self.layers:
+            layer._forward_pre_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
+            layer._forward_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
+            self._restore(layer)
+
+    def take(self) -> list[list[_Call]]:
+        """The calls of each layer since the last time."""
+        taken = [self._state[id(layer)].calls for layer in self.layers]
+        self._state = {id(layer): _Layer() for layer in self.layers}
+        return taken
+
+    def _before(self, layer: Any, _: Any) -> None:
+        if not layer.training or layer.running_mean is None:
+            return
+        buffers = {name: layer._buffers[name] for name in _STATISTICS}
+        self._state[id(layer)].outside = (buffers, layer.momentum)
+        # From nothing and with a momentum of 1, the running statistics are the batch's.
+        layer.momentum = 1.0
+        layer._buffers.update(
+            {name: None if b is None else torch.zeros_like(b) for name, b in buffers.items()}
+        )
+
+    def _after(self, layer: Any, inputs: Any, _: Any) -> None:
+        state = self._state[id(layer)]
+        if state.outside is None:
+            return
+        mean, variance = layer.running_mean, layer.running_var
+        self._restore(layer)
+        state.calls.append(_Call(inputs[0].numel() / mean.numel(), mean, variance))
+
+    def _restore(self, layer: Any) -> None:
+        state = self._state[id(layer)]
+        if state.outside is not None:
+            buffers, layer.momentum = state.outside
+            layer._buffers.update(buffers)
+            state.outside = None
+
+
+def layers_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers that keep running statistics."""
+    return [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@torch.no_grad()
+def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_Call]]]) -> None:
+    """Update running statistics as if each layer had seen the parts as one batch.
+
+    Args:
+        layers: The layers to update.
+        parts: For each part, the calls of each layer as `Recorder.take` returns them.
+    """
+    for index, layer in enumerate(layers):
+        calls = [part[index] for part in parts]
+        for number in range(max(map(len, calls), default=0)):
+            _update(layer, [call[number] for call in calls if number < len(call)])
+
+
+def _update(layer: Any, calls: Sequence[_Call]) -> None:
+    """Chan, Golub and LeVeque's pooling of variances, then torch's moving average."""
+    device = layer.running_mean.device
+    means = [call.mean.to(device) for call in calls]
+    total = sum(call.count for call in calls)
+    mean = torch.zeros_like(means[0])
+    for part, call in zip(means, calls, strict=True):
+        mean += part * (call.count / total)
+    squares = torch.zeros_like(mean)
+    for part, call in zip(means, calls, strict=True):
+        squares += call.variance.to(device) * (call.count - 1) + (part - mean) ** 2 * call.count
+    tracked = layer.num_batches_tracked
+    if tracked is not None:
+        tracked += 1
+    momentum = layer.momentum if layer.momentum is not None else 1.0 / float(tracked)
+    layer.running_mean.lerp_(mean, momentum)
+    layer.running_var.lerp_(squares / max(total - 1, 1), momentum)

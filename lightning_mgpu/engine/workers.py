@@ -1,0 +1,372 @@
+"""One persistent thread per slot: runs tasks side by side, and the first error wins."""
+
+import ctypes
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from lightning_mgpu.engine.context import ThreadContext
+
+log = logging.getLogger(__name__)
+
+__all__: list[str] = []
+
+T = TypeVar("T")
+
+# How long others may take to stop after an error or Ctrl-C before their threads are given up.
+_STOP_SECONDS = 10.0
+_INTERRUPT_SECONDS = 0.5
+_JOIN_SECONDS = 1.0
+
+
+class Cancelled(BaseException):
+    """Raised inside a task whose peers have failed; like `KeyboardInterrupt` no `Exception`."""
+
+
+class LockstepError(RuntimeError):
+    """Tasks that must make the same calls in the same order did not."""
+
+
+class Workers:
+    """Threads that run one task each, slot by slot.
+
+    Slots, not devices: two slots on ``cpu`` are two threads that run at once. Every task runs in
+    the caller's thread-local context (gradient mode, autocast, ...) with the slot's device current.
+
+    Args:
+        devices: The device of each slot.
+        threads: Intra-op threads of each worker; default: the machine's cores shared out evenly,
+            at least one.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], threads: int | None = None) -> None:
+        self.devices = list(devices)
+        self._threads = threads or max(1, available_cores() // max(1, len(self.devices)))
+        self._slots: list[_Slot] = []
+        self._parked: list[_Call[Any]] = []
+
+    def run(
+        self,
+        tasks: Sequence[Callable[[], T]],
+        around_calls: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> list[T]:
+        """Run one task per slot, from slot 0 on, and wait for all.
+
+        Meanwhile the calling thread serves `on_caller`. What it calls may itself run tasks here:
+        they are run by the threads of the tasks that wait for it.
+
+        Args:
+            tasks: At most as many as there are slots.
+            around_calls: A context in which the calling thread does so.
+
+        Returns:
+            The results, in order.
+
+        Raises:
+            BaseException: The first error of any task, with its own traceback. The other tasks have
+                been cancelled and are over, or their threads were given up after 10 s.
+            LockstepError: Tasks disagree about what to call in lockstep.
+        """
+        self._start()
+        run = _Run(self, tasks, around_calls)
+        try:
+            run.wait()
+        except BaseException as error:
+            seconds = _INTERRUPT_SECONDS if isinstance(error, KeyboardInterrupt) else _STOP_SECONDS
+            self._give_up(run.stop(seconds))
+            raise
+        return run.results()
+
+    def close(self) -> None:
+        """End the threads. The workers can be used again."""
+        slots, self._slots = self._slots, []
+        for slot in slots:
+            slot.inbox.put(None)
+        for slot in slots:
+            slot.thread.join(_JOIN_SECONDS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slots": [], "_parked": []}  # threads stay with their process
+
+    def _submit(self, job: "_Job") -> "_Slot":
+        slot = self._slots[job.slot]
+        if self._parked:
+            self._parked[job.slot].lend(job)
+        else:
+            slot.inbox.put(job)
+        return slot
+
+    @contextmanager
+    def _lent(self, calls: "list[_Call[Any]]") -> Iterator[None]:
+        before, self._parked = self._parked, calls
+        try:
+            yield
+        finally:
+            self._parked = before
+
+    def _start(self) -> None:
+        if any(not slot.thread.is_alive() for slot in self._slots):
+            self._slots = []  # we are a forked child
+        if self._slots:
+            return
+        callers = torch.get_num_threads()
+        self._slots = [_Slot(i, d, self._threads) for i, d in enumerate(self.devices)]
+        for slot in self._slots:
+            slot.ready.wait()
+        # What a thread sets is also what threads to come begin with.
+        torch.set_num_threads(callers)
+
+    def _give_up(self, stuck: Sequence["_Slot"]) -> None:
+        if not stuck:
+            return
+        log.warning(
+            "The work on %s does not stop; its thread is left behind.",
+            ", ".join(f"slot {slot.index} ({slot.device})" for slot in stuck),
+        )
+        for slot in self._slots:
+            slot.inbox.put(None)
+        self._slots = []
+
+
+def on_caller(name: str, function: Callable[[], T]) -> T:
+    """Inside a task: run `function` once for all tasks, in the thread that called `Workers.run`.
+
+    Waits until every task of the run has come here.
+
+    Args:
+        name: What this is; must be the same in every task.
+        function: Slot 0's is run.
+
+    Returns:
+        What it returned, to every task.
+
+    Raises:
+        LockstepError: Another task calls something else, or has ended.
+        BaseException: What `function` raised, in every task.
+    """
+    job: _Job = _here.job
+    call = _Call(name, function)
+    job.events.put((job.slot, call))
+    return call.wait()
+
+
+def available_cores() -> int:
+    """The cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_here = threading.local()
+
+
+@dataclass
+class _Job:
+    slot: int
+    task: Callable[[], Any]
+    context: ThreadContext
+    events: "queue.SimpleQueue[tuple[int, Any]]"
+    cancelled: bool = False
+
+
+@dataclass
+class _Done:
+    value: Any
+
+
+@dataclass
+class _Failed:
+    error: BaseException
+
+
+@dataclass
+class _Call(Generic[T]):
+    name: str
+    function: Callable[[], T]
+    _inbox: "queue.SimpleQueue[_Done | _Failed | _Job]" = field(default_factory=queue.SimpleQueue)
+
+    def lend(self, job: _Job) -> None:
+        """Have the waiting thread run a job."""
+        self._inbox.put(job)
+
+    def answer(self, reply: _Done | _Failed) -> None:
+        self._inbox.put(reply)
+
+    def wait(self) -> T:
+        while isinstance(reply := self._inbox.get(), _Job):
+            _here.slot.execute(reply)
+        if isinstance(reply, _Failed):
+            raise reply.error
+        value: T = reply.value
+        return value
+
+
+class _Run:
+    """One `Workers.run`, as its caller sees it."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        tasks: Sequence[Callable[[], Any]],
+        around_calls: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        assert len(tasks) <= len(workers.devices), (len(tasks), len(workers.devices))
+        self._workers = workers
+        # A queue of this run's own: whatever a thread that was given up still has to say is lost.
+        self._events: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._around_calls = around_calls
+        self._results: dict[int, Any] = {}
+        self._calls: dict[int, _Call[Any]] = {}
+        self._busy: dict[int, tuple[_Slot, _Job]] = {}
+        context = ThreadContext.capture()
+        for index, task in enumerate(tasks):
+            job = _Job(index, task, context, self._events)
+            self._busy[index] = (workers._submit(job), job)
+
+    def wait(self) -> None:
+        while self._busy:
+            slot, event = self._events.get()
+            if isinstance(event, _Call):
+                self._calls[slot] = event
+            else:
+                del self._busy[slot]
+                if isinstance(event, _Failed):
+                    raise event.error
+                self._results[slot] = event.value
+            if self._calls:
+                self._serve()
+
+    def results(self) -> list[Any]:
+        return [value for _, value in sorted(self._results.items())]
+
+    def stop(self, seconds: float) -> list["_Slot"]:
+        """Cancel the tasks that still run.
+
+        Returns:
+            The slots whose tasks have not ended after `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        for slot, job in self._busy.values():
+            slot.cancel(job)
+        while self._busy:
+            for call in self._calls.values():
+                call.answer(_Failed(Cancelled()))
+            self._calls.clear()
+            try:
+                index, event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            except KeyboardInterrupt:  # once more: no more patience
+                break
+            if isinstance(event, _Call):
+                self._calls[index] = event
+            else:
+                del self._busy[index]
+        return [slot for slot, _ in self._busy.values()]
+
+    def _serve(self) -> None:
+        """Answer the tasks' calls once all have arrived."""
+        if self._results:
+            index, call = next(iter(self._calls.items()))
+            ended = ", ".join(map(str, sorted(self._results)))
+            raise LockstepError(
+                f"Task {index} calls `{call.name}`, which all tasks must call together, but task"
+                f" {ended} has ended without doing so."
+            )
+        if len(self._calls) < len(self._busy):
+            return
+        calls = [call for _, call in sorted(self._calls.items())]
+        self._calls.clear()
+        names = [call.name for call in calls]
+        if len(set(names)) > 1:
+            raise LockstepError(
+                "All tasks must make the same calls in the same order, but they call "
+                + ", ".join(f"`{name}` (task {i})" for i, name in enumerate(names))
+                + "."
+            )
+        reply: _Done | _Failed
+        try:
+            with self._workers._lent(calls), self._around_calls():
+                reply = _Done(calls[0].function())
+        except Exception as error:  # raised where the task called, whose code may know what to do
+            reply = _Failed(error)
+        for call in calls:
+            call.answer(reply)
+
+
+class _Slot:
+    """A worker's thread and the way to it."""
+
+    def __init__(self, index: int, device: torch.device, threads: int) -> None:
+        self.index = index
+        self.device = device
+        self.inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.ready = threading.Event()
+        self._threads = threads
+        self._current: _Job | None = None
+        self._lock = threading.Lock()
+        self.thread = threading.Thread(target=self._main, name=f"mgpu-worker-{index}", daemon=True)
+        self.thread.start()
+
+    def cancel(self, job: _Job) -> None:
+        """Raise `Cancelled` in the job's task at its next step in Python, unless it is over."""
+        with self._lock:
+            job.cancelled = True
+            if self._current is job:
+                _raise_in(self.thread, Cancelled)
+
+    def _main(self) -> None:
+        # A thread takes the process's setting over at its first parallel operation or query, and
+        # would then forget its own.
+        torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        _here.slot = self
+        self.ready.set()
+        while True:
+            try:
+                job = self.inbox.get()
+                if job is None:
+                    return
+                self.execute(job)
+            except Cancelled:  # came too late for its task
+                pass
+            finally:
+                job = None  # hold nothing of the last task while waiting for the next
+
+    def execute(self, job: _Job) -> None:
+        """Run a job in this thread and report its outcome; within another job, if that waits."""
+        outer = self._current
+        event: _Done | _Failed = _Failed(Cancelled())
+        try:
+            try:
+                with self._lock:
+                    if job.cancelled:
+                        return
+                    self._current = job
+                _here.job = job
+                with job.context.entered(self.device):
+                    event = _Done(job.context.variables.copy().run(job.task))
+            except BaseException as error:
+                event = _Failed(error)
+            finally:
+                with self._lock:
+                    self._current = outer
+                    _raise_in(self.thread, None)
+                _here.job = outer
+        finally:
+            job.events.put((job.slot, event))
+
+
+def _raise_in(thread: threading.Thread, kind: type[BaseException] | None) -> None:
+    """Have a thread raise at its next bytecode; `None` takes back what it has not raised yet."""
+    assert thread.ident is not None
+    what = ctypes.py_object(kind) if kind is not None else None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), what)

@@ -1,0 +1,398 @@
+"""Data parallel in one process: a replica of the model per device, each on a thread of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_mgpu.engine import batch_norm as engine_batch_norm
+from lightning_mgpu.engine.batch import Shard, join, split
+from lightning_mgpu.engine.loss import joint_loss
+from lightning_mgpu.engine.notes import noted
+from lightning_mgpu.engine.randomness import RandomStreams, Stream
+from lightning_mgpu.engine.replicas import Replicas
+from lightning_mgpu.engine.workers import Workers
+from lightning_mgpu.strategies.checks import check_layer_sync, check_module, check_one_process
+from lightning_mgpu.strategies.logged import LogRecorder, replay
+from lightning_mgpu.strategies.manual import ManualOptimization
+from lightning_mgpu.strategies.metrics import ReplicaMetrics, is_metric, replica_of
+
+__all__ = ["DataParallelStrategy"]
+
+_SHARED = (Trainer, Strategy, LightningDataModule, Logger, Callback)
+# What Lightning itself keeps on a LightningModule.
+_OWN_ATTRIBUTES = (vars(LightningModule()).keys() - vars(nn.Module()).keys()) | {
+    "_hparams",
+    "_hparams_initial",
+    "_hparams_name",
+    "_log_hyperparams",
+}
+
+
+class DataParallelStrategy(ParallelStrategy):
+    """Trains on several devices of one process: a replica per device, each with part of the batch.
+
+    What Lightning's ``dp`` was until 2.0: nothing is pickled and no port is opened, so it works in
+    notebooks, in debuggers and with any model and data. ``training_step`` runs once per replica on
+    its shard; the loss is the mean of theirs, weighted by shard size; one optimizer steps the
+    master, which is your LightningModule. On the CPU, ``devices=2`` means two threads.
+
+    Registered as ``"dp"``.
+
+    Args:
+        accelerator: As Lightning's strategies.
+        parallel_devices: The devices, the first of which holds the master; default: the Trainer's.
+        cluster_environment: As Lightning's strategies; only one process is allowed.
+        checkpoint_io: As Lightning's strategies.
+        precision_plugin: As Lightning's strategies.
+        batch_norm: Running statistics of batch normalisation: ``"merge"`` (default), those of the
+            whole batch, or ``"first"``, those of the first shard. Normalisation itself is done
+            shard by shard.
+        scatter_fn: Splits a batch that cannot be split along the first dimension of all its
+            tensors: ``scatter_fn(batch, n)`` returns at most `n` shards, as `Shard(batch, size)`
+            with the number of samples in each.
+        gather_fn: Puts the outputs of a step together where tensors do not join along their first
+            dimension: ``gather_fn(outputs, sizes)``. Does not see the loss of ``training_step``.
+
+    Raises:
+        ValueError: `batch_norm` is neither of the two.
+        MisconfigurationException: More than one node or process.
+    """
+
+    strategy_name = "dp"
+    # One process sees all data: samplers stay as they are.
+    is_distributed = False
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        *,
+        batch_norm: Literal["merge", "first"] = "merge",
+        scatter_fn: Callable[[Any, int], Sequence[Shard]] | None = None,
+        gather_fn: Callable[[Sequence[Any], Sequence[int]], Any] | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
+        )
+        if batch_norm not in ("merge", "first"):
+            raise ValueError(
+                f"`DataParallelStrategy(batch_norm={batch_norm!r})`: use 'merge' (running"
+                " statistics of the whole batch) or 'first' (of the first shard)."
+            )
+        self._batch_norm: engine_batch_norm.Statistics = batch_norm
+        self._scatter_fn = scatter_fn
+        self._gather_fn = gather_fn
+        self._dataloader_idx = 0
+        self._replicas: Replicas | None = None
+        self._workers: Workers | None = None
+        self._streams = RandomStreams()
+
+    def __repr__(self) -> str:
+        # `pytorch_lightning` shows this when it refuses an object of the other namespace.
+        return f"<{type(self).__name__}, for the Trainer of `lightning.pytorch`>"
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices, "the Trainer sets the devices"
+        return self.parallel_devices[0]
+
+    @property
+    def num_nodes(self) -> int:
+        """Always 1."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        check_one_process(self.strategy_name, num_nodes, self.world_size)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        check_layer_sync(self.strategy_name, self._layer_sync is not None)
+        check_module(self.strategy_name, self.lightning_module)
+        self._release()
+        super().setup(trainer)
+
+    @override
+    def teardown(self) -> None:
+        self._release()
+        super().teardown()
+
+    @override
+    def batch_to_device(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        """Nothing yet: each replica moves its own shard, in its step."""
+        self._dataloader_idx = dataloader_idx
+        return batch
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.train_step_context():
+            return self._step("training_step", *args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self._step("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return self._step("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return self._step("predict_step", *args, **kwargs)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        """Nothing to wait for: there is one process."""
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        strategy_registry.register(
+            cls.strategy_name, cls, description="Data parallel in one process, a thread per device"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Replicas and threads are made anew by the first step.
+        return {**self.__dict__, "_replicas": None, "_workers": None}
+
+    def _release(self) -> None:
+        if self._workers is not None:
+            self._streams.finish()
+            self._workers.close()
+        self._replicas = self._workers = None
+
+    def _prepared(self) -> tuple[Replicas, Workers]:
+        """The replicas and their threads, made when first needed."""
+        if self._replicas is None or self._workers is None:
+            assert self.lightning_module is not None
+            assert self.parallel_devices
+            self._replicas = Replicas(
+                self.lightning_module,
+                self.parallel_devices,
+                statistics=self._batch_norm,
+                is_unit=is_metric,
+                copy_unit=replica_of,
+                is_opaque=lambda value: isinstance(value, _SHARED),
+                own_attributes=_OWN_ATTRIBUTES,
+            )
+            self._workers = Workers(self.parallel_devices)
+            self._streams.restart()
+        return self._replicas, self._workers
+
+    def _step(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a step of the LightningModule on every replica and put the outputs together."""
+        model = self.lightning_module
+        assert model is not None
+        replicas, workers = self._prepared()
+        training = name == "training_step"
+        shards = self._scatter(batch, training)
+        step = _Step(name, shards, args, kwargs, self._dataloader_idx, replicas.devices)
+        with self._streams.step(name, len(shards)) as streams:
+            manual = self._manual(step, streams) if training else None
+            outputs = step.run(model, replicas, workers, streams, manual)
+        if not training or manual is not None:
+            return self._gather(outputs, step.sizes)
+        losses = [_loss_of(output) for output in outputs]
+        loss = joint_loss(losses, step.sizes, streams, replicas, workers, step.describe)
+        return self._training_output(outputs, step.sizes, loss)
+
+    def _manual(self, step: "_Step", streams: Sequence[Stream]) -> ManualOptimization | None:
+        model = self.lightning_module
+        assert model is not None
+        if model.automatic_optimization:
+            return None
+        replicas, workers = self._prepared()
+
+        def joint(losses: list[Tensor]) -> Tensor:
+            loss = joint_loss(losses, step.sizes, streams, replicas, workers, step.describe)
+            assert loss is not None
+            return loss
+
+        def run_closures(closures: list[Callable[[], Any]]) -> list[Any]:
+            with replicas.as_inside():
+                outside = partial(replicas.as_outside, len(step.sizes))
+                return workers.run(closures, outside)
+
+        return ManualOptimization(model, joint, run_closures)
+
+    def _scatter(self, batch: Any, training: bool) -> list[Shard]:
+        assert self.parallel_devices
+        count = len(self.parallel_devices)
+        if self._scatter_fn is not None:
+            shards = [Shard(*shard) for shard in self._scatter_fn(batch, count)]
+            if not 1 <= len(shards) <= count:
+                raise ValueError(
+                    f"`scatter_fn` has made {len(shards)} shards for {count} devices; return at"
+                    " least one and at most as many as there are devices."
+                )
+            return shards
+        # Batch normalisation cannot be trained on a single sample.
+        least = 2 if training and self._trains_batch_norm() else 1
+        try:
+            return split(batch, count, least)
+        except ValueError as error:
+            raise ValueError(
+                f"The batch cannot be split over {count} devices: {error} Give"
+                " `DataParallelStrategy(scatter_fn=...)` a function that splits it."
+            ) from error
+
+    def _trains_batch_norm(self) -> bool:
+        assert self.lightning_module is not None
+        layers = engine_batch_norm.layers_of(self.lightning_module.modules())
+        return any(layer.training for layer in layers)
+
+    def _gather(self, outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+        if self._gather_fn is not None:
+            return self._gather_fn(outputs, sizes)
+        try:
+            return join(outputs, sizes, self.root_device)
+        except ValueError as error:
+            raise ValueError(
+                f"The outputs of the replicas cannot be put together: {error} Give"
+                " `DataParallelStrategy(gather_fn=...)` a function that does."
+            ) from error
+
+    def _training_output(
+        self, outputs: Sequence[Any], sizes: Sequence[int], loss: Tensor | None
+    ) -> Any:
+        if loss is None:
+            return None
+        mappings = [(o, s) for o, s in zip(outputs, sizes, strict=True) if isinstance(o, Mapping)]
+        if not mappings:
+            return loss
+        others = [{key: o[key] for key in o if key != "loss"} for o, _ in mappings]
+        return {"loss": loss, **self._gather(others, [size for _, size in mappings])}
+
+
+class _Step:
+    """One step of a LightningModule, on one shard per replica."""
+
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[Shard],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dataloader_idx: int,
+        devices: Sequence[torch.device],
+    ) -> None:
+        self.sizes = [shard.size for shard in shards]
+        self._name = name
+        self._shards = list(shards)
+        self._args, self._kwargs = args, kwargs
+        self._dataloader_idx = dataloader_idx
+        self._devices = devices
+
+    def run(
+        self,
+        model: LightningModule,
+        replicas: Replicas,
+        workers: Workers,
+        streams: Sequence[Stream],
+        manual: ManualOptimization | None,
+    ) -> list[Any]:
+        """Run it, and apply to the master what the replicas have logged and measured.
+
+        Returns:
+            What the replicas returned.
+        """
+        count = len(self._shards)
+        recorders = [LogRecorder() for _ in range(count)]
+        overrides = [
+            {"log": recorder.log, **(manual.overrides(slot) if manual is not None else {})}
+            for slot, recorder in enumerate(recorders)
+        ]
+        outside = partial(replicas.as_outside, count) if manual is not None else nullcontext
+        with replicas.step(count, overrides) as modules:
+            metrics = ReplicaMetrics(replicas.units, [replicas.units_of(i) for i in range(count)])
+            metrics.begin()
+            tasks = [
+                partial(self._run_one, slot, module, streams[slot])
+                for slot, module in enumerate(modules)
+            ]
+            outputs = workers.run(tasks, outside)
+        metrics.merge(self.sizes)
+        replay(recorders, self.sizes, model.log, metrics.original)
+        return outputs
+
+    def describe(self, slot: int) -> str:
+        """A replica and its shard, in words."""
+        first = sum(self.sizes[:slot])
+        last = first + self.sizes[slot] - 1
+        return (
+            f"replica {slot} of {len(self.sizes)} on {self._devices[slot]},"
+            f" samples {first} to {last} of the batch"
+        )
+
+    def _run_one(self, slot: int, module: Any, stream: Stream) -> Any:
+        with noted(self.describe(slot)), stream.entered():
+            batch = self._transferred(module, self._shards[slot].batch, self._devices[slot])
+            return getattr(module, self._name)(batch, *self._args, **self._kwargs)
+
+    def _transferred(self, module: Any, batch: Any, device: torch.device) -> Any:
+        """The shard on its device, by the hooks for it.
+
+        Lightning's own way to call hooks keeps state in the Trainer, and threads would mix it up.
+        """
+        selector = module.trainer._data_connector._datahook_selector
+        for hook, arguments in (
+            ("transfer_batch_to_device", (device, self._dataloader_idx)),
+            ("on_after_batch_transfer", (self._dataloader_idx,)),
+        ):
+            owner = selector.get_instance(hook)
+            owner = module if isinstance(owner, LightningModule) else owner
+            batch = getattr(owner, hook)(batch, *arguments)
+        return batch
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None or isinstance(loss, Tensor):
+        return loss
+    raise TypeError(
+        f"`training_step` must return a tensor, a dict with a tensor under 'loss', or None; it"
+        f" returned {type(output).__name__}."
+    )

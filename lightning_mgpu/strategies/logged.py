@@ -1,0 +1,119 @@
+"""What replicas log in one step, recorded on each and logged once."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_mgpu.engine.batch import weighted_mean
+
+__all__: list[str] = []
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": torch.sum,
+    "max": torch.max,
+    "min": torch.min,
+}
+_SIGNATURE = inspect.signature(LightningModule.log)
+
+
+@dataclass(frozen=True)
+class _Call:
+    value: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    options: Mapping[str, Any]
+    """Arguments by the name that Lightning knows them by."""
+
+
+class LogRecorder:
+    """Stands in for `LightningModule.log` on one replica.
+
+    A user's override of it is called when the values are logged, once, on the master.
+    """
+
+    def __init__(self) -> None:
+        # The same name may be logged several times in a step.
+        self.calls: dict[tuple[str, int], _Call] = {}
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Record a call; the arguments are those of `LightningModule.log`."""
+        try:
+            options = _SIGNATURE.bind_partial(None, name, value, *args, **kwargs).arguments
+        except TypeError:  # an override with other arguments
+            options = kwargs
+        number = 0
+        while (name, number) in self.calls:
+            number += 1
+        self.calls[name, number] = _Call(value, args, kwargs, options)
+
+
+def replay(
+    recorders: Sequence[LogRecorder],
+    sizes: Sequence[int],
+    log: Callable[..., None],
+    original: Callable[[Any], Any],
+) -> None:
+    """Log what the replicas have recorded, each name once.
+
+    Means are weighted by `batch_size` where that was given and else by shard size; sums, minima and
+    maxima are what their `reduce_fx` says.
+
+    Args:
+        recorders: One per replica.
+        sizes: Samples in each replica's shard.
+        log: The master's `log`.
+        original: The master's own of a replica's metric object.
+    """
+    keys = dict.fromkeys(key for recorder in recorders for key in recorder.calls)
+    for key in keys:
+        calls, weights = [], []
+        for recorder, size in zip(recorders, sizes, strict=True):
+            call = recorder.calls.get(key)
+            if call is not None:
+                given = call.options.get("batch_size")
+                calls.append(call)
+                weights.append(float(size if given is None else given))
+        kwargs = dict(calls[0].kwargs)
+        if kwargs.get("batch_size") is not None:
+            kwargs["batch_size"] = sum(call.kwargs["batch_size"] for call in calls)
+        how = _name(calls[0].options.get("reduce_fx", "mean"))
+        value = _merge([call.value for call in calls], weights, how, original)
+        log(key[0], value, *calls[0].args, **kwargs)
+
+
+def _name(reduce_fx: Any) -> str:
+    return reduce_fx.lower() if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "")
+
+
+def _merge(
+    values: Sequence[Any], weights: Sequence[float], how: str, original: Callable[[Any], Any]
+) -> Any:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {
+            key: _merge([value[key] for value in values], weights, how, original) for key in first
+        }
+    if not isinstance(first, (Tensor, int, float)):
+        return original(first)
+    if len(values) == 1:
+        return first
+    tensors = [_scalar(value, first) for value in values]
+    if how in _REDUCTIONS:
+        return _REDUCTIONS[how](torch.stack(tensors))
+    mean = weighted_mean(tensors, weights if sum(weights) else [1.0] * len(weights))
+    return mean if isinstance(first, Tensor) else float(mean)
+
+
+def _scalar(value: Any, first: Any) -> Tensor:
+    """One logged value, where and in the dtype in which values are put together."""
+    if not isinstance(first, Tensor):
+        return torch.tensor(float(value), dtype=torch.float64)
+    tensor: Tensor = value.detach().to(first.device)
+    if tensor.numel() == 1:
+        tensor = tensor.reshape(())
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
