@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 import threading
+from collections import Counter, UserDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,6 +213,13 @@ BATCHES: dict[str, tuple[Callable[[int], Any], Any, Callable[[Any], Any]]] = {
         lambda samples: Sample(*map(torch.stack, zip(*samples, strict=True)), note="all"),
         lambda b: (b.x, b.y),
     ),
+    "mapping": (
+        _sample,
+        lambda samples: UserDict(
+            zip("xy", map(torch.stack, zip(*samples, strict=True)), strict=True)
+        ),
+        lambda b: (b["x"], b["y"]),
+    ),
     "strings": (
         lambda i: {"x": _sample(i)[0], "y": _sample(i)[1], "name": f"sample {i}"},
         None,
@@ -219,7 +227,7 @@ BATCHES: dict[str, tuple[Callable[[int], Any], Any, Callable[[Any], Any]]] = {
     ),
     "plain leaves": (
         _sample,
-        lambda samples: [*map(torch.stack, zip(*samples, strict=True)), 0.5, None, {"k": "v"}],
+        lambda samples: [*map(torch.stack, zip(*samples, strict=True)), 0.5, None, (9,) * 4],
         lambda b: (b[0], b[1]),
     ),
 }
@@ -273,6 +281,12 @@ def test_scatter_fn_splits_what_we_cannot() -> None:
 def test_scatter_fn_with_too_many_shards_is_refused() -> None:
     strategy = DataParallelStrategy(scatter_fn=lambda batch, n: [Shard(batch, 1)] * (n + 1))
     with pytest.raises(ValueError, match="`scatter_fn` has made 3 shards for 2 devices"):
+        dp(strategy=strategy).fit(boring.Classifier(), boring.Blobs())
+
+
+def test_scatter_fn_that_returns_something_else_is_refused() -> None:
+    strategy = DataParallelStrategy(scatter_fn=lambda batch, n: [batch, batch])
+    with pytest.raises(TypeError, match=r"`lightning_mgpu.Shard\(batch, size\)`.*\['list'\]"):
         dp(strategy=strategy).fit(boring.Classifier(), boring.Blobs())
 
 
@@ -617,7 +631,84 @@ def test_attributes_that_differ_between_replicas_are_told_once(
     model = Model()
     dp(limit_val_batches=0).fit(model, boring.Blobs(5, 10))
     assert model.last == 3
-    assert caplog.text.count("sets `Model.last` to another value on each replica") == 1
+    assert caplog.text.count("something else to `Model.last` on each replica") == 1
+
+
+def test_containers_and_buffers_that_differ_between_replicas_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Model(boring.Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts = {"seen": 0}
+            self.labels: Counter[int] = Counter()
+            self.register_buffer("total", torch.zeros(()))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.counts["seen"] += len(batch[0])
+            self.labels.update(batch[1].tolist())
+            self.total += len(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    model = Model()
+    dp(limit_val_batches=0).fit(model, boring.Blobs(5, 10))
+    assert model.labels == {0: 4, 1: 3, 2: 3}
+    for name in ("Model.counts", "total"):
+        assert caplog.text.count(f"something else to `{name}` on each replica") == 1
+    assert "Model.labels" not in caplog.text
+
+
+def test_freezing_within_a_step() -> None:
+    class Model(boring.Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 3:
+                self.net[0].requires_grad_(False)
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    alone, parallel, *_ = both(Model)
+    assert_same_weights(alone, parallel)
+
+
+def test_functions_that_close_over_the_model_act_on_the_replica() -> None:
+    class Model(boring.Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features: list[Tensor] = []
+            found: dict[str, Tensor] = {}
+            self.net[0].register_forward_hook(lambda m, i, o: self.features.append(o))
+            self.net[1].register_forward_hook(lambda m, i, o: found.update(last=o))
+            self.look = lambda: found.pop("last")
+            self.run = lambda x: self.net(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.run(x)
+            return logits + self.features.pop().sum() * 0.1 + self.look().mean()
+
+    alone, parallel, *_ = both(Model)
+    assert_same_weights(alone, parallel)
+
+
+def test_modules_reached_through_hyperparameters() -> None:
+    class Model(boring.Classifier):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.save_hyperparameters(logger=False)
+            self.backbone = backbone
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.hparams["backbone"](x))
+
+    def build() -> pl.LightningModule:
+        torch.manual_seed(0)
+        return Model(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).double())
+
+    with pytest.warns(UserWarning, match="is an instance of `nn.Module`"):
+        alone, parallel, *_ = both(build, max_epochs=1, limit_train_batches=1)
+    counts = [m.backbone[1].num_batches_tracked for m in (alone, parallel)]  # type: ignore[index, union-attr]
+    assert counts == [1, 1]
 
 
 def test_attributes_set_between_steps_are_seen_by_all_replicas() -> None:

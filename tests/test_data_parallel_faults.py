@@ -185,6 +185,11 @@ class Fetching(boring.Classifier):
         raise AssertionError("must not be called")
 
 
+class FetchingInValidation(boring.Classifier):
+    def validation_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
+        raise AssertionError("must not be called")
+
+
 class CompiledInPlace(boring.Classifier):
     def __init__(self) -> None:
         super().__init__()
@@ -199,9 +204,10 @@ class CompiledInPlace(boring.Classifier):
         (Lazy, "`lazy` has parameters without a shape yet"),
         (Scripted, "`scripted` is compiled by TorchScript"),
         (Fetching, r"training_step\(dataloader_iter\)"),
+        (FetchingInValidation, r"validation_step\(dataloader_iter\)"),
         (CompiledInPlace, "`CompiledInPlace` is compiled as a whole"),
     ],
-    ids=["sync", "lazy", "scripted", "dataloader_iter", "compiled in place"],
+    ids=["sync", "lazy", "scripted", "dataloader_iter", "in validation", "compiled in place"],
 )
 def test_modules_that_cannot_be_replicated_are_refused(build: Any, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
@@ -273,6 +279,43 @@ def test_loss_that_is_no_tensor_is_refused() -> None:
             return 0.5
 
     with pytest.raises(TypeError, match=r"`training_step` must return a tensor.*returned float"):
+        boring.trainer("dp", 2).fit(Model(), boring.Blobs())
+
+
+def test_loss_that_is_no_scalar_is_refused() -> None:
+    class Model(boring.Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).sum(1)
+
+    with pytest.raises(ValueError, match=r"scalar loss; its shape is \(2,\)"):
+        boring.trainer("dp", 2).fit(Model(), boring.Blobs())
+
+
+def test_parameters_written_to_in_a_step_are_named() -> None:
+    class Model(boring.Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                self.net[2].bias.mul_(0.9)
+            return loss
+
+    with pytest.raises(RuntimeError, match=r"writes to the parameter `net\.2\.bias` in place"):
+        boring.trainer("dp", 2).fit(Model(), boring.Blobs())
+
+
+def test_layers_of_another_replica_are_refused() -> None:
+    holder: list[nn.Module] = []
+
+    class Model(boring.Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6).double()
+            holder[:] = [self.norm]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(holder[0](x))  # a global, which no copy has of its own
+
+    with pytest.raises(RuntimeError, match="`BatchNorm1d` of one replica is called in the step of"):
         boring.trainer("dp", 2).fit(Model(), boring.Blobs())
 
 

@@ -111,6 +111,20 @@ def test_override_of_log_is_called_once_for_each_value() -> None:
     assert "mine/train_loss" in trainer.callback_metrics
 
 
+def test_replicas_that_log_different_kinds_of_values() -> None:
+    class Model(boring.Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            first = bool(batch[1][0] == 0)
+            self.log("mixed", 0.0 if first else batch[0].new_tensor(3.0))
+            self.log("sized", 1.0, **({"batch_size": 2} if first else {}))
+            return super().training_step(batch, batch_idx)
+
+    trainer = boring.trainer("dp", 2, limit_val_batches=0)
+    trainer.fit(Model(), boring.Blobs(4, 4))  # labels 0 1 | 2 0
+    assert trainer.callback_metrics["mixed"].item() == 1.5
+    assert trainer.callback_metrics["sized"].item() == 1
+
+
 class Measured(boring.Classifier):
     """Measures with metric objects kept in every way."""
 
@@ -182,6 +196,37 @@ def test_metric_objects_of_validation() -> None:
             self.log("val_metric", self.metric)
 
     compare(Model)
+
+
+@pytest.mark.parametrize("name", ["compute", "reset"])
+def test_metrics_that_know_of_a_shard_only_are_refused(name: str) -> None:
+    class Model(boring.Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metric = MulticlassAccuracy(3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.metric.update(self(batch[0]), batch[1])
+            getattr(self.metric, name)()
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match=rf"`MulticlassAccuracy\.{name}\(\)` in a step"):
+        boring.trainer("dp", 2).fit(Model(), boring.Blobs())
+
+
+def test_metrics_made_after_the_sanity_check() -> None:
+    class Model(boring.Classifier):
+        def on_train_start(self) -> None:
+            self.late = {"accuracy": MulticlassAccuracy(3, average="micro")}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.late["accuracy"].update(self(batch[0]), batch[1])
+            return super().training_step(batch, batch_idx)
+
+    model = Model()
+    boring.trainer("dp", 2).fit(model, boring.Blobs(10, 50))
+    metric = model.late["accuracy"]
+    assert int(metric.tp + metric.fn) == 50
 
 
 def test_a_step_that_fails_leaves_metrics_alone() -> None:

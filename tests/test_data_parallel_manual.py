@@ -152,6 +152,54 @@ def test_replicas_that_call_different_things_are_refused() -> None:
         boring.trainer("dp", 2).fit(Model(), boring.Blobs(4, 4))
 
 
+@pytest.mark.parametrize("how", ["loss.backward", "p.grad ="])
+def test_gradients_that_others_would_not_see_are_refused(how: str) -> None:
+    class Model(boring.Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            if how == "loss.backward":
+                self._loss(batch).backward()
+            else:
+                self.manual_backward(self._loss(batch))
+                for parameter in self.parameters():
+                    parameter.grad = parameter.grad * 0.5
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"Use `self\.manual_backward\(loss\)`.*in place"):
+        boring.trainer("dp", 2).fit(Model(), boring.Blobs())
+
+
+def test_torch_optimizer_and_scheduler_with_a_metric() -> None:
+    class Model(boring.Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            loss = self._loss(batch)
+            self.manual_backward(loss)
+            optimizer.optimizer.step()
+            self.lr_schedulers().step(loss.detach())
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            return [optimizer], [{"scheduler": schedule, "monitor": "val_loss"}]
+
+    alone, parallel = Model(), Model()
+    boring.trainer("auto", 1).fit(alone, boring.Blobs(10, 48))
+    boring.trainer("dp", 2).fit(parallel, boring.Blobs(10, 48))
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(parallel.state_dict()[name], value, rtol=0, atol=1e-9)
+
+
 def test_error_in_what_is_done_for_all_reaches_the_step() -> None:
     class Model(Adversarial):
         def on_before_optimizer_step(self, optimizer: Any) -> None:

@@ -14,8 +14,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 __all__: list[str] = []
 
-_PLAIN = (str, bytes, bool, int, float, complex, type(None))
-
 
 class Shard(NamedTuple):
     """A part of a batch.
@@ -33,8 +31,8 @@ def split(batch: Any, count: int, least: int = 1) -> list[Shard]:
     """Split a batch along its first dimension into at most `count` shards, as even as can be.
 
     Tensors and arrays of at least one dimension are split along their first, which must be the
-    same for all; so are lists of plain values (strings, numbers) with an entry per sample. All else
-    goes to every shard as it is.
+    same for all; so are lists of strings with one per sample. All else goes to every shard as it
+    is.
 
     Args:
         batch: The whole batch.
@@ -177,19 +175,26 @@ def _rebuild(value: Any, parts: list[Any], leaf: Callable[[Any], Any]) -> Any:
     if not _is_container(value):
         return leaf(value)
     if isinstance(value, Mapping):
-        pairs = zip(value, parts, strict=True)
-        if type(value) is dict:
-            return dict(pairs)
-        copied: Any = copy.copy(value)
-        for key, part in pairs:
-            copied[key] = part
-        return copied
+        return _rebuild_mapping(value, dict(zip(value, parts, strict=True)))
     if isinstance(value, (list, tuple)):
         return rebuild_sequence(value, parts)
     copied = copy.copy(value)
     for field, part in zip(dataclasses.fields(value), parts, strict=True):
         object.__setattr__(copied, field.name, part)  # it may be frozen
     return copied
+
+
+def _rebuild_mapping(value: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
+    if type(value) is dict:
+        return parts
+    kind: Any = type(value)
+    try:
+        return kind(parts)
+    except TypeError:  # such as a `defaultdict`, which is made from a function
+        copied: Any = copy.copy(value)
+        for key, part in parts.items():
+            copied[key] = part
+        return copied
 
 
 def _leaves(value: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
@@ -216,12 +221,12 @@ def _slice(value: Any, start: int, stop: int, size: int) -> Any:
 
 
 def _is_column(value: Any, size: int) -> bool:
-    """Whether it is a list of plain values with one per sample."""
+    """Whether it is a list of texts with one per sample, as torch's collation leaves them."""
     return (
         isinstance(value, (list, tuple))
         and len(value) == size
         and not hasattr(value, "_fields")
-        and all(isinstance(entry, _PLAIN) for entry in value)
+        and all(isinstance(entry, (str, bytes)) for entry in value)
     )
 
 

@@ -4,6 +4,7 @@ Each part (a replica's shard, a pipeline's micro-batch) is normalised with its o
 variance, but the running statistics are updated once, with those of the whole batch.
 """
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -48,9 +49,11 @@ class Recorder:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = list(layers)
         self._state = {id(layer): _Layer() for layer in layers}
+        self._thread: int | None = None
 
     def attach(self) -> None:
-        """Hook into the layers."""
+        """Hook into the layers, for the thread that first calls one."""
+        self._thread = None
         for layer in self.layers:
             layer._forward_pre_hooks[_HOOK] = self._before  # type: ignore[index]
             layer._forward_hooks[_HOOK] = self._after  # type: ignore[index]
@@ -71,6 +74,13 @@ class Recorder:
     def _before(self, layer: Any, _: Any) -> None:
         if not layer.training or layer.running_mean is None:
             return
+        self._thread = self._thread or threading.get_ident()
+        if self._thread != threading.get_ident():
+            raise RuntimeError(
+                f"A `{type(layer).__name__}` of one replica is called in the step of another, by a"
+                " reference that was not found when the model was copied. Keep modules in plain"
+                " attributes, lists and dicts of the model, and reach them through `self`."
+            )
         buffers = {name: layer._buffers[name] for name in _STATISTICS}
         self._state[id(layer)].outside = (buffers, layer.momentum)
         # From nothing and with a momentum of 1, the running statistics are the batch's.

@@ -51,6 +51,10 @@ class Buffers:
             for name in copies.keys() - originals.keys():
                 del copies[name]
 
+    def lost(self) -> list[str]:
+        """The buffers that a step has written to with another outcome than the original's."""
+        return [name for (_, name), buffer in self._known.items() if buffer.differs()]
+
 
 class _Buffer:
     """One buffer and its copy."""
@@ -59,6 +63,7 @@ class _Buffer:
         self.original = original
         self.copied = original.detach().to(device, copy=True)
         self._versions = self._now()
+        self._compared = False
 
     def up_to_date(self) -> Tensor:
         """The copy, with the original's values."""
@@ -66,6 +71,13 @@ class _Buffer:
             self.copied.copy_(self.original, non_blocking=True)
             self._versions = self._now()
         return self.copied
+
+    def differs(self) -> bool:
+        """Whether the copy was written to, and is not what the original has become; asked once."""
+        if self._compared or self._versions is None or self._now() == self._versions:
+            return False
+        self._compared = True
+        return not torch.equal(self.copied.to(self.original.device), self.original)
 
     def _now(self) -> tuple[int, int] | None:
         if self.original.is_inference():

@@ -1,6 +1,5 @@
 """The other replicas: structural copies, brought up to date before each step."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +10,9 @@ from typing_extensions import override
 from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.buffers import Buffers
 from lightning_mgpu.engine.compiled import COMPILED_ATTRIBUTES, compile_again, is_compiled
-from lightning_mgpu.engine.remap import Remap
+from lightning_mgpu.engine.remap import Remap, equal, merge_containers
 from lightning_mgpu.engine.replica import Replica
 from lightning_mgpu.engine.structure import Structure
-
-log = logging.getLogger(__name__)
 
 __all__: list[str] = []
 
@@ -24,7 +21,6 @@ _HOOKS = frozenset(
     key for key, value in vars(nn.Module()).items() if "hooks" in key and isinstance(value, dict)
 )
 _PARTS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"}) | _HOOKS
-_COMPARABLE = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Copy(Replica):
@@ -33,7 +29,8 @@ class Copy(Replica):
     def __init__(self, structure: Structure, memo: dict[int, Any], *args: Any) -> None:
         super().__init__(structure, memo, *args)
         for original in (*structure.modules, *structure.objects):
-            memo[id(original)] = object.__new__(type(original))
+            kind: Any = type(original)
+            memo[id(original)] = kind.__new__(kind)
         self._pairs = [(m, memo[id(m)]) for m in (*structure.modules, *structure.objects)]
         self._buffers = Buffers(structure.modules, memo, self.device)
         for index, module in enumerate(structure.modules):
@@ -75,25 +72,24 @@ class Copy(Replica):
         self.remap.begin()
         for original, copied in self._pairs:
             skip = _PARTS | COMPILED_ATTRIBUTES if is_compiled(original) else _PARTS
+            self.remap.where = type(original).__name__
             state = vars(original)
             _update_attributes(state, vars(copied), self.remap, skip, self.own_attributes)
 
-    def report_lost_writes(self, warned: set[tuple[type, str]]) -> None:
-        """Warn, once, of attributes that this slot's task has set to other values than slot 0's."""
+    def merge(self) -> set[str]:
+        """Bring what the step has put into containers to the master.
+
+        Returns:
+            What the step has written here and not there: attributes, containers and buffers.
+        """
+        lost = {*merge_containers(self.remap), *self._buffers.lost()}
         for (original, copied), before in zip(self._watched, self._before, strict=True):
             for key, value in vars(copied).items():
                 if value is before.get(key, _MISSING) or key in self.own_attributes:
                     continue
-                where = (type(original), key)
-                if where in warned or key in _PARTS or _equal(value, vars(original).get(key)):
-                    continue
-                warned.add(where)
-                log.warning(
-                    "The step sets `%s.%s` to another value on each replica; replica 0's is kept."
-                    " Log it with `self.log`, append it to a list or return it to have them all.",
-                    type(original).__name__,
-                    key,
-                )
+                if key not in _PARTS and not equal(value, vars(original).get(key)):
+                    lost.add(f"{type(original).__name__}.{key}")
+        return lost
 
 
 def _fill(
@@ -132,7 +128,7 @@ def _update_attributes(
                 copied[key].clear()
                 copied[key].update(_remapped(value, remap))
         elif key not in skip:
-            copied[key] = value if key in shared else remap(value)
+            copied[key] = value if key in shared else remap.at(key, value)
     if len(copied) > len(original):
         for key in copied.keys() - original.keys():
             del copied[key]
@@ -140,7 +136,3 @@ def _update_attributes(
 
 def _remapped(holder: Mapping[Any, Any], remap: Remap) -> dict[Any, Any]:
     return {key: remap(value) for key, value in holder.items()}
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, _COMPARABLE) and a == b)

@@ -31,6 +31,7 @@ class Leaves:
         elsewhere = any(parameter.device != device for parameter in parameters)
         self._buckets: list[_Bucket] = []
         self.leaves: list[nn.Parameter] = [_alias(p, p.detach()) for p in parameters]
+        self._shown: list[Tensor | None] = [None] * len(self.leaves)
         if elsewhere if own_memory is None else own_memory:
             self._own(device)
 
@@ -45,6 +46,12 @@ class Leaves:
         for bucket in self._buckets:
             bucket.refresh()
 
+    def keep_freezing(self) -> None:
+        """Freeze the parameters whose leaves a step has frozen, and the other way round."""
+        for parameter, leaf in zip(self._parameters, self.leaves, strict=True):
+            if parameter.requires_grad != leaf.requires_grad:
+                parameter.requires_grad_(leaf.requires_grad)
+
     @torch.no_grad()
     def show_gradients(self, copy: bool) -> None:
         """Let the leaves have the gradients of their parameters, or copies of them."""
@@ -53,12 +60,28 @@ class Leaves:
             if gradient is not None and copy:
                 gradient = gradient.to(leaf.device, copy=True)
             leaf.grad = gradient
+        self._shown = [leaf.grad for leaf in self.leaves]
+
+    def check_gradients(self) -> None:
+        """Refuse gradients that the step has set itself.
+
+        Raises:
+            RuntimeError: A leaf has a gradient other than the one it was shown with.
+        """
+        for leaf, shown in zip(self.leaves, self._shown, strict=True):
+            if leaf.grad is not shown:
+                raise RuntimeError(
+                    "The step sets the gradient of a parameter, on one replica only as far as the"
+                    " others can tell. Use `self.manual_backward(loss)` rather than"
+                    " `loss.backward()`, and change gradients in place (`p.grad.mul_(0.5)`)."
+                )
 
     def take_gradients(self) -> list[Tensor | None]:
         """The gradients accumulated in the leaves, which forget them."""
         gradients = [leaf.grad for leaf in self.leaves]
         for leaf in self.leaves:
             leaf.grad = None
+        self._shown = [None] * len(self.leaves)
         return gradients
 
     def _own(self, device: torch.device) -> None:

@@ -19,6 +19,9 @@ _MISSING = object()
 class Master(Replica):
     """The user's module. In a step leaves stand in for its parameters, and copies for its units."""
 
+    # What a step puts into the master's containers goes where its user looks for it.
+    copies_containers = False
+
     def __init__(self, structure: Structure, *args: Any) -> None:
         super().__init__(structure, *args)
         self.module = structure.modules[0]
@@ -76,6 +79,7 @@ class Master(Replica):
 
     def _leave(self) -> None:
         self.recorder.detach()
+        self.leaves.keep_freezing()
         for key in self.overrides:
             vars(self.module).pop(key, None)
         for holder, key, old, new in self._patches:

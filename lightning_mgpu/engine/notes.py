@@ -20,8 +20,10 @@ def noted(where: str) -> Iterator[None]:
     except Cancelled:
         raise
     except BaseException as error:
+        # (One error may leave several tasks, if it arose in what they called together.)
         if hasattr(error, "add_note"):
-            error.add_note(f"(raised in {where})")
+            if not getattr(error, "__notes__", None):
+                error.add_note(f"(raised in {where})")
         elif error.__cause__ is None:
             error.__cause__ = Where(f"raised in {where}")
         raise

@@ -33,6 +33,8 @@ class Replica(ABC):
         recorder: Keeps the batch statistics of this replica's layers.
     """
 
+    copies_containers = True
+
     def __init__(
         self,
         structure: Structure,
@@ -47,7 +49,7 @@ class Replica(ABC):
         self.leaves = leaves
         self.units = units
         self.device = device
-        self.remap = Remap(memo)
+        self.remap = Remap(memo, self.copies_containers)
         self.own_attributes = own_attributes
         self.module: nn.Module
         self.recorder = Recorder(layers)

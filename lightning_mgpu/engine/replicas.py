@@ -5,6 +5,7 @@ lasts; the other slots have structural copies. So every slot accumulates gradien
 the parameters that a user's optimizer, hooks and callbacks know get them once, as one sum.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,9 +18,10 @@ from lightning_mgpu.engine.compiled import inside_compiled
 from lightning_mgpu.engine.copies import Copy
 from lightning_mgpu.engine.leaves import Leaves, add_gradients
 from lightning_mgpu.engine.master import Master
-from lightning_mgpu.engine.remap import merge_containers
 from lightning_mgpu.engine.structure import Structure
 from lightning_mgpu.engine.workers import Workers
+
+log = logging.getLogger(__name__)
 
 __all__: list[str] = []
 
@@ -62,7 +64,8 @@ class Replicas:
         self._is_unit, self._copy_unit, self._is_opaque = is_unit, copy_unit, is_opaque
         self._own_attributes = frozenset(own_attributes)
         self._own_memory = own_memory
-        self._warned: set[tuple[type, str]] = set()
+        self._told: set[str] = set()
+        self._versions: list[int] = []
         self._slots: list[Master | Copy] = []
 
     @property
@@ -100,6 +103,7 @@ class Replicas:
         """
         self._refresh(count)
         slots = self._slots[:count]
+        self._note_versions()
         try:
             with ExitStack() as stack:
                 for index, slot in enumerate(slots):
@@ -107,11 +111,11 @@ class Replicas:
                 yield [slot.module for slot in slots]
         finally:
             statistics = [slot.recorder.take() for slot in slots]
+        self._check_versions()
         batch_norm.commit(self._layers, statistics[: 1 if self._statistics == "first" else count])
         for slot in slots[1:]:
             assert isinstance(slot, Copy)
-            merge_containers(slot.remap)
-            slot.report_lost_writes(self._warned)
+            self._tell_lost(slot.merge())
 
     @contextmanager
     def as_outside(self, count: int) -> Iterator[None]:
@@ -122,8 +126,12 @@ class Replicas:
         """
         master = self._slots[0]
         assert isinstance(master, Master)
+        self._check_versions()
+        for slot in self._slots[:count]:
+            slot.leaves.check_gradients()
         with master.left():
             yield
+        self._note_versions()
         for index, slot in enumerate(self._slots[:count]):
             slot.leaves.refresh()
             slot.leaves.show_gradients(copy=index > 0)
@@ -141,12 +149,14 @@ class Replicas:
         """What a backward pass that runs parts of forward again needs to find."""
         for slot in self._slots[:count]:
             slot.leaves.take_gradients()  # left by a pass that failed, or shown in a step
-        with ExitStack() as stack:
+        try:
+            with ExitStack() as stack:
+                for slot in self._slots[:count]:
+                    stack.enter_context(slot.entered({}))
+                yield
+        finally:
             for slot in self._slots[:count]:
-                stack.enter_context(slot.entered({}))
-            yield
-        for slot in self._slots[:count]:
-            slot.recorder.take()  # those parts have been counted already
+                slot.recorder.take()  # those parts have been counted already
 
     def take_gradients(self, workers: Workers, count: int) -> list[Tensor | None]:
         """The sum of the slots' gradients for each parameter; the slots forget theirs."""
@@ -165,6 +175,37 @@ class Replicas:
             for index, value in zip(share, values, strict=True):
                 totals[index] = value
         return totals
+
+    def rebuild(self) -> None:
+        """Look the master over anew before the next step."""
+        self._slots = []
+
+    def _note_versions(self) -> None:
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    def _check_versions(self) -> None:
+        """Refuse steps that write to parameters: each replica would, at the same time.
+
+        Raises:
+            RuntimeError: Names the parameter.
+        """
+        for parameter, before in zip(self.parameters, self._versions, strict=True):
+            if parameter._version != before:
+                names = {id(p): name for name, p in self.master.named_parameters()}
+                raise RuntimeError(
+                    f"The step writes to the parameter `{names.get(id(parameter), '?')}` in place."
+                    " Every replica does so at once, on memory they share. Do it in a hook, which"
+                    " runs once: `on_train_batch_end` or `on_before_zero_grad`, for instance."
+                )
+
+    def _tell_lost(self, names: set[str]) -> None:
+        for name in sorted(names - self._told):
+            self._told.add(name)
+            log.warning(
+                "The step writes something else to `%s` on each replica; replica 0's is kept."
+                " Log it with `self.log`, append it to a list or return it to have them all.",
+                name,
+            )
 
     def _refresh(self, count: int) -> None:
         # A first step may be a validation step, and what is made then must serve training too.

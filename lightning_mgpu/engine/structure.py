@@ -19,15 +19,27 @@ from torch import Tensor, nn
 __all__: list[str] = []
 
 # Longer containers are shared rather than copied at every step.
-MAX_CONTAINER = 100_000
+MAX_CONTAINER = 10_000
 
 ATOMS: tuple[type, ...] = (
     *(bool, int, float, complex, str, bytes, type(None), type, np.ndarray, np.generic),
-    *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, numbers.Number),
+    *(types.BuiltinFunctionType, types.ModuleType, numbers.Number),
     *(torch.dtype, torch.device, torch.Size, torch.Generator, *weakref.ProxyTypes, weakref.ref),
 )
 _OPAQUE = (torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader)
 _LIBRARIES = ("torch", "lightning", "torchmetrics", "numpy", "builtins", "functools", "collections")
+
+
+def closed_over(function: types.FunctionType) -> list[Any]:
+    """The values of a function's closure."""
+    return [_content(cell) for cell in function.__closure__ or ()]
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not set yet, or deleted
+        return None
 
 
 class Structure:
@@ -97,6 +109,8 @@ class Structure:
             return len(value) <= MAX_CONTAINER and any([self._visit(part) for part in value])
         if isinstance(value, types.MethodType):
             return self._visit(value.__self__)
+        if isinstance(value, types.FunctionType):
+            return any([self._visit(part) for part in closed_over(value)])
         if isinstance(value, functools.partial):
             return any([self._visit(p) for p in (value.func, *value.args, value.keywords)])
         return self._visit_object(value)

@@ -45,11 +45,12 @@ def check_module(strategy: str, model: "LightningModule") -> None:
             " run its steps for each device. Compile a submodule instead:"
             " `self.net = torch.compile(self.net)`."
         )
-    if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
-        raise MisconfigurationException(
-            f"`{type(model).__name__}.training_step(dataloader_iter)` fetches its own batches,"
-            f" which `strategy={strategy!r}` cannot split. Use `training_step(batch, batch_idx)`."
-        )
+    for step in ("training_step", "validation_step", "test_step", "predict_step"):
+        if is_param_in_hook_signature(getattr(model, step), "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                f"`{type(model).__name__}.{step}(dataloader_iter)` fetches its own batches, which"
+                f" `strategy={strategy!r}` cannot split. Use `{step}(batch, batch_idx)`."
+            )
     for name, module in model.named_modules():
         _check_submodule(strategy, name, module)
 

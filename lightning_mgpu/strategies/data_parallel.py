@@ -99,6 +99,11 @@ class DataParallelStrategy(SingleProcessStrategy):
         self.model.to(self.root_device)
 
     @override
+    def on_train_start(self) -> None:
+        if self._replicas is not None:  # since the sanity check, hooks may have added to the model
+            self._replicas.rebuild()
+
+    @override
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
@@ -195,12 +200,17 @@ class DataParallelStrategy(SingleProcessStrategy):
                 outside = partial(replicas.as_outside, len(step.sizes))
                 return workers.run(closures, outside)
 
-        return ManualOptimization(model, joint, run_closures)
+        return ManualOptimization(model, step.sizes, joint, run_closures)
 
     def _scatter(self, batch: Any, training: bool) -> list[Shard]:
         count = len(self.devices)
         if self._scatter_fn is not None:
-            shards = [Shard(*shard) for shard in self._scatter_fn(batch, count)]
+            shards = list(self._scatter_fn(batch, count))
+            if not all(isinstance(shard, Shard) for shard in shards):
+                raise TypeError(
+                    "`scatter_fn` must return a list of `lightning_mgpu.Shard(batch, size)`; it has"
+                    f" returned {sorted({type(shard).__name__ for shard in shards})}."
+                )
             if not 1 <= len(shards) <= count:
                 raise ValueError(
                     f"`scatter_fn` has made {len(shards)} shards for {count} devices; return at"
@@ -223,6 +233,8 @@ class DataParallelStrategy(SingleProcessStrategy):
         return any(layer.training for layer in layers)
 
     def _gather(self, outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+        if all(output is None for output in outputs):
+            return None
         if self._gather_fn is not None:
             return self._gather_fn(outputs, sizes)
         try:
@@ -328,6 +340,11 @@ class _Step:
 
 def _loss_of(output: Any) -> Tensor | None:
     loss = output.get("loss") if isinstance(output, Mapping) else output
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"`training_step` must return a scalar loss; its shape is {tuple(loss.shape)}. Take its"
+            " mean over the samples."
+        )
     if loss is None or isinstance(loss, Tensor):
         return loss
     raise TypeError(

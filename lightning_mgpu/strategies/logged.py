@@ -18,6 +18,8 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.max,
     "min": torch.min,
 }
+# Among the arguments behind name and value.
+_BATCH_SIZE_POSITION = 9
 _SIGNATURE = inspect.signature(LightningModule.log)
 
 
@@ -78,12 +80,13 @@ def replay(
                 given = call.options.get("batch_size")
                 calls.append(call)
                 weights.append(float(size if given is None else given))
-        kwargs = dict(calls[0].kwargs)
-        if kwargs.get("batch_size") is not None:
-            kwargs["batch_size"] = sum(call.kwargs["batch_size"] for call in calls)
+        args, kwargs = calls[0].args, dict(calls[0].kwargs)
+        if any(call.options.get("batch_size") is not None for call in calls):
+            args = args[:_BATCH_SIZE_POSITION]
+            kwargs["batch_size"] = round(sum(weights))
         how = _name(calls[0].options.get("reduce_fx", "mean"))
         value = _merge([call.value for call in calls], weights, how, original)
-        log(key[0], value, *calls[0].args, **kwargs)
+        log(key[0], value, *args, **kwargs)
 
 
 def _name(reduce_fx: Any) -> str:
@@ -102,6 +105,8 @@ def _merge(
         return original(first)
     if len(values) == 1:
         return first
+    if any(isinstance(value, Tensor) for value in values) and not isinstance(first, Tensor):
+        first = next(value for value in values if isinstance(value, Tensor))
     tensors = [_scalar(value, first) for value in values]
     if how in _REDUCTIONS:
         return _REDUCTIONS[how](torch.stack(tensors))
@@ -113,7 +118,7 @@ def _scalar(value: Any, first: Any) -> Tensor:
     """One logged value, where and in the dtype in which values are put together."""
     if not isinstance(first, Tensor):
         return torch.tensor(float(value), dtype=torch.float64)
-    tensor: Tensor = value.detach().to(first.device)
+    tensor = torch.as_tensor(value).detach().to(first.device)
     if tensor.numel() == 1:
         tensor = tensor.reshape(())
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())

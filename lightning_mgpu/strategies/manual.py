@@ -1,11 +1,13 @@
 """Manual optimisation under replicas: what concerns all is done once, when all ask for it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from lightning_mgpu.engine.batch import weighted_mean
 from lightning_mgpu.engine.slot import on_caller
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ class ManualOptimization:
 
     Args:
         model: The master.
+        sizes: Samples in each replica's shard.
         joint_loss: The loss of the batch, from that of each replica.
         run_closures: Runs one function on each replica, from within a call that all have made, and
             returns their results.
@@ -27,14 +30,17 @@ class ManualOptimization:
     def __init__(
         self,
         model: "LightningModule",
+        sizes: Sequence[int],
         joint_loss: Callable[[list[Tensor]], Tensor],
         run_closures: Callable[[list[Callable[[], Any]]], list[Any]],
     ) -> None:
         self._model = model
+        self._sizes = sizes
         self._joint_loss = joint_loss
         self._run_closures = run_closures
         self._losses: dict[int, Tensor] = {}
         self._closures: dict[int, Callable[[], Any]] = {}
+        self._values: dict[int, Any] = {}
 
     def overrides(self, slot: int) -> dict[str, Any]:
         """Methods for replica `slot` that do their work in lockstep with the others'."""
@@ -58,8 +64,8 @@ class ManualOptimization:
         def lr_schedulers() -> Any:
             found = type(model).lr_schedulers(model)  # the instance's own may be this one
             if isinstance(found, list):
-                return [LockstepScheduler(scheduler) for scheduler in found]
-            return None if found is None else LockstepScheduler(found)
+                return [LockstepScheduler(self, slot, scheduler) for scheduler in found]
+            return None if found is None else LockstepScheduler(self, slot, found)
 
         def toggle_optimizer(optimizer: Any) -> None:
             on_caller("toggle_optimizer", lambda: model.toggle_optimizer(_real(optimizer)))
@@ -90,6 +96,16 @@ class ManualOptimization:
             "optimizer.step", lambda: optimizer.step(closure=self._closure(), **kwargs)
         )
 
+    def schedule(self, slot: int, scheduler: Any, value: Any) -> None:
+        """One step of a scheduler, with the mean of what the replicas tell it, if anything."""
+        self._values[slot] = value
+        on_caller("lr_scheduler.step", lambda: scheduler.step(*self._mean_value()))
+
+    def _mean_value(self) -> tuple[Any, ...]:
+        values = [torch.as_tensor(v) for _, v in sorted(self._values.items()) if v is not None]
+        self._values.clear()
+        return (weighted_mean(values, self._sizes),) if values else ()
+
     def _closure(self) -> Callable[[], Any]:
         closures = [closure for _, closure in sorted(self._closures.items())]
         self._closures.clear()
@@ -107,6 +123,11 @@ class LockstepOptimizer:
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step once, when every replica has asked for it; `closure` runs on all of them."""
         return self._manual.step(self._slot, self._real, closure, kwargs)
+
+    @property
+    def optimizer(self) -> "LockstepOptimizer":
+        """Torch's own optimizer, likewise."""
+        return LockstepOptimizer(self._manual, self._slot, self._real.optimizer)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Reset the gradients once, when every replica has asked for it."""
@@ -127,12 +148,14 @@ class LockstepOptimizer:
 class LockstepScheduler:
     """One of the Trainer's learning rate schedulers, as a replica sees it."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, manual: ManualOptimization, slot: int, scheduler: Any) -> None:
+        self._manual = manual
+        self._slot = slot
         self._real = scheduler
 
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Step once, when every replica has asked for it."""
-        on_caller("lr_scheduler.step", lambda: self._real.step(*args, **kwargs))
+    def step(self, metrics: Any = None) -> None:
+        """Step once, when every replica has asked for it, with the mean of their `metrics`."""
+        self._manual.schedule(self._slot, self._real, metrics)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)

@@ -6,11 +6,12 @@ once by the master, with the whole batch put together from what the replicas cal
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
@@ -30,8 +31,7 @@ def replica_of(metric: Any) -> Any:
     """A metric for one replica, with the same settings and no state."""
     copied = copy.deepcopy(metric)
     copied.reset()
-    if not _can_merge(metric):
-        _Recorder(copied)
+    _Guard(copied, records=not _can_merge(metric))
     return copied
 
 
@@ -61,21 +61,17 @@ class ReplicaMetrics:
         """Empty the replicas' metrics."""
         for metrics in self._replicas:
             for metric in metrics:
-                if _has_state(metric):
-                    metric.reset()
-                recorder = _recorder(metric)
-                if recorder is not None:
-                    recorder.calls.clear()
+                _guard(metric).begin()
 
     @torch.no_grad()
     def merge(self, sizes: Sequence[int]) -> None:
         """Bring what the replicas' metrics have seen to the master's."""
         for index, master in enumerate(self._masters):
             metrics = [metrics[index] for metrics in self._replicas]
-            if _recorder(metrics[0]) is None:
-                _merge(master, [m for m in metrics if m._update_count])
-            else:
+            if _guard(metrics[0]).records:
                 _update(master, metrics, sizes)
+            else:
+                _merge(master, [m for m in metrics if m._update_count])
 
 
 def _can_merge(metric: Any) -> bool:
@@ -88,38 +84,65 @@ def _can_merge(metric: Any) -> bool:
     )
 
 
-def _has_state(metric: Any) -> bool:
-    return any(isinstance(m, Metric) and m._update_count for m in metric.modules())
+class _Guard:
+    """Stands before the methods of a replica's metric.
 
+    Args:
+        metric: The replica's own.
+        records: Whether to keep what it is called with, for the master to be called with.
+    """
 
-class _Recorder:
-    """Notes what a metric is called with; stands before its `update` and `forward`."""
-
-    def __init__(self, metric: nn.Module) -> None:
+    def __init__(self, metric: Any, records: bool) -> None:
+        self.records = records
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._inside = False
         self._metric = metric
-        vars(metric)["_mgpu_recorder"] = self
+        self._inside = False
+        vars(metric)["_mgpu_guard"] = self
         for name in ("update", "forward"):
             vars(metric)[name] = self._noting(getattr(metric, name))
+        for name in ("compute", "reset"):
+            vars(metric)[name] = self._refusing(name, getattr(metric, name))
+
+    def begin(self) -> None:
+        """Empty the metric for a new step."""
+        self.calls.clear()
+        if any(isinstance(m, Metric) and m._update_count for m in self._metric.modules()):
+            with self._within():
+                self._metric.reset()
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        before, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = before
 
     def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:  # `forward` calls `update`
+            if self.records and not self._inside:  # `forward` calls `update`
+                self.calls.append(batch.map_leaves(_detached, (args, kwargs)))
+            with self._within():
                 return function(*args, **kwargs)
-            self.calls.append(batch.map_leaves(_detached, (args, kwargs)))
-            self._inside = True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._inside = False
+
+        return call
+
+    def _refusing(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._inside:
+                raise RuntimeError(
+                    f"`{type(self._metric).__name__}.{name}()` in a step: there each replica knows"
+                    " of its shard only. Log the metric object, or do it in a hook, such as"
+                    " `on_train_epoch_end`."
+                )
+            return function(*args, **kwargs)
 
         return call
 
 
-def _recorder(metric: Any) -> _Recorder | None:
-    recorder: _Recorder | None = vars(metric).get("_mgpu_recorder")
-    return recorder
+def _guard(metric: Any) -> _Guard:
+    guard: _Guard = vars(metric)["_mgpu_guard"]
+    return guard
 
 
 def _detached(leaf: Any) -> Any:
@@ -150,7 +173,7 @@ def _reduced(states: Sequence[Any], reduce: Any, device: torch.device) -> Any:
 
 def _update(master: Any, metrics: Sequence[Any], sizes: Sequence[int]) -> None:
     """Update the master's metric with the whole batch, call by call."""
-    calls = [recorder.calls for m in metrics if (recorder := _recorder(m)) is not None]
+    calls = [_guard(metric).calls for metric in metrics]
     device = next((m.device for m in master.modules() if isinstance(m, Metric)), None)
     for number in range(max(map(len, calls))):
         made = [(c[number], size) for c, size in zip(calls, sizes, strict=True) if number < len(c)]

@@ -20,7 +20,6 @@ SHARED_OBJECTS = (Trainer, Strategy, LightningDataModule, Logger, Callback)
 """Objects that a model may refer to and that no part of it has a copy of its own of."""
 
 OWN_ATTRIBUTES = (vars(LightningModule()).keys() - vars(nn.Module()).keys()) | {
-    "_hparams",
     "_hparams_initial",
     "_hparams_name",
     "_log_hyperparams",
