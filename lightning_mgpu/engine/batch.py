@@ -67,7 +67,7 @@ def batch_size(batch: Any) -> int:
         ValueError: As for `split`.
     """
     first: tuple[str, int] | None = None
-    for path, leaf in _leaves(batch):
+    for path, leaf in leaves(batch):
         if isinstance(leaf, PackedSequence):
             raise ValueError(f"`{path}` is a `PackedSequence`, whose samples do not lie in a row.")
         if not _is_array(leaf):
@@ -176,11 +176,11 @@ def _rebuild(value: Any, parts: list[Any], leaf: Callable[[Any], Any]) -> Any:
     return copied
 
 
-def _leaves(value: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
     if not _is_container(value):
         yield path, value
     for name, part in _parts(value):
-        yield from _leaves(part, path + name)
+        yield from leaves(part, path + name)
 
 
 def _is_array(value: Any) -> bool:

@@ -1,0 +1,221 @@
+"""Decides where a module is cut, once, and cuts it for each kind of call."""
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lightning_mgpu.engine import balance, batch_norm
+from lightning_mgpu.engine.arguments import Call
+from lightning_mgpu.engine.graph_cut import layers, partition
+from lightning_mgpu.engine.partition import (
+    Partition,
+    PartitionError,
+    Stage,
+    ancestors,
+    canonical,
+    chain,
+)
+from lightning_mgpu.engine.trace import Input, UntraceableError
+
+__all__: list[str] = []
+
+Balance = Sequence[int] | Literal["parameters"]
+
+# Calls that differ in more than their tensors have partitions of their own; the oldest are dropped.
+_MAX_PARTITIONS = 32
+_ATOMS = (bool, int, float, complex, str, bytes, type(None))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A partition, and the modules that each of its stages runs.
+
+    Attributes:
+        partition: The stages.
+        modules: Of each stage.
+        layers: Layers of each stage that keep running statistics.
+        tensors: Parameters and buffers of each stage, by name.
+    """
+
+    partition: Partition
+    modules: list[list[nn.Module]]
+    layers: list[list[nn.Module]]
+    tensors: list[dict[str, Tensor]]
+
+
+class Cutter:
+    """Cuts a module into stages, always at the same submodules.
+
+    Args:
+        module: The module.
+        forward: Its own `forward`.
+        stages: How many.
+        split_at: Names of the submodules at which the second and later stages begin.
+        balanced: Without `split_at`: layers in each stage, or what to balance.
+        made: Stages that the user has made; nothing is cut then.
+
+    Raises:
+        PartitionError: A name is unknown, or there are too few or too many.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        stages: int,
+        split_at: Sequence[str] | None = None,
+        balanced: Balance = "parameters",
+        made: Sequence[nn.Module] | None = None,
+    ) -> None:
+        self.module, self.forward, self.stages = module, forward, stages
+        self._balanced, self._made = balanced, made
+        self.cuts: list[str] | None = None
+        """Where stages begin, once that is known."""
+        if split_at is not None:
+            _check_count("split_at", len(split_at) + 1, stages, f"{stages - 1} names")
+            self.cuts = [canonical(module, name) for name in split_at]
+        elif made is not None:
+            _check_count("configure_pipeline", len(made), stages, f"{stages} modules")
+        elif not isinstance(balanced, str):
+            _check_count("balance", len(balanced), stages, f"{stages} numbers")
+        self._known: dict[Hashable, Cut] = {}
+        self._owners: dict[int, int] = {}
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The modules that hold everything which stages run."""
+        return [self.module] if self._made is None else [self.module, *self._made]
+
+    def early(self) -> Cut | None:
+        """Cut before there is a call, from the signature of `forward` alone.
+
+        Returns:
+            The cut; `None` if that takes the arguments of a real call.
+
+        Raises:
+            PartitionError: The module cannot be cut as asked, whatever it is called with.
+        """
+        parameters = inspect.signature(self.forward).parameters.values()
+        wanted = [p for p in parameters if p.default is p.empty]
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in wanted):
+            return None
+        args = tuple(Input(p.name) for p in wanted if p.kind is not p.KEYWORD_ONLY)
+        kwargs = {p.name: Input(p.name) for p in wanted if p.kind is p.KEYWORD_ONLY}
+        try:
+            return self._cut([p.name for p in wanted], args, kwargs)
+        except UntraceableError:
+            return None
+
+    def __call__(self, call: Call) -> Cut:
+        """The cut for calls of this kind.
+
+        Raises:
+            PartitionError: The module cannot be cut as asked.
+            UntraceableError: Its `forward` cannot be recorded.
+        """
+        key = (call.key, self._state())
+        cut = self._known.get(key)
+        if cut is None:
+            cut = self._cut(list(call.tensors), call.args, call.kwargs)
+            # Not `key`: the first cut decides which modules are opened.
+            self._known[call.key, self._state()] = cut
+            if len(self._known) > _MAX_PARTITIONS:
+                del self._known[next(iter(self._known))]
+        return cut
+
+    def _cut(self, arguments: Sequence[str], args: Any, kwargs: Mapping[str, Any]) -> Cut:
+        if self._made is not None:
+            made = chain(self._made, arguments, args, kwargs)
+            modules = [[stage] for stage in self._made]
+        else:
+            if self.cuts is None:
+                self.cuts = self._choose(args, kwargs)
+            made = partition(self.module, self.forward, args, kwargs, self.cuts)
+            modules = [
+                [self.module.get_submodule(name) for name in stage.modules] for stage in made.stages
+            ]
+        cut = Cut(
+            made,
+            modules,
+            [
+                batch_norm.layers_of(inner for m in part for inner in m.modules())
+                for part in modules
+            ],
+            [self._tensors(stage, part) for stage, part in zip(made.stages, modules, strict=True)],
+        )
+        self._check_owners(cut)
+        return cut
+
+    def _tensors(self, stage: Stage, modules: Iterable[nn.Module]) -> dict[str, Tensor]:
+        inside = {id(t) for m in modules for t in (*m.parameters(), *m.buffers())}
+        named = ((n, t) for root in self.roots for n, t in _named_tensors(root))
+        return {name: t for name, t in named if id(t) in inside or name in stage.attributes}
+
+    def _choose(self, args: Any, kwargs: Mapping[str, Any]) -> list[str]:
+        names = layers(self.module, self.forward, args, kwargs, self.stages)
+        if len(names) < self.stages:
+            raise PartitionError(
+                f"`{type(self.module).__name__}` has {len(names)} layers that its `forward` calls"
+                f" ({', '.join(names) or 'none'}), too few for {self.stages} stages. Use fewer"
+                " devices, or choose another `module`."
+            )
+        if isinstance(self._balanced, str):
+            modules = [self.module.get_submodule(name) for name in names]
+            costs = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in modules]
+            counts: Sequence[int] = balance.balance(costs, self.stages)
+        else:
+            counts = self._balanced
+            if sum(counts) != len(names):
+                raise PartitionError(
+                    f"`balance={list(counts)}` is for {sum(counts)} layers, but"
+                    f" `{type(self.module).__name__}` has {len(names)}: {', '.join(names)}."
+                )
+        return [names[start] for start in list(accumulate(counts))[:-1]]
+
+    def _check_owners(self, cut: Cut) -> None:
+        """Refuse a call whose parameters would have to lie elsewhere than those of another."""
+        for stage, tensors in enumerate(cut.tensors):
+            for name, tensor in tensors.items():
+                if self._owners.setdefault(id(tensor), stage) != stage:
+                    raise PartitionError(
+                        f"`{name}` belongs to stage {self._owners[id(tensor)]}, but in another kind"
+                        f" of call (training or not, other arguments) to stage {stage}. Cut where"
+                        " all calls agree."
+                    )
+
+    def _state(self) -> Hashable:
+        """What tracing takes for granted: the attributes of the modules whose inside it records."""
+        if self._made is not None:
+            return None
+        opened = ancestors(self.cuts or ()) | {""}
+        return tuple(
+            (name, _fixed(value))
+            for path in sorted(opened)
+            for name, value in vars(self.module.get_submodule(path)).items()
+            if not isinstance(value, Tensor)
+        )
+
+
+def _named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _fixed(value: Any) -> Hashable:
+    if isinstance(value, _ATOMS):
+        return value
+    if isinstance(value, dict):
+        return tuple((key, id(part)) for key, part in value.items() if not isinstance(part, Tensor))
+    return id(value)
+
+
+def _check_count(option: str, given: int, stages: int, wanted: str) -> None:
+    if given != stages:
+        raise PartitionError(
+            f"`{option}` makes {given} stages, but there are {stages} devices. Give {wanted}, or"
+            f" `devices={given}`."
+        )
