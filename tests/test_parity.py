@@ -9,6 +9,7 @@ from typing import Any
 
 import boring
 import lightning.pytorch as pl
+import parity_models
 import pytest
 import torch
 
@@ -46,6 +47,8 @@ class Strategy:
 STRATEGIES = [
     Strategy("mgpu_ddp", devices=2, processes=2),
     Strategy("mgpu_ddp", devices=3, processes=3),
+    Strategy("dp", devices=2, processes=1),
+    Strategy("dp", devices=3, processes=1),
 ]
 
 CASES: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any]]] = {
@@ -58,6 +61,7 @@ CASES: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any]]] = {
         lambda: boring.Classifier("adam", scheduler=True),
         {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
     ),
+    **{model.__name__: (model, {}) for model in parity_models.MODELS},
 }
 
 
@@ -65,7 +69,32 @@ CASES: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_parity_with_one_device(strategy: Strategy, case: str) -> None:
     build, kwargs = CASES[case]
-    size = 4 * GLOBAL_BATCH
+    _compare(strategy, build, 4 * GLOBAL_BATCH, kwargs)
+
+
+ONE_PROCESS = pytest.mark.parametrize(
+    "strategy", [s for s in STRATEGIES if s.processes == 1], ids=lambda s: f"{s.name}-{s.devices}"
+)
+
+
+@ONE_PROCESS
+@pytest.mark.parametrize("model", parity_models.UNPICKLABLE_MODELS)
+def test_parity_with_one_device_unpicklable(
+    strategy: Strategy, model: type[pl.LightningModule]
+) -> None:
+    _compare(strategy, model, 4 * GLOBAL_BATCH, {})
+
+
+@ONE_PROCESS
+@pytest.mark.parametrize("size", [29, 25, 11])
+def test_parity_with_one_device_odd_batches(strategy: Strategy, size: int) -> None:
+    # (The samplers of several processes repeat samples where these do not come out even.)
+    _compare(strategy, lambda: boring.Classifier("adam"), size, {})
+
+
+def _compare(
+    strategy: Strategy, build: Callable[[], pl.LightningModule], size: int, kwargs: dict[str, Any]
+) -> None:
     alone, parallel = build(), build()
     expected = Strategy("auto", devices=1, processes=1).run(alone, size, **kwargs)
     actual = strategy.run(parallel, size, **kwargs)

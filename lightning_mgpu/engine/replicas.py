@@ -313,6 +313,10 @@ class _Copy(_Slot):
         self._buffers = _Buffers(structure.modules, memo, self.device)
         for index, module in enumerate(structure.modules):
             _fill(module, memo[id(module)], self._buffers.holder(index), self.remap)
+        self._update()
+        for module in structure.modules:
+            if _is_compiled(module):
+                _compile_again(module, memo[id(module)], self.remap)
         self.module = memo[id(structure.modules[0])]
         self.recorder = batch_norm.Recorder([memo[id(x)] for x in self.recorder.layers])
         # Torch's own layers write no attributes in `forward`.
@@ -324,11 +328,7 @@ class _Copy(_Slot):
     def refresh(self) -> None:
         self.leaves.refresh()
         self._buffers.refresh()
-        self.remap.begin()
-        for original, copied in self._pairs:
-            skip = _PARTS | _COMPILED if _is_compiled(original) else _PARTS
-            state = vars(original)
-            _update_attributes(state, vars(copied), self.remap, skip, self.own_attributes)
+        self._update()
         if hasattr(self.module, "_device"):
             vars(self.module)["_device"] = self.device
         self._before = [dict(vars(copied)) for _, copied in self._watched]
@@ -343,6 +343,13 @@ class _Copy(_Slot):
             self.recorder.detach()
             for key in overrides:
                 vars(self.module).pop(key, None)
+
+    def _update(self) -> None:
+        self.remap.begin()
+        for original, copied in self._pairs:
+            skip = _PARTS | _COMPILED if _is_compiled(original) else _PARTS
+            state = vars(original)
+            _update_attributes(state, vars(copied), self.remap, skip, self.own_attributes)
 
     def report_lost_writes(self, warned: set[tuple[type, str]]) -> None:
         """Warn, once, of attributes that this slot's task has set to other values than slot 0's."""
@@ -431,15 +438,17 @@ def _fill(
 ) -> None:
     """Give a blank copy its parts."""
     state = vars(copied)
-    if _is_compiled(original):
-        # It calls the module that it was made of: make another, of the copy.
-        kind: Any = type(original)
-        state.update(vars(kind(remap(original._orig_mod), original.dynamo_ctx)))
     state["_parameters"] = _remapped(original._parameters, remap)
     state["_buffers"] = buffers
     state["_modules"] = _remapped(original._modules, remap)
     state["_compiled_call_impl"] = None
     state.update({key: type(vars(original)[key])() for key in _HOOKS})
+
+
+def _compile_again(original: Any, copied: Any, remap: Remap) -> None:
+    """A compiled module calls the one it was made of; have the copy call the copy of that."""
+    made = type(original)(remap(original._orig_mod), original.dynamo_ctx)
+    vars(copied).update({key: vars(made)[key] for key in _COMPILED})
 
 
 def _update_attributes(

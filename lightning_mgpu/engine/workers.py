@@ -25,6 +25,8 @@ T = TypeVar("T")
 _STOP_SECONDS = 10.0
 _INTERRUPT_SECONDS = 0.5
 _JOIN_SECONDS = 1.0
+# A signal that comes just before its thread begins to wait is only seen when that wakes up.
+_SIGNAL_SECONDS = 0.1
 
 
 class Cancelled(BaseException):
@@ -76,8 +78,9 @@ class Workers:
             LockstepError: Tasks disagree about what to call in lockstep.
         """
         self._start()
-        run = _Run(self, tasks, around_calls)
+        run = _Run(self, around_calls)
         try:
+            run.start(tasks)
             run.wait()
         except BaseException as error:
             seconds = _INTERRUPT_SECONDS if isinstance(error, KeyboardInterrupt) else _STOP_SECONDS
@@ -96,13 +99,11 @@ class Workers:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slots": [], "_parked": []}  # threads stay with their process
 
-    def _submit(self, job: "_Job") -> "_Slot":
-        slot = self._slots[job.slot]
+    def _submit(self, job: "_Job") -> None:
         if self._parked:
             self._parked[job.slot].lend(job)
         else:
-            slot.inbox.put(job)
-        return slot
+            self._slots[job.slot].inbox.put(job)
 
     @contextmanager
     def _lent(self, calls: "list[_Call[Any]]") -> Iterator[None]:
@@ -215,10 +216,8 @@ class _Run:
     def __init__(
         self,
         workers: Workers,
-        tasks: Sequence[Callable[[], Any]],
         around_calls: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        assert len(tasks) <= len(workers.devices), (len(tasks), len(workers.devices))
         self._workers = workers
         # A queue of this run's own: whatever a thread that was given up still has to say is lost.
         self._events: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
@@ -226,14 +225,22 @@ class _Run:
         self._results: dict[int, Any] = {}
         self._calls: dict[int, _Call[Any]] = {}
         self._busy: dict[int, tuple[_Slot, _Job]] = {}
+
+    def start(self, tasks: Sequence[Callable[[], Any]]) -> None:
+        assert len(tasks) <= len(self._workers.devices), (tasks, self._workers.devices)
         context = ThreadContext.capture()
         for index, task in enumerate(tasks):
             job = _Job(index, task, context, self._events)
-            self._busy[index] = (workers._submit(job), job)
+            # Known before it runs, so that Ctrl-C in between finds it.
+            self._busy[index] = (self._workers._slots[index], job)
+            self._workers._submit(job)
 
     def wait(self) -> None:
         while self._busy:
-            slot, event = self._events.get()
+            try:
+                slot, event = self._events.get(timeout=_SIGNAL_SECONDS)
+            except queue.Empty:
+                continue
             if isinstance(event, _Call):
                 self._calls[slot] = event
             else:
@@ -284,7 +291,6 @@ class _Run:
         if len(self._calls) < len(self._busy):
             return
         calls = [call for _, call in sorted(self._calls.items())]
-        self._calls.clear()
         names = [call.name for call in calls]
         if len(set(names)) > 1:
             raise LockstepError(
@@ -292,6 +298,7 @@ class _Run:
                 + ", ".join(f"`{name}` (task {i})" for i, name in enumerate(names))
                 + "."
             )
+        self._calls.clear()
         reply: _Done | _Failed
         try:
             with self._workers._lent(calls), self._around_calls():

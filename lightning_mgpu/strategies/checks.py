@@ -38,7 +38,8 @@ def check_module(strategy: str, model: "LightningModule") -> None:
     Raises:
         MisconfigurationException: Names the module at fault and what to do.
     """
-    if model._compiler_ctx is not None or model._compiled_call_impl is not None:
+    # (What `torch.compile(model)` returns, Lightning itself refuses.)
+    if model._compiled_call_impl is not None:
         raise MisconfigurationException(
             f"`{type(model).__name__}` is compiled as a whole, and `strategy={strategy!r}` has to"
             " run its steps for each device. Compile a submodule instead:"

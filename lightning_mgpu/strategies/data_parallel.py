@@ -8,12 +8,10 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy, Strategy
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_mgpu.engine import batch_norm as engine_batch_norm
@@ -23,24 +21,19 @@ from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
-from lightning_mgpu.strategies.checks import check_layer_sync, check_module, check_one_process
 from lightning_mgpu.strategies.logged import LogRecorder, replay
 from lightning_mgpu.strategies.manual import ManualOptimization
 from lightning_mgpu.strategies.metrics import ReplicaMetrics, is_metric, replica_of
+from lightning_mgpu.strategies.single_process import (
+    OWN_ATTRIBUTES,
+    SHARED_OBJECTS,
+    SingleProcessStrategy,
+)
 
 __all__ = ["DataParallelStrategy"]
 
-_SHARED = (Trainer, Strategy, LightningDataModule, Logger, Callback)
-# What Lightning itself keeps on a LightningModule.
-_OWN_ATTRIBUTES = (vars(LightningModule()).keys() - vars(nn.Module()).keys()) | {
-    "_hparams",
-    "_hparams_initial",
-    "_hparams_name",
-    "_log_hyperparams",
-}
 
-
-class DataParallelStrategy(ParallelStrategy):
+class DataParallelStrategy(SingleProcessStrategy):
     """Trains on several devices of one process: a replica per device, each with part of the batch.
 
     What Lightning's ``dp`` was until 2.0: nothing is pickled and no port is opened, so it works in
@@ -71,8 +64,6 @@ class DataParallelStrategy(ParallelStrategy):
     """
 
     strategy_name = "dp"
-    # One process sees all data: samplers stay as they are.
-    is_distributed = False
 
     def __init__(
         self,
@@ -102,42 +93,10 @@ class DataParallelStrategy(ParallelStrategy):
         self._workers: Workers | None = None
         self._streams = RandomStreams()
 
-    def __repr__(self) -> str:
-        # `pytorch_lightning` shows this when it refuses an object of the other namespace.
-        return f"<{type(self).__name__}, for the Trainer of `lightning.pytorch`>"
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices, "the Trainer sets the devices"
-        return self.parallel_devices[0]
-
-    @property
-    def num_nodes(self) -> int:
-        """Always 1."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        check_one_process(self.strategy_name, num_nodes, self.world_size)
-
     @override
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        assert self.lightning_module is not None
-        check_layer_sync(self.strategy_name, self._layer_sync is not None)
-        check_module(self.strategy_name, self.lightning_module)
-        self._release()
-        super().setup(trainer)
-
-    @override
-    def teardown(self) -> None:
-        self._release()
-        super().teardown()
 
     @override
     def batch_to_device(
@@ -167,26 +126,6 @@ class DataParallelStrategy(ParallelStrategy):
         with self.precision_plugin.predict_step_context():
             return self._step("predict_step", *args, **kwargs)
 
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        """Nothing to wait for: there is one process."""
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision
-
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
@@ -198,6 +137,7 @@ class DataParallelStrategy(ParallelStrategy):
         # Replicas and threads are made anew by the first step.
         return {**self.__dict__, "_replicas": None, "_workers": None}
 
+    @override
     def _release(self) -> None:
         if self._workers is not None:
             self._streams.finish()
@@ -208,17 +148,16 @@ class DataParallelStrategy(ParallelStrategy):
         """The replicas and their threads, made when first needed."""
         if self._replicas is None or self._workers is None:
             assert self.lightning_module is not None
-            assert self.parallel_devices
             self._replicas = Replicas(
                 self.lightning_module,
-                self.parallel_devices,
+                self.devices,
                 statistics=self._batch_norm,
                 is_unit=is_metric,
                 copy_unit=replica_of,
-                is_opaque=lambda value: isinstance(value, _SHARED),
-                own_attributes=_OWN_ATTRIBUTES,
+                is_opaque=lambda value: isinstance(value, SHARED_OBJECTS),
+                own_attributes=OWN_ATTRIBUTES,
             )
-            self._workers = Workers(self.parallel_devices)
+            self._workers = Workers(self.devices)
             self._streams.restart()
         return self._replicas, self._workers
 
@@ -259,8 +198,7 @@ class DataParallelStrategy(ParallelStrategy):
         return ManualOptimization(model, joint, run_closures)
 
     def _scatter(self, batch: Any, training: bool) -> list[Shard]:
-        assert self.parallel_devices
-        count = len(self.parallel_devices)
+        count = len(self.devices)
         if self._scatter_fn is not None:
             shards = [Shard(*shard) for shard in self._scatter_fn(batch, count)]
             if not 1 <= len(shards) <= count:

@@ -56,7 +56,7 @@ class ManualOptimization:
             return stand_ins[0] if len(stand_ins) == 1 else stand_ins
 
         def lr_schedulers() -> Any:
-            found = model.lr_schedulers()
+            found = type(model).lr_schedulers(model)  # the instance's own may be this one
             if isinstance(found, list):
                 return [LockstepScheduler(scheduler) for scheduler in found]
             return None if found is None else LockstepScheduler(found)
