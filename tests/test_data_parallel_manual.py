@@ -5,8 +5,9 @@ from typing import Any
 import boring
 import pytest
 import torch
-from lightning_mgpu.engine.workers import LockstepError
 from torch import Tensor, nn
+
+from lightning_mgpu.engine.workers import LockstepError
 
 
 class Adversarial(boring.Classifier):

@@ -162,10 +162,13 @@ class Splitter:
         }
         unclear = [name for name in tensors if name not in split]
         if unclear:
+            shapes = ", ".join(
+                f"`{name}` of shape {tuple(tensors[name].shape)}" for name in unclear
+            )
             raise SplitError(
-                f"`{unclear[0]}` of shape {tuple(tensors[unclear[0]].shape)} is as long as the"
-                f" batch ({size}), but that may be chance. Name `{_argument(unclear[0])}` in"
-                " `split_args` if it has an entry per sample, else in `broadcast_args`."
+                f"As long as the batch ({size}), which may be chance: {shapes}. Name"
+                f" `{_argument(unclear[0])}` in `split_args` if it has an entry per sample, else in"
+                " `broadcast_args`."
             )
         return split
 

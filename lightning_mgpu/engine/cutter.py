@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -156,7 +156,8 @@ class Cutter:
         return {name: t for name, t in named if id(t) in inside or name in stage.attributes}
 
     def _choose(self, args: Any, kwargs: Mapping[str, Any]) -> list[str]:
-        names = layers(self.module, self.forward, args, kwargs, self.stages)
+        calls = layers(self.module, self.forward, args, kwargs, self.stages)
+        names = list(dict.fromkeys(calls))
         if len(names) < self.stages:
             raise PartitionError(
                 f"`{type(self.module).__name__}` has {len(names)} layers that its `forward` calls"
@@ -164,17 +165,28 @@ class Cutter:
                 " devices, or choose another `module`."
             )
         if isinstance(self._balanced, str):
-            modules = [self.module.get_submodule(name) for name in names]
-            costs = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in modules]
-            counts: Sequence[int] = balance.balance(costs, self.stages)
-        else:
-            counts = self._balanced
-            if sum(counts) != len(names):
-                raise PartitionError(
-                    f"`balance={list(counts)}` is for {sum(counts)} layers, but"
-                    f" `{type(self.module).__name__}` has {len(names)}: {', '.join(names)}."
-                )
+            return self._balance_parameters(calls, names)
+        counts = self._balanced
+        if sum(counts) != len(names):
+            raise PartitionError(
+                f"`balance={list(counts)}` is for {sum(counts)} layers, but"
+                f" `{type(self.module).__name__}` has {len(names)}: {', '.join(names)}."
+            )
         return [names[start] for start in list(accumulate(counts))[:-1]]
+
+    def _balance_parameters(self, calls: Sequence[str], names: Sequence[str]) -> list[str]:
+        modules = {name: self.module.get_submodule(name) for name in names}
+        starts = _untied(calls, names, modules)
+        if len(starts) < self.stages:
+            raise PartitionError(
+                f"`{type(self.module).__name__}` can be cut before"
+                f" {', '.join(names[s] for s in starts[1:]) or 'no layer'} only, since layers"
+                f" around other places share parameters: too few for {self.stages} stages."
+            )
+        costs = [float(_size(modules[name])) for name in names]
+        groups = [sum(costs[a:b]) for a, b in pairwise([*starts, len(names)])]
+        counts = balance.balance(groups, self.stages)
+        return [names[starts[group]] for group in list(accumulate(counts))[:-1]]
 
     def _check_owners(self, cut: Cut) -> None:
         """Refuse a call whose parameters would have to lie elsewhere than those of another."""
@@ -198,6 +210,25 @@ class Cutter:
             for name, value in vars(self.module.get_submodule(path)).items()
             if not isinstance(value, Tensor)
         )
+
+
+def _untied(
+    calls: Sequence[str], names: Sequence[str], modules: Mapping[str, nn.Module]
+) -> list[int]:
+    """The layers that a stage can begin with: no parameter is used both before and after."""
+    position = {name: index for index, name in enumerate(names)}
+    first: dict[int, int] = {}
+    tied: set[int] = set()
+    reached = 0
+    for name in calls:
+        reached = max(reached, position[name])
+        for parameter in modules[name].parameters():
+            tied.update(range(first.setdefault(id(parameter), reached) + 1, reached + 1))
+    return [index for index in range(len(names)) if index not in tied]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

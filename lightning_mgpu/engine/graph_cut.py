@@ -1,22 +1,13 @@
 """Cut the graph of a module's `forward` into stages."""
 
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from lightning_mgpu.engine.batch import map_leaves
-from lightning_mgpu.engine.partition import (
-    Name,
-    Partition,
-    PartitionError,
-    Stage,
-    ancestors,
-    canonical,
-)
-from lightning_mgpu.engine.trace import Result, Trace, line_of, trace
+from lightning_mgpu.engine.partition import Partition, PartitionError, ancestors, canonical
+from lightning_mgpu.engine.stage_builder import StageBuilder, attribute
+from lightning_mgpu.engine.trace import Trace, trace
 
 __all__: list[str] = []
 
@@ -28,7 +19,7 @@ def layers(
     kwargs: Mapping[str, Any],
     at_least: int = 1,
 ) -> list[str]:
-    """Names of the submodules between which a module may be cut, in the order they are called.
+    """Names of the submodules between which a module may be cut, one for each call, in order.
 
     Its children, with `nn.Sequential` opened. If those are too few, the layer with most parameters
     is opened as well, as long as it is none of torch's own.
@@ -47,9 +38,9 @@ def layers(
     opened = {name for name, m in named.items() if isinstance(m, nn.Sequential)}
     while True:
         graph = trace(module, forward, args, kwargs, opened).graph
-        names = list(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
+        names = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         closed = [name for name in names if _can_open(named[name])]
-        if len(names) >= at_least or not closed:
+        if len(set(names)) >= at_least or not closed:
             return names
         opened.add(max(closed, key=lambda name: _size(named[name])))
 
@@ -81,8 +72,8 @@ def partition(
     cuts = [canonical(module, cut) for cut in cuts]
     recorded = trace(module, forward, args, kwargs, ancestors(cuts))
     parts = _assign(recorded.graph, cuts)
-    _check_ties(module, parts)
-    return _Builder(module, recorded, parts).build()
+    _place_attributes(module, recorded, parts)
+    return StageBuilder(module, recorded, parts).build()
 
 
 def _can_open(module: nn.Module) -> bool:
@@ -122,164 +113,49 @@ def _assign(graph: fx.Graph, cuts: Sequence[str]) -> list[list[fx.Node]]:
     return parts
 
 
-def _check_ties(module: nn.Module, parts: Sequence[Sequence[fx.Node]]) -> None:
-    """Refuse parameters that several stages would own."""
+def _module_owners(module: nn.Module, parts: Sequence[Sequence[fx.Node]]) -> dict[int, int]:
+    """The stage of each parameter of a called submodule, by the parameter's `id`.
+
+    Raises:
+        PartitionError: It would be two.
+    """
     owners: dict[int, tuple[int, str]] = {}
     for stage, nodes in enumerate(parts):
-        for name, parameter in _parameters(module, nodes):
-            other, its_name = owners.setdefault(id(parameter), (stage, name))
-            if other != stage:
-                raise PartitionError(
-                    f"The parameter `{its_name}` of stage {other} is used in stage {stage}, too, as"
-                    f" `{name}`. Cut so that both uses are in one stage, or untie them."
-                )
-
-
-def _parameters(module: nn.Module, nodes: Iterable[fx.Node]) -> Iterable[tuple[str, nn.Parameter]]:
-    for node in nodes:
-        if node.op == "call_module":
-            called = module.get_submodule(str(node.target))
-            for name, parameter in called.named_parameters(remove_duplicate=False):
-                yield f"{node.target}.{name}", parameter
-    for name in _attributes(nodes):
-        value = _attribute(module, name)
-        if isinstance(value, nn.Parameter):
-            yield name, value
-
-
-def _attributes(nodes: Iterable[fx.Node]) -> list[str]:
-    """Parameters and buffers that the nodes use directly."""
-    used = (arg for node in nodes for arg in node.all_input_nodes if arg.op == "get_attr")
-    return list(dict.fromkeys(str(node.target) for node in used))
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    return reduce(getattr, path.split("."), module)
-
-
-class _Builder:
-    """Makes stages of a recorded graph."""
-
-    def __init__(
-        self, module: nn.Module, recorded: Trace, parts: Sequence[Sequence[fx.Node]]
-    ) -> None:
-        self._module, self._recorded, self._parts = module, recorded, parts
-        (output,) = (node for node in recorded.graph.nodes if node.op == "output")
-        self._results: list[fx.Node] = list(output.args[0])
-        self._stage_of = {node: i for i, nodes in enumerate(parts) for node in nodes}
-
-    def build(self) -> Partition:
-        graph = self._recorded.graph
-        arguments = [node for node in graph.nodes if node.op == "placeholder"]
-        for node in self._results:
-            if node.op == "get_attr":
-                raise PartitionError(
-                    f"`{type(self._module).__name__}.forward` returns `{node.target}` as it is."
-                    " Take it from the module in the step instead."
-                )
-        return Partition(
-            tuple(self._stage(index) for index in range(len(self._parts))),
-            tuple(str(node.target) for node in arguments),
-            tuple(_name(node) for node in self._results),
-            self._template(),
-            self._origins(),
-        )
-
-    def _template(self) -> Any:
-        """The output, with results known by their names."""
-        return map_leaves(
-            lambda leaf: (
-                Result(_name(self._results[leaf.name])) if isinstance(leaf, Result) else leaf
-            ),
-            self._recorded.template,
-        )
-
-    def _origins(self) -> dict[Name, frozenset[Name]]:
-        origins: dict[fx.Node, frozenset[Name]] = {}
-        for node in self._recorded.graph.nodes:
-            own = frozenset([str(node.target)]) if node.op == "placeholder" else frozenset()
-            origins[node] = own.union(*(origins[arg] for arg in node.all_input_nodes))
-        return {_name(node): origins[node] for node in self._results}
-
-    def _stage(self, index: int) -> Stage:
-        nodes = self._parts[index]
-        inside = set(nodes)
-        needed = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes)
-        inputs = [n for n in needed if n not in inside and n.op != "get_attr"]
-        outputs = [n for n in nodes if self._leaves(n, index)]
-        attributes = _attributes(nodes)
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in inputs:
-            copies[node] = graph.placeholder(node.name)
-        for number, name in enumerate(attributes):
-            placeholder = graph.placeholder(f"attribute_{number}")
-            copies.update(
-                {n: placeholder for n in needed if n.op == "get_attr" and n.target == name}
-            )
         for node in nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(tuple(copies[node] for node in outputs))
-        compute = _Compute(self._module, graph, nodes, attributes, self._recorded.constants)
-        return Stage(
-            index,
-            tuple(_name(node) for node in inputs),
-            tuple(_name(node) for node in outputs),
-            tuple(dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module")),
-            tuple(name for name in attributes if name not in self._recorded.constants),
-            compute,
-        )
-
-    def _leaves(self, node: fx.Node, stage: int) -> bool:
-        """Whether others than the node's own stage need its value."""
-        return node in self._results or any(
-            self._stage_of.get(user, stage) != stage for user in node.users
-        )
+            if node.op == "call_module":
+                called = module.get_submodule(str(node.target))
+                for name, parameter in called.named_parameters(str(node.target)):
+                    owner, its_name = owners.setdefault(id(parameter), (stage, name))
+                    if owner != stage:
+                        raise PartitionError(_tie(its_name, owner, name, stage))
+    return {key: stage for key, (stage, _) in owners.items()}
 
 
-class _Compute:
-    """A stage's share of `forward`, as code that fx generates."""
+def _place_attributes(module: nn.Module, recorded: Trace, parts: list[list[fx.Node]]) -> None:
+    """Give each parameter and buffer that `forward` uses directly to a stage.
 
-    def __init__(
-        self,
-        module: nn.Module,
-        graph: fx.Graph,
-        nodes: Sequence[fx.Node],
-        attributes: Sequence[str],
-        constants: Mapping[str, Tensor],
-    ) -> None:
-        self._module = module
-        self._attributes = [(name, constants.get(name)) for name in attributes]
-        self._code = fx.GraphModule(module, graph)
-        self._lines = {
-            copy.name: line_of(node) for copy, node in zip(_own(graph), nodes, strict=True)
-        }
-
-    def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        attributes = [
-            _attribute(self._module, name) if constant is None else constant
-            for name, constant in self._attributes
-        ]
-        try:
-            outputs: Sequence[Any] = self._code.forward(*inputs, *attributes)
-        except Exception as error:
-            self._note(error)
-            raise
-        return outputs
-
-    def _note(self, error: Exception) -> None:
-        """Say which line of the user's `forward` the generated code stands for."""
-        generated = self._code.forward.__code__.co_filename
-        for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename == generated:
-                line = self._lines.get((frame.line or "").partition(" = ")[0])
-                if line is not None and hasattr(error, "add_note"):
-                    error.add_note(f"({line})")
+    To the one whose submodule has it, or else to the first that uses it; later stages get its value
+    from there, with each micro-batch.
+    """
+    owners = _module_owners(module, parts)
+    stage_of = {node: stage for stage, nodes in enumerate(parts) for node in nodes}
+    found: dict[str, fx.Node] = {}
+    for node in [n for n in recorded.graph.nodes if n.op == "get_attr"]:
+        name = str(node.target)
+        if found.setdefault(name, node) is not node:
+            node.replace_all_uses_with(found[name])
+    for name, node in found.items():
+        if name in recorded.constants:
+            continue  # each stage has those itself
+        first = min((stage_of[user] for user in node.users if user in stage_of), default=0)
+        owner = owners.get(id(attribute(module, name)), first)
+        if owner > first:
+            raise PartitionError(_tie(name, owner, name, first))
+        parts[owner].insert(0, node)
 
 
-def _own(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-
-
-def _name(node: fx.Node) -> Name:
-    return str(node.target) if node.op == "placeholder" else f"%{node.name}"
+def _tie(name: str, owner: int, other_name: str, other: int) -> str:
+    return (
+        f"The parameter `{name}` of stage {owner} is used in stage {other}, too, as `{other_name}`."
+        " Cut so that both uses are in one stage, or untie them."
+    )

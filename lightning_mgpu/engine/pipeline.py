@@ -85,11 +85,16 @@ class Pipeline:
         least = 2 if any(layer.training for found in cut.layers for layer in found) else 1
         counts = mb.sizes(size, self._chunks, least)
         with self._streams.step(
-            f"{type(self.cutter.module).__name__}.forward",
+            self._kind(),
             len(self.devices) * len(counts),
             always=self._checkpoint != "never" and torch.is_grad_enabled(),
         ) as streams:
             return self._run(call, cut, split, counts, streams)
+
+    def _kind(self) -> str:
+        module = self.cutter.module
+        mode = "training" if module.training else "evaluation"
+        return f"`{type(module).__name__}.forward` ({mode})"
 
     def _fixed(self) -> list[Tensor]:
         module = self.cutter.module

@@ -79,8 +79,8 @@ class PipelineStrategy(OneProcessStrategy):
         balance: Sequence[int] | Literal["parameters"] | None = None,
         chunks: int | None = None,
         checkpoint: Checkpoint = "never",
-        split_args: Sequence[str | int] = (),
-        broadcast_args: Sequence[str | int] = (),
+        split_args: str | int | Sequence[str | int] = (),
+        broadcast_args: str | int | Sequence[str | int] = (),
         deferred_batch_norm: bool = True,
     ) -> None:
         super().__init__(
@@ -92,7 +92,8 @@ class PipelineStrategy(OneProcessStrategy):
         self._balance: Balance = "parameters" if balance is None else balance
         self._chunks = chunks
         self._checkpoint: Checkpoint = checkpoint
-        self._split_args, self._broadcast_args = split_args, broadcast_args
+        self._split_args, self._broadcast_args = _listed(split_args), _listed(broadcast_args)
+        Splitter(self._split_args, self._broadcast_args)  # refuses contradictions
         self._deferred_batch_norm = deferred_batch_norm
         self._pipeline: Pipeline | None = None
         self._override: Override | None = None
@@ -216,6 +217,10 @@ class PipelineStrategy(OneProcessStrategy):
             self._pipeline.close()
         self._pipeline = self._override = None
         self._placed = []
+
+
+def _listed(given: str | int | Sequence[str | int]) -> list[str | int]:
+    return [given] if isinstance(given, (str, int)) else list(given)
 
 
 def _check_choices(split_at: Any, balance: Any, chunks: Any, checkpoint: Any) -> None:
