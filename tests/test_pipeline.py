@@ -370,9 +370,74 @@ def test_stages_of_the_models_own_are_checked() -> None:
 def test_table_of_stages_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     _fit(Deep(), split_at="net.2", chunks=4)
+    lines = _table(caplog)
+    assert lines[1].split() == ["stage", "device", "layers", "parameters"]
+    # (6 + 1) x 8 and (8 + 1) x 8 parameters of 8 bytes.
+    assert lines[2].split() == ["0", "cpu", "0", "..", "1", "(2)", "1.02", "kB"]
+    assert lines[3].split() == ["1", "cpu", "2", "..", "5", "(4)", "1.94", "kB"]
+    assert lines[4] == "4 micro-batches; stages wait 20% of the time if all take equally long."
+
+
+@pytest.mark.parametrize("balance", ["time", "memory"])
+def test_measured_balance(balance: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """One layer takes far longer, another keeps far more, than all others together."""
+
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(400):
+                x = x + x.detach() * 0
+            return x
+
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.repeat(1, 2000).exp() * 0).sum(1, keepdim=True) + x
+
+    class Uneven(parity_models.Model):
+        def build(self) -> nn.Module:
+            layers = [nn.Linear(6, 6) for _ in range(8)]
+            layers[1] = Large()
+            layers[6] = Slow()
+            return nn.Sequential(*layers, nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3))
+
+    caplog.set_level("INFO")
+    alone, split = Uneven(), Uneven()
+    boring.trainer("auto", 1).fit(alone, datamodule=boring.Blobs(10))
+    _fit(split, balance=balance, chunks=1)
+    torch.testing.assert_close(split.state_dict(), alone.state_dict(), rtol=0, atol=1e-9)
+    lines = _table(caplog)
+    assert lines[1].split()[-2:] == ["activations", "time"]
+    first = lines[2].split("  ")[2].strip()
+    assert first == ("0 .. 5 (6)" if balance == "time" else "0 .. 1 (2)") or (
+        balance == "time" and first == "0 .. 6 (7)"
+    )
+
+
+def test_measured_costs_of_layers() -> None:
+    from lightning_mgpu.engine.graph_cut import layers
+    from lightning_mgpu.engine.measure import measure
+    from lightning_mgpu.engine.trace import Input
+
+    module = nn.Sequential(
+        *(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3), nn.ReLU(inplace=True)),
+        *(nn.BatchNorm1d(3), nn.Dropout(0.5)),
+    )
+    recorded = layers(module, module.forward, (Input("x"),), {})
+    state = torch.get_rng_state()
+    costs = measure(module, recorded, {"x": torch.ones(10, 6)})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert module[4].num_batches_tracked == 0
+    assert module[4].momentum == 0.1
+    assert list(costs) == ["0", "1", "2", "3", "4", "5"]
+    assert [c.parameters for c in costs.values()] == [7 * 8 * 4, 0, 9 * 3 * 4, 0, 6 * 4, 0]
+    # The first layer keeps its input, the second its output, the third its input.
+    assert [cost.activations for cost in costs.values()][:4] == [240, 320, 320, 120]
+    assert all(cost.seconds > 0 for cost in costs.values())
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def _table(caplog: pytest.LogCaptureFixture) -> list[str]:
     (text,) = [record.message for record in caplog.records if "Pipeline:" in record.message]
-    assert "net: 2 stages" in text or "0 .. 1 (2)" in text
-    assert "a stage waits 20% of the time" in text
+    return text.splitlines()
 
 
 def test_tensors_and_state_lie_with_their_stage() -> None:

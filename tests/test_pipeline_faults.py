@@ -291,7 +291,7 @@ def test_writing_in_place_to_what_others_use_is_refused(shared_with: str) -> Non
         ({"checkpoint": "sometimes"}, "use one of 'never', 'except_last', 'always'"),
         ({"chunks": 0}, r"`PipelineStrategy\(chunks=0\)`: give a number"),
         ({"chunks": "many"}, r"`PipelineStrategy\(chunks='many'\)`: give a number"),
-        ({"balance": "size"}, "use 'parameters', or a list"),
+        ({"balance": "size"}, "use one of 'parameters', 'time', 'memory', or a list"),
         ({"balance": [3, 0]}, "each stage needs at least one layer"),
         ({"balance": [1, 1], "split_at": "net.1"}, "both say where to cut; leave one out"),
         ({"split_args": "x", "broadcast_args": ["x"]}, "both name"),

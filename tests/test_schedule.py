@@ -63,6 +63,12 @@ def test_bubble_is_the_share_of_idle_slots(stages: int, chunks: int) -> None:
     ticks = list(schedule.forward(stages, chunks))
     idle = 1 - sum(map(len, ticks)) / (len(ticks) * stages)
     assert schedule.bubble(stages, chunks) == pytest.approx(idle)
+    assert schedule.waiting([2.0] * stages, chunks) == pytest.approx(idle)
+
+
+def test_stages_wait_for_the_slowest() -> None:
+    # Ticks of 1, 3 and 3 and 3: the first stage works 3 of 10, the second 9.
+    assert schedule.waiting([1.0, 3.0], 3) == pytest.approx(1 - (3 + 9) / 20)
 
 
 @settings(deadline=None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_mgpu.engine import balance, batch_norm
 from lightning_mgpu.engine.arguments import Call
 from lightning_mgpu.engine.graph_cut import layers, partition
+from lightning_mgpu.engine.measure import Cost, measure
 from lightning_mgpu.engine.partition import (
     Partition,
     PartitionError,
@@ -23,7 +24,10 @@ from lightning_mgpu.engine.trace import Input, UntraceableError
 
 __all__: list[str] = []
 
-Balance = Sequence[int] | Literal["parameters"]
+Balance = Sequence[int] | Literal["parameters", "time", "memory"]
+
+# What a parameter takes beside itself: its gradient, and two moments in the optimizer.
+_COPIES_OF_PARAMETERS = 4
 
 # Calls that differ in more than their tensors have partitions of their own; the oldest are dropped.
 _MAX_PARTITIONS = 32
@@ -75,6 +79,8 @@ class Cutter:
         self._balanced, self._made = balanced, made
         self.cuts: list[str] | None = None
         """Where stages begin, once that is known."""
+        self.costs: dict[str, Cost] = {}
+        """Of each layer, if they have been measured."""
         if split_at is not None:
             _check_count("split_at", len(split_at) + 1, stages, f"{stages - 1} names")
             self.cuts = [canonical(module, name) for name in split_at]
@@ -83,12 +89,38 @@ class Cutter:
         elif not isinstance(balanced, str):
             _check_count("balance", len(balanced), stages, f"{stages} numbers")
         self._known: dict[Hashable, Cut] = {}
-        self._owners: dict[int, int] = {}
+        self._owners: dict[str, int] = {}
 
     @property
     def roots(self) -> list[nn.Module]:
         """The modules that hold everything which stages run."""
         return [self.module] if self._made is None else [self.module, *self._made]
+
+    @property
+    def wants_costs(self) -> bool:
+        """Whether layers have to be measured before the module can be cut."""
+        measured = self._balanced in ("time", "memory")
+        return measured and self.cuts is None and self._made is None
+
+    def measure(self, call: Call, tensors: Mapping[str, Tensor], chunks: int) -> None:
+        """Measure the layers, and choose by what they cost where stages begin.
+
+        Args:
+            call: A call of the module.
+            tensors: The tensors of one of its micro-batches.
+            chunks: How many micro-batches there are.
+        """
+        recorded = layers(self.module, self.forward, call.args, call.kwargs, self.stages)
+        self._check_enough(recorded.calls())
+        self.costs = measure(self.module, recorded, tensors)
+
+        def price(name: str) -> float:
+            cost = self.costs[name]
+            if self._balanced == "time":
+                return cost.seconds
+            return _COPIES_OF_PARAMETERS * cost.parameters + chunks * cost.activations
+
+        self.cuts = self._balance(recorded.calls(), price)
 
     def early(self) -> Cut | None:
         """Cut before there is a call, from the signature of `forward` alone.
@@ -99,6 +131,8 @@ class Cutter:
         Raises:
             PartitionError: The module cannot be cut as asked, whatever it is called with.
         """
+        if self.wants_costs:
+            return None
         parameters = inspect.signature(self.forward).parameters.values()
         wanted = [p for p in parameters if p.default is p.empty]
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in wanted):
@@ -147,7 +181,8 @@ class Cutter:
             ],
             [self._tensors(stage, part) for stage, part in zip(made.stages, modules, strict=True)],
         )
-        self._check_owners(cut)
+        if self._made is None:
+            self._check_owners(cut)
         return cut
 
     def _tensors(self, stage: Stage, modules: Iterable[nn.Module]) -> dict[str, Tensor]:
@@ -156,17 +191,11 @@ class Cutter:
         return {name: t for name, t in named if id(t) in inside or name in stage.attributes}
 
     def _choose(self, args: Any, kwargs: Mapping[str, Any]) -> list[str]:
-        calls = layers(self.module, self.forward, args, kwargs, self.stages)
-        names = list(dict.fromkeys(calls))
-        if len(names) < self.stages:
-            raise PartitionError(
-                f"`{type(self.module).__name__}` has {len(names)} layers that its `forward` calls"
-                f" ({', '.join(names) or 'none'}), too few for {self.stages} stages. Use fewer"
-                " devices, or choose another `module`."
-            )
+        calls = layers(self.module, self.forward, args, kwargs, self.stages).calls()
+        self._check_enough(calls)
         if isinstance(self._balanced, str):
-            return self._balance_parameters(calls, names)
-        counts = self._balanced
+            return self._balance(calls, lambda name: _size(self.module.get_submodule(name)))
+        counts, names = self._balanced, list(dict.fromkeys(calls))
         if sum(counts) != len(names):
             raise PartitionError(
                 f"`balance={list(counts)}` is for {sum(counts)} layers, but"
@@ -174,27 +203,37 @@ class Cutter:
             )
         return [names[start] for start in list(accumulate(counts))[:-1]]
 
-    def _balance_parameters(self, calls: Sequence[str], names: Sequence[str]) -> list[str]:
-        modules = {name: self.module.get_submodule(name) for name in names}
-        starts = _untied(calls, names, modules)
+    def _check_enough(self, calls: Sequence[str]) -> None:
+        names = dict.fromkeys(calls)
+        if len(names) < self.stages:
+            raise PartitionError(
+                f"`{type(self.module).__name__}` has {len(names)} layers that its `forward` calls"
+                f" ({', '.join(names) or 'none'}), too few for {self.stages} stages. Use fewer"
+                " devices, or choose another `module`."
+            )
+
+    def _balance(self, calls: Sequence[str], price: Callable[[str], float]) -> list[str]:
+        """Where stages begin so that the dearest is as cheap as can be."""
+        names = list(dict.fromkeys(calls))
+        starts = _untied(calls, names, {name: self.module.get_submodule(name) for name in names})
         if len(starts) < self.stages:
             raise PartitionError(
                 f"`{type(self.module).__name__}` can be cut before"
                 f" {', '.join(names[s] for s in starts[1:]) or 'no layer'} only, since layers"
                 f" around other places share parameters: too few for {self.stages} stages."
             )
-        costs = [float(_size(modules[name])) for name in names]
-        groups = [sum(costs[a:b]) for a, b in pairwise([*starts, len(names)])]
+        prices = [float(price(name)) for name in names]
+        groups = [sum(prices[a:b]) for a, b in pairwise([*starts, len(names)])]
         counts = balance.balance(groups, self.stages)
         return [names[starts[group]] for group in list(accumulate(counts))[:-1]]
 
     def _check_owners(self, cut: Cut) -> None:
         """Refuse a call whose parameters would have to lie elsewhere than those of another."""
         for stage, tensors in enumerate(cut.tensors):
-            for name, tensor in tensors.items():
-                if self._owners.setdefault(id(tensor), stage) != stage:
+            for name in tensors:
+                if self._owners.setdefault(name, stage) != stage:
                     raise PartitionError(
-                        f"`{name}` belongs to stage {self._owners[id(tensor)]}, but in another kind"
+                        f"`{name}` belongs to stage {self._owners[name]}, but in another kind"
                         f" of call (training or not, other arguments) to stage {stage}. Cut where"
                         " all calls agree."
                     )

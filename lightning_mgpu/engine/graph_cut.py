@@ -18,8 +18,8 @@ def layers(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     at_least: int = 1,
-) -> list[str]:
-    """Names of the submodules between which a module may be cut, one for each call, in order.
+) -> Trace:
+    """The layers between which a module may be cut: the submodules that this trace calls.
 
     Its children, with `nn.Sequential` opened. If those are too few, the layer with most parameters
     is opened as well, as long as it is none of torch's own.
@@ -37,11 +37,11 @@ def layers(
     named = dict(module.named_modules())
     opened = {name for name, m in named.items() if isinstance(m, nn.Sequential)}
     while True:
-        graph = trace(module, forward, args, kwargs, opened).graph
-        names = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        recorded = trace(module, forward, args, kwargs, opened)
+        names = recorded.calls()
         closed = [name for name in names if _can_open(named[name])]
         if len(set(names)) >= at_least or not closed:
-            return names
+            return recorded
         opened.add(max(closed, key=lambda name: _size(named[name])))
 
 

@@ -76,11 +76,13 @@ class Pipeline:
             BaseException: The first error of any stage, with a note that says which.
         """
         call = Call.of(self.cutter.forward, args, kwargs)
-        cut = self.cutter(call)
-        self._on_cut(cut)
         size, split = self._splitter.split(
             call, self.cutter.forward, self._step_batch(), self._fixed
         )
+        if self.cutter.wants_costs:
+            self._measure(call, split, size)
+        cut = self.cutter(call)
+        self._on_cut(cut)
         # Batch normalisation cannot be trained on a single sample.
         least = 2 if any(layer.training for found in cut.layers for layer in found) else 1
         counts = mb.sizes(size, self._chunks, least)
@@ -90,6 +92,11 @@ class Pipeline:
             always=self._checkpoint != "never" and torch.is_grad_enabled(),
         ) as streams:
             return self._run(call, cut, split, counts, streams)
+
+    def _measure(self, call: Call, split: frozenset[Name], size: int) -> None:
+        chunk = mb.cut(call.tensors, split, mb.sizes(size, self._chunks, 2))[0]
+        # On a worker, which has as many intra-op threads as each stage will have.
+        self._workers.run([lambda: self.cutter.measure(call, chunk, self._chunks)])
 
     def _kind(self) -> str:
         module = self.cutter.module

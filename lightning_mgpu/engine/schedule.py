@@ -11,7 +11,7 @@ Three stages and four micro-batches::
 Backward is its mirror: it begins with the last stage and the last micro-batch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 __all__: list[str] = []
@@ -44,3 +44,16 @@ def of_stage(stage: int, timetable: Iterable[Iterable[Task]]) -> list[int]:
 def bubble(stages: int, chunks: int) -> float:
     """The share of time in which a stage waits, if all take equally long."""
     return (stages - 1) / (chunks + stages - 1)
+
+
+def waiting(seconds: Sequence[float], chunks: int) -> float:
+    """The share of time in which stages wait, if each takes as long for every micro-batch.
+
+    The slowest stage sets the pace: the others wait for it, beside the bubble.
+
+    Args:
+        seconds: What each stage takes for one micro-batch.
+        chunks: Micro-batches.
+    """
+    whole = sum(seconds) + (chunks - 1) * max(seconds)
+    return 1 - chunks * sum(seconds) / (len(seconds) * whole) if whole else 0.0

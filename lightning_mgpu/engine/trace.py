@@ -66,6 +66,10 @@ class Trace:
     template: Any
     constants: dict[str, Tensor]
 
+    def calls(self) -> list[str]:
+        """Names of the submodules that are called, in order, one for each call."""
+        return [str(node.target) for node in self.graph.nodes if node.op == "call_module"]
+
 
 def trace(
     module: nn.Module,

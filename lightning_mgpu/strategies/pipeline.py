@@ -24,6 +24,7 @@ from lightning_mgpu.strategies.stage_table import show_stages
 
 __all__ = ["PipelineStrategy"]
 
+_BALANCES = ("parameters", "time", "memory")
 _CHECKPOINTS = ("never", "except_last", "always")
 
 
@@ -47,8 +48,9 @@ class PipelineStrategy(OneProcessStrategy):
             child with most parameters.
         split_at: Names of the submodules at which the second and later stages begin, as in
             ``named_modules()`` of the LightningModule, or of `module`.
-        balance: Without `split_at`: layers in each stage, or ``"parameters"`` (default), so that
-            stages have about as many bytes of parameters.
+        balance: Without `split_at`: layers in each stage, or what stages are to have about as much
+            of: ``"parameters"`` (bytes of them, default), ``"time"`` or ``"memory"``, which are
+            measured on the first batch. Measured times vary, and with them the cut.
         chunks: Micro-batches; default: 4 for each stage.
         checkpoint: Which micro-batches keep only their stages' inputs and are computed again in
             backward: ``"never"``, ``"except_last"`` or ``"always"``.
@@ -76,7 +78,7 @@ class PipelineStrategy(OneProcessStrategy):
         *,
         module: str | None = None,
         split_at: str | Sequence[str] | None = None,
-        balance: Sequence[int] | Literal["parameters"] | None = None,
+        balance: Sequence[int] | Literal["parameters", "time", "memory"] | None = None,
         chunks: int | None = None,
         checkpoint: Checkpoint = "never",
         split_args: str | int | Sequence[str | int] = (),
@@ -207,7 +209,9 @@ class PipelineStrategy(OneProcessStrategy):
         place(self.lightning_module, cut, self.parallel_devices)
         state_to_parameters(self.optimizers)
         if not self._placed:
-            show_stages(cut, self.parallel_devices, self._chunks or 4 * len(self.parallel_devices))
+            assert self._pipeline is not None
+            chunks = self._chunks or 4 * len(self.parallel_devices)
+            show_stages(cut, self.parallel_devices, chunks, self._pipeline.cutter.costs)
         self._placed.append(cut)
 
     def _release(self) -> None:
@@ -238,10 +242,10 @@ def _check_choices(split_at: Any, balance: Any, chunks: Any, checkpoint: Any) ->
             f"`PipelineStrategy(split_at={split_at!r}, balance={balance!r})`: both say where to"
             " cut; leave one out."
         )
-    if isinstance(balance, str) and balance != "parameters":
+    if isinstance(balance, str) and balance not in _BALANCES:
         raise ValueError(
-            f"`PipelineStrategy(balance={balance!r})`: use 'parameters', or a list of the number of"
-            " layers in each stage."
+            f"`PipelineStrategy(balance={balance!r})`: use one of"
+            f" {', '.join(map(repr, _BALANCES))}, or a list of the number of layers in each stage."
         )
     if balance is not None and not isinstance(balance, str) and min(balance, default=0) < 1:
         raise ValueError(
