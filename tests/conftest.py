@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 import torch
@@ -18,6 +19,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_mgpu.launch import default_pool
 
 ROOT = Path(__file__).parent.parent
+
+# No files in the repository, and nothing that depends on how fast the machine is.
+hypothesis.settings.register_profile("here", database=None, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("here")
 
 # Threads of other libraries that live as long as the process.
 _LASTING_THREADS = ("tqdm_monitor", "pytest_timeout")

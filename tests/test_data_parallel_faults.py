@@ -81,9 +81,9 @@ def test_other_replicas_stop_after_an_error() -> None:
             if batch[1][0] == 2:
                 started.wait(60)
                 raise KeyError("broken sample")
+            started.set()
             while True:  # would never end by itself
                 turns[0] += 1
-                started.set()
 
     with pytest.raises(KeyError, match="broken sample"):
         boring.trainer("dp", 2).fit(Model(), boring.Blobs(4, 4))
@@ -231,7 +231,7 @@ def test_trainer_arguments_that_do_not_fit_are_refused(monkeypatch: pytest.Monke
 
 def test_the_other_namespace_is_named() -> None:
     other = pytest.importorskip("pytorch_lightning")
-    with pytest.raises(ValueError, match="for the Trainer of `lightning.pytorch`"):
+    with pytest.raises(ValueError, match=r"for the Trainer of `lightning\.pytorch`"):
         other.Trainer(strategy=DataParallelStrategy(), accelerator="cpu", devices=2)
 
 
@@ -272,7 +272,7 @@ def test_loss_that_is_no_tensor_is_refused() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return 0.5
 
-    with pytest.raises(TypeError, match="`training_step` must return a tensor.*returned float"):
+    with pytest.raises(TypeError, match=r"`training_step` must return a tensor.*returned float"):
         boring.trainer("dp", 2).fit(Model(), boring.Blobs())
 
 

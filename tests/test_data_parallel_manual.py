@@ -133,7 +133,7 @@ def test_replicas_out_of_step_are_refused() -> None:
             if batch[1][0] == 0:  # the first shard only
                 super().training_step(batch, batch_idx)
 
-    with pytest.raises(LockstepError, match="Task 0 calls .* but task 1 has ended"):
+    with pytest.raises(LockstepError, match=r"Task 0 calls .* but task 1 has ended"):
         boring.trainer("dp", 2).fit(Model(), boring.Blobs(4, 4))
 
 

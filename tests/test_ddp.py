@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,6 +49,34 @@ def test_trainers_one_after_another_share_the_workers() -> None:
     pids = default_pool().pids
     boring.trainer(DDPStrategy(find_unused_parameters=True)).fit(model, datamodule=boring.Blobs())
     assert default_pool().pids == pids
+
+
+@pytest.mark.parametrize("devices", [3, 2])
+def test_large_weights_are_in_place_before_anything_runs(devices: int) -> None:
+    """When fitting they travel apart from the rest, and on each rank `setup` may read them."""
+    model = _LargeClassifier()
+    trainer = boring.trainer(devices=devices)
+    for run in (trainer.fit, trainer.fit, trainer.validate):
+        model.expected = model.checksum()
+        run(model, datamodule=boring.Blobs())
+
+
+class _LargeClassifier(boring.Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = torch.nn.Parameter(torch.randn(2**19))
+        self.tied = self.large
+        self.expected = 0
+
+    def checksum(self) -> int:
+        return zlib.crc32(self.large.detach().numpy())
+
+    def setup(self, stage: str) -> None:
+        assert self.checksum() == self.expected
+        assert self.tied is self.large
+
+    def training_step(self, *args: Any) -> Any:
+        return super().training_step(*args) + self.large.square().mean()
 
 
 @pytest.mark.parametrize("devices", [3, 2, 1])

@@ -41,8 +41,12 @@ def test_multirun_over_values_runs_each_job_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_multirun_over_strategies_in_any_mix(tmp_path: Path) -> None:
-    _run("-m", "+strategy=ddp,auto", "optimizer.lr=0.1,0.01", "hydra.sweep.dir=sweep")
-    done = [_lines(tmp_path / "sweep" / str(job), "done.txt") for job in range(4)]
-    assert done == [["DDPStrategy 2"]] * 2 + [["SingleDeviceStrategy 1"]] * 2
-    for job in (2, 3):
+    _run("-m", "+strategy=ddp,dp,auto", "optimizer.lr=0.1,0.01", "hydra.sweep.dir=sweep")
+    done = [_lines(tmp_path / "sweep" / str(job), "done.txt") for job in range(6)]
+    assert done == [
+        *[["DDPStrategy 2"]] * 2,
+        *[["DataParallelStrategy 1"]] * 2,
+        *[["SingleDeviceStrategy 1"]] * 2,
+    ]
+    for job in (2, 3, 4, 5):
         assert not (tmp_path / "sweep" / str(job) / "rank-1.txt").exists()

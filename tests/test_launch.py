@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -412,6 +413,78 @@ def test_forked_child_leaves_the_workers_alone() -> None:
             os._exit(0)
     os.waitpid(child, 0)
     assert launch(rank_and_pid) == before
+
+
+# What workers do after a launch
+
+
+def leave_slow_garbage(path: Path, seconds: float = 0.5) -> Callable[[Rank], None]:
+    """A function that leaves rank 1 something to clean up, at whose end `path` exists."""
+
+    class Slow:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            time.sleep(seconds)
+            path.touch()
+
+    def function(rank: Rank) -> None:
+        if rank.rank == 1:
+            Slow()
+
+    return function
+
+
+def test_workers_clean_up_while_the_caller_goes_on(
+    tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    path = tmp_path / "cleaned"
+    launch(rank_and_pid)
+    launch(leave_slow_garbage(path))
+    assert not path.exists()
+    eventually(path.exists)
+
+
+def test_next_launch_waits_until_the_workers_have_cleaned_up(tmp_path: Path) -> None:
+    path = tmp_path / "cleaned"
+    before = launch(rank_and_pid)
+    launch(leave_slow_garbage(path))
+    assert launch(lambda rank: path.exists()) == [True, True]
+    assert launch(rank_and_pid) == before
+
+
+def test_closing_waits_until_the_workers_have_cleaned_up(tmp_path: Path) -> None:
+    path = tmp_path / "cleaned"
+    pool = WorkerPool()
+    launch(leave_slow_garbage(path), pool=pool)
+    pool.close()
+    assert path.exists()
+
+
+def test_worker_that_dies_while_it_cleans_up_is_replaced(tmp_path: Path) -> None:
+    pool = WorkerPool()
+    try:
+        launch(leave_slow_garbage(tmp_path / "cleaned", 60.0), pool=pool)
+        first = pool.pids[0]
+        os.kill(first, signal.SIGKILL)
+        assert launch(rank_and_pid, pool=pool)[1] != (1, first)
+    finally:
+        pool.close()
+
+
+def test_worker_that_does_not_come_to_rest_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lightning_mgpu.launch.pool._CLEANUP_SECONDS", 0.2)
+    pool = WorkerPool()
+    try:
+        launch(leave_slow_garbage(tmp_path / "cleaned", 60.0), pool=pool)
+        first = pool.pids[0]
+        assert launch(rank_and_pid, pool=pool)[1] != (1, first)
+        assert "do not come to rest" in caplog.text
+    finally:
+        pool.close()
 
 
 # Where a launch may happen

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mgpu.launch import LaunchError, UnpicklableError
 from lightning_mgpu.launch import payload as payload_module
+from lightning_mgpu.launch.channel import Channel
 from lightning_mgpu.launch.payload import Payload, load
 
 # From <linux/fcntl.h>; Python's `fcntl` does not know them everywhere.
@@ -147,6 +149,77 @@ def test_copy_of_a_large_tensor_is_mapped_not_read() -> None:
         copy = load(os.dup(payload.file))
         assert psutil.Process().memory_full_info().uss - before < 16 * 2**20
     assert float(copy[-1]) == 1
+
+
+# Tensors that every receiver rewrites
+
+
+def past_the_file(obj: Any, rewritten: list[torch.Tensor]) -> tuple[Any, int, list[int]]:
+    """What arrives through a channel, the size of the file, and those of the buffers."""
+    ours, theirs = Channel.pair()
+    with theirs, ThreadPoolExecutor(1) as thread, Payload(obj, rewritten=rewritten) as payload:
+        arrival = thread.submit(Channel(theirs).receive)
+        ours.send(payload.buffers, payload.file)
+        buffers, file = arrival.result()
+        ours.close()
+        assert file is not None
+        size = os.fstat(file).st_size
+        return load(file, buffers), size, [len(buffer) for buffer in buffers]
+
+
+def test_rewritten_tensors_stay_out_of_the_file_and_keep_their_ties() -> None:
+    model = TiedModel()
+    large = nn.Parameter(torch.randn(2**9, 2**10))
+    model.encoder.weight = model.decoder.weight = large
+    source = {
+        "model": model,
+        "row": large.detach()[1],
+        "bits": large.detach().view(torch.int32),
+        "storage": large.untyped_storage(),
+        "other": torch.ones(2**19),
+    }
+    copy, size, sizes = past_the_file(source, list(model.parameters()))
+    assert sizes == [2**21]
+    assert 2**21 < size < 2**21 + 2**16  # "other" is in there
+    weight = copy["model"].encoder.weight
+    assert type(weight) is nn.Parameter
+    assert weight.requires_grad
+    assert copy["model"].decoder.weight is weight
+    assert torch.equal(weight, large)
+    with torch.no_grad():
+        weight.fill_(2)
+    assert copy["row"].tolist() == [2.0] * 2**10
+    assert copy["bits"].unique().tolist() == [0x40000000]
+    assert copy["storage"].data_ptr() == weight.data_ptr()
+    assert not (large == 2).all()
+
+
+@pytest.mark.parametrize("kind", ["small", "meta", "lazy", "sparse", "empty"])
+def test_what_cannot_stay_out_of_the_file_does_not(kind: str) -> None:
+    tensors = {
+        "small": lambda: torch.ones(10),
+        "meta": lambda: torch.ones(2**20, device="meta"),
+        "lazy": lambda: nn.LazyLinear(3).weight,
+        "sparse": lambda: torch.eye(2**10).to_sparse(),
+        "empty": lambda: torch.empty(0),
+    }
+    tensor = tensors[kind]()
+    copy, _, sizes = past_the_file([tensor], [tensor])
+    assert sizes == []
+    assert type(copy[0]) is type(tensor)
+
+
+def test_rewritten_tensor_that_is_not_pickled_is_not_sent() -> None:
+    tensor = torch.ones(2**20)
+    copy, _, sizes = past_the_file([1], [tensor])
+    assert (copy, sizes) == ([1], [])
+
+
+def test_closed_payload_does_not_hold_the_tensors() -> None:
+    tensor = torch.ones(2**20)
+    payload = Payload([tensor], rewritten=[tensor])
+    payload.close()
+    assert payload.buffers == []
 
 
 @pytest.mark.parametrize("kind", ["lambda", "closure", "local class"])

@@ -120,13 +120,29 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mean.to(first.dtype)
 
 
-def is_per_sample(value: Any, size: int) -> bool:
-    """Whether a list has an entry per sample (texts, boxes) and is not `[logits, labels]`, say."""
-    return (
-        type(value) is list
-        and len(value) == size
-        and not all(_is_array(entry) and entry.shape[0] == size for entry in value)
+def are_per_sample(values: Sequence[Any], sizes: Sequence[int]) -> bool:
+    """Whether these are lists with an entry per sample (texts, boxes), not `[logits, labels]`.
+
+    Lists of dicts are the former, whatever the sizes of the tensors in them.
+
+    Args:
+        values: One per part of a batch.
+        sizes: The number of samples in each part.
+    """
+    if not all(type(v) is list and len(v) == n for v, n in zip(values, sizes, strict=True)):
+        return False
+    return not all(
+        _is_batched(entry, size)
+        for value, size in zip(values, sizes, strict=True)
+        for entry in value
     )
+
+
+def _is_batched(value: Any, size: int) -> bool:
+    """Whether it is a part of a batch: its tensors have the samples as their first dimension."""
+    if isinstance(value, Mapping):
+        return False
+    return all(_is_array(leaf) and leaf.shape[0] == size for _, leaf in _leaves(value))
 
 
 def rebuild_sequence(example: Any, values: list[Any]) -> Any:
@@ -221,7 +237,7 @@ def _join(values: Sequence[Any], sizes: Sequence[int], device: torch.device, pat
         return _join_tensors(values, sizes, device, path)
     if isinstance(first, (int, float)) and not isinstance(first, bool):
         return _mean_of_numbers(values, sizes)
-    if all(is_per_sample(value, size) for value, size in zip(values, sizes, strict=True)):
+    if are_per_sample(values, sizes):
         return [map_leaves(_to(device), entry) for value in values for entry in value]
     if not _is_container(first):
         return _join_arrays(values) if _is_array(first) else first

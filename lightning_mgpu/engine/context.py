@@ -30,7 +30,7 @@ class ThreadContext:
         kinds = {"cpu"}
         if torch.accelerator.is_available():
             kinds.add(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr]
-        device = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+        device = torch.get_default_device()
         return cls(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
@@ -39,7 +39,7 @@ class ThreadContext:
                 for kind in sorted(kinds)
                 if torch.is_autocast_enabled(kind)
             ),
-            device.device if device is not None else None,
+            device if device.type != "cpu" else None,
             contextvars.copy_context(),
         )
 

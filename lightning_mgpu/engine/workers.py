@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -21,9 +21,11 @@ __all__: list[str] = []
 
 T = TypeVar("T")
 
-# How long others may take to stop after an error or Ctrl-C before their threads are given up.
-_STOP_SECONDS = 10.0
-_INTERRUPT_SECONDS = 0.5
+# After an error or Ctrl-C, how long the other tasks may go on before they are cancelled (most come
+# to their end, and an exception out of nowhere may find them holding a lock), and how long they
+# may take over it before their threads are given up.
+_ERROR_SECONDS = (1.0, 10.0)
+_INTERRUPT_SECONDS = (0.2, 0.5)
 _JOIN_SECONDS = 1.0
 # A signal that comes just before its thread begins to wait is only seen when that wakes up.
 _SIGNAL_SECONDS = 0.1
@@ -73,8 +75,8 @@ class Workers:
             The results, in order.
 
         Raises:
-            BaseException: The first error of any task, with its own traceback. The other tasks have
-                been cancelled and are over, or their threads were given up after 10 s.
+            BaseException: The first error of any task, with its own traceback. The other tasks are
+                over: they were cancelled if they took long, and given up if that did not help.
             LockstepError: Tasks disagree about what to call in lockstep.
         """
         self._start()
@@ -83,8 +85,8 @@ class Workers:
             run.start(tasks)
             run.wait()
         except BaseException as error:
-            seconds = _INTERRUPT_SECONDS if isinstance(error, KeyboardInterrupt) else _STOP_SECONDS
-            self._give_up(run.stop(seconds))
+            interrupted = isinstance(error, KeyboardInterrupt)
+            self._give_up(run.stop(*(_INTERRUPT_SECONDS if interrupted else _ERROR_SECONDS)))
             raise
         return run.results()
 
@@ -254,15 +256,22 @@ class _Run:
     def results(self) -> list[Any]:
         return [value for _, value in sorted(self._results.items())]
 
-    def stop(self, seconds: float) -> list["_Slot"]:
-        """Cancel the tasks that still run.
+    def stop(self, grace: float, seconds: float) -> list["_Slot"]:
+        """Wait until no task runs, and after `grace` seconds cancel those that do.
 
         Returns:
-            The slots whose tasks have not ended after `seconds`.
+            The slots whose tasks have not ended some `seconds` after that.
         """
+        with suppress(KeyboardInterrupt):  # once more: no more patience
+            self._drain(grace)
+            for slot, job in self._busy.values():
+                slot.cancel(job)
+            self._drain(seconds)
+        return [slot for slot, _ in self._busy.values()]
+
+    def _drain(self, seconds: float) -> None:
+        """Let tasks end, and those end that wait for others."""
         deadline = time.monotonic() + seconds
-        for slot, job in self._busy.values():
-            slot.cancel(job)
         while self._busy:
             for call in self._calls.values():
                 call.answer(_Failed(Cancelled()))
@@ -270,14 +279,11 @@ class _Run:
             try:
                 index, event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                break
-            except KeyboardInterrupt:  # once more: no more patience
-                break
+                return
             if isinstance(event, _Call):
                 self._calls[index] = event
             else:
                 del self._busy[index]
-        return [slot for slot, _ in self._busy.values()]
 
     def _serve(self) -> None:
         """Answer the tasks' calls once all have arrived."""
@@ -298,13 +304,13 @@ class _Run:
                 + ", ".join(f"`{name}` (task {i})" for i, name in enumerate(names))
                 + "."
             )
-        self._calls.clear()
         reply: _Done | _Failed
         try:
             with self._workers._lent(calls), self._around_calls():
                 reply = _Done(calls[0].function())
         except Exception as error:  # raised where the task called, whose code may know what to do
             reply = _Failed(error)
+        self._calls.clear()
         for call in calls:
             call.answer(reply)
 

@@ -1,21 +1,29 @@
 """Messages between the caller and one worker, over a private pair of sockets."""
 
 import array
+import mmap
 import pickle
 import socket
 import struct
 import threading
+from contextlib import suppress
+from pickle import PickleBuffer
 from typing import Any
 
 import cloudpickle
 
 __all__: list[str] = []
 
-_HEADER = struct.Struct("!Q")
+# Sizes of the pickle and of the table of buffer sizes that follows it.
+_HEADER = struct.Struct("!QQ")
+_SIZE = struct.Struct("!Q")
 
 
 class Channel:
     """Sends and receives whole objects, each with at most one open file beside it.
+
+    A `pickle.PickleBuffer` within an object is sent from where it lies, without a copy, and
+    arrives as a writable `mmap.mmap`.
 
     Both ends trust each other: the sockets are a private pair and never listen.
     """
@@ -28,6 +36,8 @@ class Channel:
     def pair(cls) -> tuple["Channel", socket.socket]:
         """A channel for this process and the bare socket for the other one."""
         ours, theirs = socket.socketpair()
+        # As much as the system gives: the less often do the two have to wake each other.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
         return cls(ours), theirs
 
     def fileno(self) -> int:
@@ -40,13 +50,17 @@ class Channel:
         Raises:
             OSError: The other side is gone.
         """
-        data = cloudpickle.dumps(message)
+        buffers: list[PickleBuffer] = []
+        data = cloudpickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+        views = [buffer.raw() for buffer in buffers]
+        sizes = b"".join(_SIZE.pack(view.nbytes) for view in views)
         rights = []
         if file is not None:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))]
         with self._sending:
-            self._socket.sendmsg([_HEADER.pack(len(data))], rights)
-            self._socket.sendall(data)
+            self._socket.sendmsg([_HEADER.pack(len(data), len(sizes))], rights)
+            for part in (data, sizes, *views):
+                self._socket.sendall(part)
 
     def receive(self) -> tuple[Any, int | None]:
         """Wait for a message and the descriptor that came with it.
@@ -59,10 +73,14 @@ class Channel:
             header += self._read(_HEADER.size - len(header)) if header else b""
             if not header:
                 raise EOFError
-            data = self._read(_HEADER.unpack(header)[0])
+            data_size, table_size = _HEADER.unpack(header)
+            data, table = self._read(data_size), self._read(table_size)
+            buffers = [_fresh_memory(size) for (size,) in _SIZE.iter_unpack(table)]
+            for buffer in buffers:
+                self._read_into(memoryview(buffer))
         except OSError as error:
             raise EOFError from error
-        return pickle.loads(data), files[0] if files else None
+        return pickle.loads(data, buffers=buffers), files[0] if files else None
 
     def close(self) -> None:
         """Close this end; the other side reads end of file."""
@@ -70,10 +88,21 @@ class Channel:
 
     def _read(self, size: int) -> bytes:
         data = bytearray(size)
-        view = memoryview(data)
+        self._read_into(memoryview(data))
+        return bytes(data)
+
+    def _read_into(self, view: memoryview) -> None:
         while view:
             count = self._socket.recv_into(view)
             if not count:
                 raise EOFError
             view = view[count:]
-        return bytes(data)
+
+
+def _fresh_memory(size: int) -> mmap.mmap:
+    """Private memory, in huge pages where the system has them: filling it takes half the time."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -1,14 +1,17 @@
 """The caller's hold on one worker process."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from lightning_mgpu.launch import protocol
 from lightning_mgpu.launch.channel import Channel
 
 __all__: list[str] = []
@@ -62,6 +65,24 @@ class WorkerHandle:
         with suppress(BrokenPipeError, ConnectionResetError):
             self.channel.send(message, file)
 
+    def deliver(self, message: Any) -> None:
+        """`send`, from a thread whose errors nobody sees: the worker dies of them."""
+        try:
+            self.send(message)
+        except BaseException:
+            self.kill()
+            raise
+
+    def comes_to_rest(self, deadline: float) -> bool:
+        """Wait until the worker is idle or dead; whether it was so by `deadline`, monotonic."""
+        try:
+            while select.select([self.channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                if isinstance(self.channel.receive()[0], protocol.Idle):
+                    return True
+        except EOFError:
+            return self.exit_code() is not None
+        return False
+
     def exit_code(self) -> int | None:
         """The exit code of a worker that closed its connection."""
         try:
@@ -79,3 +100,28 @@ class WorkerHandle:
         """`kill`, and give the socket back."""
         self.kill()
         self.channel.close()
+
+
+class Deliveries:
+    """Messages on their way, each in a thread of its own; the block ends when all have arrived.
+
+    Plain threads, since an executor starts none once the main thread has come to its end.
+    """
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+
+    def start(self, worker: WorkerHandle, message: Any) -> None:
+        """Send `message`, however long `worker` takes to read it."""
+        thread = threading.Thread(
+            target=worker.deliver, args=(message,), name="mgpu-send", daemon=True
+        )
+        thread.start()
+        self._threads.append(thread)
+
+    def __enter__(self) -> "Deliveries":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self._threads:
+            thread.join()

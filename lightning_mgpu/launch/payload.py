@@ -3,21 +3,22 @@
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pickle import PickleBuffer
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from lightning_mgpu.launch.pickler import Pickler
+from lightning_mgpu.launch.aside import Aside, AsidePickler, leaving_out, putting_in
 from lightning_mgpu.launch.unpicklable import explain
 
 __all__: list[str] = []
 
 
 # `torch.save` wants a module-like object and derives its own pickler from `Pickler`.
-_PICKLE_MODULE = SimpleNamespace(Pickler=Pickler, __name__="cloudpickle")
+_PICKLE_MODULE = SimpleNamespace(Pickler=AsidePickler, __name__="cloudpickle")
 
 
 class Payload:
@@ -29,17 +30,29 @@ class Payload:
     Args:
         obj: The object to pickle.
         names: Words for the parts of `obj` in an error message: attribute path -> name.
+        rewritten: Tensors that every receiver will write to as a whole. Sharing their memory gains
+            nothing then, so the large ones stay out of the file: send `buffers` along with it.
 
     Raises:
         UnpicklableError: Something in `obj` cannot be pickled.
     """
 
-    def __init__(self, obj: Any, names: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        obj: Any,
+        names: dict[str, Any] | None = None,
+        rewritten: Iterable[torch.Tensor] = (),
+    ) -> None:
+        self._aside = Aside(rewritten)
         self.file = _anonymous_file()
         try:
             # Buffered: `torch.save` takes no notice of short writes, and the kernel writes no more
             # than 2 GiB at once.
-            with os.fdopen(os.dup(self.file), "wb") as stream, _without_checksums():
+            with (
+                os.fdopen(os.dup(self.file), "wb") as stream,
+                _without_checksums(),
+                leaving_out(self._aside),
+            ):
                 torch.save(
                     obj,
                     stream,
@@ -53,8 +66,14 @@ class Payload:
             self.close()
             raise
 
+    @property
+    def buffers(self) -> list[PickleBuffer]:
+        """The memory of what stayed out of the file: the tensors' own. Empty after `close`."""
+        return self._aside.buffers()
+
     def close(self) -> None:
-        """Drop this process's hold of the file."""
+        """Drop this process's hold of the file and of the tensors outside."""
+        self._aside = Aside(())
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
@@ -66,20 +85,25 @@ class Payload:
         self.close()
 
 
-def load(file: int) -> Any:
+def load(file: int, buffers: Sequence[Any] = ()) -> Any:
     """The object in a `Payload`'s file, its tensors on the CPU, and close the file.
 
     Tensors are private mappings of the file: reading shares the memory, writing copies the page.
+
+    Args:
+        file: The payload's file, or a copy of it.
+        buffers: Copies of the payload's `buffers`; the tensors will lie in them.
     """
     try:
         os.lseek(file, 0, os.SEEK_SET)
-        return torch.load(
-            f"/dev/fd/{file}",
-            map_location="cpu",
-            weights_only=False,
-            mmap=True,
-            pickle_module=pickle,
-        )
+        with putting_in(buffers):
+            return torch.load(
+                f"/dev/fd/{file}",
+                map_location="cpu",
+                weights_only=False,
+                mmap=True,
+                pickle_module=pickle,
+            )
     finally:
         os.close(file)
 

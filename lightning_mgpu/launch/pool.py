@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.errors import LaunchError
-from lightning_mgpu.launch.handle import WorkerHandle
+from lightning_mgpu.launch.handle import Deliveries, WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupter
 from lightning_mgpu.launch.rank import GroupGuard, Rank, Rendezvous, abort_group, leave_group
 from lightning_mgpu.launch.state import (
@@ -39,11 +40,13 @@ class WorkerPool:
     """Worker processes that are started when first needed and kept for later launches.
 
     One launch at a time: the default process group is one per process. A failed launch kills the
-    workers; the next one starts new ones.
+    workers; the next one starts new ones. After a successful one they clean up while the caller
+    goes on, unless an accelerator is in use: its memory is free when `launch` returns.
     """
 
     def __init__(self) -> None:
         self._workers: list[WorkerHandle] = []
+        self._tidying: list[WorkerHandle] = []  # who has yet to say that it is idle
         self._launching = threading.Lock()
         self._owner = os.getpid()
         self._started_under: _Conditions | None = None
@@ -67,7 +70,8 @@ class WorkerPool:
 
         Args:
             local: Rank 0's function, called in this thread.
-            remote: The pickled function of the other ranks; `None` if there are none.
+            remote: The pickled function of the other ranks, closed as soon as they have it;
+                `None` if there are none.
             world_size: Number of ranks, the calling process included.
             timeout: How long ranks wait for each other; a rank that is later counts as hung.
             prepare: Called on each worker before `remote` is unpickled; picklable by reference.
@@ -91,6 +95,8 @@ class WorkerPool:
             rendezvous = stack.enter_context(Rendezvous())
             stack.enter_context(GroupGuard())
             stack.enter_context(_intra_op_threads(threads))
+            # Like the group below what kills the workers, which ends every delivery.
+            deliveries = stack.enter_context(Deliveries())
             # Below the group on the stack, so that a failure kills the workers before the group
             # is destroyed: only then can nothing block.
             stack.enter_context(self._closed_on_failure(normal_exit))
@@ -105,10 +111,14 @@ class WorkerPool:
             seconds = timeout.total_seconds()
             watch = stack.enter_context(Watch(workers, interrupter, seconds, unblock))
             ranks = [Rank(rank, world_size, rendezvous.port) for rank in range(world_size)]
-            for rank, worker in workers.items():
-                assert remote is not None
-                worker.send(protocol.Run(ranks[rank], state, prepare, normal_exit), remote.file)
+            if remote is not None:
+                for rank, worker in workers.items():
+                    worker.send(protocol.Run(ranks[rank], state, prepare, normal_exit), remote.file)
+                    # To all at the same time, and a worker that takes nothing stops nobody.
+                    deliveries.start(worker, protocol.Buffers(remote.buffers))
             watch.collect(protocol.Ready, _START_SECONDS)
+            if remote is not None:
+                remote.close()
             for worker in workers.values():
                 worker.send(protocol.Go())
 
@@ -121,18 +131,21 @@ class WorkerPool:
             for worker in workers.values():
                 worker.send(protocol.Release())
             # All at the same time: to destroy an NCCL group may take every rank.
-            leave_group()
+            leave_group(wait=False)
             loaded = (payload.load(os.dup(file)) for _, file in sorted(files.items()))
             results = [result, *loaded]
-            if not watch.wait_for(protocol.Idle, _CLEANUP_SECONDS):
-                log.warning("The workers do not come to rest; the next launch starts new ones.")
-                self.close()
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                watch.wait_for(protocol.Idle, _CLEANUP_SECONDS)
+            watch.stop()
+            idle = watch.answered(protocol.Idle)
+            self._tidying = [worker for rank, worker in workers.items() if rank not in idle]
             if ending is not None:
                 raise ending
             return results
 
     def close(self) -> None:
         """End every worker. The pool can be used again."""
+        self._settle()
         workers, self._workers = self._workers, []
         if os.getpid() == self._owner:  # a forked child must leave its parent's workers alone
             for worker in workers:
@@ -140,6 +153,7 @@ class WorkerPool:
 
     def _take(self, count: int) -> list[WorkerHandle]:
         """`count` workers fit to stand in for this process, started where there are too few."""
+        self._settle()
         conditions = _Conditions()
         fit = self._started_under is not None and self._started_under.still_hold(conditions)
         if not fit or len(self.pids) < len(self._workers) or os.getpid() != self._owner:
@@ -151,6 +165,24 @@ class WorkerPool:
         while len(self._workers) < count:
             self._workers.append(WorkerHandle(environment, sys.path))
         return self._workers[:count]
+
+    def _settle(self) -> None:
+        """Wait until the workers have cleaned up after the last launch; end those that cannot.
+
+        What they do then, such as to finish a file that became garbage, must not be cut off.
+        """
+        tidying, self._tidying = self._tidying, []
+        if os.getpid() != self._owner:
+            return
+        deadline = time.monotonic() + _CLEANUP_SECONDS
+        try:
+            if all(worker.comes_to_rest(deadline) for worker in tidying):
+                return
+            log.warning("The workers do not come to rest; the next launch starts new ones.")
+        except BaseException:
+            self.close()
+            raise
+        self.close()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

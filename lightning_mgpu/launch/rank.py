@@ -105,10 +105,18 @@ class GroupGuard:
         sys.excepthook = self._excepthook
 
 
-def leave_group() -> None:
-    """Destroy the default process group, also one whose initialisation failed half-way."""
+def leave_group(wait: bool = True) -> None:
+    """Destroy the default process group, also one whose initialisation failed half-way.
+
+    Args:
+        wait: For Gloo's threads as well; they look up every 10 ms only.
+    """
     if dist.is_initialized():
+        last_hold = [dist.group.WORLD]
         dist.destroy_process_group()
+        if not wait:
+            # Nothing in Python waits for this but the interpreter's end.
+            threading.Thread(target=last_hold.clear, name="mgpu-leave").start()
     # A failed `init_process_group` has counted its group already; the next one would wait for
     # keys under another name than its peers.
     _world.group_count = 0

@@ -80,12 +80,22 @@ class Watch:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        os.write(self._control_writer, _STOP)
-        self._thread.join()
+        self.stop()
         os.close(self._control_reader)
         os.close(self._control_writer)
         for file in self._files:
             os.close(file)
+
+    def stop(self) -> None:
+        """Take no more messages. May be called twice."""
+        if self._thread.is_alive():
+            os.write(self._control_writer, _STOP)
+            self._thread.join()
+
+    def answered(self, kind: type[Any]) -> set[int]:
+        """The ranks that have sent a `kind` so far."""
+        with self._changed:
+            return set(self._answers.get(kind, {}))
 
     def collect(self, kind: type[Any], seconds: float) -> dict[int, int]:
         """Wait until every worker has sent a `kind`; the files that came along, by rank.

@@ -130,24 +130,29 @@ class _Worker:
                 # Peers may still be talking to us: only the caller knows when to end this.
                 self._inbox.next()
                 raise
+            _flush()  # the caller may go on as soon as it hears of us
             with parcel:
                 self._channel.send(protocol.Done(), parcel.file)
             del result
             self._inbox.expect(protocol.Release)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
 
     def _run(self, run: protocol.Run, file: int) -> Any:
         run.state.apply()
         if run.prepare is not None:
             run.prepare(run.rank)
-        function = payload.load(file)
+        function = payload.load(file, self._inbox.expect(protocol.Buffers).buffers)
         self._channel.send(protocol.Ready())
         self._inbox.expect(protocol.Go)
         try:
             return function(run.rank)
         except run.normal_exit:
             return None
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _die_with_parent() -> None:

@@ -21,6 +21,7 @@ from lightning_mgpu.strategies.environment import PoolEnvironment
 from lightning_mgpu.strategies.predictions import RankPredictions, merge_predictions
 
 if TYPE_CHECKING:
+    import torch
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.strategies import ParallelStrategy
 
@@ -123,9 +124,19 @@ class _Entry:
         with ExitStack() as stack:
             if self.trainer is not None:
                 _set_live_state_aside(self.trainer, stack)
-            payload = Payload(self, self._names())
+            payload = Payload(self, self._names(), self._rewritten())
         with payload:
             yield payload
+
+    def _rewritten(self) -> "list[torch.Tensor]":
+        """What each rank writes to before anything else: DDP broadcasts it from rank 0.
+
+        Evaluation does not wrap the model in DDP, and reads the weights only.
+        """
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        module = self.trainer.lightning_module
+        return [*module.parameters(), *module.buffers()]
 
     def _names(self) -> dict[str, Any]:
         """The parts of this entry under the names their user knows them by."""

@@ -9,6 +9,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 
+from lightning_mgpu.engine.batch import are_per_sample, rebuild_sequence
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -135,23 +137,12 @@ def _can_join(batches: Sequence[Any], sizes: Sequence[Any]) -> bool:
             _can_join([batch[key] for batch in batches], sizes) for key in first
         )
     if isinstance(first, (list, tuple)):
-        return _is_per_sample(batches, sizes) or (
+        return are_per_sample(batches, sizes) or (
             all(len(batch) == len(first) for batch in batches)
             and len(first) > 0
             and all(_can_join(column, sizes) for column in zip(*batches, strict=True))
         )
     return first is None
-
-
-def _is_per_sample(batches: Sequence[Any], sizes: Sequence[Any]) -> bool:
-    """Whether these are lists with an entry per sample; `[logits, labels]`, say, is not."""
-    if not all(type(b) is list and len(b) == n for b, n in zip(batches, sizes, strict=True)):
-        return False
-    return not all(
-        isinstance(entry, _ARRAYS) and entry.ndim > 0 and len(entry) == n
-        for batch, n in zip(batches, sizes, strict=True)
-        for entry in batch
-    )
 
 
 def _join(batches: Sequence[Any], sizes: Sequence[Any]) -> Any:
@@ -164,9 +155,9 @@ def _join(batches: Sequence[Any], sizes: Sequence[Any]) -> Any:
         return {key: _join([batch[key] for batch in batches], sizes) for key in first}
     if first is None:
         return None
-    if _is_per_sample(batches, sizes):
+    if are_per_sample(batches, sizes):
         return _SampleList(sample for batch in batches for sample in batch)
-    return _like(first, [_join(column, sizes) for column in zip(*batches, strict=True)])
+    return rebuild_sequence(first, [_join(column, sizes) for column in zip(*batches, strict=True)])
 
 
 def _take(joined: Any, order: Any) -> Any:
@@ -180,10 +171,4 @@ def _take(joined: Any, order: Any) -> Any:
         return None
     if isinstance(joined, _SampleList):
         return [joined[i] for i in order]
-    return _like(joined, [_take(value, order) for value in joined])
-
-
-def _like(example: Any, values: list[Any]) -> Any:
-    if hasattr(example, "_fields"):  # a named tuple
-        return type(example)(*values)
-    return type(example)(values)
+    return rebuild_sequence(joined, [_take(value, order) for value in joined])
