@@ -14,6 +14,7 @@ from lightning_mgpu.engine.microbatch import SplitError
 from lightning_mgpu.engine.partition import PartitionError
 from lightning_mgpu.engine.pipeline import Pipeline
 from lightning_mgpu.engine.trace import UntraceableError
+from lightning_mgpu.engine.tuning import Chunks
 
 
 class Net(nn.Module):
@@ -315,5 +316,5 @@ _PIPELINES: list[Pipeline] = []
 def _pipeline(module: nn.Module, **options: Any) -> Pipeline:
     devices = [torch.device("cpu")] * 2
     cutter = Cutter(module, module.forward, 2)
-    _PIPELINES.append(Pipeline(cutter, Splitter(**options), devices, chunks=4))
+    _PIPELINES.append(Pipeline(cutter, Splitter(**options), devices, chunks=Chunks(2, 4)))
     return _PIPELINES[-1]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_mgpu import PipelineStrategy
 from lightning_mgpu.engine.partition import PartitionError
+from lightning_mgpu.engine.tuning import Chunks
 
 
 class Deep(parity_models.Model):
@@ -406,7 +408,7 @@ def test_measured_balance(balance: Any, caplog: pytest.LogCaptureFixture) -> Non
     torch.testing.assert_close(split.state_dict(), alone.state_dict(), rtol=0, atol=1e-9)
     lines = _table(caplog)
     assert lines[1].split()[-2:] == ["activations", "time"]
-    first = lines[2].split("  ")[2].strip()
+    first = re.split(r" {2,}", lines[2])[2]
     assert first == ("0 .. 5 (6)" if balance == "time" else "0 .. 1 (2)") or (
         balance == "time" and first == "0 .. 6 (7)"
     )
@@ -433,6 +435,29 @@ def test_measured_costs_of_layers() -> None:
     assert [cost.activations for cost in costs.values()][:4] == [240, 320, 320, 120]
     assert all(cost.seconds > 0 for cost in costs.values())
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_chunks_are_tried_and_the_quickest_kept() -> None:
+    chunks = Chunks(2, None)
+    seconds = {2: 3.0, 4: 1.0, 8: 2.0, 16: 4.0}
+    tried = []
+    for samples in [32, 32, 15, 32, *[32] * 9, 32]:
+        tried.append(chunks.next(samples))
+        chunks.took(tried[-1], seconds[tried[-1]] * samples, samples)
+    # A batch too small for all to be tried counts for none.
+    assert tried == [2, 2, 8, 2, 4, 4, 4, 8, 8, 8, 16, 16, 16, 4]
+    assert chunks.usual == 4
+    assert Chunks(2, 5).next(100) == Chunks(2, 5).usual == 5
+
+
+def test_chunks_auto_gives_the_same_as_one_device(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    alone, split = Deep("adam"), Deep("adam")
+    auto = PipelineStrategy(chunks="auto")
+    for model, strategy, devices in ((alone, "auto", 1), (split, auto, 2)):
+        boring.trainer(strategy, devices, max_epochs=5).fit(model, datamodule=boring.Blobs(16))
+    torch.testing.assert_close(split.state_dict(), alone.state_dict(), rtol=0, atol=1e-9)
+    assert "chunks='auto': of [2, 4, 8, 16]" in caplog.text
 
 
 def _table(caplog: pytest.LogCaptureFixture) -> list[str]:

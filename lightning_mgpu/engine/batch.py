@@ -142,7 +142,7 @@ def _is_batched(value: Any, size: int) -> bool:
     """Whether it is a part of a batch: its tensors have the samples as their first dimension."""
     if isinstance(value, Mapping):
         return False
-    return all(_is_array(leaf) and leaf.shape[0] == size for _, leaf in _leaves(value))
+    return all(_is_array(leaf) and leaf.shape[0] == size for _, leaf in leaves(value))
 
 
 def rebuild_sequence(example: Any, values: list[Any]) -> Any:

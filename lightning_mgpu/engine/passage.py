@@ -1,5 +1,6 @@
 """One passage of a batch through the stages, forward and backward."""
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Passage:
         self._trainable = trainable
         self._context = ThreadContext.capture()
         self.count = len(chunks)
+        self.seconds = 0.0
+        """What forward and backward have taken so far."""
         self.results: list[dict[Name, Any]] = [{} for _ in chunks]
         """Of each micro-batch, by name; emptied by the caller."""
         self.statistics: list[list[Any]] = [[] for _ in partition.stages]
@@ -74,9 +77,10 @@ class Passage:
             BaseException: The first error of any stage.
         """
         links: Links[list[Any]] = Links()
-        recording = self._deferred
-        with self._recording(recording):
+        started = time.perf_counter()
+        with self._recording(self._deferred):
             workers.run([partial(self._forward, s, links) for s in self._partition.stages])
+        self.seconds += time.perf_counter() - started
         self._chunks = [{} for _ in self._chunks]
 
     def backward(
@@ -101,6 +105,7 @@ class Passage:
                 " freed. Specify `retain_graph=True` if you need to backward through it again."
             )
         links: Links[dict[Name, Gradients]] = Links()
+        started = time.perf_counter()
         try:
             with self._recording(self._checkpoint != "never"):
                 workers.run(
@@ -112,6 +117,7 @@ class Passage:
         except BaseException:
             self._records = [{} for _ in self._partition.stages]
             raise
+        self.seconds += time.perf_counter() - started
         taken, self._input_gradients = self._input_gradients, [{} for _ in range(self.count)]
         return taken
 

@@ -18,6 +18,7 @@ from lightning_mgpu.engine.partition import Name, fill
 from lightning_mgpu.engine.passage import Checkpoint, Passage
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.shadow import Shadow
+from lightning_mgpu.engine.tuning import Chunks
 from lightning_mgpu.engine.workers import Workers
 
 __all__: list[str] = []
@@ -30,7 +31,7 @@ class Pipeline:
         cutter: Cuts the module.
         splitter: Tells which arguments carry the batch.
         devices: One for each stage.
-        chunks: Micro-batches; a batch with fewer samples makes fewer.
+        chunks: How many micro-batches; a batch with fewer samples makes fewer.
         checkpoint: Which micro-batches keep only their inputs, and are computed again in backward:
             ``"never"``, ``"except_last"``, ``"always"``.
         deferred_batch_norm: Whether running statistics are updated once, with those of the whole
@@ -45,7 +46,7 @@ class Pipeline:
         splitter: Splitter,
         devices: Sequence[torch.device],
         *,
-        chunks: int,
+        chunks: Chunks,
         checkpoint: Checkpoint = "never",
         deferred_batch_norm: bool = True,
         step_batch: Callable[[], Sequence[Tensor]] = tuple,
@@ -53,7 +54,7 @@ class Pipeline:
     ) -> None:
         self.cutter, self.devices = cutter, list(devices)
         self._splitter = splitter
-        self._chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
+        self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
         self._step_batch, self._on_cut = step_batch, on_cut
         self._workers = Workers(self.devices)
         self._streams = RandomStreams()
@@ -85,7 +86,8 @@ class Pipeline:
         self._on_cut(cut)
         # Batch normalisation cannot be trained on a single sample.
         least = 2 if any(layer.training for found in cut.layers for layer in found) else 1
-        counts = mb.sizes(size, self._chunks, least)
+        count = self.chunks.next(size) if torch.is_grad_enabled() else self.chunks.usual
+        counts = mb.sizes(size, count, least)
         with self._streams.step(
             self._kind(),
             len(self.devices) * len(counts),
@@ -94,9 +96,10 @@ class Pipeline:
             return self._run(call, cut, split, counts, streams)
 
     def _measure(self, call: Call, split: frozenset[Name], size: int) -> None:
-        chunk = mb.cut(call.tensors, split, mb.sizes(size, self._chunks, 2))[0]
+        count = self.chunks.usual
+        chunk = mb.cut(call.tensors, split, mb.sizes(size, count, 2))[0]
         # On a worker, which has as many intra-op threads as each stage will have.
-        self._workers.run([lambda: self.cutter.measure(call, chunk, self._chunks)])
+        self._workers.run([lambda: self.cutter.measure(call, chunk, count)])
 
     def _kind(self) -> str:
         module = self.cutter.module
@@ -157,6 +160,7 @@ class Pipeline:
                     taken = passage.backward(self._workers, parts.split(gradients), keep)
             finally:
                 sums = shadow.take_gradients()
+            self.chunks.took(passage.count, passage.seconds, sum(counts))
             found = (_argument_gradient(n, t, taken, shares[n]) for n, t in arguments.items())
             return [*found, *sums]
 

@@ -16,6 +16,7 @@ from lightning_mgpu.engine.arguments import Splitter
 from lightning_mgpu.engine.cutter import Balance, Cut, Cutter
 from lightning_mgpu.engine.passage import Checkpoint
 from lightning_mgpu.engine.pipeline import Pipeline
+from lightning_mgpu.engine.tuning import Chunks
 from lightning_mgpu.strategies.checks import check_layer_sync, check_module
 from lightning_mgpu.strategies.one_process import OneProcessStrategy
 from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
@@ -51,7 +52,8 @@ class PipelineStrategy(OneProcessStrategy):
         balance: Without `split_at`: layers in each stage, or what stages are to have about as much
             of: ``"parameters"`` (bytes of them, default), ``"time"`` or ``"memory"``, which are
             measured on the first batch. Measured times vary, and with them the cut.
-        chunks: Micro-batches; default: 4 for each stage.
+        chunks: Micro-batches; default: 4 for each stage. ``"auto"`` tries 1, 2, 4 and 8 for each
+            stage on the first batches, three times each, and keeps the quickest.
         checkpoint: Which micro-batches keep only their stages' inputs and are computed again in
             backward: ``"never"``, ``"except_last"`` or ``"always"``.
         split_args: Parameters of the submodule's `forward`, by name or position, whose tensors have
@@ -79,7 +81,7 @@ class PipelineStrategy(OneProcessStrategy):
         module: str | None = None,
         split_at: str | Sequence[str] | None = None,
         balance: Sequence[int] | Literal["parameters", "time", "memory"] | None = None,
-        chunks: int | None = None,
+        chunks: int | Literal["auto"] | None = None,
         checkpoint: Checkpoint = "never",
         split_args: str | int | Sequence[str | int] = (),
         broadcast_args: str | int | Sequence[str | int] = (),
@@ -188,11 +190,13 @@ class PipelineStrategy(OneProcessStrategy):
         split_at = self._split_at
         if split_at is not None:
             split_at = [entry.removeprefix(f"{name}.") if name else entry for entry in split_at]
+        fixed = None if self._chunks == "auto" else self._chunks or 4 * len(devices)
+        chunks = Chunks(len(devices), fixed)
         self._pipeline = Pipeline(
             Cutter(module, self._override.plain, len(devices), split_at, self._balance, made),
             Splitter(self._split_args, self._broadcast_args),
             devices,
-            chunks=self._chunks or 4 * len(devices),
+            chunks=chunks,
             checkpoint=self._checkpoint,
             deferred_batch_norm=self._deferred_batch_norm,
             step_batch=lambda: step_tensors(self._step_args),
@@ -210,8 +214,8 @@ class PipelineStrategy(OneProcessStrategy):
         state_to_parameters(self.optimizers)
         if not self._placed:
             assert self._pipeline is not None
-            chunks = self._chunks or 4 * len(self.parallel_devices)
-            show_stages(cut, self.parallel_devices, chunks, self._pipeline.cutter.costs)
+            costs, chunks = self._pipeline.cutter.costs, self._pipeline.chunks.usual
+            show_stages(cut, self.parallel_devices, chunks, costs)
         self._placed.append(cut)
 
     def _release(self) -> None:
@@ -233,9 +237,10 @@ def _check_choices(split_at: Any, balance: Any, chunks: Any, checkpoint: Any) ->
             f"`PipelineStrategy(checkpoint={checkpoint!r})`: use one of"
             f" {', '.join(map(repr, _CHECKPOINTS))}."
         )
-    if chunks is not None and (not isinstance(chunks, int) or chunks < 1):
+    if chunks not in (None, "auto") and (not isinstance(chunks, int) or chunks < 1):
         raise ValueError(
-            f"`PipelineStrategy(chunks={chunks!r})`: give a number of micro-batches, at least 1."
+            f"`PipelineStrategy(chunks={chunks!r})`: give a number of micro-batches, at least 1, or"
+            " 'auto'."
         )
     if split_at is not None and balance is not None:
         raise ValueError(
