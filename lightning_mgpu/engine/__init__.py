@@ -4,6 +4,6 @@ Imports climb one way: `context`, `randomness` and `batch` know nothing of each 
 runs tasks in a carried context, `structure` and `batch_norm` know modules, and `replicas` puts them
 together.
 
-For the pipeline, `trace` records a module, `graph_cut` and `cutter` make a `partition` of it, `passage`
-takes micro-batches through its stages, and `pipeline` stands for the module's `forward`.
+For the pipeline, `trace` records a module, `graph_cut` and `cutter` make a `partition` of it,
+`passage` takes micro-batches through its stages, and `pipeline` stands for the module's `forward`.
 """
