@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_mgpu.engine.workers import LockstepError, Workers, on_caller
+from lightning_mgpu.engine.slot import on_caller
+from lightning_mgpu.engine.workers import LockstepError, Workers
 
 CPU = torch.device("cpu")
 

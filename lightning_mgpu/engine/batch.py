@@ -193,6 +193,7 @@ def _rebuild(value: Any, parts: list[Any], leaf: Callable[[Any], Any]) -> Any:
 
 
 def leaves(value: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
+    """Everything in a batch that is no container, each with how to get there."""
     if not _is_container(value):
         yield path, value
     for name, part in _parts(value):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning_mgpu.engine.workers import Cancelled
+from lightning_mgpu.engine.slot import Cancelled
 
 __all__: list[str] = []
 

@@ -1,19 +1,17 @@
-"""One persistent thread per slot: runs tasks side by side, and the first error wins."""
+"""Tasks side by side, one persistent thread per slot; the first error wins."""
 
-import ctypes
 import logging
 import os
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from lightning_mgpu.engine.context import ThreadContext
+from lightning_mgpu.engine.slot import Call, Cancelled, Done, Failed, Job, Slot
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +27,6 @@ _INTERRUPT_SECONDS = (0.2, 0.5)
 _JOIN_SECONDS = 1.0
 # A signal that comes just before its thread begins to wait is only seen when that wakes up.
 _SIGNAL_SECONDS = 0.1
-
-
-class Cancelled(BaseException):
-    """Raised inside a task whose peers have failed; like `KeyboardInterrupt` no `Exception`."""
 
 
 class LockstepError(RuntimeError):
@@ -54,8 +48,8 @@ class Workers:
     def __init__(self, devices: Sequence[torch.device], threads: int | None = None) -> None:
         self.devices = list(devices)
         self._threads = threads or max(1, available_cores() // max(1, len(self.devices)))
-        self._slots: list[_Slot] = []
-        self._parked: list[_Call[Any]] = []
+        self._slots: list[Slot] = []
+        self._parked: list[Call[Any]] = []
 
     def run(
         self,
@@ -101,14 +95,14 @@ class Workers:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slots": [], "_parked": []}  # threads stay with their process
 
-    def _submit(self, job: "_Job") -> None:
+    def _submit(self, job: "Job") -> None:
         if self._parked:
             self._parked[job.slot].lend(job)
         else:
             self._slots[job.slot].inbox.put(job)
 
     @contextmanager
-    def _lent(self, calls: "list[_Call[Any]]") -> Iterator[None]:
+    def _lent(self, calls: "list[Call[Any]]") -> Iterator[None]:
         before, self._parked = self._parked, calls
         try:
             yield
@@ -121,13 +115,13 @@ class Workers:
         if self._slots:
             return
         callers = torch.get_num_threads()
-        self._slots = [_Slot(i, d, self._threads) for i, d in enumerate(self.devices)]
+        self._slots = [Slot(i, d, self._threads) for i, d in enumerate(self.devices)]
         for slot in self._slots:
             slot.ready.wait()
         # What a thread sets is also what threads to come begin with.
         torch.set_num_threads(callers)
 
-    def _give_up(self, stuck: Sequence["_Slot"]) -> None:
+    def _give_up(self, stuck: Sequence["Slot"]) -> None:
         if not stuck:
             return
         log.warning(
@@ -139,77 +133,11 @@ class Workers:
         self._slots = []
 
 
-def on_caller(name: str, function: Callable[[], T]) -> T:
-    """Inside a task: run `function` once for all tasks, in the thread that called `Workers.run`.
-
-    Waits until every task of the run has come here.
-
-    Args:
-        name: What this is; must be the same in every task.
-        function: Slot 0's is run.
-
-    Returns:
-        What it returned, to every task.
-
-    Raises:
-        LockstepError: Another task calls something else, or has ended.
-        BaseException: What `function` raised, in every task.
-    """
-    job: _Job = _here.job
-    call = _Call(name, function)
-    job.events.put((job.slot, call))
-    return call.wait()
-
-
 def available_cores() -> int:
     """The cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-_here = threading.local()
-
-
-@dataclass
-class _Job:
-    slot: int
-    task: Callable[[], Any]
-    context: ThreadContext
-    events: "queue.SimpleQueue[tuple[int, Any]]"
-    cancelled: bool = False
-
-
-@dataclass
-class _Done:
-    value: Any
-
-
-@dataclass
-class _Failed:
-    error: BaseException
-
-
-@dataclass
-class _Call(Generic[T]):
-    name: str
-    function: Callable[[], T]
-    _inbox: "queue.SimpleQueue[_Done | _Failed | _Job]" = field(default_factory=queue.SimpleQueue)
-
-    def lend(self, job: _Job) -> None:
-        """Have the waiting thread run a job."""
-        self._inbox.put(job)
-
-    def answer(self, reply: _Done | _Failed) -> None:
-        self._inbox.put(reply)
-
-    def wait(self) -> T:
-        while isinstance(reply := self._inbox.get(), _Job):
-            _here.slot.execute(reply)
-        if isinstance(reply, _Failed):
-            raise reply.error
-        value: T = reply.value
-        return value
 
 
 class _Run:
@@ -225,14 +153,14 @@ class _Run:
         self._events: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self._around_calls = around_calls
         self._results: dict[int, Any] = {}
-        self._calls: dict[int, _Call[Any]] = {}
-        self._busy: dict[int, tuple[_Slot, _Job]] = {}
+        self._calls: dict[int, Call[Any]] = {}
+        self._busy: dict[int, tuple[Slot, Job]] = {}
 
     def start(self, tasks: Sequence[Callable[[], Any]]) -> None:
         assert len(tasks) <= len(self._workers.devices), (tasks, self._workers.devices)
         context = ThreadContext.capture()
         for index, task in enumerate(tasks):
-            job = _Job(index, task, context, self._events)
+            job = Job(index, task, context, self._events)
             # Known before it runs, so that Ctrl-C in between finds it.
             self._busy[index] = (self._workers._slots[index], job)
             self._workers._submit(job)
@@ -243,11 +171,11 @@ class _Run:
                 slot, event = self._events.get(timeout=_SIGNAL_SECONDS)
             except queue.Empty:
                 continue
-            if isinstance(event, _Call):
+            if isinstance(event, Call):
                 self._calls[slot] = event
             else:
                 del self._busy[slot]
-                if isinstance(event, _Failed):
+                if isinstance(event, Failed):
                     raise event.error
                 self._results[slot] = event.value
             if self._calls:
@@ -256,7 +184,7 @@ class _Run:
     def results(self) -> list[Any]:
         return [value for _, value in sorted(self._results.items())]
 
-    def stop(self, grace: float, seconds: float) -> list["_Slot"]:
+    def stop(self, grace: float, seconds: float) -> list["Slot"]:
         """Wait until no task runs, and after `grace` seconds cancel those that do.
 
         Returns:
@@ -274,13 +202,13 @@ class _Run:
         deadline = time.monotonic() + seconds
         while self._busy:
             for call in self._calls.values():
-                call.answer(_Failed(Cancelled()))
+                call.answer(Failed(Cancelled()))
             self._calls.clear()
             try:
                 index, event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 return
-            if isinstance(event, _Call):
+            if isinstance(event, Call):
                 self._calls[index] = event
             else:
                 del self._busy[index]
@@ -304,82 +232,12 @@ class _Run:
                 + ", ".join(f"`{name}` (task {i})" for i, name in enumerate(names))
                 + "."
             )
-        reply: _Done | _Failed
+        reply: Done | Failed
         try:
             with self._workers._lent(calls), self._around_calls():
-                reply = _Done(calls[0].function())
+                reply = Done(calls[0].function())
         except Exception as error:  # raised where the task called, whose code may know what to do
-            reply = _Failed(error)
+            reply = Failed(error)
         self._calls.clear()
         for call in calls:
             call.answer(reply)
-
-
-class _Slot:
-    """A worker's thread and the way to it."""
-
-    def __init__(self, index: int, device: torch.device, threads: int) -> None:
-        self.index = index
-        self.device = device
-        self.inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self.ready = threading.Event()
-        self._threads = threads
-        self._current: _Job | None = None
-        self._lock = threading.Lock()
-        self.thread = threading.Thread(target=self._main, name=f"mgpu-worker-{index}", daemon=True)
-        self.thread.start()
-
-    def cancel(self, job: _Job) -> None:
-        """Raise `Cancelled` in the job's task at its next step in Python, unless it is over."""
-        with self._lock:
-            job.cancelled = True
-            if self._current is job:
-                _raise_in(self.thread, Cancelled)
-
-    def _main(self) -> None:
-        # A thread takes the process's setting over at its first parallel operation or query, and
-        # would then forget its own.
-        torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        _here.slot = self
-        self.ready.set()
-        while True:
-            try:
-                job = self.inbox.get()
-                if job is None:
-                    return
-                self.execute(job)
-            except Cancelled:  # came too late for its task
-                pass
-            finally:
-                job = None  # hold nothing of the last task while waiting for the next
-
-    def execute(self, job: _Job) -> None:
-        """Run a job in this thread and report its outcome; within another job, if that waits."""
-        outer = self._current
-        event: _Done | _Failed = _Failed(Cancelled())
-        try:
-            try:
-                with self._lock:
-                    if job.cancelled:
-                        return
-                    self._current = job
-                _here.job = job
-                with job.context.entered(self.device):
-                    event = _Done(job.context.variables.copy().run(job.task))
-            except BaseException as error:
-                event = _Failed(error)
-            finally:
-                with self._lock:
-                    self._current = outer
-                    _raise_in(self.thread, None)
-                _here.job = outer
-        finally:
-            job.events.put((job.slot, event))
-
-
-def _raise_in(thread: threading.Thread, kind: type[BaseException] | None) -> None:
-    """Have a thread raise at its next bytecode; `None` takes back what it has not raised yet."""
-    assert thread.ident is not None
-    what = ctypes.py_object(kind) if kind is not None else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), what)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_mgpu.engine.workers import on_caller
+from lightning_mgpu.engine.slot import on_caller
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -17,9 +17,8 @@ from lightning_mgpu.engine.cutter import Balance, Cut, Cutter
 from lightning_mgpu.engine.passage import Checkpoint
 from lightning_mgpu.engine.pipeline import Pipeline
 from lightning_mgpu.engine.tuning import Chunks
-from lightning_mgpu.strategies.checks import check_layer_sync, check_module
-from lightning_mgpu.strategies.one_process import OneProcessStrategy
 from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
+from lightning_mgpu.strategies.single_process import SingleProcessStrategy
 from lightning_mgpu.strategies.split_module import find_module, own_stages
 from lightning_mgpu.strategies.stage_table import show_stages
 
@@ -29,7 +28,7 @@ _BALANCES = ("parameters", "time", "memory")
 _CHECKPOINTS = ("never", "except_last", "always")
 
 
-class PipelineStrategy(OneProcessStrategy):
+class PipelineStrategy(SingleProcessStrategy):
     """Trains one model that is cut into stages, one for each device of this process.
 
     The batch is split into micro-batches that stream through the stages (GPipe, Huang et al.,
@@ -106,10 +105,6 @@ class PipelineStrategy(OneProcessStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        assert self.lightning_module is not None
-        check_layer_sync(self.strategy_name, self._layer_sync is not None)
-        check_module(self.strategy_name, self.lightning_module)
-        self._release()
         super().setup(trainer)
         state_to_parameters(self.optimizers)
 
@@ -128,11 +123,6 @@ class PipelineStrategy(OneProcessStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict(state)
         state_to_parameters(self.optimizers)
-
-    @override
-    def teardown(self) -> None:
-        self._release()
-        super().teardown()
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,9 +171,8 @@ class PipelineStrategy(OneProcessStrategy):
 
     def _install(self) -> None:
         """Have the chosen submodule computed in stages."""
-        model, devices = self.lightning_module, self.parallel_devices
+        model, devices = self.lightning_module, self.devices
         assert model is not None
-        assert devices
         name, module = find_module(model, self._module)
         made = own_stages(model)
         self._override = Override(module)
@@ -209,15 +198,15 @@ class PipelineStrategy(OneProcessStrategy):
         if any(cut is placed for placed in self._placed):
             return
         assert self.lightning_module is not None
-        assert self.parallel_devices
-        place(self.lightning_module, cut, self.parallel_devices)
+        place(self.lightning_module, cut, self.devices)
         state_to_parameters(self.optimizers)
         if not self._placed:
             assert self._pipeline is not None
             costs, chunks = self._pipeline.cutter.costs, self._pipeline.chunks.usual
-            show_stages(cut, self.parallel_devices, chunks, costs)
+            show_stages(cut, self.devices, chunks, costs)
         self._placed.append(cut)
 
+    @override
     def _release(self) -> None:
         if self._override is not None:
             self._override.remove()

@@ -1,0 +1,98 @@
+"""Replica 0: the user's own module, patched while a step lasts."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_mgpu.engine.replica import Replica
+from lightning_mgpu.engine.structure import Structure
+
+__all__: list[str] = []
+
+_MISSING = object()
+
+
+class Master(Replica):
+    """The user's module. In a step leaves stand in for its parameters, and copies for its units."""
+
+    def __init__(self, structure: Structure, *args: Any) -> None:
+        super().__init__(structure, *args)
+        self.module = structure.modules[0]
+        self._parts = [_parts(module) for module in structure.modules]
+        self._patches = [
+            (holder, key, value, new)
+            for holder, key, value in structure.places
+            # Containers are places' holders themselves, and modules stay.
+            if not isinstance(value, (nn.Module, list, dict, deque)) or id(value) in self.remap.memo
+            if (new := self.remap(value)) is not value
+        ]
+        self._patches += [
+            (vars(module), "_compiled_call_impl", module._compiled_call_impl, None)
+            for module in structure.modules
+            if module._compiled_call_impl is not None
+        ]
+        self.overrides: Mapping[str, Any] = {}
+
+    def is_stale(self) -> bool:
+        """Whether modules or parameters are no longer those that were copied."""
+        return any(
+            not _same_parts(_parts(module), parts)
+            for module, parts in zip(self.structure.modules, self._parts, strict=True)
+        )
+
+    @override
+    def refresh(self) -> None:
+        self.leaves.refresh()
+
+    @override
+    @contextmanager
+    def entered(self, overrides: Mapping[str, Any]) -> Iterator[None]:
+        self._enter(overrides)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        overrides = self.overrides
+        self._leave()
+        try:
+            yield
+        finally:
+            self._enter(overrides)
+
+    def _enter(self, overrides: Mapping[str, Any]) -> None:
+        self.overrides = overrides
+        for holder, key, old, new in self._patches:
+            if _at(holder, key) is old:
+                holder[key] = new
+        vars(self.module).update(overrides)
+        self.recorder.attach()
+
+    def _leave(self) -> None:
+        self.recorder.detach()
+        for key in self.overrides:
+            vars(self.module).pop(key, None)
+        for holder, key, old, new in self._patches:
+            if _at(holder, key) is new:  # else the step has put something there
+                holder[key] = old
+
+
+def _parts(module: nn.Module) -> list[Any]:
+    return [*module._parameters.values(), *module._modules.values()]
+
+
+def _same_parts(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _at(holder: Any, key: Any) -> Any:
+    try:
+        return holder[key]
+    except (KeyError, IndexError):
+        return _MISSING

@@ -1,0 +1,61 @@
+"""One replica of a module: what the master and its copies have in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_mgpu.engine.batch_norm import Recorder
+from lightning_mgpu.engine.leaves import Leaves
+from lightning_mgpu.engine.remap import Remap
+from lightning_mgpu.engine.structure import Structure
+
+__all__: list[str] = []
+
+
+class Replica(ABC):
+    """What one slot computes with.
+
+    Args:
+        structure: The master's parts.
+        memo: What stands for them here, by their ids: leaves and units so far.
+        leaves: A leaf for each parameter.
+        units: A copy of each unit.
+        layers: The master's layers whose running statistics are put together.
+        device: Where this replica computes.
+        own_attributes: As in `Replicas`.
+
+    Attributes:
+        module: The module to call.
+        recorder: Keeps the batch statistics of this replica's layers.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        memo: dict[int, Any],
+        leaves: Leaves,
+        units: list[Any],
+        layers: list[nn.Module],
+        device: torch.device,
+        own_attributes: frozenset[str],
+    ) -> None:
+        self.structure = structure
+        self.leaves = leaves
+        self.units = units
+        self.device = device
+        self.remap = Remap(memo)
+        self.own_attributes = own_attributes
+        self.module: nn.Module
+        self.recorder = Recorder(layers)
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Follow what the master has become since the last step."""
+
+    @abstractmethod
+    def entered(self, overrides: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Ready for a task: with attributes overridden and statistics recorded."""
