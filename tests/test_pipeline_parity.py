@@ -9,6 +9,7 @@ import parity_models
 import pytest
 import test_parity
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from test_parity import CASES, GLOBAL_BATCH, TOLERANCE, Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -181,6 +182,7 @@ MODELS: list[tuple[Callable[[], pl.LightningModule], dict[str, Any]]] = [
     (InPlace, {"split_at": "net.1", "checkpoint": "always"}),
     (Penalised, {}),
     (Penalised, {"checkpoint": "always"}),
+    (parity_models.HalfFrozen, {"split_at": "net.2", "checkpoint": "always"}),
 ]
 
 
@@ -215,6 +217,21 @@ def test_parity_in_other_precisions(precision: Any) -> None:
         trainer = boring.trainer(strategy, devices, precision=precision)
         trainer.fit(model, DataLoader(_float_batches(), batch_size=None))
     _assert_equal(alone, split, 0)
+
+
+def test_parity_with_a_gradient_scaler() -> None:
+    scalers = []
+    weights = []
+    for strategy, devices in (("auto", 1), (PipelineStrategy(chunks=1), 2)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        model = Partly().float()
+        trainer = boring.trainer(strategy, devices, plugins=[plugin], gradient_clip_val=0.1)
+        trainer.fit(model, DataLoader(_float_batches(), batch_size=None))
+        scalers.append(scaler.get_scale())
+        weights.append(model.state_dict())
+    assert scalers[0] == scalers[1] > 2.0**14
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
 
 
 class Normalised(parity_models.Model):
