@@ -194,6 +194,29 @@ def test_traced_again_when_anything_but_tensors_changes() -> None:
     torch.testing.assert_close(run(x), module.forward(x))
 
 
+def test_objects_that_cannot_be_compared_are_told_apart() -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor, scales: set[float]) -> Tensor:  # type: ignore[override]
+            return self.second(self.first(x) * max(scales))
+
+    module = Scaled()
+    run, x = _pipeline(module), torch.ones(8, 4)
+    for number in range(5):  # each set may lie where the one before it lay
+        torch.testing.assert_close(run(x, {float(number)}), module.forward(x, {float(number)}))
+
+
+def test_cut_before_a_call_is_left_to_the_call_if_need_be() -> None:
+    class Sometimes(Net):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return self.first(x) if mask is None else self.second(self.first(x) * mask)
+
+    module = Sometimes()
+    cutter = Cutter(module, module.forward, 2, ["second"])
+    assert cutter.early() is None
+    call = Call.of(module.forward, (torch.ones(8, 4), torch.ones(4)), {})
+    assert [stage.modules for stage in cutter(call).partition.stages] == [("first",), ("second",)]
+
+
 def test_hooks_on_opened_modules_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     module = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
     module[0].register_forward_hook(lambda *_: None)

@@ -18,6 +18,19 @@ __all__: list[str] = []
 _PLAIN = (str, bytes, bool, int, float, complex)
 
 
+class Same:
+    """Equal to another only if both hold the very same object, which lives as long as this."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other._value is self._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of a call, taken apart.
@@ -60,7 +73,7 @@ class Call:
                 tensors[inputs[id(leaf)].name] = leaf
                 key.append((name, inputs[id(leaf)].name))
             else:
-                key.append((name, type(leaf), leaf if _is_hashable(leaf) else id(leaf)))
+                key.append((name, type(leaf), leaf if _is_hashable(leaf) else Same(leaf)))
         put: Callable[[Any], Any] = lambda leaf: inputs.get(id(leaf), leaf)  # noqa: E731
         lists = {name: value for name, value in named if _is_plain_list(value)}
         filled = map_leaves(put, (tuple(args), dict(kwargs)))

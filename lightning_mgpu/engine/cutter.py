@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_mgpu.engine import balance, batch_norm
-from lightning_mgpu.engine.arguments import Call
+from lightning_mgpu.engine.arguments import Call, Same
 from lightning_mgpu.engine.graph_cut import layers, partition
 from lightning_mgpu.engine.measure import Cost, measure
 from lightning_mgpu.engine.partition import (
@@ -126,10 +126,8 @@ class Cutter:
         """Cut before there is a call, from the signature of `forward` alone.
 
         Returns:
-            The cut; `None` if that takes the arguments of a real call.
-
-        Raises:
-            PartitionError: The module cannot be cut as asked, whatever it is called with.
+            The cut; `None` if that takes the arguments of a real call, which may yet show that the
+            module cannot be cut.
         """
         if self.wants_costs:
             return None
@@ -141,7 +139,7 @@ class Cutter:
         kwargs = {p.name: Input(p.name) for p in wanted if p.kind is p.KEYWORD_ONLY}
         try:
             return self._cut([p.name for p in wanted], args, kwargs)
-        except UntraceableError:
+        except (UntraceableError, PartitionError):
             return None
 
     def __call__(self, call: Call) -> Cut:
@@ -277,10 +275,11 @@ def _named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 def _fixed(value: Any) -> Hashable:
     if isinstance(value, _ATOMS):
-        return value
+        return type(value), value
     if isinstance(value, dict):
-        return tuple((key, id(part)) for key, part in value.items() if not isinstance(part, Tensor))
-    return id(value)
+        parts = value.items()
+        return tuple((key, Same(part)) for key, part in parts if not isinstance(part, Tensor))
+    return Same(value)
 
 
 def _check_count(option: str, given: int, stages: int, wanted: str) -> None:
