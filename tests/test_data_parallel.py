@@ -749,6 +749,14 @@ def test_detect_anomaly_and_overfit_batches() -> None:
     assert_same_weights(alone, parallel)
 
 
+@pytest.mark.parametrize("profiler", ["simple", "advanced", "pytorch"])
+def test_profilers(profiler: str, tmp_path: Path) -> None:
+    # A profiler of Python's sees every turn of the interpreter, also that of a leftover signal.
+    trainer = dp(profiler=profiler, default_root_dir=tmp_path)
+    trainer.fit(boring.Classifier(), boring.Blobs())
+    assert trainer.state.finished
+
+
 def test_callers_threads_are_its_own_again() -> None:
     counts: list[int] = []
 

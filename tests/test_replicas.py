@@ -161,6 +161,18 @@ def test_gradients_of_all_slots_are_summed(workers: Workers) -> None:
     assert made.take_gradients(workers, 2) == [None] * len(sums)
 
 
+def test_large_gradients_are_summed_on_all_workers(workers: Workers) -> None:
+    net = nn.ModuleList([nn.Linear(700, 600), nn.Linear(2, 2), nn.Linear(3, 3)])
+    made = replicas(net)
+    inputs = torch.ones(1, 700), torch.ones(1, 2), torch.ones(1, 3)
+    with made.step(2) as modules:
+        for slot, module in enumerate(modules, start=1):
+            for layer, x in zip(module, inputs, strict=True):
+                (layer(x).sum() * slot).backward()
+    for total, parameter in zip(made.take_gradients(workers, 2), net.parameters(), strict=True):
+        torch.testing.assert_close(total, torch.full_like(parameter, 3.0))
+
+
 def test_gradients_of_parameters_that_only_some_slots_use(workers: Workers) -> None:
     net = nn.ModuleList([nn.Linear(2, 1, bias=False) for _ in range(3)])
     made = replicas(net)

@@ -23,6 +23,9 @@ from lightning_mgpu.engine.workers import Workers
 
 __all__: list[str] = []
 
+# Elements from which on several threads add faster than one, waking them included.
+_WORTH_SHARING = 2**18
+
 
 class Replicas:
     """The master and its copies.
@@ -151,9 +154,11 @@ class Replicas:
         if count == 1:
             return gradients[0]
         root = self.devices[0]
-        # The sums are bound by memory: share them out where the workers have memory in common.
-        parts = count if root.type == "cpu" else 1
-        shares = _shares([parameter.numel() for parameter in self.parameters], parts)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        if root.type != "cpu" or sum(sizes) < _WORTH_SHARING:
+            return add_gradients(gradients, root, range(len(sizes)))
+        # The sums are bound by memory: share them out.
+        shares = _shares(sizes, count)
         sums = workers.run([_adder(gradients, root, share) for share in shares])
         totals: list[Tensor | None] = [None] * len(self.parameters)
         for share, values in zip(shares, sums, strict=True):

@@ -117,7 +117,9 @@ class Slot:
                 if job is None:
                     return
                 self.execute(job)
-            except Cancelled:  # came too late for its task
+                for _ in range(8):  # a cancellation that comes too late for its task arrives here
+                    pass
+            except Cancelled:
                 pass
             finally:
                 job = None  # hold nothing of the last task while waiting for the next
@@ -140,17 +142,20 @@ class Slot:
             finally:
                 with self._lock:
                     self._current = outer
-                    _raise_in(self.thread, None)
                 _here.job = outer
         finally:
             job.events.put((job.slot, event))
 
 
-def _raise_in(thread: threading.Thread, kind: type[BaseException] | None) -> None:
-    """Have a thread raise at its next bytecode; `None` takes back what it has not raised yet."""
+def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:
+    """Have a thread raise at its next bytecode.
+
+    This cannot be taken back: to set no exception makes CPython look for one at every turn, for as
+    long as the process lives.
+    """
     assert thread.ident is not None
-    what = ctypes.py_object(kind) if kind is not None else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), what)
+    ident = ctypes.c_ulong(thread.ident)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(kind))
 
 
 _here = threading.local()
