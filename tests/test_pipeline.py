@@ -528,3 +528,15 @@ def test_command_line_option(tmp_path: Path) -> None:
     trainer = boring.trainer("pipeline", 2)
     assert isinstance(trainer.strategy, PipelineStrategy)
     assert trainer.strategy.root_device == torch.device("cpu")
+
+
+def test_strategy_can_be_pickled_while_it_runs() -> None:
+    class Pickles(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            state = pickle.loads(pickle.dumps(trainer.strategy.__getstate__()["_split_at"]))
+            assert state == ["net.2"]
+            assert trainer.strategy.__getstate__()["_pipeline"] is None
+
+    _fit(Deep(), split_at="net.2", callbacks=[Pickles()])
+    copied = pickle.loads(pickle.dumps(PipelineStrategy(split_at="net.2", chunks=3)))
+    boring.trainer(copied, 2).fit(Deep(), datamodule=boring.Blobs(10))
