@@ -39,9 +39,9 @@ def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backwar
     floating = [i for i, value in enumerate(values) if value.is_floating_point()]
     if not torch.is_grad_enabled() or not floating or not any(x.requires_grad for x in inputs):
         return values
-    link = _Link(backward)
+    link = _Link(backward, tuple(values[i] for i in floating))
     token = _Work.apply(link, *inputs)  # type: ignore[no-untyped-call]
-    joined = _Outputs.apply(link, token, *(values[i] for i in floating))  # type: ignore[no-untyped-call]
+    joined = _Outputs.apply(link, token)  # type: ignore[no-untyped-call]
     for i, output in zip(floating, joined, strict=True):
         values[i] = output
     return values
@@ -50,8 +50,9 @@ def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backwar
 class _Link:
     """What the two nodes of one graft share."""
 
-    def __init__(self, backward: Backward) -> None:
+    def __init__(self, backward: Backward, values: tuple[Tensor, ...]) -> None:
         self.backward = backward
+        self.values = values
         self.gradients: Gradients = ()
 
 
@@ -67,9 +68,9 @@ class _Work(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "Gradients of gradients (`create_graph=True`) cannot be taken through work that"
-                " was done on several devices. Take them inside the step, where each replica has a"
-                " graph of its own."
+                "Gradients of gradients (`create_graph=True`) cannot be taken through work that was"
+                " done on several devices. Take them inside the step with `strategy='dp'`, where"
+                " each replica has a graph of its own."
             )
         gradients, ctx.link.gradients = ctx.link.gradients, ()
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -80,13 +81,15 @@ class _Outputs(torch.autograd.Function):
     """A token to the outputs; hands the gradients on in backward."""
 
     @staticmethod
-    def forward(ctx: Any, link: _Link, token: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, link: _Link, token: Tensor) -> tuple[Tensor, ...]:
         ctx.link = link
         ctx.set_materialize_grads(False)
-        return tuple(value.view_as(value) for value in values)
+        # No arguments, whose views as outputs could not be written to in place.
+        values, link.values = link.values, ()
+        return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         ctx.link.gradients = gradients
         token = torch.zeros((), device="cpu", dtype=torch.float32)
-        return None, token, *(None for _ in gradients)
+        return None, token

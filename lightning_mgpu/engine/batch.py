@@ -65,7 +65,7 @@ def batch_size(batch: Any) -> int:
         ValueError: As for `split`.
     """
     first: tuple[str, int] | None = None
-    for path, leaf in _leaves(batch):
+    for path, leaf in leaves(batch):
         if isinstance(leaf, PackedSequence):
             raise ValueError(f"`{path}` is a `PackedSequence`, whose samples do not lie in a row.")
         if not _is_array(leaf):
@@ -140,7 +140,7 @@ def _is_batched(value: Any, size: int) -> bool:
     """Whether it is a part of a batch: its tensors have the samples as their first dimension."""
     if isinstance(value, Mapping):
         return False
-    return all(_is_array(leaf) and leaf.shape[0] == size for _, leaf in _leaves(value))
+    return all(_is_array(leaf) and leaf.shape[0] == size for _, leaf in leaves(value))
 
 
 def rebuild_sequence(example: Any, values: list[Any]) -> Any:
@@ -197,11 +197,12 @@ def _rebuild_mapping(value: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
         return copied
 
 
-def _leaves(value: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
+    """Everything in a batch that is no container, each with how to get there."""
     if not _is_container(value):
         yield path, value
     for name, part in _parts(value):
-        yield from _leaves(part, path + name)
+        yield from leaves(part, path + name)
 
 
 def _is_array(value: Any) -> bool:

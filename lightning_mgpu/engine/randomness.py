@@ -49,9 +49,16 @@ class RandomStreams:
         self._draws = {}
 
     @contextmanager
-    def step(self, kind: str, slots: int) -> Iterator[list["Stream"]]:
-        """The streams for one step: enter each in the task of its slot."""
-        supply = self._draws.get(kind, True)
+    def step(self, kind: str, slots: int, always: bool = False) -> Iterator[list["Stream"]]:
+        """The streams for one step: enter each in the task of its slot.
+
+        Args:
+            kind: What kind of step.
+            slots: How many streams.
+            always: Whether to supply generators even if nothing has drawn so far: where the numbers
+                of this very step will be needed again.
+        """
+        supply = always or self._draws.get(kind, True)
         streams = [Stream(self._seed(slot), supply) for slot in range(slots)]
         self._count += 1
         before = None if supply else torch.default_generator.get_state()
@@ -78,6 +85,7 @@ class Stream:
     """The random numbers of one slot in one step. Entered again, in backward, it goes on."""
 
     def __init__(self, seed: int, supply: bool) -> None:
+        self._seed, self._supply = seed, supply
         self._generator = _generator(seed)
         self._mode = _SupplyGenerator(self._generator) if supply else None
 
@@ -85,6 +93,10 @@ class Stream:
     def drawn(self) -> bool:
         """Whether an operation has drawn from it."""
         return self._mode is not None and self._mode.drawn
+
+    def again(self) -> "Stream":
+        """The same numbers from the beginning."""
+        return Stream(self._seed, self._supply)
 
     @contextmanager
     def entered(self) -> Iterator[None]:

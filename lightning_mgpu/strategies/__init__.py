@@ -4,9 +4,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_mgpu.strategies.data_parallel import DataParallelStrategy
 from lightning_mgpu.strategies.distributed import DDPStrategy
+from lightning_mgpu.strategies.pipeline import PipelineStrategy
 
-__all__ = ["DDPStrategy", "DataParallelStrategy"]
+__all__ = ["DDPStrategy", "DataParallelStrategy", "PipelineStrategy"]
 
-for _strategy in (DataParallelStrategy, DDPStrategy):
+for _strategy in (DataParallelStrategy, DDPStrategy, PipelineStrategy):
     if _strategy.strategy_name not in StrategyRegistry:
         _strategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,278 @@
+"""A module in stages: its `forward`, computed by all devices, micro-batch by micro-batch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mgpu.engine import batch_norm
+from lightning_mgpu.engine import microbatch as mb
+from lightning_mgpu.engine.arguments import Call, Splitter
+from lightning_mgpu.engine.autograd import Gradients, graft
+from lightning_mgpu.engine.batch import leaves, map_leaves
+from lightning_mgpu.engine.cutter import Cut, Cutter
+from lightning_mgpu.engine.partition import Name, fill
+from lightning_mgpu.engine.passage import Checkpoint, Passage
+from lightning_mgpu.engine.randomness import RandomStreams, Stream
+from lightning_mgpu.engine.shadow import Shadow
+from lightning_mgpu.engine.tuning import Chunks
+from lightning_mgpu.engine.workers import Workers
+
+__all__: list[str] = []
+
+
+class Pipeline:
+    """Stands for a module's `forward`, with the same results.
+
+    Args:
+        cutter: Cuts the module.
+        splitter: Tells which arguments carry the batch.
+        devices: One for each stage.
+        chunks: How many micro-batches; a batch with fewer samples makes fewer.
+        checkpoint: Which micro-batches keep only their inputs, and are computed again in backward:
+            ``"never"``, ``"except_last"``, ``"always"``.
+        deferred_batch_norm: Whether running statistics are updated once, with those of the whole
+            batch, or with each micro-batch.
+        step_batch: Tells the tensors of the batch of the step that calls.
+        on_cut: Called after a call's module has been cut, before anything is computed.
+    """
+
+    def __init__(
+        self,
+        cutter: Cutter,
+        splitter: Splitter,
+        devices: Sequence[torch.device],
+        *,
+        chunks: Chunks,
+        checkpoint: Checkpoint = "never",
+        deferred_batch_norm: bool = True,
+        step_batch: Callable[[], Sequence[Tensor]] = tuple,
+        on_cut: Callable[[Cut], None] = lambda _: None,
+    ) -> None:
+        self.cutter, self.devices = cutter, list(devices)
+        self._splitter = splitter
+        self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
+        self._step_batch, self._on_cut = step_batch, on_cut
+        self._workers = Workers(self.devices)
+        self._streams = RandomStreams()
+        self._streams.restart()
+        self._shadow: Shadow | None = None
+        splitter.check(cutter.forward)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._streams.finish()
+        self._workers.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's `forward` returns.
+
+        Raises:
+            PartitionError: The module cannot be cut as asked.
+            UntraceableError: Its `forward` cannot be recorded.
+            SplitError: The arguments cannot be split, or the outputs not be joined.
+            BaseException: The first error of any stage, with a note that says which.
+        """
+        call = Call.of(self.cutter.forward, args, kwargs)
+        size, split = self._splitter.split(
+            call, self.cutter.forward, self._step_batch(), self._fixed
+        )
+        if self.cutter.wants_costs:
+            self._measure(call, split, size)
+        cut = self.cutter(call)
+        self._on_cut(cut)
+        # Batch normalisation cannot be trained on a single sample.
+        least = 2 if any(layer.training for found in cut.layers for layer in found) else 1
+        count = self.chunks.next(size) if torch.is_grad_enabled() else self.chunks.usual
+        counts = mb.sizes(size, count, least)
+        with self._streams.step(
+            self._kind(),
+            len(self.devices) * len(counts),
+            always=self._checkpoint != "never" and torch.is_grad_enabled(),
+        ) as streams:
+            return self._run(call, cut, split, counts, streams)
+
+    def _measure(self, call: Call, split: frozenset[Name], size: int) -> None:
+        count = self.chunks.usual
+        chunk = mb.cut(call.tensors, split, mb.sizes(size, count, 2))[0]
+        # On a worker, which has as many intra-op threads as each stage will have.
+        self._workers.run([lambda: self.cutter.measure(call, chunk, count)])
+
+    def _kind(self) -> str:
+        module = self.cutter.module
+        mode = "training" if module.training else "evaluation"
+        return f"`{type(module).__name__}.forward` ({mode})"
+
+    def _fixed(self) -> list[Tensor]:
+        module = self.cutter.module
+        return [*module.parameters(), *module.buffers()]
+
+    def _run(
+        self,
+        call: Call,
+        cut: Cut,
+        split: frozenset[Name],
+        counts: Sequence[int],
+        streams: Sequence[Stream],
+    ) -> Any:
+        passage = Passage(
+            cut.partition,
+            self.devices,
+            mb.cut(call.tensors, split, counts),
+            [streams[i :: len(self.devices)] for i in range(len(self.devices))],
+            self._checkpoint,
+            [batch_norm.Recorder(found) for found in cut.layers],
+            self._deferred,
+            [any(t.requires_grad for t in tensors.values()) for tensors in cut.tensors],
+        )
+        shadow = self._shadowed() if torch.is_grad_enabled() else None
+        inside: AbstractContextManager[None] = shadow.entered() if shadow else nullcontext()
+        with inside:
+            passage.forward(self._workers)
+        if self._deferred:
+            for found, parts in zip(cut.layers, passage.statistics, strict=True):
+                batch_norm.commit(found, parts)
+        output = _Output(cut, passage, split, counts, self.devices[0])
+        if shadow is not None:
+            self._graft(call, split, counts, passage, output, shadow)
+        return output.filled()
+
+    def _graft(
+        self,
+        call: Call,
+        split: frozenset[Name],
+        counts: Sequence[int],
+        passage: Passage,
+        output: "_Output",
+        shadow: Shadow,
+    ) -> None:
+        """Make the output part of the caller's graph."""
+        arguments = {name: t for name, t in call.tensors.items() if t.requires_grad}
+        parts = output.parts
+        shares = {name: counts if name in split else None for name in arguments}
+
+        def backward(gradients: Gradients, keep: bool) -> Gradients:
+            try:
+                with shadow.entered():
+                    taken = passage.backward(self._workers, parts.split(gradients), keep)
+            finally:
+                sums = shadow.take_gradients()
+            self.chunks.took(passage.count, passage.seconds, sum(counts))
+            found = (_argument_gradient(n, t, taken, shares[n]) for n, t in arguments.items())
+            return [*found, *sums]
+
+        inputs = [*arguments.values(), *shadow.parameters]
+        output.replace(graft(output.wanting(), inputs, backward))
+
+    def _shadowed(self) -> Shadow:
+        if self._shadow is None or self._shadow.is_stale():
+            self._shadow = Shadow(self.cutter.roots)
+        return self._shadow
+
+
+class _Parts:
+    """Where the tensors of the output that want gradients come from."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._found: list[tuple[Name, int, int, mb.Rows]] = []
+
+    def add(self, name: Name, index: int, of: int, rows: mb.Rows) -> None:
+        """One more: tensor `index` of `of` in the result of that name."""
+        self._found.append((name, index, of, rows))
+
+    def split(self, gradients: Gradients) -> list[dict[Name, list[Tensor | None]]]:
+        """For each micro-batch, the gradients of the tensors in each result."""
+        split: list[dict[Name, list[Tensor | None]]] = [{} for _ in range(self._count)]
+        for (name, index, of, rows), gradient in zip(self._found, gradients, strict=True):
+            for chunk, part in zip(split, rows.split(gradient, self._count), strict=True):
+                chunk.setdefault(name, [None] * of)[index] = part
+        return split
+
+
+class _Output:
+    """What the micro-batches have returned, put together."""
+
+    def __init__(
+        self,
+        cut: Cut,
+        passage: Passage,
+        split: frozenset[Name],
+        counts: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self._template = cut.partition.template
+        self._values: dict[Name, Any] = {}
+        self._wanting: list[Tensor] = []
+        self.parts = _Parts(passage.count)
+        results = passage.results
+        for name in dict.fromkeys(cut.partition.results):
+            values = [chunk.pop(name) for chunk in results]
+            wants = _wanting(values)
+            with torch.no_grad():
+                whole = not cut.partition.origins[name] & split
+                joined, rows = mb.join(values, counts, whole)
+            self._values[name] = map_leaves(lambda x: _to(x, device), joined)
+            tensors = [leaf for _, leaf in leaves(self._values[name]) if isinstance(leaf, Tensor)]
+            for index, (tensor, how) in enumerate(zip(tensors, rows, strict=True)):
+                if wants[index]:
+                    self._wanting.append(tensor)
+                    self.parts.add(name, index, len(tensors), how)
+
+    def wanting(self) -> list[Tensor]:
+        """The tensors that are to be part of the caller's graph."""
+        return self._wanting
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Put others in their places."""
+        new = {id(old): t for old, t in zip(self._wanting, tensors, strict=True)}
+        for name, value in self._values.items():
+            self._values[name] = map_leaves(lambda leaf: new.get(id(leaf), leaf), value)
+
+    def filled(self) -> Any:
+        """The output, of the structure that `forward` returns."""
+        return fill(self._template, self._values)
+
+
+def _wanting(values: Sequence[Any]) -> list[bool]:
+    """For each tensor in a result, whether it wants a gradient in any micro-batch."""
+    columns = zip(
+        *([leaf for _, leaf in leaves(v) if isinstance(leaf, Tensor)] for v in values), strict=True
+    )
+    return [any(tensor.requires_grad for tensor in column) for column in columns]
+
+
+def _argument_gradient(
+    name: Name,
+    argument: Tensor,
+    taken: Sequence[Mapping[tuple[Name, int], list[Tensor | None]]],
+    counts: Sequence[int] | None,
+) -> Tensor | None:
+    """The gradient of an argument from those of the micro-batches and stages that used it.
+
+    Args:
+        name: The argument's.
+        argument: The argument.
+        taken: For each micro-batch.
+        counts: Samples in each, if it was split.
+    """
+    found: list[Tensor | None] = []
+    for chunk in taken:
+        of_stages = [g for (n, _), (g,) in sorted(chunk.items()) if n == name and g is not None]
+        found.append(_sum([gradient.to(argument.device) for gradient in of_stages]))
+    if counts is None or all(gradient is None for gradient in found):
+        return _sum([gradient for gradient in found if gradient is not None])
+    pieces = torch.split(argument.detach(), list(counts))
+    pairs = zip(found, pieces, strict=True)
+    return torch.cat([torch.zeros_like(piece) if g is None else g for g, piece in pairs])
+
+
+def _sum(gradients: Sequence[Tensor]) -> Tensor | None:
+    return reduce(torch.add, gradients) if gradients else None
+
+
+def _to(leaf: Any, device: torch.device) -> Any:
+    return leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf

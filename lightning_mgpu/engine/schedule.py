@@ -1,0 +1,59 @@
+"""The pipeline's timetable: which stage works on which micro-batch, and when.
+
+Forward is that of GPipe (Huang et al., 2019): stage `s` works on micro-batch `t - s` at tick `t`.
+Three stages and four micro-batches::
+
+    tick     0    1    2    3    4    5
+    stage 0  0    1    2    3
+    stage 1       0    1    2    3
+    stage 2            0    1    2    3
+
+Backward is its mirror: it begins with the last stage and the last micro-batch.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+__all__: list[str] = []
+
+
+class Task(NamedTuple):
+    """A stage's work on one micro-batch."""
+
+    stage: int
+    chunk: int
+
+
+def forward(stages: int, chunks: int) -> Iterator[list[Task]]:
+    """The tasks of each tick of a forward pass, which run at once."""
+    for tick in range(stages + chunks - 1):
+        first, last = max(0, tick - chunks + 1), min(tick, stages - 1)
+        yield [Task(stage, tick - stage) for stage in range(first, last + 1)]
+
+
+def backward(stages: int, chunks: int) -> Iterator[list[Task]]:
+    """The tasks of each tick of a backward pass."""
+    return reversed(list(forward(stages, chunks)))
+
+
+def of_stage(stage: int, timetable: Iterable[Iterable[Task]]) -> list[int]:
+    """The micro-batches that one stage works on, in order."""
+    return [task.chunk for tick in timetable for task in tick if task.stage == stage]
+
+
+def bubble(stages: int, chunks: int) -> float:
+    """The share of time in which a stage waits, if all take equally long."""
+    return (stages - 1) / (chunks + stages - 1)
+
+
+def waiting(seconds: Sequence[float], chunks: int) -> float:
+    """The share of time in which stages wait, if each takes as long for every micro-batch.
+
+    The slowest stage sets the pace: the others wait for it, beside the bubble.
+
+    Args:
+        seconds: What each stage takes for one micro-batch.
+        chunks: Micro-batches.
+    """
+    whole = sum(seconds) + (chunks - 1) * max(seconds)
+    return 1 - chunks * sum(seconds) / (len(seconds) * whole) if whole else 0.0

@@ -1,0 +1,144 @@
+"""The timetable, where to cut, and how batches are split and joined: properties."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_mgpu.engine import microbatch, schedule
+from lightning_mgpu.engine.balance import balance
+from lightning_mgpu.engine.microbatch import SplitError
+from lightning_mgpu.engine.schedule import Task
+
+SHAPES = {"stages": st.integers(1, 8), "chunks": st.integers(1, 20)}
+
+
+def test_forward_timetable_of_three_stages_and_four_chunks() -> None:
+    assert list(schedule.forward(3, 4)) == [
+        [Task(0, 0)],
+        [Task(0, 1), Task(1, 0)],
+        [Task(0, 2), Task(1, 1), Task(2, 0)],
+        [Task(0, 3), Task(1, 2), Task(2, 1)],
+        [Task(1, 3), Task(2, 2)],
+        [Task(2, 3)],
+    ]
+
+
+@given(**SHAPES)
+def test_every_task_is_done_once(stages: int, chunks: int) -> None:
+    for timetable in (schedule.forward(stages, chunks), schedule.backward(stages, chunks)):
+        done = [task for tick in timetable for task in tick]
+        assert sorted(done) == [Task(s, c) for s in range(stages) for c in range(chunks)]
+
+
+@given(**SHAPES)
+def test_no_stage_does_two_tasks_at_once(stages: int, chunks: int) -> None:
+    for timetable in (schedule.forward(stages, chunks), schedule.backward(stages, chunks)):
+        for tick in timetable:
+            assert len({task.stage for task in tick}) == len(tick)
+
+
+@given(**SHAPES)
+def test_every_task_comes_after_what_it_needs(stages: int, chunks: int) -> None:
+    forward = _ticks(schedule.forward(stages, chunks))
+    backward = _ticks(schedule.backward(stages, chunks))
+    for (stage, chunk), tick in forward.items():
+        assert stage == 0 or forward[Task(stage - 1, chunk)] < tick
+    for (stage, chunk), tick in backward.items():
+        assert stage == stages - 1 or backward[Task(stage + 1, chunk)] < tick
+
+
+@given(**SHAPES)
+def test_chunks_keep_their_order_in_every_stage(stages: int, chunks: int) -> None:
+    for stage in range(stages):
+        order = schedule.of_stage(stage, schedule.forward(stages, chunks))
+        assert order == list(range(chunks))
+        assert schedule.of_stage(stage, schedule.backward(stages, chunks)) == order[::-1]
+
+
+@given(**SHAPES)
+def test_bubble_is_the_share_of_idle_slots(stages: int, chunks: int) -> None:
+    ticks = list(schedule.forward(stages, chunks))
+    idle = 1 - sum(map(len, ticks)) / (len(ticks) * stages)
+    assert schedule.bubble(stages, chunks) == pytest.approx(idle)
+    assert schedule.waiting([2.0] * stages, chunks) == pytest.approx(idle)
+
+
+def test_stages_wait_for_the_slowest() -> None:
+    # Ticks of 1, 3 and 3 and 3: the first stage works 3 of 10, the second 9.
+    assert schedule.waiting([1.0, 3.0], 3) == pytest.approx(1 - (3 + 9) / 20)
+
+
+@settings(deadline=None)
+@given(costs=st.lists(st.integers(0, 50), min_size=1, max_size=8), data=st.data())
+def test_balance_is_the_best_there_is(costs: list[int], data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, len(costs)))
+    counts = balance(costs, stages)
+    assert len(counts) == stages
+    assert sum(counts) == len(costs)
+    assert min(counts) >= 1
+    best = min(
+        _dearest(costs, [0, *cuts, len(costs)])
+        for cuts in itertools.combinations(range(1, len(costs)), stages - 1)
+    )
+    assert _dearest(costs, [0, *itertools.accumulate(counts)]) == best
+
+
+@given(total=st.integers(0, 50), count=st.integers(1, 20), least=st.integers(1, 3))
+def test_sizes_are_even_and_complete(total: int, count: int, least: int) -> None:
+    sizes = microbatch.sizes(total, count, least)
+    assert sum(sizes) == total
+    assert len(sizes) <= count
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == 1 or min(sizes) >= least
+
+
+@settings(deadline=None)
+@given(total=st.integers(1, 30), count=st.integers(1, 12), factor=st.integers(1, 3))
+def test_join_undoes_cut(total: int, count: int, factor: int) -> None:
+    tensors = {"x": torch.arange(total * 2).view(total, 2), "mask": torch.ones(3, 3)}
+    counts = microbatch.sizes(total, count)
+    chunks = microbatch.cut(tensors, frozenset({"x"}), counts)
+    assert [len(chunk["x"]) for chunk in chunks] == counts
+    assert all(chunk["mask"] is tensors["mask"] for chunk in chunks)
+    repeated = [{"a": (chunk["x"].repeat_interleave(factor, 0), None)} for chunk in chunks]
+    joined, (rows,) = microbatch.join(repeated, counts, whole=False)
+    expected = tensors["x"].repeat_interleave(factor, 0)
+    assert torch.equal(joined["a"][0], expected)
+    assert joined["a"][1] is None
+    parts = rows.split(expected, len(counts))
+    for part, made in zip(parts, repeated, strict=True):
+        assert torch.equal(part, made["a"][0])
+
+
+def test_join_takes_what_does_not_depend_on_the_batch_once() -> None:
+    table = torch.ones(5, 2)
+    joined, (rows,) = microbatch.join([table, table.clone()], [2, 2], whole=True)
+    assert joined is table
+    gradient = torch.ones(5, 2)
+    assert rows.split(gradient, 2) == [gradient, None]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([torch.tensor(1.0), torch.tensor(2.0)], "without dimensions"),
+        ([torch.ones(3, 3), torch.ones(3, 3)], "whose first dimension is not the batch"),
+        ([torch.ones(2, 3), torch.ones(2, 4)], "whose first dimension is not the batch"),
+        ([1.5, 2.5], "cannot be joined"),
+        ([2, 2], "cannot be joined"),
+    ],
+)
+def test_join_refuses_what_is_no_batch(parts: list[object], message: str) -> None:
+    with pytest.raises(SplitError, match=message):
+        microbatch.join(parts, [2, 2], whole=False)
+
+
+def _ticks(timetable: object) -> dict[Task, int]:
+    return {task: tick for tick, tasks in enumerate(timetable) for task in tasks}  # type: ignore[arg-type, var-annotated]
+
+
+def _dearest(costs: list[int], bounds: list[int]) -> int:
+    return max(sum(costs[a:b]) for a, b in itertools.pairwise(bounds))
