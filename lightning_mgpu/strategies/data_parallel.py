@@ -1,14 +1,12 @@
 """Data parallel in one process: a replica of the model per device, each on a thread of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
@@ -17,13 +15,12 @@ from typing_extensions import override
 from lightning_mgpu.engine import batch_norm as engine_batch_norm
 from lightning_mgpu.engine.batch import Shard, join, split
 from lightning_mgpu.engine.loss import joint_loss
-from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
-from lightning_mgpu.strategies.logged import LogRecorder, replay
 from lightning_mgpu.strategies.manual import ManualOptimization
-from lightning_mgpu.strategies.metrics import ReplicaMetrics, is_metric, replica_of
+from lightning_mgpu.strategies.metrics import is_metric, replica_of
+from lightning_mgpu.strategies.replica_step import Step
 from lightning_mgpu.strategies.single_process import (
     OWN_ATTRIBUTES,
     SHARED_OBJECTS,
@@ -173,7 +170,7 @@ class DataParallelStrategy(SingleProcessStrategy):
         replicas, workers = self._prepared()
         training = name == "training_step"
         shards = self._scatter(batch, training)
-        step = _Step(name, shards, args, kwargs, self._dataloader_idx, replicas.devices)
+        step = Step(name, shards, args, kwargs, self._dataloader_idx, replicas.devices)
         with self._streams.step(name, len(shards)) as streams:
             manual = self._manual(step, streams) if training else None
             outputs = step.run(model, replicas, workers, streams, manual)
@@ -183,7 +180,7 @@ class DataParallelStrategy(SingleProcessStrategy):
         loss = joint_loss(losses, step.sizes, streams, replicas, workers, step.describe)
         return self._training_output(outputs, step.sizes, loss)
 
-    def _manual(self, step: "_Step", streams: Sequence[Stream]) -> ManualOptimization | None:
+    def _manual(self, step: Step, streams: Sequence[Stream]) -> ManualOptimization | None:
         model = self.lightning_module
         assert model is not None
         if model.automatic_optimization:
@@ -255,87 +252,6 @@ class DataParallelStrategy(SingleProcessStrategy):
             return loss
         others = [{key: o[key] for key in o if key != "loss"} for o, _ in mappings]
         return {"loss": loss, **self._gather(others, [size for _, size in mappings])}
-
-
-class _Step:
-    """One step of a LightningModule, on one shard per replica."""
-
-    def __init__(
-        self,
-        name: str,
-        shards: Sequence[Shard],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dataloader_idx: int,
-        devices: Sequence[torch.device],
-    ) -> None:
-        self.sizes = [shard.size for shard in shards]
-        self._name = name
-        self._shards = list(shards)
-        self._args, self._kwargs = args, kwargs
-        self._dataloader_idx = dataloader_idx
-        self._devices = devices
-
-    def run(
-        self,
-        model: LightningModule,
-        replicas: Replicas,
-        workers: Workers,
-        streams: Sequence[Stream],
-        manual: ManualOptimization | None,
-    ) -> list[Any]:
-        """Run it, and apply to the master what the replicas have logged and measured.
-
-        Returns:
-            What the replicas returned.
-        """
-        count = len(self._shards)
-        recorders = [LogRecorder() for _ in range(count)]
-        overrides = [
-            {"log": recorder.log, **(manual.overrides(slot) if manual is not None else {})}
-            for slot, recorder in enumerate(recorders)
-        ]
-        outside = partial(replicas.as_outside, count) if manual is not None else nullcontext
-        with replicas.step(count, overrides) as modules:
-            metrics = ReplicaMetrics(replicas.units, [replicas.units_of(i) for i in range(count)])
-            metrics.begin()
-            tasks = [
-                partial(self._run_one, slot, module, streams[slot])
-                for slot, module in enumerate(modules)
-            ]
-            outputs = workers.run(tasks, outside)
-        metrics.merge(self.sizes)
-        replay(recorders, self.sizes, model.log, metrics.original)
-        return outputs
-
-    def describe(self, slot: int) -> str:
-        """A replica and its shard, in words."""
-        first = sum(self.sizes[:slot])
-        last = first + self.sizes[slot] - 1
-        return (
-            f"replica {slot} of {len(self.sizes)} on {self._devices[slot]},"
-            f" samples {first} to {last} of the batch"
-        )
-
-    def _run_one(self, slot: int, module: Any, stream: Stream) -> Any:
-        with noted(self.describe(slot)), stream.entered():
-            batch = self._transferred(module, self._shards[slot].batch, self._devices[slot])
-            return getattr(module, self._name)(batch, *self._args, **self._kwargs)
-
-    def _transferred(self, module: Any, batch: Any, device: torch.device) -> Any:
-        """The shard on its device, by the hooks for it.
-
-        Lightning's own way to call hooks keeps state in the Trainer, and threads would mix it up.
-        """
-        selector = module.trainer._data_connector._datahook_selector
-        for hook, arguments in (
-            ("transfer_batch_to_device", (device, self._dataloader_idx)),
-            ("on_after_batch_transfer", (self._dataloader_idx,)),
-        ):
-            owner = selector.get_instance(hook)
-            owner = module if isinstance(owner, LightningModule) else owner
-            batch = getattr(owner, hook)(batch, *arguments)
-        return batch
 
 
 def _loss_of(output: Any) -> Tensor | None:

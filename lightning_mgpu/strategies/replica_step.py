@@ -1,0 +1,110 @@
+"""One step of a LightningModule, on one shard per replica."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from lightning_mgpu.engine.batch import Shard
+from lightning_mgpu.engine.notes import noted
+from lightning_mgpu.engine.randomness import Stream
+from lightning_mgpu.engine.replicas import Replicas
+from lightning_mgpu.engine.workers import Workers
+from lightning_mgpu.strategies.logged import LogRecorder, replay
+from lightning_mgpu.strategies.manual import ManualOptimization
+from lightning_mgpu.strategies.metrics import ReplicaMetrics
+
+__all__: list[str] = []
+
+
+class Step:
+    """A step by name, and what it is called with.
+
+    Args:
+        name: Of the method: ``training_step`` and the like.
+        shards: One per replica that takes part.
+        args: What the method gets behind the batch.
+        kwargs: The same, by name.
+        dataloader_idx: For the hooks that transfer a batch.
+        devices: Of the replicas.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[Shard],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dataloader_idx: int,
+        devices: Sequence[torch.device],
+    ) -> None:
+        self.sizes = [shard.size for shard in shards]
+        self._name = name
+        self._shards = list(shards)
+        self._args, self._kwargs = args, kwargs
+        self._dataloader_idx = dataloader_idx
+        self._devices = devices
+
+    def run(
+        self,
+        model: LightningModule,
+        replicas: Replicas,
+        workers: Workers,
+        streams: Sequence[Stream],
+        manual: ManualOptimization | None,
+    ) -> list[Any]:
+        """Run it, and apply to the master what the replicas have logged and measured.
+
+        Returns:
+            What the replicas returned.
+        """
+        count = len(self._shards)
+        recorders = [LogRecorder() for _ in range(count)]
+        overrides = [
+            {"log": recorder.log, **(manual.overrides(slot) if manual is not None else {})}
+            for slot, recorder in enumerate(recorders)
+        ]
+        outside = partial(replicas.as_outside, count) if manual is not None else nullcontext
+        with replicas.step(count, overrides) as modules:
+            metrics = ReplicaMetrics(replicas.units, [replicas.units_of(i) for i in range(count)])
+            metrics.begin()
+            tasks = [
+                partial(self._run_one, slot, module, streams[slot])
+                for slot, module in enumerate(modules)
+            ]
+            outputs = workers.run(tasks, outside)
+        metrics.merge(self.sizes)
+        replay(recorders, self.sizes, model.log, metrics.original)
+        return outputs
+
+    def describe(self, slot: int) -> str:
+        """A replica and its shard, in words."""
+        first = sum(self.sizes[:slot])
+        last = first + self.sizes[slot] - 1
+        return (
+            f"replica {slot} of {len(self.sizes)} on {self._devices[slot]},"
+            f" samples {first} to {last} of the batch"
+        )
+
+    def _run_one(self, slot: int, module: Any, stream: Stream) -> Any:
+        with noted(self.describe(slot)), stream.entered():
+            batch = self._transferred(module, self._shards[slot].batch, self._devices[slot])
+            return getattr(module, self._name)(batch, *self._args, **self._kwargs)
+
+    def _transferred(self, module: Any, batch: Any, device: torch.device) -> Any:
+        """The shard on its device, by the hooks for it.
+
+        Lightning's own way to call hooks keeps state in the Trainer, and threads would mix it up.
+        """
+        selector = module.trainer._data_connector._datahook_selector
+        for hook, arguments in (
+            ("transfer_batch_to_device", (device, self._dataloader_idx)),
+            ("on_after_batch_transfer", (self._dataloader_idx,)),
+        ):
+            owner = selector.get_instance(hook)
+            owner = module if isinstance(owner, LightningModule) else owner
+            batch = getattr(owner, hook)(batch, *arguments)
+        return batch
