@@ -154,6 +154,12 @@ def test_join_puts_per_sample_lists_one_after_another() -> None:
     assert [len(entry["box"]) for entry in joined] == [0, 1, 7]
 
 
+def test_join_takes_lists_of_different_things_for_columns() -> None:
+    outputs = [[torch.zeros(2), {"a": torch.zeros(2)}], [torch.ones(2), {"a": torch.ones(2)}]]
+    joined = join(outputs, [2, 2], CPU)
+    assert joined[0].tolist() == joined[1]["a"].tolist() == [0, 0, 1, 1]
+
+
 def test_join_joins_columns_of_a_list() -> None:
     outputs = [[torch.zeros(2, 3), torch.zeros(2)], [torch.ones(2, 3), torch.ones(2)]]
     joined = join(outputs, [2, 2], CPU)

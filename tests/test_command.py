@@ -377,7 +377,7 @@ def test_console_script_answers_without_torch(arguments: tuple[str, ...]) -> Non
     ("line", "expected"),
     [
         ("model=", "model=lenet model=mlp model=resnet model=transformer"),
-        ("+strategy=d", "+strategy=ddp +strategy=deepspeed"),
+        ("+strategy=d", "+strategy=ddp +strategy=deepspeed +strategy=dp"),
         ("model=mlp model.l", "model.lr="),
         ("seed", "seed="),
     ],

@@ -121,13 +121,16 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def are_per_sample(values: Sequence[Any], sizes: Sequence[int]) -> bool:
     """Whether these are lists with an entry per sample (texts, boxes), not `[logits, labels]`.
 
-    Lists of dicts are the former, whatever the sizes of the tensors in them.
+    The former have entries of one type; where those are dicts, whatever the sizes of the tensors in
+    them.
 
     Args:
         values: One per part of a batch.
         sizes: The number of samples in each part.
     """
     if not all(type(v) is list and len(v) == n for v, n in zip(values, sizes, strict=True)):
+        return False
+    if len({type(entry) for value in values for entry in value}) > 1:
         return False
     return not all(
         _is_batched(entry, size)
