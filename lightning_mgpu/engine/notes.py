@@ -7,6 +7,8 @@ from lightning_mgpu.engine.slot import Cancelled
 
 __all__: list[str] = []
 
+_PREFIX = "(raised in "
+
 
 class Where(Exception):
     """The cause given to an exception on Python 3.10, which knows no notes."""
@@ -22,8 +24,8 @@ def noted(where: str) -> Iterator[None]:
     except BaseException as error:
         # (One error may leave several tasks, if it arose in what they called together.)
         if hasattr(error, "add_note"):
-            if not getattr(error, "__notes__", None):
-                error.add_note(f"(raised in {where})")
+            if not any(note.startswith(_PREFIX) for note in getattr(error, "__notes__", ())):
+                error.add_note(f"{_PREFIX}{where})")
         elif error.__cause__ is None:
             error.__cause__ = Where(f"raised in {where}")
         raise
