@@ -140,6 +140,21 @@ def test_kinds_that_draw_nothing_pay_nothing() -> None:
     assert modes == [1, 1, 0, 0]
 
 
+def test_attention_without_dropout_draws_nothing() -> None:
+    streams = started()
+    modes: list[int] = []
+
+    def attend() -> Tensor:
+        modes.append(torch._C._len_torch_dispatch_stack())
+        inputs = [torch.ones(1, 1, 8, 4, requires_grad=True) for _ in range(3)]
+        nn.functional.scaled_dot_product_attention(*inputs).sum().backward()
+        return inputs[0]
+
+    for _ in range(2):
+        draw(streams, attend)
+    assert modes == [1, 1, 0, 0]
+
+
 def test_kind_that_draws_late_is_told_and_repeats_from_then_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -135,6 +135,8 @@ class _SupplyGenerator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         if not _takes_generator(func):
+            if _drops_nothing(func, args, kwargs):
+                return func(*args, **kwargs)
             with self:
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
@@ -162,6 +164,7 @@ class _SupplyGenerator(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _lending = threading.Lock()
+_PROBABILITIES = ("dropout_p", "dropout", "p")
 _generator_taken: dict[Any, bool] = {}
 
 
@@ -171,6 +174,15 @@ def _takes_generator(func: Any) -> bool:
         taken = any(argument.name == "generator" for argument in func._schema.arguments)
         _generator_taken[func] = taken
     return taken
+
+
+def _drops_nothing(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that may drop out, such as attention, is told not to."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name in _PROBABILITIES:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            return bool((argument.default_value if given is None else given) == 0)
+    return False
 
 
 def _device(args: Any, kwargs: dict[str, Any]) -> torch.device:
