@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -162,8 +161,8 @@ def step_by_hand(nets: Any, optimizer: Any, inboxes: Any, done: Any) -> float:
         inbox.put(True)
     for _ in inboxes:
         done.get()
-    gradients: Callable[[Any], list[Any]] = lambda net: [p.grad for p in net.parameters()]  # noqa: E731
-    torch._foreach_add_(gradients(nets[0]), gradients(nets[1]))
+    first, second = ([parameter.grad for parameter in net.parameters()] for net in nets)
+    torch._foreach_add_(first, second)
     optimizer.step()
     for net in nets:
         net.zero_grad()

@@ -74,7 +74,10 @@ class Call:
                 key.append((name, inputs[id(leaf)].name))
             else:
                 key.append((name, type(leaf), leaf if _is_hashable(leaf) else Same(leaf)))
-        put: Callable[[Any], Any] = lambda leaf: inputs.get(id(leaf), leaf)  # noqa: E731
+
+        def put(leaf: Any) -> Any:
+            return inputs.get(id(leaf), leaf)
+
         lists = {name: value for name, value in named if _is_plain_list(value)}
         filled = map_leaves(put, (tuple(args), dict(kwargs)))
         return cls(tensors, lists, filled[0], filled[1], tuple(key))

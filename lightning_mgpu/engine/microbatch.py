@@ -99,7 +99,9 @@ def _join_tensors(
             "The module returns a tensor without dimensions, computed from one micro-batch. Return"
             " what has an entry per sample, and take the mean or the loss in the step."
         )
-    factors = {part.shape[0] / count if count else 1.0 for part, count in zip(parts, counts)}  # noqa: B905
+    factors = {
+        part.shape[0] / count if count else 1.0 for part, count in zip(parts, counts, strict=True)
+    }
     if len(factors) > 1 or not next(iter(factors)).is_integer() or _differ(parts):
         raise SplitError(
             "The module returns a tensor whose first dimension is not the batch: of micro-batches"
