@@ -10,12 +10,12 @@ import argparse
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 import warnings
 from statistics import median
+
+from rounds import interleaved, spread
 
 STRATEGIES = ("mgpu_ddp", "ddp", "ddp_spawn")
 SIZES = {"small": 8, "100 MB": 5000}  # features of one square float32 layer
@@ -44,36 +44,16 @@ def main() -> None:
 
 def measure(name: str, features: int, rounds: int) -> None:
     """Print one table: every strategy, cold and later calls."""
-    cold: dict[str, list[float]] = {strategy: [] for strategy in STRATEGIES}
-    later: dict[str, list[float]] = {strategy: [] for strategy in STRATEGIES}
-    for _ in range(rounds):
-        for strategy in STRATEGIES:
-            first, *others = in_fresh_process(strategy, features)
-            cold[strategy].append(first)
-            later[strategy].append(median(others))
+    calls = interleaved(__file__, STRATEGIES, rounds, str(features))
+    cold = {strategy: [first for first, *_ in found] for strategy, found in calls.items()}
+    later = {
+        strategy: [median(others) for _, *others in found] for strategy, found in calls.items()
+    }
     print(f"\n{name} model, {rounds} rounds; seconds per call, ratio to stock ddp")
     for kind, times in (("cold", cold), ("later", later)):
         for strategy in STRATEGIES:
             ratios = [a / b for a, b in zip(times[strategy], times["ddp"], strict=True)]
             print(f"  {kind:6}{strategy:10}{spread(times[strategy])}   ratio {spread(ratios)}")
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{median(values):7.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def in_fresh_process(strategy: str, features: int) -> list[float]:
-    """Seconds of each `fit` call in a new Python process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", strategy, str(features)],
-        capture_output=True,
-        text=True,
-    )
-    if not done.stdout:  # stock ddp may measure and then crash at its interpreter's end
-        raise SystemExit(done.stderr)
-    times: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return times
 
 
 def fit(strategy: str, features: int) -> float:

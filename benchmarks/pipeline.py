@@ -11,13 +11,13 @@ import argparse
 import importlib.util
 import itertools
 import json
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import Any
+
+from rounds import interleaved, print_throughputs
 
 STAGES, CHUNKS, BATCH, WARM_UP = 2, 8, 1024, 2
 WAYS = ("pipeline", "limit", "torchgpipe", "one thread", "all cores")
@@ -37,35 +37,9 @@ def main() -> None:
         return
     ways = [way for way in arguments.ways if way != "torchgpipe" or _has_torchgpipe()]
     for model in arguments.models:
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(arguments.rounds):
-            for way in ways:
-                times[way].append(in_fresh_process(way, model, arguments.steps))
-        report(model, times)
-
-
-def report(model: str, times: dict[str, list[float]]) -> None:
-    """Print one table."""
-    rounds = len(times["pipeline"])
-    print(f"\n{model}, {rounds} rounds; seconds a step, and the pipeline's throughput in multiples")
-    for way, seconds in times.items():
-        ratios = [other / ours for other, ours in zip(seconds, times["pipeline"], strict=True)]
-        print(f"  {way:12}{spread(seconds)}   {spread(ratios)}", flush=True)
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{median(values):7.4f} ({min(values):.4f} to {max(values):.4f})"
-
-
-def in_fresh_process(way: str, model: str, steps: int) -> float:
-    """Seconds a step takes in a new Python process."""
-    command = [sys.executable, __file__, "--steps", str(steps), "--child", way, model]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    seconds: float = json.loads(done.stdout.splitlines()[-1])
-    return seconds
+        steps = ("--steps", str(arguments.steps))
+        seconds = interleaved(__file__, ways, arguments.rounds, model, *steps)
+        print_throughputs(model, seconds, ours="pipeline")
 
 
 def measure(way: str, model: str, steps: int) -> float:

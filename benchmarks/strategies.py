@@ -11,13 +11,13 @@ import itertools
 import json
 import os
 import queue
-import subprocess
-import sys
 import threading
 import time
 import warnings
 from statistics import median
 from typing import Any
+
+from rounds import interleaved, print_throughputs
 
 DEVICES = 2
 WARM_UP = 4
@@ -36,43 +36,14 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("WAY", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        seconds = measure(*arguments.child, steps=arguments.steps)
+        measured = measure(*arguments.child, steps=arguments.steps)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(json.dumps(seconds))
+            print(json.dumps(measured))
         return
     for model in arguments.models:
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
-        for _ in range(arguments.rounds):
-            for way in WAYS:
-                times[way].append(in_fresh_process(way, model, arguments.steps))
-        report(model, times)
-
-
-def report(model: str, times: dict[str, list[float]]) -> None:
-    """Print one table."""
-    rounds = len(times["dp"])
-    print(f"\n{model}, {rounds} rounds; seconds a step, and dp's throughput in multiples of theirs")
-    for way, seconds in times.items():
-        ratios = [other / ours for other, ours in zip(seconds, times["dp"], strict=True)]
-        print(f"  {way:16}{spread(seconds)}   {spread(ratios)}", flush=True)
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{median(values):7.4f} ({min(values):.4f} to {max(values):.4f})"
-
-
-def in_fresh_process(way: str, model: str, steps: int) -> float:
-    """Seconds a step takes in a new Python process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--steps", str(steps), "--child", way, model],
-        capture_output=True,
-        text=True,
-    )
-    if not done.stdout:  # stock ddp may measure and then crash at its interpreter's end
-        raise SystemExit(done.stderr)
-    seconds: float = json.loads(done.stdout.splitlines()[-1])
-    return seconds
+        steps = ("--steps", str(arguments.steps))
+        seconds = interleaved(__file__, WAYS, arguments.rounds, model, *steps)
+        print_throughputs(model, seconds, ours="dp")
 
 
 def measure(way: str, model: str, steps: int) -> float:
