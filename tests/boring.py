@@ -103,3 +103,11 @@ def trainer(strategy: Any = "mgpu_ddp", devices: Any = 2, **kwargs: Any) -> pl.T
         "max_epochs": 1,
     }
     return pl.Trainer(devices=devices, strategy=strategy, **{**quiet, **kwargs})
+
+
+def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module, tolerance: float = 1e-9) -> None:
+    """Both state dicts hold the same tensors, to `tolerance`."""
+    theirs = b.state_dict()
+    assert theirs.keys() == a.state_dict().keys()
+    for name, value in a.state_dict().items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=tolerance, msg=name)

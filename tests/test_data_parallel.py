@@ -46,12 +46,6 @@ def both(
     return alone, parallel, *trainers
 
 
-def assert_same_weights(a: nn.Module, b: nn.Module, tolerance: float = 1e-9) -> None:
-    theirs = b.state_dict()
-    for name, value in a.state_dict().items():
-        torch.testing.assert_close(theirs[name], value, rtol=0, atol=tolerance, msg=name)
-
-
 class Listing(Dataset[Any]):
     """Samples made by a function of their index."""
 
@@ -154,7 +148,7 @@ def test_step_that_returns_nothing_is_skipped() -> None:
             return None if batch_idx == 0 else super().training_step(batch, batch_idx)
 
     alone, parallel, *_ = both(Model)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_replicas_without_a_loss_weigh_nothing() -> None:
@@ -238,7 +232,7 @@ def test_batches_of_any_structure(kind: str) -> None:
     make, collate, unwrap = BATCHES[kind]
     data = loader(make, collate_fn=collate)
     alone, parallel, *_ = both(lambda: Unwrapping(unwrap), data)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
     assert isinstance(parallel, Unwrapping)
     assert {type(shard) for shard in parallel.shards} == {type(next(iter(data)))}
     assert len(parallel.shards) == 2 * 2 * 2  # epochs, batches, replicas
@@ -275,7 +269,7 @@ def test_scatter_fn_splits_what_we_cannot() -> None:
     data = loader(_sample, collate_fn=collate)
     strategy = DataParallelStrategy(scatter_fn=scatter)
     alone, parallel, *_ = both(lambda: Unwrapping(unwrap), data, strategy=strategy)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_scatter_fn_with_too_many_shards_is_refused() -> None:
@@ -365,7 +359,7 @@ def test_batch_norm_statistics_are_those_of_the_whole_batch(
 ) -> None:
     data = boring.Blobs(10, 25)
     alone, parallel, *_ = both(lambda: Normalised(momentum), data, devices)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_batch_norm_statistics_of_the_first_shard() -> None:
@@ -373,7 +367,7 @@ def test_batch_norm_statistics_of_the_first_shard() -> None:
     strategy = DataParallelStrategy(batch_norm="first")
     dp(strategy=strategy, limit_val_batches=0).fit(model, boring.Blobs(10, 10))
     expected(boring.blobs(10).tensors[0][:5])
-    assert_same_weights(expected, model)
+    boring.assert_same_weights(expected, model)
 
 
 def test_batch_norm_gets_no_shard_of_one_sample() -> None:
@@ -417,9 +411,9 @@ def no_seed_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dropout_repeats_bit_for_bit_under_the_same_seed() -> None:
     first = _train_dropping()
     for _ in range(2):
-        assert_same_weights(first, _train_dropping(), tolerance=0)
+        boring.assert_same_weights(first, _train_dropping(), tolerance=0)
     with pytest.raises(AssertionError):
-        assert_same_weights(first, _train_dropping(seed=2), tolerance=1e-6)
+        boring.assert_same_weights(first, _train_dropping(seed=2), tolerance=1e-6)
 
 
 @pytest.mark.usefixtures("no_seed_in_environment")
@@ -427,7 +421,7 @@ def test_dropout_repeats_bit_for_bit_under_the_same_seed() -> None:
 def test_activation_checkpointing_draws_the_same_masks_again(devices: int) -> None:
     kept = _train_dropping(recompute=False, devices=devices)
     recomputed = _train_dropping(recompute=True, devices=devices)
-    assert_same_weights(kept, recomputed)
+    boring.assert_same_weights(kept, recomputed)
 
 
 @pytest.mark.usefixtures("no_seed_in_environment")
@@ -455,7 +449,7 @@ def test_shuffled_data_comes_in_the_order_of_one_device() -> None:
     for trainer, model in ((boring.trainer("auto", 1), alone), (dp(), parallel)):
         torch.manual_seed(5)
         trainer.fit(model, Data())
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -466,7 +460,7 @@ def test_compiled_submodules(backend: str) -> None:
         return model
 
     alone, parallel, *_ = both(build)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_hooks_of_modules_act_on_the_replica_they_are_called_on() -> None:
@@ -485,7 +479,7 @@ def test_hooks_of_modules_act_on_the_replica_they_are_called_on() -> None:
             return self.layers[1][1](self.layers[1][0](self.apply_first(x)))
 
     alone, parallel, *_ = both(Model)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
     assert isinstance(alone, Model)
     assert not torch.equal(alone.scale, torch.ones(3, dtype=torch.float64))
 
@@ -531,7 +525,7 @@ def test_precisions(precision: Any) -> None:
     if precision == "16-true":
         expected = torch.float16
     assert dtypes == {(expected, torch.float32 if "mixed" in precision else expected)}
-    assert_same_weights(alone, parallel, tolerance=1e-9 if precision == "64-true" else 2e-2)
+    boring.assert_same_weights(alone, parallel, tolerance=1e-9 if precision == "64-true" else 2e-2)
 
 
 # What the master's hooks and the replicas' steps change
@@ -543,7 +537,7 @@ def test_freezing_in_the_middle_of_training() -> None:
             self.net[0].requires_grad_(self.current_epoch % 2 == 0)
 
     alone, parallel, *_ = both(Model, max_epochs=4)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_module_replaced_in_the_middle_of_training() -> None:
@@ -557,7 +551,7 @@ def test_module_replaced_in_the_middle_of_training() -> None:
                 self.net[2] = fresh
 
     alone, parallel, *_ = both(Model)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_parameter_storage_swapped_in_the_middle_of_training() -> None:
@@ -567,7 +561,7 @@ def test_parameter_storage_swapped_in_the_middle_of_training() -> None:
                 parameter.data = parameter.data.clone() * 0.5
 
     alone, parallel, *_ = both(Model)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 @pytest.mark.parametrize(
@@ -580,7 +574,7 @@ def test_parameter_storage_swapped_in_the_middle_of_training() -> None:
 )
 def test_weight_averaging(callback: Callable[[], pl.Callback]) -> None:
     alone, parallel, *_ = both(boring.Classifier, callbacks=[callback()], max_epochs=3)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 class Keeping(boring.Classifier):
@@ -669,7 +663,7 @@ def test_freezing_within_a_step() -> None:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     alone, parallel, *_ = both(Model)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_functions_that_close_over_the_model_act_on_the_replica() -> None:
@@ -688,7 +682,7 @@ def test_functions_that_close_over_the_model_act_on_the_replica() -> None:
             return logits + self.features.pop().sum() * 0.1 + self.look().mean()
 
     alone, parallel, *_ = both(Model)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_modules_reached_through_hyperparameters() -> None:
@@ -778,7 +772,7 @@ def test_resume_is_exact_in_either_direction(first: str, second: str, tmp_path: 
     assert saved["state_dict"].keys() == whole.state_dict().keys()
     resumed = boring.Classifier("adam", True)
     train(second, resumed, 4, tmp_path / "half.ckpt")
-    assert_same_weights(whole, resumed)
+    boring.assert_same_weights(whole, resumed)
 
 
 def test_fit_again_with_the_same_trainer_strategy_and_module() -> None:
@@ -790,7 +784,7 @@ def test_fit_again_with_the_same_trainer_strategy_and_module() -> None:
             trainer.fit(model, boring.Blobs())
             trainer.fit_loop.max_epochs += 1
         trainer.test(model, boring.Blobs(), verbose=False)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
     dp(strategy=strategy).fit(boring.Classifier(), boring.Blobs())
     torch.testing.assert_close(dict(two.callback_metrics), dict(one.callback_metrics))
 
@@ -816,7 +810,7 @@ def test_copies_and_pickles_in_the_middle_of_training() -> None:
     model = boring.Classifier()
     dp(callbacks=[Copying()]).fit(model, boring.Blobs())
     for copied in copies[-1]:
-        assert_same_weights(model, copied)
+        boring.assert_same_weights(model, copied)
         dp().fit(copied, boring.Blobs())
 
 
@@ -827,17 +821,17 @@ def test_trainer_is_pickled() -> None:
     alone, parallel = boring.Classifier(), boring.Classifier()
     boring.trainer("auto", 1).fit(alone, boring.Blobs())
     other.fit(parallel, boring.Blobs())
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_one_device_works_too() -> None:
     alone, parallel, *_ = both(boring.Classifier, devices=1)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_detect_anomaly_and_overfit_batches() -> None:
     alone, parallel, *_ = both(boring.Classifier, detect_anomaly=True, overfit_batches=2)
-    assert_same_weights(alone, parallel)
+    boring.assert_same_weights(alone, parallel)
 
 
 @pytest.mark.parametrize("profiler", ["simple", "advanced", "pytorch"])

@@ -110,8 +110,7 @@ def test_training_goes_on_after_an_error() -> None:
     expected.load_state_dict(model.state_dict())
     boring.trainer(strategy, 2).fit(model, boring.Blobs())
     boring.trainer("auto", 1).fit(expected, boring.Blobs())
-    for name, value in expected.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-9)
+    boring.assert_same_weights(expected, model)
 
 
 def test_exit_in_a_step_ends_the_program_as_usual() -> None:
@@ -269,8 +268,7 @@ def test_backward_twice_with_the_graph_retained() -> None:
     alone, parallel = Model(), Model()
     boring.trainer("auto", 1).fit(alone, boring.Blobs())
     boring.trainer("dp", 2).fit(parallel, boring.Blobs())
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(parallel.state_dict()[name], value, rtol=0, atol=1e-9)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_loss_that_is_no_tensor_is_refused() -> None:

@@ -83,8 +83,7 @@ def test_adversarial_networks_equal_one_device(devices: int, kwargs: dict[str, A
     two = boring.trainer("dp", devices, max_epochs=2)
     one.fit(alone, boring.Blobs(10, 25))
     two.fit(parallel, boring.Blobs(10, 25))
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(parallel.state_dict()[name], value, rtol=0, atol=1e-9)
+    boring.assert_same_weights(alone, parallel)
     assert two.global_step == one.global_step
     torch.testing.assert_close(dict(two.callback_metrics), dict(one.callback_metrics))
 
@@ -123,8 +122,7 @@ def test_accumulated_manual_backward() -> None:
     alone, parallel = Model(), Model()
     boring.trainer("auto", 1).fit(alone, boring.Blobs(10, 48))
     boring.trainer("dp", 2).fit(parallel, boring.Blobs(10, 48))
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(parallel.state_dict()[name], value, rtol=0, atol=1e-9)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_replicas_out_of_step_are_refused() -> None:
@@ -196,8 +194,7 @@ def test_torch_optimizer_and_scheduler_with_a_metric() -> None:
     alone, parallel = Model(), Model()
     boring.trainer("auto", 1).fit(alone, boring.Blobs(10, 48))
     boring.trainer("dp", 2).fit(parallel, boring.Blobs(10, 48))
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(parallel.state_dict()[name], value, rtol=0, atol=1e-9)
+    boring.assert_same_weights(alone, parallel)
 
 
 def test_error_in_what_is_done_for_all_reaches_the_step() -> None:

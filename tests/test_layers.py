@@ -39,6 +39,16 @@ def test_imports_point_down(file: Path) -> None:
         assert names[0] != "ray" or part == "ray", f"{file.name} imports {module}"
 
 
+def test_engine_shares_nothing_but_its_own_files() -> None:
+    parts = {"replication": "pipelining", "pipelining": "replication"}
+    for file in (PACKAGE / "engine").rglob("*.py"):
+        where = file.relative_to(PACKAGE / "engine").parts[0]
+        # Shared files know of neither part.
+        forbidden = {parts[where]} if where in parts else set(parts)
+        for module in _imported(file):
+            assert not forbidden & set(module.split(".")), f"{file.name} imports {module}"
+
+
 # As it looks while `python -m lightning_mgpu` imports the package.
 _AS_COMMAND = "import sys; sys.argv = ['-m']; sys.orig_argv = ['python', '-m', 'lightning_mgpu']"
 

@@ -99,8 +99,7 @@ def _compare(
     expected = Strategy("auto", devices=1, processes=1).run(alone, size, **kwargs)
     actual = strategy.run(parallel, size, **kwargs)
     assert actual.global_step == expected.global_step == STEPS
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(parallel.state_dict()[name], value, rtol=0, atol=TOLERANCE)
+    boring.assert_same_weights(alone, parallel)
     metrics = dict(actual.callback_metrics)
     assert metrics.keys() == expected.callback_metrics.keys()
     for name, value in expected.callback_metrics.items():

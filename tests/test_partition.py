@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mgpu.engine.arguments import Call, Splitter
-from lightning_mgpu.engine.cutter import Cutter
-from lightning_mgpu.engine.microbatch import SplitError
-from lightning_mgpu.engine.partition import PartitionError
-from lightning_mgpu.engine.pipeline import Pipeline
-from lightning_mgpu.engine.trace import UntraceableError
-from lightning_mgpu.engine.tuning import Chunks
+from lightning_mgpu.engine.pipelining.arguments import Call, Splitter
+from lightning_mgpu.engine.pipelining.cutter import Cutter
+from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.engine.pipelining.partition import PartitionError
+from lightning_mgpu.engine.pipelining.pipeline import Pipeline
+from lightning_mgpu.engine.pipelining.trace import UntraceableError
+from lightning_mgpu.engine.pipelining.tuning import Chunks
 
 
 class Net(nn.Module):

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from torch import Tensor, nn
 
 from lightning_mgpu import PipelineStrategy
-from lightning_mgpu.engine.partition import PartitionError
-from lightning_mgpu.engine.tuning import Chunks
+from lightning_mgpu.engine.pipelining.partition import PartitionError
+from lightning_mgpu.engine.pipelining.tuning import Chunks
 
 
 class Deep(parity_models.Model):
@@ -415,9 +415,9 @@ def test_measured_balance(balance: Any, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_measured_costs_of_layers() -> None:
-    from lightning_mgpu.engine.graph_cut import layers
-    from lightning_mgpu.engine.measure import measure
-    from lightning_mgpu.engine.trace import Input
+    from lightning_mgpu.engine.pipelining.graph_cut import layers
+    from lightning_mgpu.engine.pipelining.measure import measure
+    from lightning_mgpu.engine.pipelining.trace import Input
 
     module = nn.Sequential(
         *(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3), nn.ReLU(inplace=True)),
@@ -467,7 +467,7 @@ def _table(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_tensors_and_state_lie_with_their_stage() -> None:
     """Another device that every machine has: one without memory."""
-    from lightning_mgpu.engine.cutter import Cutter
+    from lightning_mgpu.engine.pipelining.cutter import Cutter
     from lightning_mgpu.strategies.placement import place, state_to_parameters
 
     model = Deep()

@@ -16,8 +16,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_mgpu import PipelineStrategy
-from lightning_mgpu.engine.microbatch import SplitError
-from lightning_mgpu.engine.partition import PartitionError
+from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.engine.pipelining.partition import PartitionError
 
 
 class Fault(Exception):

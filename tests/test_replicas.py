@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mgpu.engine.replicas import Replicas
-from lightning_mgpu.engine.structure import MAX_CONTAINER
+from lightning_mgpu.engine.replication.replicas import Replicas
+from lightning_mgpu.engine.replication.structure import MAX_CONTAINER
 from lightning_mgpu.engine.workers import Workers
 
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mgpu.engine import microbatch, schedule
-from lightning_mgpu.engine.balance import balance
-from lightning_mgpu.engine.microbatch import SplitError
-from lightning_mgpu.engine.schedule import Task
+from lightning_mgpu.engine.pipelining import microbatch, schedule
+from lightning_mgpu.engine.pipelining.balance import balance
+from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.engine.pipelining.schedule import Task
 
 SHAPES = {"stages": st.integers(1, 8), "chunks": st.integers(1, 20)}
 

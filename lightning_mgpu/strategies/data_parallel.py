@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from lightning_mgpu.engine import batch_norm as engine_batch_norm
 from lightning_mgpu.engine.batch import Shard, join, split
-from lightning_mgpu.engine.loss import joint_loss
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
-from lightning_mgpu.engine.replicas import Replicas
+from lightning_mgpu.engine.replication.loss import joint_loss
+from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
 from lightning_mgpu.strategies.manual import ManualOptimization
 from lightning_mgpu.strategies.metrics import is_metric, replica_of

@@ -12,11 +12,11 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from typing_extensions import override
 
-from lightning_mgpu.engine.arguments import Splitter
-from lightning_mgpu.engine.cutter import Balance, Cut, Cutter
-from lightning_mgpu.engine.passage import Checkpoint
-from lightning_mgpu.engine.pipeline import Pipeline
-from lightning_mgpu.engine.tuning import Chunks
+from lightning_mgpu.engine.pipelining.arguments import Splitter
+from lightning_mgpu.engine.pipelining.cutter import Balance, Cut, Cutter
+from lightning_mgpu.engine.pipelining.passage import Checkpoint
+from lightning_mgpu.engine.pipelining.pipeline import Pipeline
+from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
 from lightning_mgpu.strategies.single_process import SingleProcessStrategy
 from lightning_mgpu.strategies.split_module import find_module, own_stages

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mgpu.engine.batch import leaves, map_leaves
-from lightning_mgpu.engine.cutter import Cut
+from lightning_mgpu.engine.pipelining.cutter import Cut
 
 __all__: list[str] = []
 

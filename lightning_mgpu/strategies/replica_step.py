@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning_mgpu.engine.batch import Shard
 from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.randomness import Stream
-from lightning_mgpu.engine.replicas import Replicas
+from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
 from lightning_mgpu.strategies.logged import LogRecorder, replay
 from lightning_mgpu.strategies.manual import ManualOptimization

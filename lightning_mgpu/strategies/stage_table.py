@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_mgpu.engine import schedule
-from lightning_mgpu.engine.cutter import Cut
-from lightning_mgpu.engine.measure import Cost
+from lightning_mgpu.engine.pipelining import schedule
+from lightning_mgpu.engine.pipelining.cutter import Cut
+from lightning_mgpu.engine.pipelining.measure import Cost
 
 __all__: list[str] = []
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lightning_mgpu.engine.batch import map_leaves
-from lightning_mgpu.engine.partition import Name, Partition, PartitionError, Stage
-from lightning_mgpu.engine.trace import Result, Trace, line_of
+from lightning_mgpu.engine.pipelining.partition import Name, Partition, PartitionError, Stage
+from lightning_mgpu.engine.pipelining.trace import Result, Trace, line_of
 
 __all__: list[str] = []
 

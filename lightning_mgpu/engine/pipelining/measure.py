@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_mgpu.engine import values
 from lightning_mgpu.engine.batch_norm import Recorder, layers_of
-from lightning_mgpu.engine.shadow import Shadow
-from lightning_mgpu.engine.stage_builder import attribute
-from lightning_mgpu.engine.trace import Trace
+from lightning_mgpu.engine.pipelining import values
+from lightning_mgpu.engine.pipelining.shadow import Shadow
+from lightning_mgpu.engine.pipelining.stage_builder import attribute
+from lightning_mgpu.engine.pipelining.trace import Trace
 
 __all__: list[str] = []
 

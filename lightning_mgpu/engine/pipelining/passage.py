@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_mgpu.engine import schedule, values
 from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.context import ThreadContext
-from lightning_mgpu.engine.links import Links
 from lightning_mgpu.engine.notes import noted
-from lightning_mgpu.engine.partition import Name, Partition, Stage
+from lightning_mgpu.engine.pipelining import schedule, values
+from lightning_mgpu.engine.pipelining.links import Links
+from lightning_mgpu.engine.pipelining.partition import Name, Partition, Stage
 from lightning_mgpu.engine.randomness import Stream
 from lightning_mgpu.engine.workers import Workers
 

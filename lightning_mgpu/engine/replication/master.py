@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from lightning_mgpu.engine.replica import Replica
-from lightning_mgpu.engine.structure import Structure
+from lightning_mgpu.engine.replication.replica import Replica
+from lightning_mgpu.engine.replication.structure import Structure
 
 __all__: list[str] = []
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_mgpu.engine.batch import map_leaves
-from lightning_mgpu.engine.trace import Input, Result
+from lightning_mgpu.engine.pipelining.trace import Input, Result
 
 __all__: list[str] = []
 

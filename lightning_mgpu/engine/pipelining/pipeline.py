@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from lightning_mgpu.engine import batch_norm
-from lightning_mgpu.engine import microbatch as mb
-from lightning_mgpu.engine.arguments import Call, Splitter
 from lightning_mgpu.engine.autograd import Gradients, graft
 from lightning_mgpu.engine.batch import leaves, map_leaves
-from lightning_mgpu.engine.cutter import Cut, Cutter
-from lightning_mgpu.engine.partition import Name, fill
-from lightning_mgpu.engine.passage import Checkpoint, Passage
+from lightning_mgpu.engine.pipelining import microbatch as mb
+from lightning_mgpu.engine.pipelining.arguments import Call, Splitter
+from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
+from lightning_mgpu.engine.pipelining.partition import Name, fill
+from lightning_mgpu.engine.pipelining.passage import Checkpoint, Passage
+from lightning_mgpu.engine.pipelining.shadow import Shadow
+from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
-from lightning_mgpu.engine.shadow import Shadow
-from lightning_mgpu.engine.tuning import Chunks
 from lightning_mgpu.engine.workers import Workers
 
 __all__: list[str] = []

@@ -9,7 +9,7 @@ from lightning_mgpu.engine.autograd import Gradients, graft
 from lightning_mgpu.engine.batch import weighted_mean
 from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.randomness import Stream
-from lightning_mgpu.engine.replicas import Replicas
+from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
 
 __all__: list[str] = []

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine import batch_norm
-from lightning_mgpu.engine.compiled import inside_compiled
-from lightning_mgpu.engine.copies import Copy
 from lightning_mgpu.engine.leaves import Leaves, add_gradients
-from lightning_mgpu.engine.master import Master
-from lightning_mgpu.engine.structure import Structure
+from lightning_mgpu.engine.replication.compiled import inside_compiled
+from lightning_mgpu.engine.replication.copies import Copy
+from lightning_mgpu.engine.replication.master import Master
+from lightning_mgpu.engine.replication.structure import Structure
 from lightning_mgpu.engine.workers import Workers
 
 log = logging.getLogger(__name__)

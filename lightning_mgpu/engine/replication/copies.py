@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mgpu.engine.batch_norm import Recorder
-from lightning_mgpu.engine.buffers import Buffers
-from lightning_mgpu.engine.compiled import COMPILED_ATTRIBUTES, compile_again, is_compiled
-from lightning_mgpu.engine.remap import Remap, equal, merge_containers
-from lightning_mgpu.engine.replica import Replica
-from lightning_mgpu.engine.structure import Structure
+from lightning_mgpu.engine.replication.buffers import Buffers
+from lightning_mgpu.engine.replication.compiled import (
+    COMPILED_ATTRIBUTES,
+    compile_again,
+    is_compiled,
+)
+from lightning_mgpu.engine.replication.remap import Remap, equal, merge_containers
+from lightning_mgpu.engine.replication.replica import Replica
+from lightning_mgpu.engine.replication.structure import Structure
 
 __all__: list[str] = []
 

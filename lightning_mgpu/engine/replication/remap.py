@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_mgpu.engine.structure import ATOMS, MAX_CONTAINER, closed_over
+from lightning_mgpu.engine.replication.structure import ATOMS, MAX_CONTAINER, closed_over
 
 __all__: list[str] = []
 

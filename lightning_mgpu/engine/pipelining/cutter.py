@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_mgpu.engine import balance, batch_norm
-from lightning_mgpu.engine.arguments import Call, Same
-from lightning_mgpu.engine.graph_cut import layers, partition
-from lightning_mgpu.engine.measure import Cost, measure
-from lightning_mgpu.engine.partition import (
+from lightning_mgpu.engine import batch_norm
+from lightning_mgpu.engine.pipelining import balance
+from lightning_mgpu.engine.pipelining.arguments import Call, Same
+from lightning_mgpu.engine.pipelining.graph_cut import layers, partition
+from lightning_mgpu.engine.pipelining.measure import Cost, measure
+from lightning_mgpu.engine.pipelining.partition import (
     Partition,
     PartitionError,
     Stage,
@@ -20,7 +21,7 @@ from lightning_mgpu.engine.partition import (
     canonical,
     chain,
 )
-from lightning_mgpu.engine.trace import Input, UntraceableError
+from lightning_mgpu.engine.pipelining.trace import Input, UntraceableError
 
 __all__: list[str] = []
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.leaves import Leaves
-from lightning_mgpu.engine.remap import Remap
-from lightning_mgpu.engine.structure import Structure
+from lightning_mgpu.engine.replication.remap import Remap
+from lightning_mgpu.engine.replication.structure import Structure
 
 __all__: list[str] = []
 

@@ -5,9 +5,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from lightning_mgpu.engine.partition import Partition, PartitionError, ancestors, canonical
-from lightning_mgpu.engine.stage_builder import StageBuilder, attribute
-from lightning_mgpu.engine.trace import Trace, trace
+from lightning_mgpu.engine.pipelining.partition import (
+    Partition,
+    PartitionError,
+    ancestors,
+    canonical,
+)
+from lightning_mgpu.engine.pipelining.stage_builder import StageBuilder, attribute
+from lightning_mgpu.engine.pipelining.trace import Trace, trace
 
 __all__: list[str] = []
 

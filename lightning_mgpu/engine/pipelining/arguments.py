@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_mgpu.engine.batch import leaves, map_leaves
-from lightning_mgpu.engine.microbatch import SplitError
-from lightning_mgpu.engine.trace import Input
+from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.engine.pipelining.trace import Input
 
 __all__: list[str] = []
 
