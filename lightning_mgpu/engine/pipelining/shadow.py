@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.leaves import Leaves
+from lightning_mgpu.engine.patches import Patches
 
 __all__: list[str] = []
 
@@ -27,24 +28,21 @@ class Shadow:
         )
         # Leaves alias the parameters wherever those lie; the device is of no account.
         self._leaves = Leaves(self.parameters, self.parameters[0].device, own_memory=False)
-        self._patches = self._find()
+        self._patches = Patches(self._find())
 
     def is_stale(self) -> bool:
         """Whether modules or parameters are no longer those that were found."""
-        return any(holder.get(key) is not old for holder, key, old, _ in self._patches)
+        return self._patches.is_stale()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """The modules compute with the leaves."""
         self._leaves.refresh()
-        for holder, key, _, new in self._patches:
-            holder[key] = new
+        self._patches.apply()
         try:
             yield
         finally:
-            for holder, key, old, new in self._patches:
-                if holder.get(key) is new:  # else the step has put something there
-                    holder[key] = old
+            self._patches.revert()
 
     def take_gradients(self) -> list[Tensor | None]:
         """What has been accumulated for each parameter since the last time."""

@@ -1,19 +1,18 @@
 """Replica 0: the user's own module, patched while a step lasts."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from typing_extensions import override
 
+from lightning_mgpu.engine.patches import Patches
 from lightning_mgpu.engine.replication.replica import Replica
 from lightning_mgpu.engine.replication.structure import Structure
 
 __all__: list[str] = []
-
-_MISSING = object()
 
 
 class Master(Replica):
@@ -26,18 +25,7 @@ class Master(Replica):
         super().__init__(structure, *args)
         self.module = structure.modules[0]
         self._parts = [_parts(module) for module in structure.modules]
-        self._patches = [
-            (holder, key, value, new)
-            for holder, key, value in structure.places
-            # Containers are places' holders themselves, and modules stay.
-            if not isinstance(value, (nn.Module, list, dict, deque)) or id(value) in self.remap.memo
-            if (new := self.remap(value)) is not value
-        ]
-        self._patches += [
-            (vars(module), "_compiled_call_impl", module._compiled_call_impl, None)
-            for module in structure.modules
-            if module._compiled_call_impl is not None
-        ]
+        self._patches = Patches([*self._stand_ins(), *_uncompiled(structure.modules)])
         self.overrides: Mapping[str, Any] = {}
 
     def is_stale(self) -> bool:
@@ -71,9 +59,7 @@ class Master(Replica):
 
     def _enter(self, overrides: Mapping[str, Any]) -> None:
         self.overrides = overrides
-        for holder, key, old, new in self._patches:
-            if _at(holder, key) is old:
-                holder[key] = new
+        self._patches.apply()
         vars(self.module).update(overrides)
         self.recorder.attach()
 
@@ -82,9 +68,23 @@ class Master(Replica):
         self.leaves.keep_freezing()
         for key in self.overrides:
             vars(self.module).pop(key, None)
-        for holder, key, old, new in self._patches:
-            if _at(holder, key) is new:  # else the step has put something there
-                holder[key] = old
+        self._patches.revert()
+
+    def _stand_ins(self) -> Iterator[tuple[Any, Any, Any, Any]]:
+        for holder, key, value in self.structure.places:
+            # Containers are places' holders themselves, and modules stay.
+            is_left = isinstance(value, (nn.Module, list, dict, deque))
+            if not is_left or id(value) in self.remap.memo:
+                new = self.remap(value)
+                if new is not value:
+                    yield holder, key, value, new
+
+
+def _uncompiled(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Modules compiled in place run as they are written, as their copies do."""
+    for module in modules:
+        if module._compiled_call_impl is not None:
+            yield vars(module), "_compiled_call_impl", module._compiled_call_impl, None
 
 
 def _parts(module: nn.Module) -> list[Any]:
@@ -93,10 +93,3 @@ def _parts(module: nn.Module) -> list[Any]:
 
 def _same_parts(now: list[Any], before: list[Any]) -> bool:
     return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
-
-
-def _at(holder: Any, key: Any) -> Any:
-    try:
-        return holder[key]
-    except (KeyError, IndexError):
-        return _MISSING
