@@ -12,13 +12,26 @@ from lightning_mgpu._version import __version__
 
 if TYPE_CHECKING:
     from lightning_mgpu.engine.batch import Shard
-    from lightning_mgpu.strategies import DataParallelStrategy, DDPStrategy, PipelineStrategy
+    from lightning_mgpu.strategies import (
+        DataParallelStrategy,
+        DDPStrategy,
+        PipelineDDPStrategy,
+        PipelineStrategy,
+    )
 
-__all__ = ["DDPStrategy", "DataParallelStrategy", "PipelineStrategy", "Shard", "__version__"]
+__all__ = [
+    "DDPStrategy",
+    "DataParallelStrategy",
+    "PipelineDDPStrategy",
+    "PipelineStrategy",
+    "Shard",
+    "__version__",
+]
 
 _PUBLIC = {
     "DDPStrategy": "lightning_mgpu.strategies",
     "DataParallelStrategy": "lightning_mgpu.strategies",
+    "PipelineDDPStrategy": "lightning_mgpu.strategies",
     "PipelineStrategy": "lightning_mgpu.strategies",
     "Shard": "lightning_mgpu.engine.batch",
 }

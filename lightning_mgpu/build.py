@@ -22,7 +22,8 @@ from lightning_mgpu.strategies import DDPStrategy
 
 log = logging.getLogger(__name__)
 
-# What `devices: auto` means to a strategy for several devices on a machine without accelerators.
+# What `devices: auto` means to a strategy for several devices on a machine without accelerators;
+# each of them a whole pipeline, if processes have one.
 _CPU_DEVICES = 2
 
 
@@ -56,7 +57,7 @@ def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
         extra["strategy"] = _build_node(cfg, "strategy")
     trainer_cfg = _node(cfg, "trainer", "trainer").copy()
     if _wants_cpu_devices(trainer_cfg, extra.get("strategy")):
-        trainer_cfg.devices = _CPU_DEVICES
+        trainer_cfg.devices = _CPU_DEVICES * getattr(extra["strategy"], "stages", 1)
     trainer = _build(trainer_cfg, "trainer", **extra)
     if isinstance(trainer, Trainer) and _would_rerun_a_sweep(trainer):
         if extra.get("strategy", trainer_cfg.get("strategy", "auto")) != "auto":

@@ -28,11 +28,11 @@ def _run(*command: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _torchrun(output: Path, *cases: str) -> None:
+def _torchrun(output: Path, *cases: str, strategy: str = "mgpu_ddp") -> None:
     _run(
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"),
-        *(str(APP), "mgpu_ddp", str(output), "1", *cases),
+        *(str(APP), strategy, str(output), "1", *cases),
         TMPDIR=str(output.parent),  # its log directories stay behind
     )
 
@@ -49,13 +49,15 @@ def _assert_equal(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     assert actual.keys() == expected.keys()
     for case in expected:
         torch.testing.assert_close(
-            {**actual[case]["weights"], **actual[case]["metrics"]},
-            {**expected[case]["weights"], **expected[case]["metrics"]},
-            rtol=0,
-            atol=1e-12,
+            _numbers(actual[case]), _numbers(expected[case]), rtol=0, atol=1e-12
         )
-        for name in ("best score", "best path", "stopping", "steps", "world size"):
+        for name in ("best path", "steps", "world size"):
             assert actual[case][name] == expected[case][name], (case, name)
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, Any]:
+    dicts = {**result["weights"], **result["metrics"], **result["stopping"]}
+    return {**dicts, "best score": result["best score"]}
 
 
 @pytest.mark.slow
@@ -67,6 +69,12 @@ def test_results_equal_stock_ddp(stock: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_behaves_as_stock(stock: dict[str, Any], tmp_path: Path) -> None:
     _torchrun(tmp_path / "ours.pt")
+    _assert_equal(_load(tmp_path / "ours.pt"), stock)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_process_for_each_pipeline(stock: dict[str, Any], tmp_path: Path) -> None:
+    _torchrun(tmp_path / "ours.pt", strategy="pipeline_ddp")
     _assert_equal(_load(tmp_path / "ours.pt"), stock)
 
 

@@ -3,9 +3,11 @@
 import atexit
 import functools
 
+import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
@@ -79,22 +81,25 @@ class DDPStrategy(_LightningDDPStrategy):
             )
         self._launcher = PoolLauncher(self)
 
+    @property
+    def bound_device(self) -> torch.device | None:
+        """The one device whose tensors this rank exchanges; `None` if there are several."""
+        return None if self.root_device.type == "cpu" else self.root_device
+
     @override
     def setup_distributed(self) -> None:
-        environment = self.cluster_environment
-        if not isinstance(environment, PoolEnvironment):
-            super().setup_distributed()
-            _leave_group_at_exit()
-            return
-        assert environment.rank is not None
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
-        environment.rank.join_group(
-            self._process_group_backend,
-            self._timeout or default_pg_timeout,
-            device_id=self.root_device if self.root_device.type != "cpu" else None,
-        )
+        environment, timeout = self.cluster_environment, self._timeout or default_pg_timeout
+        backend, device = self._process_group_backend, self.bound_device
+        if isinstance(environment, PoolEnvironment):
+            assert environment.rank is not None
+            environment.rank.join_group(backend, timeout, device_id=device)
+        else:
+            assert environment is not None
+            _init_dist_connection(environment, backend, timeout=timeout, device_id=device)
+            _leave_group_at_exit()
 
     @classmethod
     @override

@@ -23,7 +23,7 @@ from lightning_mgpu.strategies.predictions import RankPredictions, merge_predict
 if TYPE_CHECKING:
     import torch
     from lightning.pytorch import Callback, Trainer
-    from lightning.pytorch.strategies import ParallelStrategy
+    from lightning.pytorch.strategies import DDPStrategy
 
 __all__: list[str] = []
 
@@ -38,7 +38,7 @@ class PoolLauncher(_Launcher):
         strategy: The strategy to launch for; its cluster environment is a `PoolEnvironment`.
     """
 
-    def __init__(self, strategy: "ParallelStrategy") -> None:
+    def __init__(self, strategy: "DDPStrategy") -> None:
         self._strategy = strategy
 
     @property
@@ -57,7 +57,7 @@ class PoolLauncher(_Launcher):
             the dataset.
         """
         entry = _Entry(self._strategy, trainer, function, args, kw)
-        world_size = len(self._strategy.parallel_devices or ())
+        world_size = self._strategy.num_processes
         with entry.pickled() if world_size > 1 else nullcontext() as payload:
             results = default_pool().launch(
                 entry,
@@ -90,7 +90,7 @@ class PoolLauncher(_Launcher):
 class _Entry:
     """A function of the trainer, as each rank runs it."""
 
-    strategy: "ParallelStrategy"
+    strategy: "DDPStrategy"
     trainer: "Trainer | None"
     function: Callable[..., Any]
     args: tuple[Any, ...]

@@ -28,14 +28,14 @@ def find_module(model: LightningModule, name: str | None) -> tuple[str, nn.Modul
             name, module = "", model
     elif name not in dict(model.named_modules()):
         raise PartitionError(
-            f"`PipelineStrategy(module={name!r})`: `{kind}` has no submodule of that name. It has"
+            f"`module={name!r}`: `{kind}` has no submodule of that name. It has"
             f" {', '.join(f'`{n}`' for n, _ in model.named_children()) or 'none'}."
         )
     else:
         module = model.get_submodule(name)
     if not _has_forward(module):
         raise PartitionError(
-            f"`PipelineStrategy(module={name!r})`: that is a `{type(module).__name__}`, which has"
+            f"`module={name!r}`: that is a `{type(module).__name__}`, which has"
             " no `forward` to be computed in stages. Name the submodule whose `forward` calls it."
         )
     _check_not_compiled(name or kind, module)

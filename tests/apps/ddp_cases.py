@@ -1,7 +1,7 @@
 """Train the same small runs under any strategy and save what came out.
 
 Run by the tests: ``ddp_cases.py STRATEGY OUTPUT NODES [CASE ...]`` alone, under ``torchrun``
-or once per "node", on two processes in all.
+or once per "node", on two processes in all (of two stages each for a pipeline).
 """
 
 import sys
@@ -56,7 +56,7 @@ def run(strategy: str, case: str, directory: Path, **trainer: Any) -> dict[str, 
 
 if __name__ == "__main__":
     strategy, output, num_nodes, *cases = sys.argv[1:]
-    devices = 2 // int(num_nodes)
+    devices = (4 if strategy == "pipeline_ddp" else 2) // int(num_nodes)
     results = {
         case: run(strategy, case, Path(output).parent, num_nodes=int(num_nodes), devices=devices)
         for case in cases or CASES

@@ -38,6 +38,7 @@ class Pipeline:
             batch, or with each micro-batch.
         step_batch: Tells the tensors of the batch of the step that calls.
         on_cut: Called after a call's module has been cut, before anything is computed.
+        threads: Intra-op threads of each stage; default: the machine's cores shared out evenly.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class Pipeline:
         deferred_batch_norm: bool = True,
         step_batch: Callable[[], Sequence[Tensor]] = tuple,
         on_cut: Callable[[Cut], None] = lambda _: None,
+        threads: int | None = None,
     ) -> None:
         self.cutter, self.devices = cutter, list(devices)
         self._splitter = splitter
         self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
         self._step_batch, self._on_cut = step_batch, on_cut
-        self._workers = Workers(self.devices)
+        self._workers = Workers(self.devices, threads)
         self._streams = RandomStreams()
         self._streams.restart()
         self._shadow: Shadow | None = None

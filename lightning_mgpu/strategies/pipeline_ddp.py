@@ -1,0 +1,120 @@
+"""Several processes, each with a pipeline over devices of its own, and DDP between them."""
+
+from typing import Any
+
+import torch
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_mgpu.engine.workers import available_cores
+from lightning_mgpu.strategies.checks import check_layer_sync, check_module
+from lightning_mgpu.strategies.distributed import DDPStrategy
+from lightning_mgpu.strategies.pipelined import Pipelined
+
+__all__ = ["PipelineDDPStrategy"]
+
+
+class PipelineDDPStrategy(Pipelined, DDPStrategy):
+    """Trains in several processes, each of which computes the model in stages.
+
+    ``Trainer(devices=4, strategy=PipelineDDPStrategy(stages=2))`` is two processes with two devices
+    each: within a process `PipelineStrategy`, between processes `DDPStrategy`, which averages
+    gradients once a batch. Samplers and `world_size` count processes, not devices. The processes
+    are launched as `DDPStrategy` does, or come from ``torchrun`` or SLURM: then one is started for
+    every `stages` devices of a node.
+
+    Registered as ``"pipeline_ddp"``.
+
+    Args:
+        *args: As `DDPStrategy`.
+        stages: Devices of each process, and stages of its pipeline (default 2).
+        **kwargs: As `PipelineStrategy` from `module` on, and as `DDPStrategy`.
+
+    Raises:
+        ValueError: An argument is none of its choices.
+        MisconfigurationException: The devices cannot be shared out; or see `DDPStrategy`.
+    """
+
+    strategy_name = "pipeline_ddp"
+
+    def __init__(self, *args: Any, stages: int = 2, **kwargs: Any) -> None:
+        if not isinstance(stages, int) or stages < 1:
+            raise ValueError(
+                f"`PipelineDDPStrategy(stages={stages!r})`: give the number of devices of each"
+                " process, at least 1."
+            )
+        self.stages = stages
+        super().__init__(*args, **kwargs)
+
+    @property
+    @override
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The devices of all processes on this node, those of one process side by side."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        count = len(devices or ())
+        if count % self.stages:
+            raise MisconfigurationException(
+                f"`Trainer(devices={count}, strategy=PipelineDDPStrategy(stages={self.stages}))`:"
+                f" {count} devices cannot be shared out among processes with {self.stages} stages"
+                f" each. Use a multiple of {self.stages}."
+            )
+        self._parallel_devices = devices
+
+    @property
+    @override
+    def num_processes(self) -> int:
+        return len(self.parallel_devices or ()) // self.stages
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return self.stage_devices[0]
+
+    @property
+    @override
+    def stage_devices(self) -> list[torch.device]:
+        assert self.parallel_devices is not None
+        first = self.local_rank * self.stages
+        return self.parallel_devices[first : first + self.stages]
+
+    @property
+    @override
+    def stage_threads(self) -> int:
+        return max(1, available_cores() // len(self.parallel_devices or (0,)))
+
+    @property
+    @override
+    def bound_device(self) -> None:
+        """None: each stage's gradients are reduced between devices of its own."""
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        check_layer_sync(self.strategy_name, self._layer_sync is not None)
+        check_module(self.strategy_name, self.lightning_module)
+        self._release()
+        super().setup(trainer)
+
+    @override
+    def teardown(self) -> None:
+        self._release()
+        super().teardown()
+
+    @override
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        # Without `device_ids` it leaves modules and batches where they are.
+        return DistributedDataParallel(model, **self._ddp_kwargs)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        strategy_registry.register(
+            cls.strategy_name, cls, description="Processes with a pipeline each, DDP between them"
+        )

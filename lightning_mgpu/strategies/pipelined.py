@@ -1,0 +1,209 @@
+"""What strategies do whose processes each compute one submodule in stages."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from typing_extensions import override
+
+from lightning_mgpu.engine.pipelining.arguments import Splitter
+from lightning_mgpu.engine.pipelining.cutter import Balance, Cut, Cutter
+from lightning_mgpu.engine.pipelining.passage import Checkpoint
+from lightning_mgpu.engine.pipelining.pipeline import Pipeline
+from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
+from lightning_mgpu.strategies.split_module import find_module, own_stages
+from lightning_mgpu.strategies.stage_table import show_stages
+
+__all__: list[str] = []
+
+_BALANCES = ("parameters", "time", "memory")
+_CHECKPOINTS = ("never", "except_last", "always")
+
+
+class Pipelined(ParallelStrategy):
+    """Has one submodule of the LightningModule computed in stages, one for each device.
+
+    To be put before the strategy that makes the processes, which calls `_release` when a run is set
+    up or over. The arguments are described by `PipelineStrategy`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        module: str | None = None,
+        split_at: str | Sequence[str] | None = None,
+        balance: Sequence[int] | Literal["parameters", "time", "memory"] | None = None,
+        chunks: int | Literal["auto"] | None = None,
+        checkpoint: Checkpoint = "never",
+        split_args: str | int | Sequence[str | int] = (),
+        broadcast_args: str | int | Sequence[str | int] = (),
+        deferred_batch_norm: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        _check_choices(type(self).__name__, split_at, balance, chunks, checkpoint)
+        self._module = module
+        self._split_at = [split_at] if isinstance(split_at, str) else split_at
+        self._balance: Balance = "parameters" if balance is None else balance
+        self._chunks = chunks
+        self._checkpoint: Checkpoint = checkpoint
+        self._split_args, self._broadcast_args = _listed(split_args), _listed(broadcast_args)
+        Splitter(self._split_args, self._broadcast_args)  # refuses contradictions
+        self._deferred_batch_norm = deferred_batch_norm
+        self._pipeline: Pipeline | None = None
+        self._override: Override | None = None
+        self._placed: list[Cut] = []
+        self._step_args: tuple[Any, ...] = ()
+
+    @property
+    @abstractmethod
+    def stage_devices(self) -> list[torch.device]:
+        """This process's devices, one for each stage."""
+
+    @property
+    def stage_threads(self) -> int | None:
+        """Intra-op threads of each stage; `None`: its share of the machine's cores."""
+        return None
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        state_to_parameters(self.optimizers)
+
+    @override
+    def model_to_device(self) -> None:
+        """Each stage to its device, and all else to the first."""
+        assert self.lightning_module is not None
+        self._install()
+        assert self._pipeline is not None
+        cut = self._pipeline.cutter.early()
+        if cut is not None:
+            self._on_cut(cut)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict(state)
+        state_to_parameters(self.optimizers)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._batch_known(args):
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._batch_known(args):
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._batch_known(args):
+            return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._batch_known(args):
+            return super().predict_step(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Made anew when the Trainer is set up.
+        return {
+            **super().__getstate__(),
+            "_pipeline": None,
+            "_override": None,
+            "_placed": [],
+            "_step_args": (),
+        }
+
+    @contextmanager
+    def _batch_known(self, args: tuple[Any, ...]) -> Iterator[None]:
+        self._step_args = args
+        try:
+            yield
+        finally:
+            self._step_args = ()
+
+    def _install(self) -> None:
+        """Have the chosen submodule computed in stages."""
+        model, devices = self.lightning_module, self.stage_devices
+        assert model is not None
+        name, module = find_module(model, self._module)
+        made = own_stages(model)
+        self._override = Override(module)
+        split_at = self._split_at
+        if split_at is not None:
+            split_at = [entry.removeprefix(f"{name}.") if name else entry for entry in split_at]
+        fixed = None if self._chunks == "auto" else self._chunks or 4 * len(devices)
+        chunks = Chunks(len(devices), fixed)
+        self._pipeline = Pipeline(
+            Cutter(module, self._override.plain, len(devices), split_at, self._balance, made),
+            Splitter(self._split_args, self._broadcast_args),
+            devices,
+            chunks=chunks,
+            checkpoint=self._checkpoint,
+            deferred_batch_norm=self._deferred_batch_norm,
+            step_batch=lambda: step_tensors(self._step_args),
+            on_cut=self._on_cut,
+            threads=self.stage_threads,
+        )
+        self._override.install(self._pipeline)
+
+    def _on_cut(self, cut: Cut) -> None:
+        """Lay a cut's stages on their devices, if they are not there yet."""
+        if any(cut is placed for placed in self._placed):
+            return
+        assert self.lightning_module is not None
+        place(self.lightning_module, cut, self.stage_devices)
+        state_to_parameters(self.optimizers)
+        if not self._placed:
+            assert self._pipeline is not None
+            costs, chunks = self._pipeline.cutter.costs, self._pipeline.chunks.usual
+            show_stages(cut, self.stage_devices, chunks, costs)
+        self._placed.append(cut)
+
+    def _release(self) -> None:
+        if self._override is not None:
+            self._override.remove()
+        if self._pipeline is not None:
+            self._pipeline.close()
+        self._pipeline = self._override = None
+        self._placed = []
+
+
+def _listed(given: str | int | Sequence[str | int]) -> list[str | int]:
+    return [given] if isinstance(given, (str, int)) else list(given)
+
+
+def _check_choices(
+    strategy: str, split_at: Any, balance: Any, chunks: Any, checkpoint: Any
+) -> None:
+    if checkpoint not in _CHECKPOINTS:
+        raise ValueError(
+            f"`{strategy}(checkpoint={checkpoint!r})`: use one of"
+            f" {', '.join(map(repr, _CHECKPOINTS))}."
+        )
+    if chunks not in (None, "auto") and (not isinstance(chunks, int) or chunks < 1):
+        raise ValueError(
+            f"`{strategy}(chunks={chunks!r})`: give a number of micro-batches, at least 1, or"
+            " 'auto'."
+        )
+    if split_at is not None and balance is not None:
+        raise ValueError(
+            f"`{strategy}(split_at={split_at!r}, balance={balance!r})`: both say where to"
+            " cut; leave one out."
+        )
+    if isinstance(balance, str) and balance not in _BALANCES:
+        raise ValueError(
+            f"`{strategy}(balance={balance!r})`: use one of"
+            f" {', '.join(map(repr, _BALANCES))}, or a list of the number of layers in each stage."
+        )
+    if balance is not None and not isinstance(balance, str) and min(balance, default=0) < 1:
+        raise ValueError(
+            f"`{strategy}(balance={list(balance)})`: each stage needs at least one layer."
+        )
