@@ -1,143 +1,36 @@
-"""Seconds of a training step: `dp` beside one device, Lightning's `ddp` and a loop by hand.
+"""Seconds of a training step of each strategy, beside its peers.
 
 Each round runs every way once, one after another, in a process of its own, on the same batch and
-model; what is printed are medians over the rounds, their range, and `dp`'s throughput as a multiple
-of each other's, taken round by round. All use as many cores as there are, unless their name says
-otherwise.
+model; what is printed are medians over the rounds, their range, and the strategy's throughput as a
+multiple of each other way's, taken round by round. `steps/` tells what is measured.
 """
 
 import argparse
-import itertools
-import json
-import os
-import queue
-import threading
-import time
-import warnings
-from statistics import median
-from typing import Any
 
-from rounds import interleaved, print_throughputs
+from steps import data_parallel, pipeline
 
-DEVICES = 2
-WARM_UP = 4
-WAYS = ("dp", "one thread", "all cores", "ddp", "threads by hand")
+MEASURED = {"dp": data_parallel, "pipeline": pipeline}
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["dp"], help="measure only this strategy and its peers")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps a round (default 12)")
-    parser.add_argument(
-        "--models", nargs="+", default=["mlp", "conv", "transformer"], help="(default: all)"
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Of the models and ways, all by default."
     )
+    parser.add_argument("--only", choices=MEASURED, help="measure only this strategy and its peers")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps a round (default 8)")
+    parser.add_argument("--models", nargs="+", help="mlp, conv, transformer; mlp, encoder")
+    parser.add_argument("--ways", nargs="+", help="such as dp or 'all cores'")
     parser.add_argument("--child", nargs=2, metavar=("WAY", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        measured = measure(*arguments.child, steps=arguments.steps)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(json.dumps(measured))
+        MEASURED[arguments.only].measure_here(*arguments.child, arguments.steps)
         return
-    for model in arguments.models:
-        steps = ("--steps", str(arguments.steps))
-        seconds = interleaved(__file__, WAYS, arguments.rounds, model, *steps)
-        print_throughputs(model, seconds, ours="dp")
-
-
-def measure(way: str, model: str, steps: int) -> float:
-    """Median seconds of a step."""
-    import torch
-
-    if way == "one thread":
-        torch.set_num_threads(1)
-    if way == "threads by hand":
-        stamps = by_hand(model, steps)
-    else:
-        stamps = with_trainer({"dp": "dp", "ddp": "ddp"}.get(way, "auto"), model, steps)
-    stamps = stamps[WARM_UP:]
-    return median(after - before for before, after in itertools.pairwise(stamps))
-
-
-def with_trainer(strategy: str, model: str, steps: int) -> list[float]:
-    """The end of each step of a Trainer, in seconds of some clock."""
-    import lightning.pytorch as pl
-    from models.steps import Lit, loader
-
-    import lightning_mgpu  # noqa: F401
-
-    warnings.filterwarnings("ignore")
-    stamps: list[float] = []
-
-    class Clock(pl.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            stamps.append(time.perf_counter())
-
-    lit = Lit(model)
-    count, *rest = lit.shape
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1 if strategy == "auto" else DEVICES,
-        strategy=strategy,
-        max_steps=WARM_UP + steps + 1,
-        callbacks=[Clock()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    each = count // DEVICES if strategy == "ddp" else count
-    trainer.fit(lit, loader((each, *rest), WARM_UP + steps + 1))
-    return stamps
-
-
-def by_hand(model: str, steps: int) -> list[float]:
-    """Two threads that each compute half the batch: the least that data parallel has to do."""
-    import torch
-    from models.steps import Batches, Lit, loss_of
-
-    nets = [Lit(model).net for _ in range(DEVICES)]
-    for parameter, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-        other.data = parameter.data
-    optimizer = torch.optim.SGD(nets[0].parameters(), lr=1e-3)
-    halves = Batches(Lit(model).shape, 1).batch.chunk(DEVICES)
-    inboxes: list[queue.SimpleQueue[bool]] = [queue.SimpleQueue() for _ in nets]
-    done: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def work(index: int) -> None:
-        torch.get_num_threads()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // DEVICES))
-        while inboxes[index].get():
-            (loss_of(nets[index], halves[index]) / DEVICES).backward()
-            done.put(None)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(DEVICES)]
-    for thread in threads:
-        thread.start()
-    stamps = [step_by_hand(nets, optimizer, inboxes, done) for _ in range(WARM_UP + steps + 1)]
-    for inbox in inboxes:
-        inbox.put(False)
-    for thread in threads:
-        thread.join()
-    return stamps
-
-
-def step_by_hand(nets: Any, optimizer: Any, inboxes: Any, done: Any) -> float:
-    """One step; returns when it ended."""
-    import torch
-
-    for inbox in inboxes:
-        inbox.put(True)
-    for _ in inboxes:
-        done.get()
-    first, second = ([parameter.grad for parameter in net.parameters()] for net in nets)
-    torch._foreach_add_(first, second)
-    optimizer.step()
-    for net in nets:
-        net.zero_grad()
-    return time.perf_counter()
+    for name in [arguments.only] if arguments.only else MEASURED:
+        MEASURED[name].compare(
+            __file__, arguments.rounds, arguments.steps, arguments.models, arguments.ways
+        )
 
 
 if __name__ == "__main__":

@@ -1,45 +1,43 @@
-"""Seconds of a training step: the pipeline on two CPU stages, its limit and its peers.
+"""The pipeline on two CPU stages beside its limit, other pipelines and one device.
 
-Each round runs every way once, one after another, in a process of its own, on the same batch and
-model; what is printed are medians over the rounds, their range, and the pipeline's throughput as a
-multiple of each other's, taken round by round. The limit is the time of the same micro-batches one
-after another in one thread, times (m + s - 1) / (m s): what two even stages could do without any
-overhead. `torchgpipe` (pip install torchgpipe==0.0.7) is left out where it is not installed.
+The limit is the time of the same micro-batches one after another in one thread, times
+(m + s - 1) / (m s): what two even stages could do without any overhead. `torchgpipe`
+(pip install torchgpipe==0.0.7) is left out where it is not installed.
 """
 
-import argparse
 import importlib.util
 import itertools
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 from rounds import interleaved, print_throughputs
 
-STAGES, CHUNKS, BATCH, WARM_UP = 2, 8, 1024, 2
-WAYS = ("pipeline", "limit", "torchgpipe", "one thread", "all cores")
+from steps import gloo
+
+STAGES, CHUNKS, WARM_UP = 2, 8, 2
+MODELS = ("mlp", "encoder")
+# Of `torch.distributed.pipelining`, in two processes over gloo.
+SCHEDULES = {"gloo gpipe": "GPipe", "gloo 1f1b": "1F1B"}
+WAYS = ("pipeline", "limit", "torchgpipe", *SCHEDULES, "one thread", "all cores")
 
 
-def main() -> None:
+def compare(
+    script: str, rounds: int, steps: int, models: Sequence[str] | None, ways: Sequence[str] | None
+) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps a round (default 6)")
-    parser.add_argument("--models", nargs="+", default=["mlp", "encoder"], help="(default: both)")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="(default: all)")
-    parser.add_argument("--child", nargs=2, metavar=("WAY", "MODEL"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(measure(*arguments.child, steps=arguments.steps)))
-        return
-    ways = [way for way in arguments.ways if way != "torchgpipe" or _has_torchgpipe()]
-    for model in arguments.models:
-        steps = ("--steps", str(arguments.steps))
-        seconds = interleaved(__file__, ways, arguments.rounds, model, *steps)
-        print_throughputs(model, seconds, ours="pipeline")
+    chosen = [way for way in ways or WAYS if way != "torchgpipe" or _has_torchgpipe()]
+    for model in models or MODELS:
+        options = (model, "--only", "pipeline", "--steps", str(steps))
+        print_throughputs(model, interleaved(script, chosen, rounds, *options), ours="pipeline")
+
+
+def measure_here(way: str, model: str, steps: int) -> None:
+    """In a fresh process: print the result as JSON."""
+    print(json.dumps(measure(way, model, steps)))
 
 
 def measure(way: str, model: str, steps: int) -> float:
@@ -52,6 +50,8 @@ def measure(way: str, model: str, steps: int) -> float:
         stamps = by_hand(*serial(model), steps)
     elif way == "torchgpipe":
         stamps = by_hand(*gpipe(model), steps)
+    elif way in SCHEDULES:
+        stamps = gloo.stamps(SCHEDULES[way], model, CHUNKS, WARM_UP + steps + 1)
     else:
         stamps = with_trainer(way, model, steps)
     each = [after - before for before, after in itertools.pairwise(stamps[WARM_UP:])]
@@ -59,25 +59,10 @@ def measure(way: str, model: str, steps: int) -> float:
     return median(each) * factor
 
 
-def build(model: str) -> tuple[Any, Any]:
-    """Eight layers in a row, and a batch."""
-    import torch
-    from torch import nn
-
-    torch.manual_seed(0)
-    if model == "mlp":
-        layers = [
-            nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.LayerNorm(1024)) for _ in range(8)
-        ]
-        return nn.Sequential(*layers), torch.randn(BATCH, 1024)
-    encoder = [
-        nn.TransformerEncoderLayer(256, 4, 512, dropout=0.0, batch_first=True) for _ in range(8)
-    ]
-    return nn.Sequential(*encoder), torch.randn(BATCH // 16, 64, 256)
-
-
 def serial(model: str) -> tuple[Any, Callable[[], None]]:
     """Micro-batches one after another."""
+    from models.rows import build
+
     net, batch = build(model)
     chunks = batch.chunk(CHUNKS)
 
@@ -91,6 +76,7 @@ def serial(model: str) -> tuple[Any, Callable[[], None]]:
 def gpipe(model: str) -> tuple[Any, Callable[[], None]]:
     """The same in torchgpipe."""
     import torchgpipe
+    from models.rows import build
 
     net, batch = build(model)
     devices = ["cpu"] * STAGES
@@ -116,6 +102,7 @@ def with_trainer(way: str, model: str, steps: int) -> list[float]:
     """The end of each step of a Trainer."""
     import lightning.pytorch as pl
     import torch
+    from models.rows import build
 
     from lightning_mgpu import PipelineStrategy
 
@@ -155,7 +142,3 @@ def with_trainer(way: str, model: str, steps: int) -> list[float]:
 
 def _has_torchgpipe() -> bool:
     return importlib.util.find_spec("torchgpipe") is not None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""What `strategies.py` measures: steps of each strategy and of its peers."""
