@@ -53,7 +53,7 @@ def measure(way: str, model: str, steps: int) -> float:
     elif way in SCHEDULES:
         stamps = gloo.stamps(SCHEDULES[way], model, CHUNKS, WARM_UP + steps + 1)
     else:
-        stamps = with_trainer(way, model, steps)
+        stamps = with_trainer(model, steps, CHUNKS if way == "pipeline" else None)
     each = [after - before for before, after in itertools.pairwise(stamps[WARM_UP:])]
     factor = (CHUNKS + STAGES - 1) / (CHUNKS * STAGES) if way == "limit" else 1.0
     return median(each) * factor
@@ -98,8 +98,8 @@ def by_hand(net: Any, step: Callable[[], None], steps: int) -> list[float]:
     return stamps
 
 
-def with_trainer(way: str, model: str, steps: int) -> list[float]:
-    """The end of each step of a Trainer."""
+def with_trainer(model: str, steps: int, chunks: int | None) -> list[float]:
+    """The end of each step of a Trainer, with that many micro-batches or on one device."""
     import lightning.pytorch as pl
     import torch
     from models.rows import build
@@ -124,11 +124,10 @@ def with_trainer(way: str, model: str, steps: int) -> list[float]:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
-    piped = way == "pipeline"
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=STAGES if piped else 1,
-        strategy=PipelineStrategy(split_at="net.4", chunks=CHUNKS) if piped else "auto",
+        devices=STAGES if chunks else 1,
+        strategy=PipelineStrategy(split_at="net.4", chunks=chunks) if chunks else "auto",
         max_steps=WARM_UP + steps + 1,
         logger=False,
         enable_checkpointing=False,
