@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from lightning_mgpu.engine.pipelining.arguments import Splitter
 from lightning_mgpu.engine.pipelining.cutter import Balance, Cut, Cutter
-from lightning_mgpu.engine.pipelining.passage import Checkpoint
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
+from lightning_mgpu.engine.pipelining.stage_work import Checkpoint
 from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
 from lightning_mgpu.strategies.split_module import find_module, own_stages

@@ -1,6 +1,6 @@
 """A module cut into stages, with micro-batches streaming through.
 
 Cutting: `trace`, `graph_cut`, `stage_builder`, `partition`, `measure`, `balance`, `cutter`.
-Running: `arguments`, `microbatch`, `values`, `schedule`, `links`, `shadow`, `passage`, `tuning`.
-`pipeline` puts both together.
+Running: `arguments`, `microbatch`, `values`, `schedule`, `links`, `shadow`, `stage_work`,
+`passage`, `output`, `tuning`. `pipeline` puts both together.
 """

@@ -3,26 +3,22 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mgpu.engine.batch_norm import Recorder
-from lightning_mgpu.engine.context import ThreadContext
 from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.pipelining import schedule, values
 from lightning_mgpu.engine.pipelining.links import Links
 from lightning_mgpu.engine.pipelining.partition import Name, Partition, Stage
+from lightning_mgpu.engine.pipelining.stage_work import Checkpoint, Gradients, StageWork
 from lightning_mgpu.engine.randomness import Stream
 from lightning_mgpu.engine.workers import Workers
 
 __all__: list[str] = []
-
-Checkpoint = Literal["never", "except_last", "always"]
-Gradients = list[Tensor | None]
 
 
 class Passage:
@@ -56,10 +52,12 @@ class Passage:
     ) -> None:
         self._partition, self._devices = partition, devices
         self._chunks: list[Mapping[Name, Tensor]] = list(chunks)
-        self._streams, self._recorders = streams, recorders
-        self._checkpoint, self._deferred = checkpoint, deferred
-        self._trainable = trainable
-        self._context = ThreadContext.capture()
+        self._recorders, self._deferred = recorders, deferred
+        self._recomputes = checkpoint != "never"
+        self._works = [
+            StageWork(partition, i, devices[i], streams[i], recorders[i], trainable[i], checkpoint)
+            for i in range(len(partition.stages))
+        ]
         self.count = len(chunks)
         self.seconds = 0.0
         """What forward and backward have taken so far."""
@@ -67,7 +65,6 @@ class Passage:
         """Of each micro-batch, by name; emptied by the caller."""
         self.statistics: list[list[Any]] = [[] for _ in partition.stages]
         """For each stage and micro-batch, what its recorder took."""
-        self._records: list[dict[int, _Record]] = [{} for _ in partition.stages]
         self._input_gradients: list[dict[tuple[Name, int], Gradients]] = [{} for _ in chunks]
 
     def forward(self, workers: Workers) -> None:
@@ -79,7 +76,7 @@ class Passage:
         links: Links[list[Any]] = Links()
         started = time.perf_counter()
         with self._recording(self._deferred):
-            workers.run([partial(self._forward, s, links) for s in self._partition.stages])
+            workers.run([partial(self._forward, work, links) for work in self._works])
         self.seconds += time.perf_counter() - started
         self._chunks = [{} for _ in self._chunks]
 
@@ -99,7 +96,7 @@ class Passage:
         Raises:
             RuntimeError: It is not the first time, and the time before did not keep the graph.
         """
-        if len(self._records[0]) < self.count:
+        if len(self._works[0]) < self.count:
             raise RuntimeError(
                 "Trying to backward through the graph a second time, but what it needs has been"
                 " freed. Specify `retain_graph=True` if you need to backward through it again."
@@ -107,15 +104,13 @@ class Passage:
         links: Links[dict[Name, Gradients]] = Links()
         started = time.perf_counter()
         try:
-            with self._recording(self._checkpoint != "never"):
+            with self._recording(self._recomputes):
                 workers.run(
-                    [
-                        partial(self._backward, stage, links, gradients, keep)
-                        for stage in self._partition.stages
-                    ]
+                    [partial(self._backward, work, links, gradients, keep) for work in self._works]
                 )
         except BaseException:
-            self._records = [{} for _ in self._partition.stages]
+            for work in self._works:
+                work.forget()
             raise
         self.seconds += time.perf_counter() - started
         taken, self._input_gradients = self._input_gradients, [{} for _ in range(self.count)]
@@ -138,14 +133,14 @@ class Passage:
             stack.callback(recorder.detach)
         return stack
 
-    def _forward(self, stage: Stage, links: "Links[list[Any]]") -> None:
+    def _forward(self, work: StageWork, links: "Links[list[Any]]") -> None:
+        stage = work.stage
         order = schedule.of_stage(
             stage.index, schedule.forward(len(self._partition.stages), self.count)
         )
         for chunk in order:
             with noted(self.describe(stage.index, chunk)):
-                inputs = self._received(stage, chunk, links)
-                outputs = self._compute(stage, chunk, inputs)
+                outputs = work.forward(chunk, self._received(stage, chunk, links))
                 self._send(stage, chunk, outputs, links)
             if self._deferred:
                 self.statistics[stage.index].append(self._recorders[stage.index].take())
@@ -164,55 +159,6 @@ class Passage:
 
         return [values.map_tensors(arrive, found[name]) for name in stage.inputs]
 
-    def _compute(self, stage: Stage, chunk: int, inputs: list[Any]) -> Sequence[Any]:
-        stream = self._streams[stage.index][chunk]
-        if not torch.is_grad_enabled():
-            return self._checked(stage, inputs, stream)
-        if self._is_checkpointed(chunk) and self._wants_gradient(stage, inputs):
-            self._records[stage.index][chunk] = _Record(inputs, None)
-            # What the stage does to its inputs in place must not be done to them twice.
-            copies = [values.map_tensors(Tensor.clone, value) for value in inputs]
-            with torch.no_grad(), stream.entered():
-                outputs = stage.compute(copies)
-            return [values.map_tensors(values.promise_gradient, value) for value in outputs]
-        outputs = self._checked(
-            stage, [values.map_tensors(values.enter, value) for value in inputs], stream
-        )
-        self._records[stage.index][chunk] = _Record(inputs, outputs)
-        return outputs
-
-    def _checked(self, stage: Stage, inputs: list[Any], stream: Stream) -> Sequence[Any]:
-        versions = self._versions(stage, inputs)
-        with stream.entered():
-            outputs = stage.compute(inputs)
-        if versions != self._versions(stage, inputs):
-            raise RuntimeError(
-                "The stage changes in place what others use, too: the caller, another stage or the"
-                " output. Make it work on a copy (`inplace=False`, `x.clone()`)."
-            )
-        return outputs
-
-    def _versions(self, stage: Stage, inputs: Sequence[Any]) -> list[int]:
-        """How often each input that others use, too, has been written to."""
-        partition = self._partition
-        shared = [
-            value
-            for name, value in zip(stage.inputs, inputs, strict=True)
-            if len(partition.consumers[name]) > 1 or name in partition.results
-        ]
-        return [
-            t._version for value in shared for t in values.tensors(value) if not t.is_inference()
-        ]
-
-    def _wants_gradient(self, stage: Stage, inputs: Sequence[Any]) -> bool:
-        arrived = (t for value in inputs for t in values.tensors(value))
-        return self._trainable[stage.index] or any(t.requires_grad for t in arrived)
-
-    def _is_checkpointed(self, chunk: int) -> bool:
-        if self._checkpoint == "except_last":
-            return chunk < self.count - 1
-        return self._checkpoint == "always"
-
     def _send(
         self, stage: Stage, chunk: int, outputs: Sequence[Any], links: "Links[list[Any]]"
     ) -> None:
@@ -227,38 +173,22 @@ class Passage:
 
     def _backward(
         self,
-        stage: Stage,
+        work: StageWork,
         links: "Links[dict[Name, Gradients]]",
         gradients: Sequence[Mapping[Name, Gradients]],
         keep: bool,
     ) -> None:
-        records = self._records[stage.index]
+        stage = work.stage
         order = schedule.of_stage(
             stage.index, schedule.backward(len(self._partition.stages), self.count)
         )
         for chunk in order:
             with noted(self.describe(stage.index, chunk) + ", in backward"):
-                record = records[chunk] if keep else records.pop(chunk)
-                inputs, outputs = record.inputs, record.outputs
-                stream = self._streams[stage.index][chunk]
-                if outputs is None:
-                    inputs, outputs = self._again(stage, record, stream)
+                inputs, outputs = work.recall(chunk, keep)
                 arrived = self._gradients_of(stage, chunk, links, gradients[chunk])
-                with stream.entered():
-                    _run_backward(stage, outputs, arrived, keep)
-                del outputs, arrived, record
+                work.backward(chunk, outputs, arrived, keep)
+                del outputs, arrived
                 self._send_gradients(stage, chunk, inputs, links)
-
-    def _again(
-        self, stage: Stage, record: "_Record", stream: Stream
-    ) -> tuple[list[Any], Sequence[Any]]:
-        """Compute a checkpointed micro-batch once more, as it was, with a graph."""
-        inputs = [values.map_tensors(values.copy, value) for value in record.inputs]
-        with self._context.entered(self._devices[stage.index]):
-            entered = [values.map_tensors(values.enter, value) for value in inputs]
-            outputs = self._checked(stage, entered, stream.again())
-        self._recorders[stage.index].take()  # counted when it was computed first
-        return inputs, outputs
 
     def _gradients_of(
         self,
@@ -293,31 +223,3 @@ class Passage:
         for name in self._partition.arguments:
             if name in taken:
                 self._input_gradients[chunk][name, stage.index] = taken[name]
-
-
-@dataclass
-class _Record:
-    """What a stage keeps of a micro-batch for backward."""
-
-    inputs: list[Any]
-    outputs: Sequence[Any] | None
-    """`None` if they are to be computed again."""
-
-
-def _run_backward(
-    stage: Stage, outputs: Sequence[Any], arrived: Mapping[Name, list[Gradients]], keep: bool
-) -> None:
-    tensors: list[Tensor] = []
-    seeds: list[Tensor] = []
-    for name, value in zip(stage.outputs, outputs, strict=True):
-        for index, tensor in enumerate(values.tensors(value)):
-            if not tensor.requires_grad:
-                continue
-            for gradients in arrived[name]:
-                gradient = gradients[index]
-                if gradient is not None:
-                    tensors.append(tensor)
-                    seeds.append(gradient.to(tensor.device, non_blocking=True))
-    if tensors:
-        # One tensor may be named several times: its gradients add up.
-        torch.autograd.backward(tensors, seeds, retain_graph=keep)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.autograd import Gradients, graft
-from lightning_mgpu.engine.batch import leaves, map_leaves
 from lightning_mgpu.engine.pipelining import microbatch as mb
 from lightning_mgpu.engine.pipelining.arguments import Call, Splitter
 from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
-from lightning_mgpu.engine.pipelining.partition import Name, fill
-from lightning_mgpu.engine.pipelining.passage import Checkpoint, Passage
+from lightning_mgpu.engine.pipelining.output import Output
+from lightning_mgpu.engine.pipelining.partition import Name
+from lightning_mgpu.engine.pipelining.passage import Passage
 from lightning_mgpu.engine.pipelining.shadow import Shadow
+from lightning_mgpu.engine.pipelining.stage_work import Checkpoint
 from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.workers import Workers
@@ -137,7 +138,7 @@ class Pipeline:
         if self._deferred:
             for found, parts in zip(cut.layers, passage.statistics, strict=True):
                 batch_norm.commit(found, parts)
-        output = _Output(cut, passage, split, counts, self.devices[0])
+        output = Output(cut.partition, passage.results, split, counts, self.devices[0])
         if shadow is not None:
             self._graft(call, split, counts, passage, output, shadow)
         return output.filled()
@@ -148,7 +149,7 @@ class Pipeline:
         split: frozenset[Name],
         counts: Sequence[int],
         passage: Passage,
-        output: "_Output",
+        output: Output,
         shadow: Shadow,
     ) -> None:
         """Make the output part of the caller's graph."""
@@ -173,78 +174,6 @@ class Pipeline:
         if self._shadow is None or self._shadow.is_stale():
             self._shadow = Shadow(self.cutter.roots)
         return self._shadow
-
-
-class _Parts:
-    """Where the tensors of the output that want gradients come from."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._found: list[tuple[Name, int, int, mb.Rows]] = []
-
-    def add(self, name: Name, index: int, of: int, rows: mb.Rows) -> None:
-        """One more: tensor `index` of `of` in the result of that name."""
-        self._found.append((name, index, of, rows))
-
-    def split(self, gradients: Gradients) -> list[dict[Name, list[Tensor | None]]]:
-        """For each micro-batch, the gradients of the tensors in each result."""
-        split: list[dict[Name, list[Tensor | None]]] = [{} for _ in range(self._count)]
-        for (name, index, of, rows), gradient in zip(self._found, gradients, strict=True):
-            for chunk, part in zip(split, rows.split(gradient, self._count), strict=True):
-                chunk.setdefault(name, [None] * of)[index] = part
-        return split
-
-
-class _Output:
-    """What the micro-batches have returned, put together."""
-
-    def __init__(
-        self,
-        cut: Cut,
-        passage: Passage,
-        split: frozenset[Name],
-        counts: Sequence[int],
-        device: torch.device,
-    ) -> None:
-        self._template = cut.partition.template
-        self._values: dict[Name, Any] = {}
-        self._wanting: list[Tensor] = []
-        self.parts = _Parts(passage.count)
-        results = passage.results
-        for name in dict.fromkeys(cut.partition.results):
-            values = [chunk.pop(name) for chunk in results]
-            wants = _wanting(values)
-            with torch.no_grad():
-                whole = not cut.partition.origins[name] & split
-                joined, rows = mb.join(values, counts, whole)
-            self._values[name] = map_leaves(lambda x: _to(x, device), joined)
-            tensors = [leaf for _, leaf in leaves(self._values[name]) if isinstance(leaf, Tensor)]
-            for index, (tensor, how) in enumerate(zip(tensors, rows, strict=True)):
-                if wants[index]:
-                    self._wanting.append(tensor)
-                    self.parts.add(name, index, len(tensors), how)
-
-    def wanting(self) -> list[Tensor]:
-        """The tensors that are to be part of the caller's graph."""
-        return self._wanting
-
-    def replace(self, tensors: Sequence[Tensor]) -> None:
-        """Put others in their places."""
-        new = {id(old): t for old, t in zip(self._wanting, tensors, strict=True)}
-        for name, value in self._values.items():
-            self._values[name] = map_leaves(lambda leaf: new.get(id(leaf), leaf), value)
-
-    def filled(self) -> Any:
-        """The output, of the structure that `forward` returns."""
-        return fill(self._template, self._values)
-
-
-def _wanting(values: Sequence[Any]) -> list[bool]:
-    """For each tensor in a result, whether it wants a gradient in any micro-batch."""
-    columns = zip(
-        *([leaf for _, leaf in leaves(v) if isinstance(leaf, Tensor)] for v in values), strict=True
-    )
-    return [any(tensor.requires_grad for tensor in column) for column in columns]
 
 
 def _argument_gradient(
@@ -274,7 +203,3 @@ def _argument_gradient(
 
 def _sum(gradients: Sequence[Tensor]) -> Tensor | None:
     return reduce(torch.add, gradients) if gradients else None
-
-
-def _to(leaf: Any, device: torch.device) -> Any:
-    return leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf
