@@ -17,7 +17,7 @@ _MAY_IMPORT = {
     "launch": {"launch"},
     "report": {"report"},
     "demo": {"demo"},
-    "strategies": {"strategies", "engine", "launch"},
+    "strategies": {"strategies", "engine", "launch", "report"},
     "ray": {"ray", "strategies", "engine", "launch", "errors"},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "report")
@@ -36,6 +36,7 @@ def test_imports_point_down(file: Path) -> None:
         assert names[0] != "pytorch_lightning", f"{file.name}: import lightning.pytorch instead"
         if part in _NEVER_LIGHTNING:
             assert names[0] not in ("lightning", "torchmetrics"), f"{file.name} imports {module}"
+        assert names[0] != "torch" or part != "report", f"{file.name} imports {module}"
         assert names[0] != "ray" or part == "ray", f"{file.name} imports {module}"
 
 

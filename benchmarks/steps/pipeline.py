@@ -98,7 +98,9 @@ def by_hand(net: Any, step: Callable[[], None], steps: int) -> list[float]:
     return stamps
 
 
-def with_trainer(model: str, steps: int, chunks: int | None) -> list[float]:
+def with_trainer(
+    model: str, steps: int, chunks: int | None, trace_dir: str | None = None
+) -> list[float]:
     """The end of each step of a Trainer, with that many micro-batches or on one device."""
     import lightning.pytorch as pl
     import torch
@@ -124,10 +126,13 @@ def with_trainer(model: str, steps: int, chunks: int | None) -> list[float]:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
+    strategy: Any = "auto"
+    if chunks:
+        strategy = PipelineStrategy(split_at="net.4", chunks=chunks, trace_dir=trace_dir)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=STAGES if chunks else 1,
-        strategy=PipelineStrategy(split_at="net.4", chunks=chunks) if chunks else "auto",
+        strategy=strategy,
         max_steps=WARM_UP + steps + 1,
         logger=False,
         enable_checkpointing=False,

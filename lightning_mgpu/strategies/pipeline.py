@@ -43,6 +43,8 @@ class PipelineStrategy(Pipelined, SingleProcessStrategy):
         deferred_batch_norm: Whether running statistics of batch normalisation are updated once,
             with those of the whole batch (default), or with each micro-batch. Normalisation itself
             is done micro-batch by micro-batch.
+        trace_dir: A directory for a timeline of one training step (the fourth, or the last of a
+            shorter run), as measured: a trace for ui.perfetto.dev, a PNG and an HTML picture.
 
     Raises:
         ValueError: An argument is none of its choices.

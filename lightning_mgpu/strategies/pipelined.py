@@ -2,12 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_mgpu.engine.pipelining.arguments import Splitter
@@ -18,6 +20,7 @@ from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
 from lightning_mgpu.strategies.split_module import find_module, own_stages
 from lightning_mgpu.strategies.stage_table import show_stages
+from lightning_mgpu.strategies.step_trace import StepTrace
 
 __all__: list[str] = []
 
@@ -43,6 +46,7 @@ class Pipelined(ParallelStrategy):
         split_args: str | int | Sequence[str | int] = (),
         broadcast_args: str | int | Sequence[str | int] = (),
         deferred_batch_norm: bool = True,
+        trace_dir: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -55,6 +59,8 @@ class Pipelined(ParallelStrategy):
         self._split_args, self._broadcast_args = _listed(split_args), _listed(broadcast_args)
         Splitter(self._split_args, self._broadcast_args)  # refuses contradictions
         self._deferred_batch_norm = deferred_batch_norm
+        self._trace_dir = None if trace_dir is None else Path(trace_dir)
+        self._trace: StepTrace | None = None
         self._pipeline: Pipeline | None = None
         self._override: Override | None = None
         self._placed: list[Cut] = []
@@ -74,6 +80,15 @@ class Pipelined(ParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         state_to_parameters(self.optimizers)
+        if self._trace_dir and trainer.state.fn == TrainerFn.FITTING and self.global_rank == 0:
+            assert self._pipeline is not None
+            self._trace = StepTrace(self._trace_dir, self._pipeline)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._trace is not None:
+            self._trace.write()
 
     @override
     def model_to_device(self) -> None:
@@ -93,7 +108,7 @@ class Pipelined(ParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._batch_known(args):
+        with self._batch_known(args), self._trace.step() if self._trace else nullcontext():
             return super().training_step(*args, **kwargs)
 
     @override
@@ -118,6 +133,7 @@ class Pipelined(ParallelStrategy):
             "_pipeline": None,
             "_override": None,
             "_placed": [],
+            "_trace": None,
             "_step_args": (),
         }
 
@@ -172,7 +188,7 @@ class Pipelined(ParallelStrategy):
             self._override.remove()
         if self._pipeline is not None:
             self._pipeline.close()
-        self._pipeline = self._override = None
+        self._pipeline = self._override = self._trace = None
         self._placed = []
 
 

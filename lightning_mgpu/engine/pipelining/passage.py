@@ -1,7 +1,7 @@
 """One passage of a batch through the stages, forward and backward."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.pipelining import schedule, values
 from lightning_mgpu.engine.pipelining.links import Links
 from lightning_mgpu.engine.pipelining.partition import Name, Partition, Stage
+from lightning_mgpu.engine.pipelining.recording import RecordedWork, Recording
 from lightning_mgpu.engine.pipelining.stage_work import Checkpoint, Gradients, StageWork
 from lightning_mgpu.engine.randomness import Stream
 from lightning_mgpu.engine.workers import Workers
@@ -37,6 +38,7 @@ class Passage:
             statistics.
         deferred: Whether those are kept for the caller, or updated with each micro-batch.
         trainable: For each stage, whether any of its parameters wants a gradient.
+        recording: Takes down when stages work.
     """
 
     def __init__(
@@ -49,13 +51,17 @@ class Passage:
         recorders: Sequence[Recorder],
         deferred: bool,
         trainable: Sequence[bool],
+        recording: Recording | None = None,
     ) -> None:
         self._partition, self._devices = partition, devices
         self._chunks: list[Mapping[Name, Tensor]] = list(chunks)
         self._recorders, self._deferred = recorders, deferred
         self._recomputes = checkpoint != "never"
+        make: Callable[..., StageWork] = StageWork
+        if recording is not None:
+            make = partial(RecordedWork, recording, recording.begin_call(len(chunks)))
         self._works = [
-            StageWork(partition, i, devices[i], streams[i], recorders[i], trainable[i], checkpoint)
+            make(partition, i, devices[i], streams[i], recorders[i], trainable[i], checkpoint)
             for i in range(len(partition.stages))
         ]
         self.count = len(chunks)

@@ -16,6 +16,7 @@ from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipelining.output import Output
 from lightning_mgpu.engine.pipelining.partition import Name
 from lightning_mgpu.engine.pipelining.passage import Passage
+from lightning_mgpu.engine.pipelining.recording import Recording
 from lightning_mgpu.engine.pipelining.shadow import Shadow
 from lightning_mgpu.engine.pipelining.stage_work import Checkpoint
 from lightning_mgpu.engine.pipelining.tuning import Chunks
@@ -63,6 +64,8 @@ class Pipeline:
         self._streams = RandomStreams()
         self._streams.restart()
         self._shadow: Shadow | None = None
+        self.recording: Recording | None = None
+        """Takes down when stages work, of calls made while it is set and of their backward."""
         splitter.check(cutter.forward)
 
     def close(self) -> None:
@@ -130,6 +133,7 @@ class Pipeline:
             [batch_norm.Recorder(found) for found in cut.layers],
             self._deferred,
             [any(t.requires_grad for t in tensors.values()) for tensors in cut.tensors],
+            self.recording,
         )
         shadow = self._shadowed() if torch.is_grad_enabled() else None
         inside: AbstractContextManager[None] = shadow.entered() if shadow else nullcontext()

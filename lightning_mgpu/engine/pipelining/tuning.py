@@ -31,6 +31,11 @@ class Chunks:
         """The number once it is known, and what it is taken for until then."""
         return self._usual if self._fixed is None else self._fixed
 
+    @property
+    def settled(self) -> bool:
+        """Whether the number is known, and so none is being tried any more."""
+        return self._fixed is not None
+
     def next(self, samples: int) -> int:
         """The number for a batch that is trained on: perhaps one to be tried."""
         if not self._untried or samples < self._untried[-1]:
