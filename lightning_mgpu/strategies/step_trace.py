@@ -85,9 +85,10 @@ class StepTrace:
         except Exception:  # no picture is worth a run
             log.warning("The timeline could not be written to %s.", self._path, exc_info=True)
             return
+        files = ", ".join(path.name for path in (self._path, *pictures))
         rank_zero_info(
             f"Timeline of training step {step}: efficiency {timeline.efficiency:.1%} (at"
-            f" best {timeline.ideal:.1%}); {', '.join(map(str, [self._path, *pictures]))}"
+            f" best {timeline.ideal:.1%}); in {self._path.parent}: {files}"
         )
 
 
