@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_mgpu import PipelineStrategy
+from lightning_mgpu import PipelineDDPStrategy, PipelineStrategy
 from lightning_mgpu.engine.pipelining import recording
 from lightning_mgpu.engine.pipelining.timeline import Kind, Span, Timeline
 from lightning_mgpu.report import timeline as report
@@ -162,6 +162,15 @@ def test_efficiency_of_known_spans() -> None:
     assert Timeline.of(2, [2, 2], []).ideal == 4 / 6
 
 
+@pytest.mark.slow
+def test_only_the_first_of_several_processes_is_traced() -> None:
+    strategy = PipelineDDPStrategy(stages=2, chunks=2, trace_dir="trace")
+    trainer = boring.trainer(strategy, 4, max_steps=6, max_epochs=-1)
+    trainer.fit(Deep(), datamodule=boring.Blobs(8))
+    assert sorted(path.name for path in Path("trace").iterdir()) == FILES
+    assert of("backward", spans()).keys() == set(itertools.product(range(2), range(2)))
+
+
 def test_pictures_show_stages_numbers_and_title(tmp_path: Path) -> None:
     file = tmp_path / "timeline.json"
     file.write_text(json.dumps(chrome_trace(by_hand(), ["first", "second"], 7)))
@@ -226,6 +235,17 @@ def test_all_calls_of_a_step_are_in_the_trace() -> None:
     assert trace()["otherData"]["micro-batches"] == [2, 2]
     assert {(s.call, s.kind) for s in found} == {(0, "forward"), (1, "forward"), (1, "backward")}
     assert max(s.end for s in found if s.call == 0) <= min(s.start for s in found if s.call == 1)
+
+
+def test_a_step_that_computes_nothing_is_passed_over() -> None:
+    class Skips(Deep):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            return None if batch_idx == 3 else super().training_step(batch, batch_idx)
+
+    fit(Skips(), steps=3)
+    assert trace()["otherData"]["step"] == 3
+    fit(Skips(), steps=6)
+    assert trace()["otherData"]["step"] == 5
 
 
 def test_manual_optimisation_is_traced() -> None:
