@@ -170,6 +170,10 @@ def _report(result: "RunResult") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if result.plan is not None:
+        from lightning_mgpu.plan.show import summary
+
+        Console().print(summary(result.plan))
     if result.metrics:
         table = Table("metric", "value")
         for name, value in sorted(result.metrics.items()):

@@ -47,14 +47,14 @@ def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
     Raises:
         ConfigError: A node cannot be built; the message names it.
     """
-    datamodule = _build_node(cfg, "data") if cfg.get("data") else None
-    model = _build_node(cfg, "model")
+    datamodule = build_node(cfg, "data") if cfg.get("data") else None
+    model = build_node(cfg, "model")
     extra: dict[str, Any] = {
         "callbacks": [*_build_each(cfg, "callbacks", Callback), *callbacks],
         "logger": _build_each(cfg, "logger", Logger) or False,
     }
     if cfg.get("strategy") is not None:
-        extra["strategy"] = _build_node(cfg, "strategy")
+        extra["strategy"] = build_node(cfg, "strategy")
     trainer_cfg = _node(cfg, "trainer", "trainer").copy()
     if _wants_cpu_devices(trainer_cfg, extra.get("strategy")):
         trainer_cfg.devices = _CPU_DEVICES * getattr(extra["strategy"], "stages", 1)
@@ -104,13 +104,23 @@ def _build_each(cfg: DictConfig, group: str, kind: type) -> list[Any]:
     parts = []
     for name in map(str, nodes):
         if nodes[name] is not None:  # `callbacks.early_stopping=null` takes one out
-            part = _build_node(nodes, name, f"{group}.{name}")
+            part = build_node(nodes, name, f"{group}.{name}")
             _check_type(part, kind, f"{group}.{name}")
             parts.append(part)
     return parts
 
 
-def _build_node(cfg: DictConfig, key: str, path: str | None = None) -> Any:
+def build_node(cfg: DictConfig, key: str, path: str | None = None) -> Any:
+    """Instantiate one node.
+
+    Args:
+        cfg: The config that it is in.
+        key: Its key there.
+        path: Where it stands, for messages; default: at `key`.
+
+    Raises:
+        ConfigError: It cannot be built.
+    """
     path = path or key
     return _build(_node(cfg, key, path), path)
 

@@ -39,10 +39,10 @@ class StopOnSignal(Callback):
     main thread, where Python lets nobody set signal handlers, it does nothing.
 
     Args:
-        path: Where to save the checkpoint of an interrupted `fit`.
+        path: Where to save the checkpoint of an interrupted `fit`; `None` to save none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
         self._signum: int | None = None
         self._saved: Path | None = None
@@ -132,6 +132,8 @@ class StopOnSignal(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         if self._signum is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self._path is None:
             return
         if trainer.global_step == 0:
             return  # nothing learnt yet, and the optimizers may not exist

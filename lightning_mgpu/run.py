@@ -1,4 +1,4 @@
-"""Run what a config describes: fit, validate, test or predict."""
+"""Run what a config describes: fit, validate, test, predict or plan."""
 
 import itertools
 import logging
@@ -20,6 +20,9 @@ from lightning_mgpu.build import Parts, build
 from lightning_mgpu.checkpoint import check_checkpoint
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.interrupts import StopOnSignal
+from lightning_mgpu.plan import command as planning
+from lightning_mgpu.plan.predict import Plan
+from lightning_mgpu.plan.show import write
 from lightning_mgpu.strategies.predictions import join_batches
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ class RunResult:
     model: LightningModule
     datamodule: LightningDataModule | None
     trainer: Trainer
+    plan: Plan | None = None
+    """What was predicted, in the mode of that name."""
 
 
 def train(cfg: DictConfig) -> RunResult:
@@ -52,7 +57,8 @@ def train(cfg: DictConfig) -> RunResult:
 
     Args:
         cfg: As composed from `conf/`. `mode` says what to do; ``fit`` trains and then tests the
-            best checkpoint, if the model and the data have a test.
+            best checkpoint, if the model and the data have a test; ``plan`` measures a few steps
+            and predicts what pipelines of other sizes would take.
 
     Returns:
         Metrics, files and objects of the run.
@@ -68,15 +74,16 @@ def train(cfg: DictConfig) -> RunResult:
         raise ConfigError(f"mode={mode}: unknown. Choose one of {', '.join(_MODES)}.")
     if cfg.get("ckpt_path") is not None:
         check_checkpoint(str(cfg.ckpt_path), resume=mode == "fit")
-    elif mode != "fit":
+    elif mode not in ("fit", "plan"):
         log.warning("mode=%s without ckpt_path: the model has random weights.", mode)
     if "loss" in str(cfg.get("metric")) and cfg.get("metric_mode") == "max":
         log.warning(
             "metric=%s with metric_mode=max keeps the worst; set metric_mode=min.", cfg.metric
         )
-    stop = StopOnSignal(output_dir / "checkpoints" / "interrupted.ckpt")
+    plans = mode == "plan"
+    stop = StopOnSignal(None if plans else output_dir / "checkpoints" / "interrupted.ckpt")
     with _seeded(cfg.get("seed")):
-        parts = build(cfg, callbacks=[stop])
+        parts = build(planning.arranged(cfg) if plans else cfg, callbacks=[stop])
         if parts.trainer.is_global_zero:
             _save_config(cfg, output_dir)
             _keep_earlier_metrics(output_dir)
@@ -93,6 +100,7 @@ def train(cfg: DictConfig) -> RunResult:
         model=parts.model,
         datamodule=parts.datamodule,
         trainer=parts.trainer,
+        plan=outcome.plan,
     )
 
 
@@ -101,6 +109,7 @@ class _Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     metric: float | None = None
+    plan: Plan | None = None
 
 
 def _fit(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
@@ -157,11 +166,17 @@ def _predict(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
     return _Outcome(files={"predictions": path})
 
 
+def _plan(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
+    plan = planning.plan(parts, planning.options_of(cfg))
+    return _Outcome(files=write(plan, output_dir), plan=plan)
+
+
 _MODES: dict[str, Callable[[Parts, DictConfig, Path], _Outcome]] = {
     "fit": _fit,
     "validate": _validate,
     "test": _test,
     "predict": _predict,
+    "plan": _plan,
 }
 
 

@@ -18,6 +18,7 @@ _MAY_IMPORT = {
     "report": {"report"},
     "demo": {"demo"},
     "strategies": {"strategies", "engine", "launch", "report"},
+    "plan": {"plan", "strategies", "engine", "build", "errors"},
     "ray": {"ray", "strategies", "engine", "launch", "errors"},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "report")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.pipelining import balance
 from lightning_mgpu.engine.pipelining.arguments import Call, Same
-from lightning_mgpu.engine.pipelining.graph_cut import layers, partition
+from lightning_mgpu.engine.pipelining.graph_cut import layers, partition, untied
 from lightning_mgpu.engine.pipelining.measure import Cost, measure
 from lightning_mgpu.engine.pipelining.partition import (
     Partition,
@@ -214,7 +214,7 @@ class Cutter:
     def _balance(self, calls: Sequence[str], price: Callable[[str], float]) -> list[str]:
         """Where stages begin so that the dearest is as cheap as can be."""
         names = list(dict.fromkeys(calls))
-        starts = _untied(calls, names, {name: self.module.get_submodule(name) for name in names})
+        starts = untied(self.module, calls)
         if len(starts) < self.stages:
             raise PartitionError(
                 f"`{type(self.module).__name__}` can be cut before"
@@ -248,21 +248,6 @@ class Cutter:
             for name, value in vars(self.module.get_submodule(path)).items()
             if not isinstance(value, Tensor)
         )
-
-
-def _untied(
-    calls: Sequence[str], names: Sequence[str], modules: Mapping[str, nn.Module]
-) -> list[int]:
-    """The layers that a stage can begin with: no parameter is used both before and after."""
-    position = {name: index for index, name in enumerate(names)}
-    first: dict[int, int] = {}
-    tied: set[int] = set()
-    reached = 0
-    for name in calls:
-        reached = max(reached, position[name])
-        for parameter in modules[name].parameters():
-            tied.update(range(first.setdefault(id(parameter), reached) + 1, reached + 1))
-    return [index for index in range(len(names)) if index not in tied]
 
 
 def _size(module: nn.Module) -> int:

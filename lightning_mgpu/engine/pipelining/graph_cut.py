@@ -50,6 +50,28 @@ def layers(
         opened.add(max(closed, key=lambda name: _size(named[name])))
 
 
+def untied(module: nn.Module, calls: Sequence[str]) -> list[int]:
+    """The layers that a stage can begin with: no parameter is used both before and after.
+
+    Args:
+        module: The module.
+        calls: Names of the layers that it calls, in order.
+
+    Returns:
+        Their places among the names, each of which counts once.
+    """
+    names = list(dict.fromkeys(calls))
+    position = {name: index for index, name in enumerate(names)}
+    first: dict[int, int] = {}
+    tied: set[int] = set()
+    reached = 0
+    for name in calls:
+        reached = max(reached, position[name])
+        for parameter in module.get_submodule(name).parameters():
+            tied.update(range(first.setdefault(id(parameter), reached) + 1, reached + 1))
+    return [index for index in range(len(names)) if index not in tied]
+
+
 def partition(
     module: nn.Module,
     forward: Callable[..., Any],

@@ -41,6 +41,7 @@ class Pipeline:
         step_batch: Tells the tensors of the batch of the step that calls.
         on_cut: Called after a call's module has been cut, before anything is computed.
         threads: Intra-op threads of each stage; default: the machine's cores shared out evenly.
+        workers: What runs the stages' tasks; default: a thread for each device.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class Pipeline:
         step_batch: Callable[[], Sequence[Tensor]] = tuple,
         on_cut: Callable[[Cut], None] = lambda _: None,
         threads: int | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.cutter, self.devices = cutter, list(devices)
         self._splitter = splitter
         self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
         self._step_batch, self._on_cut = step_batch, on_cut
-        self._workers = Workers(self.devices, threads)
+        self._workers = workers or Workers(self.devices, threads)
         self._streams = RandomStreams()
         self._streams.restart()
         self._shadow: Shadow | None = None

@@ -1,0 +1,309 @@
+"""A module run as a pipeline on one device: in one stage, and in one stage for each layer."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_mgpu.engine import batch_norm
+from lightning_mgpu.engine.pipelining import microbatch
+from lightning_mgpu.engine.pipelining.arguments import Call, Splitter
+from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
+from lightning_mgpu.engine.pipelining.graph_cut import layers, untied
+from lightning_mgpu.engine.pipelining.ledger import Ledger, ObservedCutter
+from lightning_mgpu.engine.pipelining.pipeline import Pipeline
+from lightning_mgpu.engine.pipelining.timer import Timer
+from lightning_mgpu.engine.pipelining.trace import Trace, UntraceableError
+from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.plan.profile import Sample
+
+__all__: list[str] = []
+
+# Steps of each turn that are measured, after one to warm up.
+_STEPS = 4
+# Numbers of micro-batches that are measured; what others take lies between.
+_COUNTS = 4
+# Steps that may be lost to batches of another size than the first.
+_LOST = 200
+
+
+class NothingMeasuredError(RuntimeError):
+    """Steps are not such that they could be measured."""
+
+
+class Bench:
+    """Runs a module in turns of some steps, and measures.
+
+    Args:
+        module: The module.
+        forward: Its own `forward`.
+        made: Stages that the user has made, if so.
+        device: Where everything lies.
+        threads: Intra-op threads.
+        splitter: Tells which arguments carry the batch.
+        step_batch: Tells the tensors of the step's batch.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        made: Sequence[nn.Module] | None,
+        device: torch.device,
+        threads: int,
+        splitter: Splitter,
+        step_batch: Callable[[], Sequence[Tensor]],
+    ) -> None:
+        self._module, self._forward, self._made = module, forward, made
+        self._device, self._splitter, self._step_batch = device, splitter, step_batch
+        self._timer = Timer(device, threads)
+        self._turns: list[_Turn] = []
+        self._ahead: list[_Turn] = []
+        self._started: float | None = None
+        self._lost = 0
+        self.names: list[str] = []
+        """Of the layers."""
+        self.tensors: list[dict[str, Tensor]] = []
+        """Parameters and buffers of each layer, by name."""
+        self.batch = 0
+        """Samples in a batch."""
+        self.least = 1
+        """The fewest samples that a micro-batch may have."""
+
+    def close(self) -> None:
+        """End the thread."""
+        for turn in self._turns:
+            turn.pipeline.close()
+        self._timer.close()
+
+    def step(self) -> bool:
+        """A step begins, and the one before is over.
+
+        Returns:
+            Whether there is still something to be measured.
+
+        Raises:
+            NothingMeasuredError: Too many steps were in vain.
+        """
+        now = time.perf_counter()
+        if self._started is not None and self._ahead:
+            turn = self._ahead[0]
+            if not turn.take(now - self._started, self._timer, self.batch):
+                self._lost += 1
+            if turn.is_over:
+                self._ahead.pop(0)
+        if self._lost > _LOST:
+            raise NothingMeasuredError(
+                f"{self._lost} steps in which the module was not run, forward and backward, on a"
+                f" batch of {self.batch} samples as the first time. Let batches be of one size."
+            )
+        self._timer.restart()
+        self._started = time.perf_counter()
+        return not self._turns or bool(self._ahead)
+
+    def call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunks: Sequence[int], stages: int
+    ) -> Any:
+        """What the module's `forward` returns.
+
+        Args:
+            args: Its arguments.
+            kwargs: The same by name.
+            chunks: Numbers of micro-batches that are of interest.
+            stages: The most stages that are of interest.
+        """
+        if not self._turns:
+            self._prepare(Call.of(self._forward, args, kwargs), chunks, stages)
+        if not self._ahead:
+            return self._forward(*args, **kwargs)
+        return self._ahead[0].run(args, kwargs, self._timer)
+
+    def samples(self) -> list[Sample]:
+        """What has been measured, once `step` has said that this is all."""
+        assert self._turns
+        assert not self._ahead
+        pairs = zip(self._turns[::2], self._turns[1::2], strict=True)
+        return [_sample(apart, whole, self.batch) for apart, whole in pairs]
+
+    def _prepare(self, call: Call, chunks: Sequence[int], stages: int) -> None:
+        fixed = (*self._module.parameters(), *self._module.buffers())
+        step_batch = self._step_batch()
+        self.batch, _ = self._splitter.split(call, self._forward, step_batch, lambda: fixed)
+        training = [m for m in batch_norm.layers_of(self._module.modules()) if m.training]
+        self.least = 2 if training else 1
+        possible = [n for n in sorted(set(chunks)) if len(self.sizes(n)) == n] or [1]
+        if self._made is None:
+            self.names = self._layers(call, stages)
+            apart: Cutter = ObservedCutter(
+                self._module, self._forward, len(self.names), self.names[1:]
+            )
+            whole = Cutter(self._module, self._forward, 1, [])
+        else:
+            self.names = [f"stage {index}" for index in range(len(self._made))]
+            apart = ObservedCutter(
+                self._module, self._forward, len(self._made), made=list(self._made)
+            )
+            whole = Cutter(self._module, self._forward, 1, made=[_InARow(self._made)])
+        for cutter in (apart, whole):
+            pipeline = self._pipeline(cutter)
+            self._turns += [_Turn(pipeline, count) for count in _spread(possible)]
+        half = len(self._turns) // 2
+        pairs = zip(self._turns[:half], self._turns[half:], strict=True)
+        self._turns = [turn for pair in pairs for turn in pair]
+        self._ahead = list(self._turns)
+
+    def sizes(self, chunks: int) -> list[int]:
+        """Samples in each micro-batch."""
+        return microbatch.sizes(self.batch, chunks, self.least)
+
+    def _layers(self, call: Call, stages: int) -> list[str]:
+        """The layers that a stage can begin with: as many as are of interest, if possible."""
+
+        def recorded(at_least: int) -> Trace:
+            return layers(self._module, self._forward, call.args, call.kwargs, at_least)
+
+        try:
+            calls = recorded(stages).calls()
+        except UntraceableError:
+            calls = recorded(1).calls()
+        names = list(dict.fromkeys(calls))
+        return [names[index] for index in untied(self._module, calls)]
+
+    def _pipeline(self, cutter: Cutter) -> Pipeline:
+        return Pipeline(
+            cutter,
+            self._splitter,
+            [self._device] * cutter.stages,
+            chunks=_Counted(cutter.stages, 1),
+            step_batch=self._step_batch,
+            on_cut=self._on_cut,
+            workers=self._timer,
+        )
+
+    def _on_cut(self, cut: Cut) -> None:
+        self._timer.expect_forward()
+        if len(cut.tensors) == len(self.names):
+            self.tensors = cut.tensors
+
+
+class _Counted(Chunks):
+    """A fixed number of micro-batches; tells what came of it."""
+
+    done: tuple[int, int] | None = None
+
+    @override
+    def took(self, count: int, seconds: float, samples: int) -> None:
+        self.done = count, samples
+
+
+@dataclass
+class _Turn:
+    """Steps with the module cut in one way, into one number of micro-batches."""
+
+    pipeline: Pipeline
+    chunks: int
+    ledger: Ledger | None = None
+    seconds: list[float] = field(default_factory=list)
+    """Of each step that counts, from its begin to that of the next."""
+    forward: list[list[float]] = field(default_factory=list)
+    """Of each step, what each stage has taken."""
+    backward: list[list[float]] = field(default_factory=list)
+    _is_warm: bool = False
+    _counted: _Counted | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.seconds) == _STEPS
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], timer: Timer) -> Any:
+        self.pipeline.chunks = self._counted = _Counted(self.pipeline.cutter.stages, self.chunks)
+        cutter = self.pipeline.cutter
+        if isinstance(cutter, ObservedCutter):
+            if self._is_warm:
+                cutter.ledger = None
+            else:
+                self.ledger = cutter.observe()
+        return self.pipeline(*args, **kwargs)
+
+    def take(self, seconds: float, timer: Timer, batch: int) -> bool:
+        """Take down what a step has taken; whether it counts."""
+        counted, self._counted = self._counted, None
+        if counted is None or counted.done != (self.chunks, batch):
+            return False
+        if self._is_warm:
+            self.seconds.append(seconds)
+            self.forward.append(timer.forward)
+            self.backward.append(timer.backward)
+        self._is_warm = True
+        return True
+
+
+class _InARow(nn.Module):
+    """Stages that the user has made, as one."""
+
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._stages = nn.ModuleList(stages)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first, *others = self._stages
+        value = first(*args, **kwargs)
+        for stage in others:
+            value = stage(*value) if type(value) is tuple else stage(value)
+        return value
+
+
+def _spread(counts: Sequence[int]) -> list[int]:
+    """A few of many, the first and the last among them."""
+    if len(counts) <= _COUNTS:
+        return list(counts)
+    return [counts[round(i * (len(counts) - 1) / (_COUNTS - 1))] for i in range(_COUNTS)]
+
+
+def _sample(apart: _Turn, whole: _Turn, batch: int) -> Sample:
+    costs, overheads = [], []
+    for of_layers, of_whole in (
+        (apart.forward, whole.forward),
+        (apart.backward, whole.backward),
+    ):
+        (together,) = _medians(of_whole, whole.chunks)
+        layer_seconds, overhead = _shared_out(_medians(of_layers, apart.chunks), together)
+        costs.append(layer_seconds)
+        overheads.append(overhead)
+    steps = zip(whole.seconds, whole.forward, whole.backward, strict=True)
+    assert apart.ledger is not None
+    return Sample(
+        chunks=whole.chunks,
+        size=batch / whole.chunks,
+        forward=costs[0],
+        backward=costs[1],
+        overhead=(overheads[0], overheads[1]),
+        own=median(seconds - sum(f) - sum(b) for seconds, f, b in steps),
+        values={who: size / apart.chunks for who, size in apart.ledger.total().items()},
+    )
+
+
+def _medians(steps: Sequence[Sequence[float]], chunks: int) -> list[float]:
+    """Of each stage, for one micro-batch."""
+    return [median(of_stage) / chunks for of_stage in zip(*steps, strict=True)]
+
+
+def _shared_out(apart: Sequence[float], whole: float) -> tuple[list[float], float]:
+    """What layers take in one stage, and what each stage takes beside.
+
+    Args:
+        apart: What each layer takes as a stage of its own.
+        whole: What all take as one stage.
+    """
+    others = len(apart) - 1
+    overhead = min(max(0.0, sum(apart) - whole) / others, whole) if others else 0.0
+    layer_seconds = [max(0.0, seconds - overhead) for seconds in apart]
+    total = sum(layer_seconds)
+    factor = (whole - overhead) / total if total else 0.0
+    return [seconds * factor for seconds in layer_seconds], overhead

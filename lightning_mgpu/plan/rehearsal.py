@@ -1,0 +1,143 @@
+"""A run on one device whose steps are measured."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mgpu.engine.batch import leaves
+from lightning_mgpu.engine.pipelining.arguments import Splitter
+from lightning_mgpu.engine.pipelining.partition import PartitionError, canonical
+from lightning_mgpu.plan.bench import Bench, NothingMeasuredError
+from lightning_mgpu.plan.options import Options
+from lightning_mgpu.plan.profile import Profile, Weights
+from lightning_mgpu.strategies import PipelineStrategy
+from lightning_mgpu.strategies.placement import Override, step_tensors
+from lightning_mgpu.strategies.split_module import find_module, own_stages
+
+__all__: list[str] = []
+
+
+class Rehearsal(PipelineStrategy):
+    """A `PipelineStrategy` on one device, which measures the steps of training and then ends it.
+
+    Its arguments are those of `PipelineStrategy`, of which it heeds those that say what is cut and
+    how the batch is split. Give it an `Options` by `prepare` before training.
+    """
+
+    _bench: Bench | None = None
+    _profile: Profile | None = None
+
+    def prepare(self, options: Options) -> None:
+        """Set what is to be planned for."""
+        self._options = options
+
+    def profile(self) -> Profile:
+        """What has been measured, once training is over.
+
+        Raises:
+            NothingMeasuredError: It was over too soon.
+        """
+        if self._profile is None:
+            raise NothingMeasuredError(
+                "Training was over before everything had been measured. Give it more batches."
+            )
+        return self._profile
+
+    @override
+    def model_to_device(self) -> None:
+        model = self.lightning_module
+        assert model is not None
+        model.to(self.root_device)
+        name, module = find_module(model, self._module)
+        self._name = name
+        self._override = Override(module)
+        self._bench = Bench(
+            module,
+            self._override.plain,
+            own_stages(model),
+            self.root_device,
+            self._options.threads,
+            Splitter(self._split_args, self._broadcast_args),
+            lambda: step_tensors(self._step_args),
+        )
+        self._override.install(self._forward)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._bench is not None
+        if not self._bench.step():
+            self._profile = self._measured(self._bench)
+            assert self.lightning_module is not None
+            self.lightning_module.trainer.should_stop = True
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def _release(self) -> None:
+        super()._release()
+        if self._bench is not None:
+            self._bench.close()
+        self._bench = None
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._bench is not None
+        stages = max(self._options.stages)
+        return self._bench.call(args, kwargs, self._options.chunks, stages)
+
+    def _measured(self, bench: Bench) -> Profile:
+        assert self.lightning_module is not None
+        state = _state_bytes(self.optimizers)
+        inside = {id(t) for tensors in bench.tensors for t in tensors.values()}
+        model = self.lightning_module
+        others = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
+        return Profile(
+            names=[f"{self._name}.{name}" if self._name else name for name in bench.names],
+            weights=[_weights(tensors.values(), state) for tensors in bench.tensors],
+            rest=_weights(others, state),
+            batch=bench.batch,
+            least=bench.least,
+            samples=bench.samples(),
+            split_at=self._cuts(bench.names),
+        )
+
+    def _cuts(self, names: Sequence[str]) -> list[str]:
+        """Where the user wants stages to begin.
+
+        Raises:
+            PartitionError: At something else than a layer.
+        """
+        assert self._override is not None
+        starts = []
+        for entry in self._split_at or ():
+            cut = canonical(self._override.module, entry.removeprefix(f"{self._name}."))
+            inside = [name for name in names[1:] if f"{name}.".startswith(f"{cut}.")]
+            if not inside:
+                raise PartitionError(
+                    f"`split_at={entry!r}`: stages can begin at {', '.join(names[1:]) or 'none'}."
+                )
+            starts.append(inside[0])
+        return [f"{self._name}.{name}" if self._name else name for name in starts]
+
+
+def _weights(tensors: Iterable[Tensor], state: Mapping[int, int]) -> Weights:
+    tensors = list(tensors)
+    return Weights(
+        parameters=sum(map(_size, tensors)),
+        gradients=sum(_size(t) for t in tensors if isinstance(t, nn.Parameter) and t.requires_grad),
+        state=sum(state.get(id(t), 0) for t in tensors),
+    )
+
+
+def _state_bytes(optimizers: Iterable[Optimizer]) -> dict[int, int]:
+    """What optimizers keep for each parameter, by its `id`."""
+    return {
+        id(parameter): sum(_size(leaf) for _, leaf in leaves(state) if isinstance(leaf, Tensor))
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+    }
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
