@@ -19,7 +19,15 @@ from rounds import interleaved, print_throughputs
 from steps import gloo
 
 STAGES, CHUNKS, WARM_UP = 2, 8, 2
+CUT = "net.4"
 MODELS = ("mlp", "encoder")
+# For a Trainer that does nothing but train.
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 # Of `torch.distributed.pipelining`, in two processes over gloo.
 SCHEDULES = {"gloo gpipe": "GPipe", "gloo 1f1b": "1F1B"}
 WAYS = ("pipeline", "limit", "torchgpipe", *SCHEDULES, "one thread", "all cores")
@@ -98,18 +106,12 @@ def by_hand(net: Any, step: Callable[[], None], steps: int) -> list[float]:
     return stamps
 
 
-def with_trainer(
-    model: str, steps: int, chunks: int | None, trace_dir: str | None = None
-) -> list[float]:
-    """The end of each step of a Trainer, with that many micro-batches or on one device."""
+def lit(model: str, stamps: list[float]) -> tuple[Any, Any]:
+    """A LightningModule that notes the end of each step, and a batch for it."""
     import lightning.pytorch as pl
     import torch
     from models.rows import build
 
-    from lightning_mgpu import PipelineStrategy
-
-    warnings.filterwarnings("ignore")
-    stamps: list[float] = []
     net, batch = build(model)
 
     class Lit(pl.LightningModule):
@@ -126,21 +128,33 @@ def with_trainer(
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
+    return Lit(), batch
+
+
+def with_trainer(
+    model: str, steps: int, chunks: int | None, trace_dir: str | None = None
+) -> list[float]:
+    """The end of each step of a Trainer, with that many micro-batches or on one device."""
+    import lightning.pytorch as pl
+    import torch
+
+    from lightning_mgpu import PipelineStrategy
+
+    warnings.filterwarnings("ignore")
+    stamps: list[float] = []
+    module, batch = lit(model, stamps)
     strategy: Any = "auto"
     if chunks:
-        strategy = PipelineStrategy(split_at="net.4", chunks=chunks, trace_dir=trace_dir)
+        strategy = PipelineStrategy(split_at=CUT, chunks=chunks, trace_dir=trace_dir)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=STAGES if chunks else 1,
         strategy=strategy,
         max_steps=WARM_UP + steps + 1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     batches = [batch] * (WARM_UP + steps + 1)
-    trainer.fit(Lit(), torch.utils.data.DataLoader(batches, batch_size=None))
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     return stamps
 
 

@@ -1,5 +1,5 @@
 """What a pipeline would take, predicted from a rehearsal on one device: `mode=plan`.
 
-`options` is what is asked for, `rehearsal` and `bench` measure, `profile` holds what they have
-measured, `predict` makes rows of it, `show` prints and writes them.
+`options` is what is asked for; `rehearsal`, `bench` and `turn` measure; `profile` holds what they
+have measured; `predict` makes rows of it; `show` prints and writes them; `command` is the whole.
 """

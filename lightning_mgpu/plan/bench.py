@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,21 +13,20 @@ from lightning_mgpu.engine.pipelining import microbatch
 from lightning_mgpu.engine.pipelining.arguments import Call, Splitter
 from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipelining.graph_cut import layers, untied
-from lightning_mgpu.engine.pipelining.ledger import Ledger, ObservedCutter
+from lightning_mgpu.engine.pipelining.ledger import ObservedCutter
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.timer import Timer
 from lightning_mgpu.engine.pipelining.trace import Trace, UntraceableError
 from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.plan.profile import Sample
+from lightning_mgpu.plan.turn import Turn, sample_of
 
 __all__: list[str] = []
 
-# Steps of each turn that are measured, after one to warm up.
-_STEPS = 4
 # Numbers of micro-batches that are measured; what others take lies between.
 _COUNTS = 4
-# Steps that may be lost to batches of another size than the first.
-_LOST = 200
+# Steps that may be in vain, as those with a batch of another size than the first.
+_LOST = 100
 
 
 class NothingMeasuredError(RuntimeError):
@@ -62,8 +59,8 @@ class Bench:
         self._module, self._forward, self._made = module, forward, made
         self._device, self._splitter, self._step_batch = device, splitter, step_batch
         self._timer = Timer(device, threads)
-        self._turns: list[_Turn] = []
-        self._ahead: list[_Turn] = []
+        self._turns: list[Turn] = []
+        self._ahead: list[Turn] = []
         self._started: float | None = None
         self._lost = 0
         self.names: list[str] = []
@@ -91,20 +88,27 @@ class Bench:
             NothingMeasuredError: Too many steps were in vain.
         """
         now = time.perf_counter()
-        if self._started is not None and self._ahead:
-            turn = self._ahead[0]
-            if not turn.take(now - self._started, self._timer, self.batch):
-                self._lost += 1
-            if turn.is_over:
-                self._ahead.pop(0)
+        if self._started is not None and not self._took(now - self._started):
+            self._lost += 1
         if self._lost > _LOST:
             raise NothingMeasuredError(
-                f"{self._lost} steps in which the module was not run, forward and backward, on a"
-                f" batch of {self.batch} samples as the first time. Let batches be of one size."
+                f"in {self._lost} steps the module was not run, forward and backward, on a batch of"
+                " the size of the first. Let `training_step` call the module that is to be cut, and"
+                " batches be of one size."
             )
         self._timer.restart()
         self._started = time.perf_counter()
         return not self._turns or bool(self._ahead)
+
+    def _took(self, seconds: float) -> bool:
+        """Take down what the step before has taken; whether it counts."""
+        if not self._ahead:
+            return False
+        turn = self._ahead[0]
+        counts = turn.take(seconds, self._timer, self.batch)
+        if turn.is_over:
+            self._ahead.pop(0)
+        return counts
 
     def call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chunks: Sequence[int], stages: int
@@ -121,14 +125,14 @@ class Bench:
             self._prepare(Call.of(self._forward, args, kwargs), chunks, stages)
         if not self._ahead:
             return self._forward(*args, **kwargs)
-        return self._ahead[0].run(args, kwargs, self._timer)
+        return self._ahead[0].run(args, kwargs)
 
     def samples(self) -> list[Sample]:
         """What has been measured, once `step` has said that this is all."""
         assert self._turns
         assert not self._ahead
         pairs = zip(self._turns[::2], self._turns[1::2], strict=True)
-        return [_sample(apart, whole, self.batch) for apart, whole in pairs]
+        return [sample_of(apart, whole, self.batch) for apart, whole in pairs]
 
     def _prepare(self, call: Call, chunks: Sequence[int], stages: int) -> None:
         fixed = (*self._module.parameters(), *self._module.buffers())
@@ -149,12 +153,8 @@ class Bench:
                 self._module, self._forward, len(self._made), made=list(self._made)
             )
             whole = Cutter(self._module, self._forward, 1, made=[_InARow(self._made)])
-        for cutter in (apart, whole):
-            pipeline = self._pipeline(cutter)
-            self._turns += [_Turn(pipeline, count) for count in _spread(possible)]
-        half = len(self._turns) // 2
-        pairs = zip(self._turns[:half], self._turns[half:], strict=True)
-        self._turns = [turn for pair in pairs for turn in pair]
+        pipelines = [self._pipeline(apart), self._pipeline(whole)]
+        self._turns = [Turn(p, count) for count in _spread(possible) for p in pipelines]
         self._ahead = list(self._turns)
 
     def sizes(self, chunks: int) -> list[int]:
@@ -179,7 +179,7 @@ class Bench:
             cutter,
             self._splitter,
             [self._device] * cutter.stages,
-            chunks=_Counted(cutter.stages, 1),
+            chunks=Chunks(cutter.stages, 1),
             step_batch=self._step_batch,
             on_cut=self._on_cut,
             workers=self._timer,
@@ -189,58 +189,6 @@ class Bench:
         self._timer.expect_forward()
         if len(cut.tensors) == len(self.names):
             self.tensors = cut.tensors
-
-
-class _Counted(Chunks):
-    """A fixed number of micro-batches; tells what came of it."""
-
-    done: tuple[int, int] | None = None
-
-    @override
-    def took(self, count: int, seconds: float, samples: int) -> None:
-        self.done = count, samples
-
-
-@dataclass
-class _Turn:
-    """Steps with the module cut in one way, into one number of micro-batches."""
-
-    pipeline: Pipeline
-    chunks: int
-    ledger: Ledger | None = None
-    seconds: list[float] = field(default_factory=list)
-    """Of each step that counts, from its begin to that of the next."""
-    forward: list[list[float]] = field(default_factory=list)
-    """Of each step, what each stage has taken."""
-    backward: list[list[float]] = field(default_factory=list)
-    _is_warm: bool = False
-    _counted: _Counted | None = None
-
-    @property
-    def is_over(self) -> bool:
-        return len(self.seconds) == _STEPS
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], timer: Timer) -> Any:
-        self.pipeline.chunks = self._counted = _Counted(self.pipeline.cutter.stages, self.chunks)
-        cutter = self.pipeline.cutter
-        if isinstance(cutter, ObservedCutter):
-            if self._is_warm:
-                cutter.ledger = None
-            else:
-                self.ledger = cutter.observe()
-        return self.pipeline(*args, **kwargs)
-
-    def take(self, seconds: float, timer: Timer, batch: int) -> bool:
-        """Take down what a step has taken; whether it counts."""
-        counted, self._counted = self._counted, None
-        if counted is None or counted.done != (self.chunks, batch):
-            return False
-        if self._is_warm:
-            self.seconds.append(seconds)
-            self.forward.append(timer.forward)
-            self.backward.append(timer.backward)
-        self._is_warm = True
-        return True
 
 
 class _InARow(nn.Module):
@@ -264,46 +212,3 @@ def _spread(counts: Sequence[int]) -> list[int]:
     if len(counts) <= _COUNTS:
         return list(counts)
     return [counts[round(i * (len(counts) - 1) / (_COUNTS - 1))] for i in range(_COUNTS)]
-
-
-def _sample(apart: _Turn, whole: _Turn, batch: int) -> Sample:
-    costs, overheads = [], []
-    for of_layers, of_whole in (
-        (apart.forward, whole.forward),
-        (apart.backward, whole.backward),
-    ):
-        (together,) = _medians(of_whole, whole.chunks)
-        layer_seconds, overhead = _shared_out(_medians(of_layers, apart.chunks), together)
-        costs.append(layer_seconds)
-        overheads.append(overhead)
-    steps = zip(whole.seconds, whole.forward, whole.backward, strict=True)
-    assert apart.ledger is not None
-    return Sample(
-        chunks=whole.chunks,
-        size=batch / whole.chunks,
-        forward=costs[0],
-        backward=costs[1],
-        overhead=(overheads[0], overheads[1]),
-        own=median(seconds - sum(f) - sum(b) for seconds, f, b in steps),
-        values={who: size / apart.chunks for who, size in apart.ledger.total().items()},
-    )
-
-
-def _medians(steps: Sequence[Sequence[float]], chunks: int) -> list[float]:
-    """Of each stage, for one micro-batch."""
-    return [median(of_stage) / chunks for of_stage in zip(*steps, strict=True)]
-
-
-def _shared_out(apart: Sequence[float], whole: float) -> tuple[list[float], float]:
-    """What layers take in one stage, and what each stage takes beside.
-
-    Args:
-        apart: What each layer takes as a stage of its own.
-        whole: What all take as one stage.
-    """
-    others = len(apart) - 1
-    overhead = min(max(0.0, sum(apart) - whole) / others, whole) if others else 0.0
-    layer_seconds = [max(0.0, seconds - overhead) for seconds in apart]
-    total = sum(layer_seconds)
-    factor = (whole - overhead) / total if total else 0.0
-    return [seconds * factor for seconds in layer_seconds], overhead

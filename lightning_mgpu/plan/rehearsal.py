@@ -29,6 +29,7 @@ class Rehearsal(PipelineStrategy):
 
     _bench: Bench | None = None
     _profile: Profile | None = None
+    _starts: list[str] | None = None
 
     def prepare(self, options: Options) -> None:
         """Set what is to be planned for."""
@@ -52,12 +53,13 @@ class Rehearsal(PipelineStrategy):
         assert model is not None
         model.to(self.root_device)
         name, module = find_module(model, self._module)
-        self._name = name
+        made = own_stages(model)
+        self._prefix = f"{name}." if name and made is None else ""
         self._override = Override(module)
         self._bench = Bench(
             module,
             self._override.plain,
-            own_stages(model),
+            made,
             self.root_device,
             self._options.threads,
             Splitter(self._split_args, self._broadcast_args),
@@ -68,6 +70,8 @@ class Rehearsal(PipelineStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._bench is not None
+        if self._bench.names and self._starts is None:
+            self._starts = self._cuts(self._bench.names)
         if not self._bench.step():
             self._profile = self._measured(self._bench)
             assert self.lightning_module is not None
@@ -93,13 +97,13 @@ class Rehearsal(PipelineStrategy):
         model = self.lightning_module
         others = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
         return Profile(
-            names=[f"{self._name}.{name}" if self._name else name for name in bench.names],
+            names=self._in_full(bench.names),
             weights=[_weights(tensors.values(), state) for tensors in bench.tensors],
             rest=_weights(others, state),
             batch=bench.batch,
             least=bench.least,
             samples=bench.samples(),
-            split_at=self._cuts(bench.names),
+            split_at=self._starts or [],
         )
 
     def _cuts(self, names: Sequence[str]) -> list[str]:
@@ -111,14 +115,18 @@ class Rehearsal(PipelineStrategy):
         assert self._override is not None
         starts = []
         for entry in self._split_at or ():
-            cut = canonical(self._override.module, entry.removeprefix(f"{self._name}."))
+            cut = canonical(self._override.module, entry.removeprefix(self._prefix))
             inside = [name for name in names[1:] if f"{name}.".startswith(f"{cut}.")]
             if not inside:
                 raise PartitionError(
                     f"`split_at={entry!r}`: stages can begin at {', '.join(names[1:]) or 'none'}."
                 )
             starts.append(inside[0])
-        return [f"{self._name}.{name}" if self._name else name for name in starts]
+        return self._in_full(starts)
+
+    def _in_full(self, names: Sequence[str]) -> list[str]:
+        """Names of layers as the LightningModule knows them."""
+        return [self._prefix + name for name in names]
 
 
 def _weights(tensors: Iterable[Tensor], state: Mapping[int, int]) -> Weights:

@@ -19,8 +19,8 @@ def summary(plan: Plan) -> Group:
     """A table of the quickest row for each number of devices, and what is not in it."""
     profile = plan.profile
     title = (
-        f"{len(profile.names)} layers, {profile.batch} samples a batch and replica; for each number"
-        " of devices, the quickest way:"
+        f"{len(profile.names)} layers, batches of {profile.batch}; the quickest way for each number"
+        " of devices:"
     )
     made = Table(
         *("devices", "stages", "replicas", "chunks", "checkpoint"),
