@@ -117,7 +117,10 @@ _CASES = {
         ["callbacks.model_checkpoint.mode=up"],
         "callbacks.model_checkpoint: `mode` can be min, max but got up",
     ),
-    "mode": (["mode=train"], "mode=train: unknown. Choose one of fit, validate, test, predict."),
+    "mode": (
+        ["mode=train"],
+        "mode=train: unknown. Choose one of fit, validate, test, predict, plan.",
+    ),
     "mode-list": (["mode=[fit]"], "mode=['fit']: unknown. Choose one of"),
     "seed-word": (["seed=abc"], "seed=abc: expected an integer from 0 to 4294967295, or null."),
     "seed-negative": (["seed=-1"], "seed=-1: expected an integer from 0 to 4294967295, or null."),

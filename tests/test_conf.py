@@ -107,6 +107,10 @@ def test_data_config_holds_the_defaults_of_its_class(name: str) -> None:
     assert_class_defaults(config(f"data={name}").data)
 
 
+def test_plan_config_holds_the_defaults_of_its_class() -> None:
+    assert_class_defaults(config("+plan=default").plan)
+
+
 def assert_class_defaults(node: DictConfig) -> None:
     parameters = inspect.signature(get_object(node._target_)).parameters
     written = OmegaConf.to_container(node, resolve=True)

@@ -16,7 +16,7 @@ from lightning_mgpu.plan.profile import Sample
 __all__: list[str] = []
 
 # Steps that are measured, after one to warm up.
-_STEPS = 4
+_STEPS = 3
 
 
 class _Counted(Chunks):
