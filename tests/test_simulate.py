@@ -15,6 +15,7 @@ from lightning_mgpu.engine.pipelining.simulate import Link, Load
 from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.predict import memory, predict
 from lightning_mgpu.plan.profile import Profile, Sample, Span, Weights
+from lightning_mgpu.plan.stages import Stages
 
 _SECONDS = st.floats(0, 10, allow_subnormal=False)
 
@@ -159,35 +160,35 @@ def _profile(batch: int = 64) -> Profile:
     )
 
 
+def _stages(*starts: int) -> Stages:
+    return Stages(_profile(), [Span(*pair) for pair in itertools.pairwise([0, *starts, 3])])
+
+
 def test_what_was_not_measured_lies_on_the_line_between() -> None:
-    profile = _profile()
-    assert profile.forward(Span(0, 1), 8) == pytest.approx(9.5)
-    assert profile.backward(Span(1, 3), 32) == pytest.approx(2 * 2 * 33 + 0.25)
-    assert profile.forward(Span(0, 1), 1) == pytest.approx(2.5)  # beyond what was measured
-    assert profile.own(8) == pytest.approx(108)
+    stages = _stages(1)
+    assert stages.costs(8).forward == pytest.approx([9.5, 18.5])
+    assert stages.costs(32).backward == pytest.approx([66.25, 132.25])
+    assert stages.costs(1).forward[0] == pytest.approx(2.5)  # beyond what was measured
+    assert _profile().own(8) == pytest.approx(108)
 
 
 def test_links_carry_what_other_stages_take() -> None:
-    profile = _profile()
-    apart = profile.links([Span(0, 1), Span(1, 2), Span(2, 3)], 1)
-    assert apart == pytest.approx({Link(0, 1): 1, Link(0, 2): 1, Link(1, 2): 1000})
-    assert profile.links([Span(0, 2), Span(2, 3)], 1) == pytest.approx({Link(0, 1): 1001})
+    apart = _stages(1, 2).costs(1)
+    assert apart.sent == pytest.approx({Link(0, 1): 1, Link(0, 2): 1, Link(1, 2): 1000})
+    assert apart.received == pytest.approx([0, 1, 1001])
+    assert _stages(2).costs(1).sent == pytest.approx({Link(0, 1): 1001})
 
 
 def test_memory_of_each_way_to_checkpoint() -> None:
-    profile, first, last = _profile(), Span(0, 2), Span(2, 3)
-    weights = 1 + 2 + 3 + 10 + 20 + 30 + 1000
-    # Of the first stage: what both layers keep, and what it has sent; the batch is nobody's input.
-    assert memory(profile, first, 4, "never") == pytest.approx(weights + 64 * 1111)
-    assert memory(profile, first, 4, "always") == pytest.approx(weights + 16 * 1111)
-    # Of the last: micro-batches of 16 samples.
+    # Both stages: what their layers keep, and what passes between them; the batch is not passed.
+    weights = [1 + 2 + 3 + 10 + 20 + 30 + 1000, 100 + 200 + 300]
     for checkpoint, expected in (
-        ("never", 64 * 11001),
-        ("except_last", 3 * 16 * 1001 + 16 * 11001),
-        ("always", 4 * 16 * 1001 + 16 * 11001),
+        ("never", [64 * 1111, 64 * 11001]),
+        ("except_last", [16 * 1111, 3 * 16 * 1001 + 16 * 11001]),
+        ("always", [16 * 1111, 4 * 16 * 1001 + 16 * 11001]),
     ):
-        found = memory(profile, last, 4, checkpoint)  # type: ignore[arg-type]
-        assert found == pytest.approx(600 + expected)
+        found = memory(_stages(2), 4, checkpoint)  # type: ignore[arg-type]
+        assert found == pytest.approx([a + b for a, b in zip(weights, expected, strict=True)])
 
 
 def test_checkpointing_takes_longer_and_less_memory() -> None:

@@ -1,5 +1,6 @@
 """What a pipeline would take, predicted from a rehearsal on one device: `mode=plan`.
 
 `options` is what is asked for; `rehearsal`, `bench` and `turn` measure; `profile` holds what they
-have measured; `predict` makes rows of it; `show` prints and writes them; `command` is the whole.
+have measured, `stages` what stages made of it take; `predict` makes rows of that; `show` prints and
+writes them; `command` is the whole.
 """

@@ -1,6 +1,6 @@
 """What each pipeline would take, from what the layers of its stages do."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -9,6 +9,7 @@ from lightning_mgpu.engine.pipelining.balance import balance
 from lightning_mgpu.engine.pipelining.simulate import Load
 from lightning_mgpu.plan.options import Checkpoint, Options
 from lightning_mgpu.plan.profile import Profile, Span
+from lightning_mgpu.plan.stages import Stages
 
 __all__: list[str] = []
 
@@ -71,10 +72,10 @@ def predict(profile: Profile, options: Options) -> Plan:
     chunks = [count for count in options.chunks if len(profile.sizes(count)) == count]
     rows = [
         row
-        for spans in (_cut(profile, count) for count in stages)
+        for cut in (Stages(profile, _cut(profile, count)) for count in stages)
         for count in chunks
         for checkpoint in options.checkpoint
-        for row in _rows(profile, options, spans, count, checkpoint)
+        for row in _rows(cut, options, count, checkpoint)
     ]
     small = f"a batch of {profile.batch} samples"
     if profile.least > 1:
@@ -90,50 +91,45 @@ def predict(profile: Profile, options: Options) -> Plan:
     return Plan(profile, rows, left_out)
 
 
-def step_seconds(
-    profile: Profile, spans: Sequence[Span], chunks: int, checkpoint: Checkpoint, options: Options
-) -> tuple[float, float]:
-    """Seconds of a step without replicas, and the share of its passage in which stages wait."""
-    passed = simulate.passage(_load(profile, spans, chunks, checkpoint, options))
-    return profile.own(chunks) + passed.seconds, passed.waiting
+def memory(stages: Stages, chunks: int, checkpoint: Checkpoint) -> list[float]:
+    """The most bytes that each stage takes at once: weights, and activations of all chunks."""
+    costs = [stages.costs(size) for size in stages.profile.sizes(chunks)]
+    taken = []
+    for stage, span in enumerate(stages.spans):
+        whole = [of_chunk.held[stage] for of_chunk in costs]
+        inputs = [of_chunk.received[stage] for of_chunk in costs]
+        kept = {
+            "never": sum(whole),
+            # What is computed again is so from a copy of its inputs.
+            "except_last": sum(inputs[:-1]) + max(whole),
+            "always": sum(inputs) + max(whole),
+        }[checkpoint]
+        taken.append(stages.profile.weights_of(span).total + kept)
+    return taken
 
 
-def memory(profile: Profile, span: Span, chunks: int, checkpoint: Checkpoint) -> float:
-    """The most bytes that a stage takes at once: weights, and activations of all micro-batches."""
-    sizes = profile.sizes(chunks)
-    whole = [profile.held(span, size) for size in sizes]
-    inputs = [profile.received(span, size) for size in sizes]
-    kept = {
-        "never": sum(whole),
-        # What is computed again is so from a copy of its inputs.
-        "except_last": sum(inputs[:-1]) + max(whole),
-        "always": sum(inputs) + max(whole),
-    }[checkpoint]
-    return profile.weights_of(span).total + kept
-
-
-def _rows(
-    profile: Profile, options: Options, spans: list[Span], chunks: int, checkpoint: Checkpoint
-) -> Iterator[Row]:
-    alone, bubble = step_seconds(profile, spans, chunks, checkpoint, options)
-    taken = [memory(profile, span, chunks, checkpoint) for span in spans]
-    gradients = max(profile.weights_of(span).gradients for span in spans)
+def _rows(stages: Stages, options: Options, chunks: int, checkpoint: Checkpoint) -> Iterator[Row]:
+    profile = stages.profile
+    passed = simulate.passage(_load(stages, chunks, checkpoint, options))
+    alone = profile.own(chunks) + passed.seconds
+    taken = memory(stages, chunks, checkpoint)
+    gradients = max(profile.weights_of(span).gradients for span in stages.spans)
     for replicas in options.replicas:
         summing = simulate.all_reduce(gradients, replicas, options.bandwidth, options.latency)
         yield Row(
-            devices=len(spans) * replicas,
-            stages=len(spans),
+            devices=len(stages) * replicas,
+            stages=len(stages),
             replicas=replicas,
             chunks=chunks,
             checkpoint=checkpoint,
             seconds=alone + summing,
             samples_per_second=replicas * profile.batch / (alone + summing),
-            bubble=bubble,
+            bubble=passed.waiting,
             all_reduce=summing,
             memory=max(taken),
             fits=options.memory is None or max(taken) <= options.memory,
             memory_of_stages=taken,
-            split_at=[profile.names[span.first] for span in spans[1:]],
+            split_at=[profile.names[span.first] for span in stages.spans[1:]],
         )
 
 
@@ -149,29 +145,20 @@ def _cut(profile: Profile, stages: int) -> list[Span]:
     return [Span(*pair) for pair in pairwise([*starts, len(profile.names)])]
 
 
-def _load(
-    profile: Profile, spans: Sequence[Span], chunks: int, checkpoint: Checkpoint, options: Options
-) -> Load:
-    sizes = profile.sizes(chunks)
-
-    def of_size(seconds: Mapping[int, float]) -> list[float]:
-        return [seconds[size] for size in sizes]
-
-    different = sorted(set(sizes))
-    forward = [of_size({n: profile.forward(span, n) for n in different}) for span in spans]
-    backward = [of_size({n: profile.backward(span, n) for n in different}) for span in spans]
-    if checkpoint != "never":
-        again = chunks - 1 if checkpoint == "except_last" else chunks
-        backward = [
-            [
-                b + (f if chunk < again else 0.0)
-                for chunk, (f, b) in enumerate(zip(*pair, strict=True))
-            ]
-            for pair in zip(forward, backward, strict=True)
-        ]
-    sent = {n: profile.links(spans, n) for n in different}
+def _load(stages: Stages, chunks: int, checkpoint: Checkpoint, options: Options) -> Load:
+    costs = [stages.costs(size) for size in stages.profile.sizes(chunks)]
+    forward = _by_stage([of_chunk.forward for of_chunk in costs])
+    backward = _by_stage([of_chunk.backward for of_chunk in costs])
+    again = {"never": 0, "except_last": chunks - 1, "always": chunks}[checkpoint]
+    for first, second in zip(forward, backward, strict=True):
+        for chunk in range(again):
+            second[chunk] += first[chunk]
     links = {
-        link: of_size({n: options.latency + sent[n][link] / options.bandwidth for n in different})
-        for link in sent[sizes[0]]
+        link: [options.latency + of_chunk.sent[link] / options.bandwidth for of_chunk in costs]
+        for link in costs[0].sent
     }
     return Load(forward, backward, links)
+
+
+def _by_stage(chunks: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [list(of_stage) for of_stage in zip(*chunks, strict=True)]

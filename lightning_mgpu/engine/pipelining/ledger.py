@@ -31,20 +31,6 @@ class Holders(NamedTuple):
     producer: int | None
     consumers: frozenset[int]
 
-    def held(self, first: int, end: int) -> bool:
-        """Whether it stays with the stages from `first` to before `end` until their backward."""
-        inside = range(first, end)
-        if any(stage in inside for stage in self.keepers):
-            return True
-        sent = self.producer in inside and any(stage not in inside for stage in self.consumers)
-        return sent or self.received(first, end)
-
-    def received(self, first: int, end: int) -> bool:
-        """Whether it comes to the stages from `first` to before `end` from others."""
-        from_others = self.producer is not None and not first <= self.producer < end
-        of_the_batch = self.producer == CALLER and first == 0
-        return from_others and not of_the_batch and any(first <= s < end for s in self.consumers)
-
 
 class Ledger:
     """The bytes of all that a forward pass makes.
