@@ -34,6 +34,7 @@ class Rehearsal(PipelineStrategy):
     def prepare(self, options: Options) -> None:
         """Set what is to be planned for."""
         self._options = options
+        self._trace_dir = None  # there is no timetable to be drawn
 
     def profile(self) -> Profile:
         """What has been measured, once training is over.
