@@ -108,6 +108,7 @@ def test_plan_leaves_no_checkpoint_and_no_metrics_behind() -> None:
     assert not Path("run/metrics.csv").exists()
 
 
+@pytest.mark.slow
 def test_cut_of_a_plan_can_be_trained_with() -> None:
     write_project(_MODELS)
     target = ("model=lenet", "model._target_=my_project.Skipping")

@@ -26,7 +26,7 @@ __all__: list[str] = []
 # Numbers of micro-batches that are measured; what others take lies between.
 _COUNTS = 4
 # Steps that may be in vain, as those with a batch of another size than the first.
-_LOST = 100
+_LOST = 50
 
 
 class NothingMeasuredError(RuntimeError):
