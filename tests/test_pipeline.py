@@ -414,6 +414,17 @@ def test_measured_balance(balance: Any, caplog: pytest.LogCaptureFixture) -> Non
     )
 
 
+def test_measured_balance_begins_on_the_first_device() -> None:
+    model = Deep()
+    strategy = PipelineStrategy(
+        balance="time", parallel_devices=[torch.device("meta"), torch.device("cpu")]
+    )
+    strategy.connect(model)
+    strategy.model_to_device()
+    assert {parameter.device for parameter in model.parameters()} == {torch.device("meta")}
+    strategy._release()
+
+
 def test_measured_costs_of_layers() -> None:
     from lightning_mgpu.engine.pipelining.graph_cut import layers
     from lightning_mgpu.engine.pipelining.measure import measure

@@ -99,6 +99,9 @@ class Pipelined(ParallelStrategy):
         cut = self._pipeline.cutter.early()
         if cut is not None:
             self._on_cut(cut)
+        elif self._pipeline.cutter.wants_costs:
+            # They are measured where the first batch will be.
+            self.lightning_module.to(self.root_device)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
