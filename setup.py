@@ -6,6 +6,9 @@ setup(
     packages=[
         *find_packages(include=["lightning_mgpu", "lightning_mgpu.*"]),
         "lightning_mgpu.conf",  # `conf/`, by package-dir in pyproject.toml
-        *find_namespace_packages(include=["hydra_plugins.*"], exclude=["*.__pycache__"]),
+        # With the namespace itself, so that Hydra finds plugins of an editable install, too.
+        *find_namespace_packages(
+            include=["hydra_plugins", "hydra_plugins.*"], exclude=["*.__pycache__"]
+        ),
     ]
 )

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, SweepFailedError
 
 if TYPE_CHECKING:
     from lightning_mgpu.interrupts import Stopped
@@ -57,6 +58,7 @@ def main() -> None:
                 job_errors.append(error)
                 raise
 
+    _register_sweeper()
     if os.getcwd() not in sys.path:
         # `model._target_=my_project.LitModel`, with the console script as with `python -m`.
         sys.path.insert(0, os.getcwd())
@@ -69,6 +71,9 @@ def main() -> None:
         if wants_traceback:
             raise
         _refuse(error)
+    except SweepFailedError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
     except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         # The same kinds of error from within a job are the job's own, and keep their traceback.
         if wants_traceback or any(error is other for other in job_errors):
@@ -76,6 +81,13 @@ def main() -> None:
         if isinstance(error, OSError) and not isinstance(error, HydraException):
             _refuse_to_write(error)
         _refuse(error)
+
+
+def _register_sweeper() -> None:
+    """Make `hydra/sweeper=ray_tune` known, however this package was installed."""
+    from hydra_plugins.ray_tune_sweeper.ray_tune_sweeper import RayTuneSweeper
+
+    Plugins.instance().register(RayTuneSweeper)
 
 
 def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:

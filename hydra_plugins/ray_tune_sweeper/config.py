@@ -1,0 +1,120 @@
+"""The sweeper's options, with the names that Ray uses."""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional  # noqa: UP035  (OmegaConf reads the annotations)
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+_DEFAULTS: List[Any] = [  # noqa: UP006
+    {"search_alg": "random"},
+    {"scheduler": "asha"},
+]
+
+
+@dataclass
+class SearchAlgConf:
+    """How the values of the next trial are found."""
+
+    name: str = "random"
+    seed: Optional[int] = None  # noqa: UP045
+
+
+@dataclass
+class RandomConf(SearchAlgConf):
+    """Each value drawn on its own."""
+
+
+@dataclass
+class GridConf(SearchAlgConf):
+    """Every combination, in order; `num_samples` cuts it short."""
+
+    name: str = "grid"
+
+
+@dataclass
+class SchedulerConf:
+    """Which trials are stopped before their end."""
+
+    name: str = "fifo"
+
+
+@dataclass
+class FifoConf(SchedulerConf):
+    """None."""
+
+
+@dataclass
+class AshaConf(SchedulerConf):
+    """Asynchronous successive halving: only the best go on at each rung."""
+
+    name: str = "asha"
+    time_attr: str = "training_iteration"  # counts reports: epochs, unless validation is oftener
+    max_t: int = 100
+    grace_period: int = 1
+    reduction_factor: float = 4
+    brackets: int = 1
+
+
+@dataclass
+class ResourcesConf:
+    """What each trial reserves; fractions let trials share a device."""
+
+    cpu: float = 1
+    gpu: float = 0
+
+
+@dataclass
+class RayTuneSweeperConf:
+    """``hydra.sweeper`` with ``hydra/sweeper=ray_tune``."""
+
+    _target_: str = "hydra_plugins.ray_tune_sweeper.ray_tune_sweeper.RayTuneSweeper"
+    defaults: List[Any] = field(default_factory=lambda: list(_DEFAULTS))  # noqa: UP006
+
+    # What to search: keys and sweeps as on the command line, which wins.
+    params: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
+    # module.function(cfg, space) returns more of the space, or values computed from others.
+    custom_search_space: Optional[str] = None  # noqa: UP045
+
+    # What to optimise: a logged metric; null is what the job returns.
+    metric: Optional[str] = None  # noqa: UP045
+    mode: str = "min"  # min | max
+    report: str = "best"  # best | last: which value of a run counts
+    every_n_epochs: int = 1
+
+    search_alg: SearchAlgConf = MISSING
+    scheduler: SchedulerConf = MISSING
+    num_samples: Optional[int] = None  # noqa: UP045  (null: 10, or the whole grid)
+    max_concurrent_trials: Optional[int] = None  # noqa: UP045
+    time_budget_s: Optional[float] = None  # noqa: UP045
+    resources_per_trial: ResourcesConf = field(default_factory=ResourcesConf)
+    reuse_actors: bool = True
+
+    max_failures: int = 0  # how often a failed trial is tried again
+    max_failure_rate: float = 1.0  # the sweep ends when more of its trials have failed
+    keep_checkpoints: int = 0  # for each trial, beside those of the job itself
+
+    resume: Optional[str] = None  # noqa: UP045  (the directory of a sweep that was interrupted)
+    # Arguments of ray.init; address=auto or ray://host:port joins a cluster.
+    ray: Dict[str, Any] = field(  # noqa: UP006
+        default_factory=lambda: {"address": "local", "num_cpus": None, "num_gpus": None}
+    )
+
+
+def register() -> None:
+    """Make the options known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(
+        group="hydra/sweeper", name="ray_tune", node=RayTuneSweeperConf, provider="ray_tune"
+    )
+    for group, nodes in (
+        ("search_alg", (RandomConf, GridConf)),
+        ("scheduler", (FifoConf, AshaConf)),
+    ):
+        for node in nodes:
+            store.store(
+                group=f"hydra/sweeper/{group}", name=node.name, node=node, provider="ray_tune"
+            )
+
+
+register()

@@ -1,0 +1,34 @@
+"""The plugin that Hydra finds."""
+
+from typing import Any
+
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
+
+
+class RayTuneSweeper(Sweeper):
+    """Runs trials of a job with Ray Tune; the options are `RayTuneSweeperConf`'s."""
+
+    def __init__(self, **_: Any) -> None:
+        pass  # the typed options come with the config, in `setup`
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what a sweep needs; called by Hydra."""
+        self.hydra_context = hydra_context
+        self.config = config
+        self._given = (hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Search, and leave the results in ``hydra.sweep.dir``."""
+        from lightning_mgpu.ray.sweep.job import Job
+        from lightning_mgpu.ray.sweep.sweep import run
+
+        job = Job(*self._given)
+        options = OmegaConf.to_object(job.config.hydra.sweeper)
+        assert isinstance(options, RayTuneSweeperConf)
+        run(job, options, arguments)

@@ -1,0 +1,1 @@
+"""Training on Ray; the only part that imports it."""

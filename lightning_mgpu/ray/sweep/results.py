@@ -1,0 +1,96 @@
+"""What a sweep leaves behind, and the commands that go on from it."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.utils import get_args_parser
+
+from lightning_mgpu.ray.sweep.job import program
+from lightning_mgpu.ray.sweep.records import Records, TrialRecord
+
+__all__: list[str] = []
+
+RESULTS = "optimization_results.yaml"
+_RESUME = "hydra.sweeper.resume="
+
+
+def write_results(records: Records, directory: Path) -> Path:
+    """Write all trials, the best one first."""
+    best = records.best()
+    content: dict[str, Any] = {
+        "name": "ray_tune",
+        "metric": records.metric,
+        "mode": records.mode,
+        "best_trial": None,
+    }
+    if best is not None:
+        content |= {
+            "best_trial": best.number,
+            "best_value": records.value(best),
+            "best_params": _plain(best.values),
+            "best_command": job_command(best.overrides),
+            "best_checkpoint": best.checkpoint,
+        }
+    content["trials"] = [_trial(records, record) for record in records.ordered()]
+    path = directory / RESULTS
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)  # whole at any time
+    return path
+
+
+def job_command(overrides: Sequence[str]) -> str:
+    """The command line that runs one job outside the sweep."""
+    flags, is_multirun = _flags()
+    # A search space that starts the sweep by itself would do so again.
+    more = [] if is_multirun else ["hydra.mode=RUN"]
+    return shlex.join([*program(), *flags, *overrides, *more])
+
+
+def resume_command(directory: Path) -> str:
+    """The command line that goes on with the sweep."""
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(_RESUME)]
+    return shlex.join([*program(), *arguments, f"{_RESUME}{directory}"])
+
+
+def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "number": record.number,
+        "status": record.status,
+        "value": records.value(record),
+        "params": _plain(record.values),
+        "reports": len(record.history),
+        "metrics": record.metrics,
+        "seconds": round(record.seconds, 2),
+        "directory": record.directory,
+    }
+    if record.checkpoint is not None:
+        found["checkpoint"] = record.checkpoint
+    if record.reason is not None:
+        found["reason"] = record.reason
+    return found
+
+
+def _flags() -> tuple[list[str], bool]:
+    """Hydra's flags that a single job needs too, and whether there was one for many."""
+    given, _ = get_args_parser().parse_known_args(sys.argv[1:])
+    flags = []
+    for name in ("config_path", "config_name", "config_dir"):
+        value = getattr(given, name, None)
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return flags, bool(given.multirun)
+
+
+def _plain(value: Any) -> Any:
+    """Of Python's own types, which YAML can write."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value

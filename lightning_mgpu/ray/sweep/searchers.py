@@ -1,0 +1,142 @@
+"""How the values of the next trial are found."""
+
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ray.tune.search import Searcher, SearchGenerator
+from typing_extensions import override
+
+from lightning_mgpu.ray.sweep.space import Choice, Dimension, Interval, Space, enumerate_grid
+
+if TYPE_CHECKING:
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
+
+__all__: list[str] = []
+
+
+def build_searcher(options: "RayTuneSweeperConf", space: Space, metric: str) -> Searcher:
+    """The searcher that `options` name."""
+    conf = options.search_alg
+    if conf.name == "grid":
+        return GridSearcher(metric, space)
+    return RandomSearcher(metric, space, conf.seed)
+
+
+class Trials(SearchGenerator):
+    """Numbers trials as Hydra numbers jobs, and tells the searcher which value of a run counts.
+
+    Args:
+        num_samples: How many trials there are in all, of a resumed sweep too.
+        metric: What is optimised.
+        sign: 1 to maximise, -1 to minimise.
+        takes_best: Whether a run is worth its best value, or its last.
+    """
+
+    def __init__(
+        self, searcher: Searcher, num_samples: int, metric: str, sign: int, takes_best: bool
+    ) -> None:
+        super().__init__(searcher)
+        self._wanted, self._metric_name = num_samples, metric
+        self._sign, self._takes_best = sign, takes_best
+        self._best: dict[str, float] = {}
+
+    @override
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if self._metric_name in result:
+            value = float(result[self._metric_name])
+            best = self._best.get(trial_id, value)
+            self._best[trial_id] = max(self._sign * value, self._sign * best) * self._sign
+        super().on_trial_result(trial_id, result)
+
+    @override
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        best = self._best.pop(trial_id, None)
+        if self._takes_best and best is not None and result and not error:
+            result = {**result, self._metric_name: best}
+        super().on_trial_complete(trial_id, result, error)
+
+    @override
+    def restore_from_dir(self, dirpath: str) -> None:
+        super().restore_from_dir(dirpath)
+        self._total_samples = self._wanted
+        self._finished = self._finished and self._counter >= self._wanted
+
+
+def trial_number(trial: Any) -> int:
+    """The number of a trial, counted from 0."""
+    return int(trial.experiment_tag.partition("_")[0]) - 1
+
+
+class _Drawing(Searcher):
+    """A searcher that learns nothing; its state is all there is to it."""
+
+    def __init__(self, metric: str) -> None:
+        super().__init__(metric=metric, mode="max")
+        self._state: Any = None
+
+    @override
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        pass
+
+    @override
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @override
+    def save(self, checkpoint_path: str) -> None:
+        with open(checkpoint_path, "wb") as file:
+            pickle.dump(self._state, file)
+
+    @override
+    def restore(self, checkpoint_path: str) -> None:
+        with open(checkpoint_path, "rb") as file:
+            self._state = pickle.load(file)
+
+
+class RandomSearcher(_Drawing):
+    """Draws each value on its own."""
+
+    def __init__(self, metric: str, space: Space, seed: int | None) -> None:
+        super().__init__(metric)
+        self._dimensions = space.dimensions
+        self._state = np.random.default_rng(seed)
+
+    @override
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        return {name: _draw(d, self._state) for name, d in self._dimensions.items()}
+
+
+class GridSearcher(_Drawing):
+    """Every combination, in order."""
+
+    def __init__(self, metric: str, space: Space) -> None:
+        super().__init__(metric)
+        self._points = enumerate_grid(space)
+        self._state = 0  # how many were given out
+
+    @override
+    def suggest(self, trial_id: str) -> Any:
+        self._state += 1
+        return self._points[(self._state - 1) % len(self._points)]
+
+
+def _draw(dimension: Dimension, generator: np.random.Generator) -> Any:
+    if isinstance(dimension, Choice):
+        return dimension.values[int(generator.integers(len(dimension.values)))]
+    return _draw_number(dimension, generator)
+
+
+def _draw_number(interval: Interval, generator: np.random.Generator) -> float:
+    low, high = float(interval.low), float(interval.high)
+    if interval.integer and not interval.log:
+        return int(generator.integers(int(low), int(high) + 1))
+    if not interval.log:
+        return float(generator.uniform(low, high))
+    # An integer's share of the logarithmic scale is from itself to the next one.
+    drawn = np.exp(generator.uniform(np.log(low), np.log(high + interval.integer)))
+    return min(int(drawn), int(high)) if interval.integer else float(np.clip(drawn, low, high))

@@ -1,0 +1,163 @@
+"""A sweep: from options and overrides to the best trial."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.ray.sweep.job import Job
+from lightning_mgpu.ray.sweep.options import check_options
+from lightning_mgpu.ray.sweep.records import Records
+from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
+from lightning_mgpu.ray.sweep.space import (
+    Space,
+    add_custom,
+    check_searchable,
+    enumerate_grid,
+    parse_space,
+)
+
+if TYPE_CHECKING:
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
+
+__all__: list[str] = []
+
+log = logging.getLogger(__name__)
+
+OBJECTIVE = "objective"  # what the job returns, where no metric is named
+_SPACE = "search_space.yaml"
+_SAMPLES = 10
+
+
+@dataclass
+class Sweep:
+    """A sweep that has been checked and can start.
+
+    Attributes:
+        directory: ``hydra.sweep.dir``, or that of the sweep which is resumed.
+        num_samples: How many trials there are in all.
+    """
+
+    job: Job
+    options: "RayTuneSweeperConf"
+    space: Space
+    directory: Path
+    num_samples: int
+    records: Records
+
+    @classmethod
+    def prepare(cls, job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> "Sweep":
+        """Read the search space, and see that a trial can be composed and its files written."""
+        check_options(options)
+        space = parse_space(options.params, arguments, job.config_loader)
+        if options.custom_search_space is not None:
+            add_custom(space, options.custom_search_space, job.config)
+        check_searchable(space)
+        directory = Path(options.resume or job.config.hydra.sweep.dir).absolute()
+        records = Records(options.metric or OBJECTIVE, options.mode, options.report == "best")
+        sweep = cls(job, options, space, directory, _num_samples(options, space), records)
+        job.compose(space.example(), 0, directory)  # raises what Hydra has to say against it
+        sweep._claim_directory()
+        return sweep
+
+    def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
+        """Overrides and directory of the trial that has these values."""
+        overrides = self.space.overrides(values)
+        return overrides, self.job.output_dir(overrides, number, self.directory)
+
+    def _claim_directory(self) -> None:
+        """Write down what is searched; a resumed sweep must search the same."""
+        path = self.directory / _SPACE
+        identity = {
+            "metric": self.options.metric,
+            "mode": self.options.mode,
+            "search_alg": self.options.search_alg.name,
+            "fixed": self.space.fixed,
+            "search": str(self.space).splitlines(),
+        }
+        if self.options.resume is None:
+            if path.exists():
+                raise ConfigError(
+                    f"hydra.sweep.dir={self.directory}: holds a sweep already. Go on with it by"
+                    f" hydra.sweeper.resume={self.directory}, or choose another directory."
+                )
+            self.directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(identity, sort_keys=False))
+            OmegaConf.save(self.job.config, self.directory / "multirun.yaml")
+            return
+        if not path.exists():
+            raise ConfigError(f"hydra.sweeper.resume={self.options.resume}: holds no sweep.")
+        before = yaml.safe_load(path.read_text())
+        for name, value in identity.items():
+            if before[name] != value:
+                raise ConfigError(
+                    f"hydra.sweeper.resume={self.options.resume}: was a sweep with {name}"
+                    f" {before[name]}, now it is {value}. Give the same arguments as before, or"
+                    " start a new sweep."
+                )
+
+
+def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
+    """Search, show how it goes, and write the results to ``hydra.sweep.dir``.
+
+    Raises:
+        ConfigError: The options ask for what cannot be; nothing was started.
+        SweepFailedError: Not one trial has a result.
+    """
+    sweep = Sweep.prepare(job, options, arguments)
+    from lightning_mgpu.ray.sweep.tuning import tune  # Ray, now that there is something to run
+
+    was_interrupted = tune(sweep)
+    path = write_results(sweep.records, sweep.directory)
+    if was_interrupted:
+        print(
+            f"Interrupted. Results so far: {_relative(path)}\n"
+            f"Go on with: {resume_command(sweep.directory)}",
+            file=sys.stderr,
+        )
+        sys.exit(128 + signal.SIGINT)
+    _conclude(sweep.records, path)
+
+
+def _conclude(records: Records, path: Path) -> None:
+    """The last lines: the best trial, and how to run it again."""
+    failed = [record for record in records.ordered() if record.status == "failed"]
+    if failed:
+        log.warning(
+            "%d of %d trials failed; the first: trial %d, %s (see %s).",
+            len(failed),
+            len(records.trials),
+            failed[0].number,
+            failed[0].reason,
+            _relative(Path(failed[0].directory)),
+        )
+    best = records.best()
+    if best is None:
+        raise SweepFailedError(
+            f"No trial has a result: {len(failed)} of {len(records.trials)} failed. The first"
+            f" reason: {failed[0].reason if failed else 'none was run'}. See {_relative(path)}."
+        )
+    print(f"Best: trial {best.number}, {records.metric}={records.value(best):.6g}")
+    print(f"  run it alone: {job_command(best.overrides)}")
+    if best.checkpoint is not None:
+        print(f"  checkpoint: {_relative(Path(best.checkpoint))}")
+    print(f"  all results: {_relative(path)}")
+
+
+def _num_samples(options: "RayTuneSweeperConf", space: Space) -> int:
+    if options.search_alg.name != "grid":
+        return options.num_samples or _SAMPLES
+    points = len(enumerate_grid(space))
+    return min(options.num_samples or points, points)
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,187 @@
+"""One trial: one Hydra job, run by an actor that serves many of them."""
+
+import contextlib
+import os
+import pickle
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+from ray.train._internal.session import get_session
+from ray.tune import Checkpoint
+from ray.tune.result import RESULT_DUPLICATE
+from ray.tune.trainable.function_trainable import FunctionTrainable
+from typing_extensions import override
+
+from lightning_mgpu.launch.state import ProcessState
+from lightning_mgpu.ray.sweep import reporter
+from lightning_mgpu.ray.sweep.job import Job
+from lightning_mgpu.ray.sweep.scrub import Scrubber, adopt
+from lightning_mgpu.ray.sweep.space import Space
+from lightning_mgpu.ray.sweep.sweep import OBJECTIVE
+
+__all__: list[str] = []
+
+LOG_FILE = "trial.log"
+# How long a trial that was stopped may take to end before its process is given up.
+_END_SECONDS = 600
+
+
+class TrialFailedError(RuntimeError):
+    """A trial failed. In words, since the error itself may not be known where they are read."""
+
+
+class MetricMissingError(RuntimeError):
+    """A trial ended and has not said how good it is."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What every trial of a sweep has in common."""
+
+    job: Job
+    space: Space
+    sweep_dir: Path
+    metric: str | None
+    every_n_epochs: int
+    saves: bool
+    threads: int
+
+    def dumps(self) -> bytes:
+        """Pickled with the state of this process, which comes first: it says where modules lie."""
+        state = ProcessState.capture(self.threads)
+        return pickle.dumps((self.threads, state, bytes(cloudpickle.dumps(self))))
+
+
+class HydraTrial(FunctionTrainable):
+    """Runs a trial on a thread of its actor, and the next one when it is over.
+
+    Attributes:
+        payload: The pickled `TrialPlan` of the sweep.
+    """
+
+    payload = b""
+
+    @classmethod
+    def of(cls, plan: TrialPlan) -> type["HydraTrial"]:
+        """The trainable of a sweep."""
+        return type("HydraJob", (cls,), {"payload": plan.dumps(), "_name": "hydra"})
+
+    @override
+    def setup(self, config: dict[str, Any]) -> None:
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_END_SECONDS)
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+        threads, state, plan = pickle.loads(self.payload)
+        state = adopt(state, threads)
+        state.apply()
+        self._plan: TrialPlan = pickle.loads(plan)
+        self._scrubber = Scrubber(state)
+        super().setup(config)  # type: ignore[no-untyped-call]
+
+    @override
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        # A new actor, if this one cannot be brought back to its first state.
+        was_reset = bool(super().reset_config(new_config))  # type: ignore[no-untyped-call]
+        return was_reset and not self._scrubber.threads_left()
+
+    def _trainable_func(self, config: dict[str, Any]) -> None:
+        session = get_session()
+        assert session is not None
+        plan, number = self._plan, self._number()
+        self._scrubber.before()
+        restored = session.loaded_checkpoint
+        reporting = reporter.Reporting(
+            send=_send,
+            metric=plan.metric,
+            every_n_epochs=plan.every_n_epochs,
+            saves=plan.saves,
+            restore_from=Path(restored.path) if restored is not None else None,
+        )
+        try:
+            overrides = plan.space.overrides(config)
+            cfg = plan.job.compose(overrides, number, plan.sweep_dir)
+            directory = plan.job.output_dir(overrides, number, plan.sweep_dir)
+            with _output_to(directory), _reporting(reporting), _failures_in_words():
+                value = _run(plan.job, cfg, reporting)
+                if reporting.stopped:
+                    raise SystemExit(0)
+                _report_end(plan, reporting, value)
+        finally:
+            self._scrubber.after()
+        session.report({RESULT_DUPLICATE: True})
+
+    def _number(self) -> int:
+        assert self._storage is not None
+        return int(self._storage.trial_dir_name or 0)
+
+
+def _run(job: Job, cfg: Any, reporting: reporter.Reporting) -> Any:
+    try:
+        return job.run(cfg)
+    except SystemExit as end:
+        if reporting.stopped:
+            raise
+        raise RuntimeError(f"the job ended itself by sys.exit({end.code!r})") from end
+
+
+def _send(metrics: dict[str, Any], directory: Path | None) -> None:
+    session = get_session()
+    assert session is not None
+    checkpoint = Checkpoint.from_directory(str(directory)) if directory is not None else None
+    session.report(metrics, checkpoint=checkpoint)
+
+
+def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> None:
+    """Report what the job returned, where that is its result."""
+    if plan.metric is not None and reporting.sent:
+        return
+    name = plan.metric or OBJECTIVE
+    if isinstance(value, dict):
+        value = value.get(name)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        logged = ", ".join(sorted(reporting.seen)) or "nothing"
+        raise MetricMissingError(
+            f"the job returned {value!r} and named no metric; set hydra.sweeper.metric to one of"
+            f" those it logs ({logged})"
+            if plan.metric is None
+            else f"hydra.sweeper.metric={name} was never logged; logged were: {logged}"
+        ) from None
+    if number != number:
+        raise reporter.NotFiniteError(f"the job returned {number}")
+    _send({name: number, **reporting.best_checkpoint}, None)
+
+
+@contextlib.contextmanager
+def _reporting(reporting: reporter.Reporting) -> Iterator[None]:
+    reporter.begin(reporting)
+    try:
+        yield
+    finally:
+        reporter.end()
+
+
+@contextlib.contextmanager
+def _output_to(directory: Path) -> Iterator[None]:
+    """Everything the trial prints goes to a file beside its other files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (
+        (directory / LOG_FILE).open("a", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _failures_in_words() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        line = " ".join(str(error).split())
+        raise TrialFailedError(f"{type(error).__name__}: {line}") from None

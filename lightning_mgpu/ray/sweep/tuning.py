@@ -1,0 +1,141 @@
+"""Runs a prepared sweep with Ray Tune."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import ray.tune
+from ray.tune import CheckpointConfig, ResumeConfig
+from ray.tune.search import ConcurrencyLimiter
+
+from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray.sweep.cluster import connected
+from lightning_mgpu.ray.sweep.options import stops_early
+from lightning_mgpu.ray.sweep.progress import Progress
+from lightning_mgpu.ray.sweep.schedulers import build_scheduler
+from lightning_mgpu.ray.sweep.searchers import Trials, build_searcher, trial_number
+from lightning_mgpu.ray.sweep.trial import HydraTrial, TrialPlan
+from lightning_mgpu.ray.sweep.watcher import TooManyFailures, Watcher
+
+if TYPE_CHECKING:
+    from lightning_mgpu.ray.sweep.sweep import Sweep
+
+__all__: list[str] = []
+
+log = logging.getLogger(__name__)
+
+# Of Ray Tune: the console is ours, and so are the files of a trial.
+_VARIABLES = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "8",
+}
+_CHECKPOINT_SECONDS = "2"  # what a SIGKILL of the driver may cost
+
+
+def tune(sweep: "Sweep") -> bool:
+    """Run the trials that are left; whether Ctrl-C has ended it before they were."""
+    options = sweep.options
+    if options.metric is None and stops_early(options):
+        log.info(
+            "hydra.sweeper.metric is not set, so trials run to their end and what the job returns"
+            " counts (hydra.sweeper.mode=%s).",
+            options.mode,
+        )
+    with connected(options.ray), _quiet_tune(), Progress(sweep.records, sweep.num_samples) as show:
+        watcher = Watcher(sweep.records, sweep.describe, show)
+        _run(sweep, watcher)
+    return watcher.interrupted
+
+
+def _run(sweep: "Sweep", watcher: Watcher) -> None:
+    options, metric = sweep.options, sweep.records.metric
+    scheduler = build_scheduler(options)
+    watcher.watch(scheduler)
+    searcher = build_searcher(options, sweep.space, metric)
+    if options.max_concurrent_trials is not None:
+        searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
+    resources = {"cpu": options.resources_per_trial.cpu, "gpu": options.resources_per_trial.gpu}
+    _check_resources(resources)
+    plan = TrialPlan(
+        job=sweep.job,
+        space=sweep.space,
+        sweep_dir=sweep.directory,
+        metric=options.metric,
+        every_n_epochs=options.every_n_epochs,
+        saves=options.keep_checkpoints > 0,
+        threads=max(1, int(options.resources_per_trial.cpu)),
+    )
+    ray.tune.run(
+        HydraTrial.of(plan),
+        name=sweep.directory.name,
+        storage_path=str(sweep.directory.parent),
+        metric=metric,
+        mode=options.mode,
+        num_samples=sweep.num_samples,
+        search_alg=Trials(
+            searcher,
+            sweep.num_samples,
+            metric,
+            1 if options.mode == "max" else -1,
+            options.report == "best",
+        ),
+        scheduler=scheduler,
+        stop=TooManyFailures(sweep.records, options.max_failure_rate),
+        time_budget_s=options.time_budget_s,
+        resources_per_trial=resources,
+        reuse_actors=options.reuse_actors,
+        max_failures=options.max_failures,
+        checkpoint_config=CheckpointConfig(num_to_keep=options.keep_checkpoints or None),
+        trial_name_creator=_name,
+        trial_dirname_creator=_name,
+        callbacks=[watcher],
+        resume_config=ResumeConfig() if options.resume is not None else None,
+        raise_on_failed_trial=False,
+        verbose=0,
+    )
+
+
+def _name(trial: Any) -> str:
+    return str(trial_number(trial))
+
+
+def _check_resources(wanted: dict[str, float]) -> None:
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, amount in wanted.items():
+        if amount > there.get(name.upper(), 0):
+            raise ConfigError(
+                f"hydra.sweeper.resources_per_trial.{name}={amount:g}: there are"
+                f" {there.get(name.upper(), 0):g}. Ask for less, or join a cluster by"
+                " hydra.sweeper.ray.address."
+            )
+
+
+@contextlib.contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Ray Tune without output of its own, and its signal handlers undone at the end."""
+    variables = {**_VARIABLES, "TUNE_GLOBAL_CHECKPOINT_S": _CHECKPOINT_SECONDS}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    is_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGUSR1) if is_main else ()
+    handlers = {signum: signal.getsignal(signum) for signum in signals}
+    logger = logging.getLogger("ray.tune")
+    level, logger.level = logger.level, logging.CRITICAL
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,196 @@
+"""Keeps the records of trials while Ray runs them, and says what happens."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cloudpickle
+from ray.exceptions import RayActorError
+from ray.tune import Callback
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.stopper import Stopper
+from typing_extensions import override
+
+from lightning_mgpu.ray.sweep.records import Records, TrialRecord
+from lightning_mgpu.ray.sweep.reporter import BEST_CHECKPOINT
+from lightning_mgpu.ray.sweep.searchers import trial_number
+
+__all__: list[str] = []
+
+_OF_RAY = {"time_this_iter_s", "time_total_s", "time_since_restore"}
+
+Listener = Callable[[TrialRecord | None], None]
+
+
+class Watcher(Callback):
+    """Turns Ray's events into records.
+
+    Args:
+        records: Those of an earlier run of the sweep, if it is resumed.
+        describe: Overrides and directory of a trial, by its number and values.
+        listener: Called with a record when its trial ends, and with `None` now and then.
+
+    Attributes:
+        interrupted: Whether Ctrl-C has ended the sweep.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        describe: Callable[[int, dict[str, Any]], tuple[list[str], Path]],
+        listener: Listener,
+    ) -> None:
+        self.records = records
+        self.interrupted = False
+        self._describe = describe
+        self._listener = listener
+        self._stopped: set[str] = set()
+        self._paused: set[str] = set()
+        self._started: dict[int, float] = {}
+
+    def watch(self, scheduler: TrialScheduler) -> None:
+        """See which trials the scheduler stops."""
+        decide = scheduler.on_trial_result
+
+        def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            decision = str(decide(controller, trial, result))
+            if decision == TrialScheduler.STOP:
+                self._stopped.add(trial.trial_id)
+            return decision
+
+        scheduler.on_trial_result = on_trial_result  # type: ignore[method-assign, assignment]
+
+    @override
+    def setup(self, *_: Any, **__: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGINT)  # Ray's, which ends the sweep in order
+
+        def interrupt(signum: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            if callable(handler):
+                handler(signum, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
+
+    @override
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        for trial in trials:
+            if trial.status == "PAUSED":
+                self._paused.add(trial.trial_id)
+        self._listener(None)
+
+    @override
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        record = self._record(trial)
+        record.status = "running"
+        self._paused.discard(trial.trial_id)
+        self._started[record.number] = time.monotonic()
+
+    @override
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
+        record = self._record(trial)
+        record.checkpoint = result.get(BEST_CHECKPOINT, record.checkpoint)
+        record.metrics = _metrics(result)
+        if self.records.metric in result:
+            record.history.append(float(result[self.records.metric]))
+
+    @override
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        is_stopped = trial.trial_id in self._stopped | self._paused
+        self._end(self._record(trial), "stopped" if is_stopped else "done")
+
+    @override
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        record = self._record(trial)
+        record.failures += 1
+        record.reason = _reason(trial)
+        record.history.clear()  # it starts again
+
+    @override
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        record = self._record(trial)
+        record.failures += 1
+        record.reason = _reason(trial)
+        self._end(record, "failed")
+
+    @override
+    def get_state(self) -> dict[str, Any]:
+        return {"trials": self.records.trials}
+
+    @override
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.records.trials = state["trials"]
+        for record in self.records.trials.values():
+            if record.status == "running":
+                record.status = "waiting"
+
+    def _end(self, record: TrialRecord, status: str) -> None:
+        record.status = status
+        started = self._started.pop(record.number, None)
+        record.seconds += time.monotonic() - started if started is not None else 0.0
+        self._listener(record)
+
+    def _record(self, trial: Any) -> TrialRecord:
+        number = trial_number(trial)
+        record = self.records.trials.get(number)
+        if record is None or record.values != trial.config:
+            overrides, directory = self._describe(number, trial.config)
+            new = TrialRecord(number, dict(trial.config), overrides, str(directory))
+            if record is not None:  # with new values: population-based training
+                record.values, record.overrides = new.values, new.overrides
+                return record
+            record = self.records.trials[number] = new
+        return record
+
+
+class TooManyFailures(Stopper):
+    """Ends a sweep of which too many trials have failed.
+
+    Args:
+        records: The trials so far.
+        rate: Which share of the ended trials may fail.
+    """
+
+    _AT_LEAST = 3  # ended trials, to say anything about a rate
+
+    def __init__(self, records: Records, rate: float) -> None:
+        self._records, self._rate = records, rate
+
+    @override
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    @override
+    def stop_all(self) -> bool:
+        failed = self._records.count("failed")
+        ended = failed + self._records.count("done", "stopped")
+        return ended >= self._AT_LEAST and failed / ended > self._rate
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, float]:
+    """What the trial itself has reported: numbers, without those that Ray adds."""
+    return {
+        name: value
+        for name, value in result.items()
+        if isinstance(value, float) and name not in _OF_RAY
+    }
+
+
+def _reason(trial: Any) -> str:
+    """Why a trial failed, in a line."""
+    try:
+        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except Exception:  # of a class that is not known here
+        return "unknown; see its log"
+    if isinstance(error, RayActorError):
+        return "its process died (killed, or out of memory)"
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else type(cause).__name__
