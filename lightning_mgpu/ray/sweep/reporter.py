@@ -95,6 +95,8 @@ class ReportCallback(Checkpoint):
     its other callbacks save.
     """
 
+    best_model_path = ""  # Lightning reads it where this is the only one
+
     def __init__(
         self, metric: str | None, every_n_epochs: int, saves: bool, restore_from: Path | None
     ) -> None:

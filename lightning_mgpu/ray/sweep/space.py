@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import (
     QuotedString,
     RangeSweep,
     Sweep,
+    escape_special_characters,
 )
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -24,7 +25,7 @@ from lightning_mgpu.errors import ConfigError
 
 __all__: list[str] = []
 
-_PLAIN = re.compile(r"[A-Za-z_][\w./:-]*")
+_PLAIN = re.compile(r"[A-Za-z_][\w./:-]*", re.ASCII)
 _WORDS = {"null", "true", "false", "inf", "nan"}  # mean something else where they are not quoted
 
 
@@ -180,7 +181,9 @@ def encode(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(encode, value))}]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{encode(k)}:{encode(v)}" for k, v in value.items()) + "}"
+        # Keys cannot be quoted in Hydra's grammar.
+        items = (f"{escape_special_characters(str(k))}:{encode(v)}" for k, v in value.items())
+        return "{" + ",".join(items) + "}"
     text = str(value)
     if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
         return text
