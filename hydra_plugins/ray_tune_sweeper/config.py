@@ -33,6 +33,29 @@ class GridConf(SearchAlgConf):
 
 
 @dataclass
+class OptunaConf(SearchAlgConf):
+    """Optuna's tree of Parzen estimators."""
+
+    name: str = "optuna"
+
+
+@dataclass
+class HyperoptConf(SearchAlgConf):
+    """HyperOpt's tree of Parzen estimators."""
+
+    name: str = "hyperopt"
+    n_initial_points: int = 20
+    gamma: float = 0.25
+
+
+@dataclass
+class BohbSearchConf(SearchAlgConf):
+    """Bayesian optimisation; for ``scheduler=bohb`` alone."""
+
+    name: str = "bohb"
+
+
+@dataclass
 class SchedulerConf:
     """Which trials are stopped before their end."""
 
@@ -54,6 +77,60 @@ class AshaConf(SchedulerConf):
     grace_period: int = 1
     reduction_factor: float = 4
     brackets: int = 1
+
+
+@dataclass
+class HyperbandConf(SchedulerConf):
+    """HyperBand: trials pause until those they are compared with have come as far."""
+
+    name: str = "hyperband"
+    time_attr: str = "training_iteration"
+    max_t: int = 81
+    reduction_factor: float = 3
+
+
+@dataclass
+class BohbConf(HyperbandConf):
+    """HyperBand for ``search_alg=bohb``."""
+
+    name: str = "bohb"
+
+
+@dataclass
+class MedianConf(SchedulerConf):
+    """Stops what is worse than the median of the others' averages so far."""
+
+    name: str = "median"
+    time_attr: str = "training_iteration"
+    grace_period: float = 1
+    min_samples_required: int = 3
+
+
+@dataclass
+class PopulationConf(SchedulerConf):
+    """What population-based schedulers share: the worse go on from the better, with new values."""
+
+    time_attr: str = "training_iteration"
+    perturbation_interval: float = 4
+    quantile_fraction: float = 0.25
+    # Which searched values may change within a run; null: all of them.
+    hyperparam_mutations: Optional[List[str]] = None  # noqa: UP006, UP045
+
+
+@dataclass
+class PbtConf(PopulationConf):
+    """Population-based training: values are drawn again, or made a little smaller or larger."""
+
+    name: str = "pbt"
+    resample_probability: float = 0.25
+    perturbation_factors: List[float] = field(default_factory=lambda: [1.2, 0.8])  # noqa: UP006
+
+
+@dataclass
+class Pb2Conf(PopulationConf):
+    """Population-based bandits: new values from a model of how the old ones have done."""
+
+    name: str = "pb2"
 
 
 @dataclass
@@ -108,8 +185,8 @@ def register() -> None:
         group="hydra/sweeper", name="ray_tune", node=RayTuneSweeperConf, provider="ray_tune"
     )
     for group, nodes in (
-        ("search_alg", (RandomConf, GridConf)),
-        ("scheduler", (FifoConf, AshaConf)),
+        ("search_alg", (RandomConf, GridConf, OptunaConf, HyperoptConf, BohbSearchConf)),
+        ("scheduler", (FifoConf, AshaConf, HyperbandConf, MedianConf, BohbConf, PbtConf, Pb2Conf)),
     ):
         for node in nodes:
             store.store(

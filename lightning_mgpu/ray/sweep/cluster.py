@@ -43,7 +43,8 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
     except ConnectionError as error:
         raise ConfigError(
             f"hydra.sweeper.ray.address={given.get('address')}: no such cluster ({error})."
-            " Start one with `ray start --head`, or leave the address away for a private Ray."
+            " Start one with `ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or"
+            " leave the address away for a private Ray."
         ) from error
     finally:
         if directory is not None:

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray.tune.search import Searcher, SearchGenerator
+from ray.tune.search.search_algorithm import SearchAlgorithm
 from typing_extensions import override
 
+from lightning_mgpu.ray.sweep.domains import to_domains
 from lightning_mgpu.ray.sweep.space import Choice, Dimension, Interval, Space, enumerate_grid
 
 if TYPE_CHECKING:
@@ -16,38 +18,84 @@ __all__: list[str] = []
 
 
 def build_searcher(options: "RayTuneSweeperConf", space: Space, metric: str) -> Searcher:
-    """The searcher that `options` name."""
+    """The searcher that the options name."""
     conf = options.search_alg
+    common: Any = {"metric": metric, "mode": options.mode}
     if conf.name == "grid":
         return GridSearcher(metric, space)
-    return RandomSearcher(metric, space, conf.seed)
+    if conf.name == "random":
+        return RandomSearcher(metric, space, conf.seed)
+    domains = to_domains(space)
+    if conf.name == "optuna":
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(OptunaSearch.convert_search_space(domains), seed=conf.seed, **common)
+    if conf.name == "hyperopt":
+        from ray.tune.search.hyperopt import HyperOptSearch
+
+        given = {name: value for name, value in vars(conf).items() if name not in ("name", "seed")}
+        return HyperOptSearch(
+            HyperOptSearch.convert_search_space(domains),
+            random_state_seed=conf.seed,
+            **given,
+            **common,
+        )
+    from ray.tune.search.bohb import TuneBOHB
+
+    return TuneBOHB(TuneBOHB.convert_search_space(domains), seed=conf.seed, **common)
 
 
-class Trials(SearchGenerator):
-    """Numbers trials as Hydra numbers jobs, and tells the searcher which value of a run counts.
+class Trials(SearchAlgorithm):
+    """Asks a searcher for trials, and tells it which value of a run counts.
+
+    Not a `SearchGenerator` itself, since population-based schedulers refuse those.
 
     Args:
         num_samples: How many trials there are in all, of a resumed sweep too.
         metric: What is optimised.
-        sign: 1 to maximise, -1 to minimise.
+        mode: ``min`` or ``max``.
         takes_best: Whether a run is worth its best value, or its last.
     """
 
     def __init__(
-        self, searcher: Searcher, num_samples: int, metric: str, sign: int, takes_best: bool
+        self, searcher: Searcher, num_samples: int, metric: str, mode: str, takes_best: bool
     ) -> None:
-        super().__init__(searcher)
-        self._wanted, self._metric_name = num_samples, metric
-        self._sign, self._takes_best = sign, takes_best
+        self._generator = SearchGenerator(searcher)
+        self._num_samples, self._metric_name, self._takes_best = num_samples, metric, takes_best
+        self._better = max if mode == "max" else min
         self._best: dict[str, float] = {}
+
+    @property
+    def searcher(self) -> Searcher:
+        """Ray's schedulers for BOHB tell it when trials pause."""
+        return self._generator.searcher
+
+    @property
+    def metric(self) -> str:
+        return self._metric_name
+
+    @property
+    def total_samples(self) -> int:
+        return self._num_samples
+
+    @override
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True  # searchers are made with them
+
+    @override
+    def add_configurations(self, experiments: Any) -> None:
+        self._generator.add_configurations(experiments)
+
+    @override
+    def next_trial(self) -> Any:
+        return self._generator.next_trial()  # type: ignore[no-untyped-call]
 
     @override
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if self._metric_name in result:
             value = float(result[self._metric_name])
-            best = self._best.get(trial_id, value)
-            self._best[trial_id] = max(self._sign * value, self._sign * best) * self._sign
-        super().on_trial_result(trial_id, result)
+            self._best[trial_id] = self._better(value, self._best.get(trial_id, value))
+        self._generator.on_trial_result(trial_id, result)
 
     @override
     def on_trial_complete(
@@ -56,13 +104,33 @@ class Trials(SearchGenerator):
         best = self._best.pop(trial_id, None)
         if self._takes_best and best is not None and result and not error:
             result = {**result, self._metric_name: best}
-        super().on_trial_complete(trial_id, result, error)
+        self._generator.on_trial_complete(trial_id, result, error)
+
+    @override
+    def is_finished(self) -> bool:
+        finished: bool = self._generator.is_finished()
+        return finished
+
+    @override
+    def set_finished(self) -> None:
+        super().set_finished()  # type: ignore[no-untyped-call]
+        self._generator.set_finished()  # type: ignore[no-untyped-call]
+
+    @override
+    def has_checkpoint(self, dirpath: str) -> bool:
+        return bool(self._generator.has_checkpoint(dirpath))
+
+    @override
+    def save_to_dir(self, dirpath: str, session_str: str = "default", **_: Any) -> None:
+        self._generator.save_to_dir(dirpath, session_str)
 
     @override
     def restore_from_dir(self, dirpath: str) -> None:
-        super().restore_from_dir(dirpath)
-        self._total_samples = self._wanted
-        self._finished = self._finished and self._counter >= self._wanted
+        self._generator.restore_from_dir(dirpath)
+        # There may be more trials now than when the sweep was begun.
+        self._generator._total_samples = self._num_samples
+        if self._generator._counter < self._num_samples:
+            self._generator._finished = False
 
 
 def trial_number(trial: Any) -> int:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from lightning_mgpu.errors import ConfigError, SweepFailedError
 from lightning_mgpu.ray.sweep.job import Job
-from lightning_mgpu.ray.sweep.options import check_options
+from lightning_mgpu.ray.sweep.options import check_options, check_space
 from lightning_mgpu.ray.sweep.records import Records
 from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
 from lightning_mgpu.ray.sweep.space import (
@@ -61,6 +61,7 @@ class Sweep:
         if options.custom_search_space is not None:
             add_custom(space, options.custom_search_space, job.config)
         check_searchable(space)
+        check_space(options, space)
         directory = Path(options.resume or job.config.hydra.sweep.dir).absolute()
         records = Records(options.metric or OBJECTIVE, options.mode, options.report == "best")
         sweep = cls(job, options, space, directory, _num_samples(options, space), records)

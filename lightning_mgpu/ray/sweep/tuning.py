@@ -14,7 +14,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.sweep.cluster import connected
-from lightning_mgpu.ray.sweep.options import stops_early
+from lightning_mgpu.ray.sweep.options import needs_checkpoints, stops_early
 from lightning_mgpu.ray.sweep.progress import Progress
 from lightning_mgpu.ray.sweep.schedulers import build_scheduler
 from lightning_mgpu.ray.sweep.searchers import Trials, build_searcher, trial_number
@@ -22,6 +22,7 @@ from lightning_mgpu.ray.sweep.trial import HydraTrial, TrialPlan
 from lightning_mgpu.ray.sweep.watcher import TooManyFailures, Watcher
 
 if TYPE_CHECKING:
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
     from lightning_mgpu.ray.sweep.sweep import Sweep
 
 __all__: list[str] = []
@@ -56,10 +57,12 @@ def tune(sweep: "Sweep") -> bool:
 
 def _run(sweep: "Sweep", watcher: Watcher) -> None:
     options, metric = sweep.options, sweep.records.metric
-    scheduler = build_scheduler(options)
+    scheduler = build_scheduler(options, sweep.space)
     watcher.watch(scheduler)
     searcher = build_searcher(options, sweep.space, metric)
-    if options.max_concurrent_trials is not None:
+    if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
+        options.max_concurrent_trials
+    ):
         searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
     resources = {"cpu": options.resources_per_trial.cpu, "gpu": options.resources_per_trial.gpu}
     _check_resources(resources)
@@ -69,7 +72,7 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         sweep_dir=sweep.directory,
         metric=options.metric,
         every_n_epochs=options.every_n_epochs,
-        saves=options.keep_checkpoints > 0,
+        saves=options.keep_checkpoints > 0 or needs_checkpoints(options),
         threads=max(1, int(options.resources_per_trial.cpu)),
     )
     ray.tune.run(
@@ -83,7 +86,7 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
             searcher,
             sweep.num_samples,
             metric,
-            1 if options.mode == "max" else -1,
+            options.mode,
             options.report == "best",
         ),
         scheduler=scheduler,
@@ -92,7 +95,7 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         resources_per_trial=resources,
         reuse_actors=options.reuse_actors,
         max_failures=options.max_failures,
-        checkpoint_config=CheckpointConfig(num_to_keep=options.keep_checkpoints or None),
+        checkpoint_config=CheckpointConfig(num_to_keep=_checkpoints_kept(options)),
         trial_name_creator=_name,
         trial_dirname_creator=_name,
         callbacks=[watcher],
@@ -100,6 +103,12 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         raise_on_failed_trial=False,
         verbose=0,
     )
+
+
+def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:
+    if options.scheduler.name in ("pbt", "pb2"):
+        return None  # a trial may go on from any checkpoint of another
+    return options.keep_checkpoints or 1
 
 
 def _name(trial: Any) -> str:

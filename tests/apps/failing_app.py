@@ -1,0 +1,34 @@
+"""A Hydra application whose jobs end in every way, as `kind` says; no Lightning."""
+
+import os
+import signal
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+
+class StubbornError(Exception):
+    """Cannot be made from its message alone, so it does not unpickle."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+@hydra.main(version_base="1.3", config_path="plain_conf", config_name="kinds")
+def main(cfg: DictConfig):
+    print("printed by", cfg.kind)
+    if cfg.kind == "raise":
+        raise StubbornError("one", "two")
+    if cfg.kind == "exit":
+        sys.exit(3)
+    if cfg.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if cfg.kind == "flaky" and not os.path.exists("tried"):
+        open("tried", "w").close()
+        raise RuntimeError("only once")
+    return {"diverge": float("nan"), "none": None}.get(cfg.kind, 0.5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Run sweeps as a user would, in processes of their own, on one Ray for all of them."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+APPS = Path(__file__).parent / "apps"
+
+AUTHENTICATED = {"RAY_AUTH_MODE": "token"}  # as a private Ray is by default
+
+# Ray in a process that is nobody's child here: its workers come and go while tests look for leaks.
+_CLUSTER = """
+import os, sys
+if os.fork():
+    os._exit(0)
+os.setsid()
+import ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+         logging_level="ERROR", _temp_dir=sys.argv[1])
+with open(sys.argv[2] + ".new", "w") as file:
+    file.write(f"{os.getpid()} {ray.get_runtime_context().gcs_address}")
+os.rename(sys.argv[2] + ".new", sys.argv[2])
+import signal
+signal.sigwait({signal.SIGTERM})
+ray.shutdown()
+"""
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """Ray with two CPUs; its address."""
+    directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it holds sockets
+    ready = directory / "ready"
+    program = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})" + _CLUSTER
+    subprocess.run([sys.executable, "-c", program, directory, ready], check=True)
+    deadline = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < deadline, "Ray did not start"
+        time.sleep(0.1)
+    pid, address = ready.read_text().split()
+    process = psutil.Process(int(pid))
+    family = process.children(recursive=True)
+    try:
+        yield address
+    finally:
+        process.terminate()
+        _, alive = psutil.wait_procs([process, *family], timeout=20)
+        for one in alive:
+            one.kill()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@dataclass
+class Swept:
+    """How a sweep ended."""
+
+    code: int
+    out: str
+    err: str
+    directory: Path
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The file of results."""
+        return yaml.safe_load((self.directory / "optimization_results.yaml").read_text())
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """All trials, by number."""
+        return self.results["trials"]
+
+    def value(self, name: str) -> dict[Any, dict[str, Any]]:
+        """Trials by one of their values."""
+        return {trial["params"][name]: trial for trial in self.trials}
+
+    def json(self, number: int, name: str) -> Any:
+        """What a trial has written."""
+        return json.loads((self.directory / str(number) / name).read_text())
+
+
+def command(app: str, address: str | None, *arguments: str, directory: str = "sweep") -> list[str]:
+    """The command line of a sweep."""
+    program = [str(APPS / app), "-m"] if app.endswith(".py") else ["-m", app]
+    given = [f"hydra.sweep.dir={directory}", *arguments]
+    if not any("search_space" in argument for argument in arguments):
+        given.insert(0, "hydra/sweeper=ray_tune")
+    if address is not None:
+        given.append(f"hydra.sweeper.ray.address='{address}'")
+    return [sys.executable, *program, *given]
+
+
+def sweep(
+    app: str, address: str | None, *arguments: str, directory: str = "sweep", **environment: str
+) -> Swept:
+    """Run a sweep to its end."""
+    done = subprocess.run(
+        command(app, address, *arguments, directory=directory),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **AUTHENTICATED, **environment},
+    )
+    return Swept(done.returncode, done.stdout, done.stderr, Path(directory).absolute())
+
+
+def interrupt(process: "subprocess.Popen[str]", signum: signal.Signals) -> tuple[float, str, str]:
+    """Signal a sweep and wait for its end; how long that took, and what it wrote."""
+    started = time.monotonic()
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    return time.monotonic() - started, out, err
+
+
+def resume_argument(text: str) -> str:
+    """The argument that goes on with a sweep, as it was printed."""
+    found = re.search(r"hydra\.sweeper\.resume=\S+", text)
+    assert found is not None, text
+    return found[0]

@@ -1,0 +1,196 @@
+"""Sweeps from end to end, each in a process of its own and all on one Ray."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from sweeps import AUTHENTICATED, Swept, cluster, command, interrupt, sweep
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    with cluster() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def plain(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """Early stopping of an application that does not know us, from another working directory."""
+    directory = tmp_path_factory.mktemp("plain")
+    return sweep(
+        "plain_app.py",
+        ray_address,
+        *("model.lr=tag(log,interval(1e-4,1e-1))", "model.l1=choice(16,32)", "epochs=8"),
+        *("hydra.sweeper.metric=val_acc", "hydra.sweeper.mode=max"),
+        *("hydra.sweeper.num_samples=8", "hydra.sweeper.search_alg.seed=0"),
+        "hydra.sweeper.scheduler.reduction_factor=2",
+        directory=str(directory / "sweep"),
+    )
+
+
+def test_application_without_a_word_of_us_is_searched(plain: Swept) -> None:
+    assert plain.code == 0, plain.err
+    assert [trial["number"] for trial in plain.trials] == list(range(8))
+    assert {trial["status"] for trial in plain.trials} == {"done", "stopped"}
+    for trial in plain.trials:
+        assert 1e-4 <= trial["params"]["model.lr"] <= 1e-1
+        assert trial["params"]["model.l1"] in (16, 32)
+        assert (trial["reports"] == 8) == (trial["status"] == "done")
+        assert "val_loss" in trial["metrics"]
+
+
+def test_each_trial_is_a_job_in_a_directory_of_its_number(plain: Swept) -> None:
+    for trial in plain.trials:
+        directory = plain.directory / str(trial["number"])
+        assert trial["directory"] == str(directory)
+        overrides = (directory / ".hydra" / "overrides.yaml").read_text()
+        assert f"model.lr={trial['params']['model.lr']!r}" in overrides
+        assert f"num: {trial['number']}" in (directory / ".hydra" / "hydra.yaml").read_text()
+        assert "max_epochs" in (directory / "trial.log").read_text() or trial["status"] == "stopped"
+
+
+def test_trial_that_was_stopped_is_complete(plain: Swept) -> None:
+    for trial in plain.trials:
+        directory = Path(trial["directory"])
+        lines = (directory / "metrics.csv").read_text().splitlines()
+        column = lines[0].split(",").index("val_acc")
+        assert len([line for line in lines[1:] if line.split(",")[column]]) == trial["reports"]
+        assert Path(trial["checkpoint"]).parent == directory / "checkpoints"
+        assert Path(trial["checkpoint"]).exists()
+
+
+def test_best_trial_is_the_best_and_its_command_runs_it_again(plain: Swept) -> None:
+    results = plain.results
+    assert results["best_value"] == max(trial["value"] for trial in plain.trials)
+    assert results["best_command"] in plain.out
+    assert Path(results["best_checkpoint"]).exists()
+    words = shlex.split(results["best_command"])
+    again = subprocess.run(
+        [sys.executable, *words[1:], "hydra.run.dir=again"], capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    best = plain.directory / str(results["best_trial"])
+    assert Path("again/metrics.csv").read_text() == (best / "metrics.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    directory = tmp_path_factory.mktemp("failing")
+    return sweep(
+        "failing_app.py",
+        ray_address,
+        "kind=ok,raise,exit,kill,diverge,none",
+        *("hydra/sweeper/search_alg=grid", "hydra.sweeper.max_concurrent_trials=2"),
+        directory=str(directory / "sweep"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("raise", "StubbornError: one and two"),
+        ("exit", "the job ended itself by sys.exit(3)"),
+        ("kill", "its process died"),
+        ("diverge", "NotFiniteError: the job returned nan"),
+        ("none", "the job returned None and named no metric; set hydra.sweeper.metric"),
+    ],
+)
+def test_failed_trial_says_why_and_the_sweep_goes_on(
+    failing: Swept, kind: str, reason: str
+) -> None:
+    assert failing.code == 0, failing.err
+    trial = failing.value("kind")[kind]
+    assert trial["status"] == "failed"
+    assert reason in trial["reason"]
+    assert "5 of 6 trials failed" in failing.out + failing.err
+
+
+def test_failed_trial_is_tried_again_as_often_as_asked(ray_address: str) -> None:
+    done = sweep(
+        "failing_app.py",
+        ray_address,
+        *("kind=choice(flaky)", "hydra.job.chdir=true", "hydra.sweeper.max_failures=1"),
+        "hydra.sweeper.num_samples=1",
+    )
+    assert done.code == 0, done.err
+    assert done.trials[0]["status"] == "done"
+
+
+def test_output_of_a_trial_is_in_its_log_alone(failing: Swept) -> None:
+    trial = failing.value("kind")["raise"]
+    log = (Path(trial["directory"]) / "trial.log").read_text()
+    assert "printed by raise" in log
+    assert "StubbornError: one and two" in log
+    assert "printed by" not in failing.out + failing.err
+
+
+def test_sweep_of_which_all_trials_fail_ends_early_and_with_an_error(ray_address: str) -> None:
+    done = sweep(
+        "failing_app.py",
+        ray_address,
+        *("kind=raise,exit", "hydra.sweeper.num_samples=12", "hydra.sweeper.max_failure_rate=0.5"),
+        "hydra.sweeper.max_concurrent_trials=1",
+    )
+    assert done.code == 1
+    assert "No trial has a result" in done.err
+    assert 3 <= len(done.trials) < 12
+
+
+SLOW = (
+    "slow_app.py",
+    *("x=1,2,3,4", "hydra/sweeper/search_alg=grid", "hydra.sweeper.max_concurrent_trials=1"),
+)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_sweep_that_was_ended_in_the_middle_goes_on(
+    ray_address: str, signum: signal.Signals, eventually: Callable[..., None]
+) -> None:
+    """Trials wait for a file, so that the second one is under way when the signal comes."""
+    process = subprocess.Popen(
+        command(SLOW[0], ray_address, *SLOW[1:]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **AUTHENTICATED},
+    )
+    try:
+        Path("go-1").touch()
+        eventually(Path("began-2").exists, 120)
+        eventually(lambda: _is_saved(Path("sweep"), 1), 30)
+        seconds, _, err = interrupt(process, signum)
+    finally:
+        process.kill()
+    argument = f"hydra.sweeper.resume={Path('sweep').absolute()}"
+    if signum == signal.SIGINT:
+        assert process.returncode == 130, err
+        assert seconds < 10
+        assert "slow_app.py -m hydra/sweeper=ray_tune" in err
+        assert argument in err
+        saved = yaml.safe_load(Path("sweep/optimization_results.yaml").read_text())
+        assert saved["trials"][0]["status"] == "done"
+    for number in (2, 3, 4):
+        Path(f"go-{number}").touch()
+    resumed = sweep(SLOW[0], ray_address, *SLOW[1:], argument)
+    assert resumed.code == 0, resumed.err
+    assert [trial["value"] for trial in resumed.trials] == [1.0, 2.0, 3.0, 4.0]
+    runs = [Path(f"began-{number}").read_text() for number in (1, 2, 3, 4)]
+    assert runs == ["x", "xx", "x", "x"]  # the second one was cut short, the first was not
+
+
+def _is_saved(directory: Path, number: int) -> bool:
+    """Whether Ray has written down that so many trials have ended."""
+    states = [path.read_text() for path in directory.glob("experiment_state*")]
+    return any(state.count("TERMINATED") >= number for state in states)
+
+
+def test_nothing_of_ray_is_left_in_the_working_directory(plain: Swept) -> None:
+    assert sorted(os.listdir()) == []
