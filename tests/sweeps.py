@@ -20,8 +20,6 @@ import yaml
 
 APPS = Path(__file__).parent / "apps"
 
-AUTHENTICATED = {"RAY_AUTH_MODE": "token"}  # as a private Ray is by default
-
 # Ray in a process that is nobody's child here: its workers come and go while tests look for leaks.
 _CLUSTER = """
 import os, sys
@@ -46,7 +44,8 @@ def cluster() -> Iterator[str]:
     directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it holds sockets
     ready = directory / "ready"
     program = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})" + _CLUSTER
-    subprocess.run([sys.executable, "-c", program, directory, ready], check=True)
+    environment = {**os.environ, "TMPDIR": str(directory)}
+    subprocess.run([sys.executable, "-c", program, directory, ready], check=True, env=environment)
     deadline = time.monotonic() + 60
     while not ready.exists():
         assert time.monotonic() < deadline, "Ray did not start"
@@ -112,9 +111,15 @@ def sweep(
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, **AUTHENTICATED, **environment},
+        env={**environment_for(directory), **environment},
     )
     return Swept(done.returncode, done.stdout, done.stderr, Path(directory).absolute())
+
+
+def environment_for(directory: str) -> dict[str, str]:
+    """The environment of a sweep; Ray leaves lock files in the directory for temporary files."""
+    temporary = Path(directory).absolute().parent
+    return {**os.environ, "RAY_AUTH_MODE": "token", "TMPDIR": str(temporary)}
 
 
 def interrupt(process: "subprocess.Popen[str]", signum: signal.Signals) -> tuple[float, str, str]:

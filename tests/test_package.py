@@ -46,6 +46,8 @@ def test_sdist_and_wheel_carry_the_configs(distributions: tuple[Path, Path]) -> 
         in_wheel = set(archive.namelist())
     assert _yaml_files() <= in_wheel
     assert {"lightning_mgpu/py.typed", "lightning_mgpu/conf/__init__.py"} <= in_wheel
+    assert "hydra_plugins/ray_tune_sweeper/ray_tune_sweeper.py" in in_wheel
+    assert "hydra_plugins/__init__.py" not in in_wheel  # it is shared with other plugins
     assert not any(name.startswith(("tests", "conf/", "benchmarks")) for name in in_wheel)
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
@@ -57,20 +59,7 @@ def test_sdist_and_wheel_carry_the_configs(distributions: tuple[Path, Path]) -> 
 def test_wheel_runs_the_command_from_another_directory(
     distributions: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """In a new environment, whose dependencies are borrowed from this one."""
-    environment = tmp_path / "environment"
-    venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
-    packages = subprocess.run(
-        [python, "-c", "import site; print(site.getsitepackages()[0])"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    with zipfile.ZipFile(distributions[1]) as archive:
-        archive.extractall(packages)
-    # A plain path: the `.pth` files there, our editable install among them, are not followed.
-    (Path(packages) / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    python, packages = _environment_with(distributions[1], tmp_path)
     where = tmp_path / "elsewhere"
     where.mkdir()
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
@@ -83,12 +72,58 @@ def test_wheel_runs_the_command_from_another_directory(
         return done.stdout
 
     assert packages in run("-c", "import lightning_mgpu; print(lightning_mgpu.__file__)")
+    assert run("-c", _FIND_SWEEPER).split() == ["True", "set()"]
     printed = run(
         *("-m", "lightning_mgpu", "+strategy=ddp", "trainer.max_epochs=1"),
         *("trainer.enable_progress_bar=false", "hydra.run.dir=out"),
     )
     assert "test_acc" in printed
     assert (where / "out" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_editable_install_brings_the_sweeper(tmp_path: Path) -> None:
+    source = tmp_path / "tree"
+    leave_out = shutil.ignore_patterns(".git", ".venv", ".*_cache", "*.egg-info", "conf")
+    shutil.copytree(ROOT, source, ignore=leave_out)
+    shutil.copytree(ROOT / "conf", source / "conf")
+    code = "from setuptools.build_meta import build_editable; print(build_editable('.'))"
+    built = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True
+    )
+    python, _ = _environment_with(source / built.stdout.split()[-1], tmp_path)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [python, "-c", _FIND_SWEEPER], cwd=tmp_path, env=clean, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["True", "set()"], done.stderr
+
+
+_FIND_SWEEPER = """
+import sys
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+names = [plugin.__name__ for plugin in Plugins.instance().discover(Sweeper)]
+print("RayTuneSweeper" in names, {"ray", "torch", "lightning"} & set(sys.modules))
+"""
+
+
+def _environment_with(wheel: Path, directory: Path) -> tuple[Path, str]:
+    """A new environment with `wheel`, whose dependencies are borrowed from this one."""
+    environment = directory / "environment"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    packages = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    # A plain path: the `.pth` files there, our editable install among them, are not followed.
+    (Path(packages) / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return python, packages
 
 
 def test_version_stands_in_one_place() -> None:

@@ -1,16 +1,17 @@
 """Sweeps from end to end, each in a process of its own and all on one Ray."""
 
-import os
+import json
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
-from sweeps import AUTHENTICATED, Swept, cluster, command, interrupt, sweep
+from sweeps import Swept, cluster, command, environment_for, interrupt, sweep
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +145,78 @@ def test_sweep_of_which_all_trials_fail_ends_early_and_with_an_error(ray_address
     assert 3 <= len(done.trials) < 12
 
 
+@pytest.fixture(scope="module")
+def dirty(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    directory = tmp_path_factory.mktemp("dirty")
+    return sweep(
+        "dirty_app.py",
+        ray_address,
+        *("x=0,1,2,3", "hydra/sweeper/search_alg=grid", "hydra.sweeper.max_concurrent_trials=1"),
+        directory=str(directory / "sweep"),
+    )
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        *("environment", "argv", "cwd", "path", "umask", "log handlers", "log level"),
+        *("warning filters", "default dtype", "deterministic", "matmul precision", "threads"),
+        *("process group", "resolver", "memory", "stdout", "seeded"),
+    ],
+)
+def test_next_trial_finds_its_process_as_the_first_did(dirty: Swept, item: str) -> None:
+    assert dirty.code == 0, dirty.err
+    first, _, after_dirt = (dirty.json(number, "found.json") for number in (0, 1, 2))
+    assert first["pid"] == after_dirt["pid"]
+    assert after_dirt[item] == first[item]
+    assert first["threads"] == 1
+
+
+def test_thread_left_running_is_named_in_the_log(dirty: Swept) -> None:
+    log = (dirty.directory / "3" / "trial.log").read_text()
+    assert "threads dirt. With hydra.sweeper.reuse_actors=false" in log
+
+
+def test_population_goes_on_from_the_better_with_new_values(ray_address: str) -> None:
+    done = sweep(
+        "population_app.py",
+        ray_address,
+        *("lr=1e-4,1e-1", "decay=interval(0.01,0.1)", "hydra/sweeper/scheduler=pbt"),
+        *("hydra/sweeper/search_alg=random", "hydra.sweeper.search_alg.seed=1"),
+        *("hydra.sweeper.num_samples=4", "hydra.sweeper.metric=score", "hydra.sweeper.mode=max"),
+        *("hydra.sweeper.scheduler.perturbation_interval=2", "hydra.sweeper.report=last"),
+        "hydra.sweeper.scheduler.quantile_fraction=0.5",
+    )
+    assert done.code == 0, done.err
+    changed = 0
+    for trial in done.trials:
+        path = Path(trial["directory"]) / "seen.jsonl"
+        seen = [json.loads(line) for line in path.read_text().splitlines()]
+        assert all(line["lr"] == line["asked"] for line in seen)  # the optimizer has what was asked
+        for before, after in pairwise(seen):
+            if after["weight_decay"] != before["weight_decay"]:
+                changed += 1
+                assert after["epoch"] > 0  # went on from a checkpoint
+                assert after["learnt"] > 0
+        assert seen[-1]["epoch"] == 5
+    assert changed > 0
+
+
+def test_ranks_of_a_trial_train_the_same_trial_and_stop_together(ray_address: str) -> None:
+    done = sweep(
+        "ddp_app.py",
+        ray_address,
+        *("lr=choice(0.1,0.01,0.001)", "hydra/sweeper/search_alg=grid"),
+        *("hydra.sweeper.metric=val_loss", "hydra.sweeper.resources_per_trial.cpu=2"),
+        "hydra.sweeper.scheduler.reduction_factor=2",
+    )
+    assert done.code == 0, done.out + done.err
+    reports = {trial["params"]["lr"]: trial["reports"] for trial in done.trials}
+    assert reports[0.1] == 4
+    assert reports[0.001] < 4
+    assert done.value("lr")[0.001]["status"] == "stopped"
+
+
 SLOW = (
     "slow_app.py",
     *("x=1,2,3,4", "hydra/sweeper/search_alg=grid", "hydra.sweeper.max_concurrent_trials=1"),
@@ -160,7 +233,7 @@ def test_sweep_that_was_ended_in_the_middle_goes_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **AUTHENTICATED},
+        env=environment_for("sweep"),
     )
     try:
         Path("go-1").touch()
@@ -190,7 +263,3 @@ def _is_saved(directory: Path, number: int) -> bool:
     """Whether Ray has written down that so many trials have ended."""
     states = [path.read_text() for path in directory.glob("experiment_state*")]
     return any(state.count("TERMINATED") >= number for state in states)
-
-
-def test_nothing_of_ray_is_left_in_the_working_directory(plain: Swept) -> None:
-    assert sorted(os.listdir()) == []

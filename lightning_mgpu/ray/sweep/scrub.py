@@ -56,12 +56,13 @@ class Scrubber:
         sys.excepthook = self._excepthook
         self._put_loggers_back()
         self._state.apply()
+        gc.enable()
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
     def threads_left(self) -> list[str]:
-        """Threads that the last trial left running; nobody can end them but the process's end."""
+        """The names of threads that the trial of now has started and not ended."""
         return [
             thread.name
             for thread in set(threading.enumerate()) - self._threads
@@ -74,6 +75,8 @@ class Scrubber:
             for handler in logger.handlers:
                 if handler not in handlers:
                     handler.close()
+            if name not in self._handlers:
+                logger.setLevel(logging.NOTSET)
             logger.handlers[:], logger.filters[:] = handlers, filters
             logger.propagate, logger.disabled = propagate, disabled
 

@@ -1,6 +1,7 @@
 """One trial: one Hydra job, run by an actor that serves many of them."""
 
 import contextlib
+import logging
 import os
 import pickle
 import traceback
@@ -24,6 +25,8 @@ from lightning_mgpu.ray.sweep.space import Space
 from lightning_mgpu.ray.sweep.sweep import OBJECTIVE
 
 __all__: list[str] = []
+
+log = logging.getLogger(__name__)
 
 LOG_FILE = "trial.log"
 # How long a trial that was stopped may take to end before its process is given up.
@@ -81,12 +84,6 @@ class HydraTrial(FunctionTrainable):
         self._scrubber = Scrubber(state)
         super().setup(config)  # type: ignore[no-untyped-call]
 
-    @override
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        # A new actor, if this one cannot be brought back to its first state.
-        was_reset = bool(super().reset_config(new_config))  # type: ignore[no-untyped-call]
-        return was_reset and not self._scrubber.threads_left()
-
     def _trainable_func(self, config: dict[str, Any]) -> None:
         session = get_session()
         assert session is not None
@@ -101,17 +98,29 @@ class HydraTrial(FunctionTrainable):
             restore_from=Path(restored.path) if restored is not None else None,
         )
         try:
-            overrides = plan.space.overrides(config)
-            cfg = plan.job.compose(overrides, number, plan.sweep_dir)
-            directory = plan.job.output_dir(overrides, number, plan.sweep_dir)
+            with _failures_in_words():
+                overrides = plan.space.overrides(config)
+                cfg = plan.job.compose(overrides, number, plan.sweep_dir)
+                directory = plan.job.output_dir(overrides, number, plan.sweep_dir)
             with _output_to(directory), _reporting(reporting), _failures_in_words():
                 value = _run(plan.job, cfg, reporting)
                 if reporting.stopped:
                     raise SystemExit(0)
-                _report_end(plan, reporting, value)
+                # One that went on from the last epoch of another has nothing to add.
+                if reporting.sent or restored is None:
+                    _report_end(plan, reporting, value)
+                self._warn_of_threads()
         finally:
             self._scrubber.after()
         session.report({RESULT_DUPLICATE: True})
+
+    def _warn_of_threads(self) -> None:
+        if threads := self._scrubber.threads_left():
+            log.warning(
+                "Left running, and nobody can end them but the end of the process: threads %s. With"
+                " hydra.sweeper.reuse_actors=false each trial has a process of its own.",
+                ", ".join(threads),
+            )
 
     def _number(self) -> int:
         assert self._storage is not None

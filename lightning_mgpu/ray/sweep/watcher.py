@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import cloudpickle
+import ray
 from ray.exceptions import RayActorError
 from ray.tune import Callback
 from ray.tune.schedulers import TrialScheduler
@@ -82,6 +83,9 @@ class Watcher(Callback):
         for trial in trials:
             if trial.status == "PAUSED":
                 self._paused.add(trial.trial_id)
+            elif self.interrupted and trial.temporary_state.ray_actor is not None:
+                # Ray would ask the actors to end, and wait; what it saves next is not changed.
+                ray.kill(trial.temporary_state.ray_actor)
         self._listener(None)
 
     @override
@@ -104,10 +108,13 @@ class Watcher(Callback):
     @override
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         is_stopped = trial.trial_id in self._stopped | self._paused
-        self._end(self._record(trial), "stopped" if is_stopped else "done")
+        if not self.interrupted:
+            self._end(self._record(trial), "stopped" if is_stopped else "done")
 
     @override
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if self.interrupted:
+            return
         record = self._record(trial)
         record.failures += 1
         record.reason = _reason(trial)
@@ -115,6 +122,8 @@ class Watcher(Callback):
 
     @override
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if self.interrupted:
+            return
         record = self._record(trial)
         record.failures += 1
         record.reason = _reason(trial)

@@ -1,0 +1,83 @@
+"""The plugin as every Hydra application meets it, and refusals before anything starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import run
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+from hydra_plugins.ray_tune_sweeper.ray_tune_sweeper import RayTuneSweeper
+
+SWEEP = ("-m", "hydra/sweeper=ray_tune", "hydra.sweep.dir=sweep", "model.lr=interval(0.1,1)")
+
+
+def test_discovery_finds_the_sweeper() -> None:
+    assert RayTuneSweeper.__name__ in [cls.__name__ for cls in Plugins.instance().discover(Sweeper)]
+
+
+def test_discovery_is_cheap_and_imports_neither_ray_nor_torch() -> None:
+    code = """
+import json, sys
+from hydra.core.plugins import Plugins
+times = Plugins.instance().get_stats().modules_import_time
+ours = sum(seconds for name, seconds in times.items() if "ray_tune" in name)
+heavy = {"ray", "torch", "lightning", "lightning_mgpu"}
+print(json.dumps([ours, sorted(heavy & set(sys.modules))]))
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    seconds, imported = json.loads(done.stdout)
+    assert imported == []
+    assert 0 < seconds < 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("hydra.sweeper.mode=most",), "hydra.sweeper.mode=most: expected one of min, max"),
+        (("hydra.sweeper.search_alg.sed=1",), "Could not override 'hydra.sweeper.search_alg.sed'"),
+        (("hydra/sweeper/scheduler=bohb",), "BOHB is both"),
+        (("hydra/sweeper/search_alg=grid",), "model.lr: an interval of real numbers has no grid"),
+        (("model.lrr=1,2",), "Could not override 'model.lrr'"),
+        (("hydra.sweeper.resume=nowhere",), "hydra.sweeper.resume=nowhere: holds no sweep"),
+        (("hydra.sweeper.ray.address='ray://x:1'",), "a sweep runs on a machine of the cluster"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_line(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*SWEEP, *arguments)
+    assert done.code == 2, done.err
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_sweep_with_nothing_to_search_is_refused() -> None:
+    done = run(*SWEEP[:-1])
+    assert (done.code, "nothing to search" in done.err) == (2, True)
+
+
+def test_directory_of_another_sweep_is_refused() -> None:
+    Path("sweep").mkdir()
+    Path("sweep/search_space.yaml").write_text("{}\n")
+    done = run(*SWEEP)
+    assert done.code == 2
+    assert "holds a sweep already. Go on with it by hydra.sweeper.resume=" in done.err
+
+
+def test_resumed_sweep_with_another_space_is_refused() -> None:
+    Path("sweep").mkdir()
+    identity = "metric: null\nmode: min\nsearch_alg: random\nfixed: []\nsearch: ['model.lr: 5']\n"
+    Path("sweep/search_space.yaml").write_text(identity)
+    done = run(*SWEEP, "hydra.sweeper.resume=sweep")
+    assert done.code == 2
+    assert "hydra.sweeper.resume=sweep: was a sweep with search ['model.lr: 5'], now" in done.err
+
+
+@pytest.mark.parametrize("space", ["lenet", "lenet_pbt", "strategies"])
+def test_shipped_search_space_starts_a_sweep_by_itself(space: str) -> None:
+    done = run(f"+search_space={space}", "--cfg", "hydra", "-p", "hydra")
+    assert "mode: MULTIRUN" in done.out
+    assert "RayTuneSweeper" in done.out
