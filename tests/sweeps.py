@@ -93,10 +93,11 @@ class Swept:
 
 def command(app: str, address: str | None, *arguments: str, directory: str = "sweep") -> list[str]:
     """The command line of a sweep."""
-    program = [str(APPS / app), "-m"] if app.endswith(".py") else ["-m", app]
     given = [f"hydra.sweep.dir={directory}", *arguments]
-    if not any("search_space" in argument for argument in arguments):
-        given.insert(0, "hydra/sweeper=ray_tune")
+    if app.endswith(".py"):
+        program = [str(APPS / app), "-m", "hydra/sweeper=ray_tune"]
+    else:
+        program = ["-m", app]
     if address is not None:
         given.append(f"hydra.sweeper.ray.address='{address}'")
     return [sys.executable, *program, *given]

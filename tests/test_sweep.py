@@ -2,9 +2,11 @@
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -202,6 +204,36 @@ def test_population_goes_on_from_the_better_with_new_values(ray_address: str) ->
     assert changed > 0
 
 
+@pytest.mark.parametrize(
+    ("search", "scheduler"),
+    [("bohb", "bohb"), ("optuna", "hyperband"), ("hyperopt", "median"), ("random", "pb2")],
+)
+def test_search_and_scheduler_work_together(ray_address: str, search: str, scheduler: str) -> None:
+    done = sweep(
+        "population_app.py",
+        ray_address,
+        *("lr=tag(log,interval(1e-4,1e-1))", "decay=choice(0.01,0.1)"),
+        *(f"hydra/sweeper/search_alg={search}", f"hydra/sweeper/scheduler={scheduler}"),
+        *("hydra.sweeper.num_samples=4", "hydra.sweeper.metric=score", "hydra.sweeper.mode=max"),
+        *_SHORT.get(scheduler, ()),
+    )
+    assert done.code == 0, done.err
+    assert len(done.trials) == 4
+    assert {trial["status"] for trial in done.trials} <= {"done", "stopped"}
+    for trial in done.trials:
+        seen = (Path(trial["directory"]) / "seen.jsonl").read_text().splitlines()
+        epochs = [json.loads(line)["epoch"] for line in seen]
+        # What was paused went on where it was; only population-based training goes back.
+        assert scheduler == "pb2" or epochs == list(range(len(epochs)))
+
+
+_SHORT = {
+    "hyperband": ("hydra.sweeper.scheduler.max_t=4", "hydra.sweeper.scheduler.reduction_factor=2"),
+    "bohb": ("hydra.sweeper.scheduler.max_t=4", "hydra.sweeper.scheduler.reduction_factor=2"),
+    "pb2": ("hydra.sweeper.scheduler.perturbation_interval=2",),
+}
+
+
 def test_ranks_of_a_trial_train_the_same_trial_and_stop_together(ray_address: str) -> None:
     done = sweep(
         "ddp_app.py",
@@ -257,6 +289,26 @@ def test_sweep_that_was_ended_in_the_middle_goes_on(
     assert [trial["value"] for trial in resumed.trials] == [1.0, 2.0, 3.0, 4.0]
     runs = [Path(f"began-{number}").read_text() for number in (1, 2, 3, 4)]
     assert runs == ["x", "xx", "x", "x"]  # the second one was cut short, the first was not
+
+
+def test_command_sweeps_by_itself_on_a_ray_of_its_own() -> None:
+    short = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets lie there
+    done = sweep(
+        "lightning_mgpu",
+        None,
+        *("+search_space=lenet", "hydra.sweeper.num_samples=2", "data.batch_size=64"),
+        *("trainer=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"),
+        TMPDIR=str(short),
+    )
+    left = [path.name for path in short.iterdir() if path.name.startswith("ray-")]
+    shutil.rmtree(short)
+    assert left == []
+    assert done.code == 0, done.err
+    assert {trial["params"]["model.l1"] for trial in done.trials} <= {4, 8, 16, 32, 64, 128, 256}
+    assert "data.batch_size" not in done.trials[0]["params"]  # the command line wins
+    assert (done.directory / "0" / "metrics.csv").exists()
+    assert "+search_space=lenet" in done.results["best_command"]
+    assert "hydra.mode=RUN" in done.results["best_command"]
 
 
 def _is_saved(directory: Path, number: int) -> bool:

@@ -81,3 +81,6 @@ def test_shipped_search_space_starts_a_sweep_by_itself(space: str) -> None:
     done = run(f"+search_space={space}", "--cfg", "hydra", "-p", "hydra")
     assert "mode: MULTIRUN" in done.out
     assert "RayTuneSweeper" in done.out
+    # Its first trial composes; what is refused comes after that.
+    done = run(f"+search_space={space}", "hydra.sweep.dir=sweep", "hydra.sweeper.resume=nowhere")
+    assert "hydra.sweeper.resume=nowhere: holds no sweep" in done.err
