@@ -271,15 +271,15 @@ def test_sweep_that_was_ended_in_the_middle_goes_on(
         Path("go-1").touch()
         eventually(Path("began-2").exists, 120)
         eventually(lambda: _is_saved(Path("sweep"), 1), 30)
-        seconds, _, err = interrupt(process, signum)
+        seconds, out, _ = interrupt(process, signum)
     finally:
         process.kill()
     argument = f"hydra.sweeper.resume={Path('sweep').absolute()}"
     if signum == signal.SIGINT:
-        assert process.returncode == 130, err
+        assert process.returncode == 130, out
         assert seconds < 10
-        assert "slow_app.py -m hydra/sweeper=ray_tune" in err
-        assert argument in err
+        assert "slow_app.py -m hydra/sweeper=ray_tune" in out
+        assert argument in out
         saved = yaml.safe_load(Path("sweep/optimization_results.yaml").read_text())
         assert saved["trials"][0]["status"] == "done"
     for number in (2, 3, 4):

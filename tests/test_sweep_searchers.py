@@ -169,7 +169,7 @@ def test_population_mutates_what_is_asked_within_bounds() -> None:
 
 def test_only_schedulers_that_pause_need_checkpoints() -> None:
     needing = {name for name in SCHEDULERS if needs_checkpoints(options("random", name))}
-    assert needing == {"hyperband", "bohb", "pbt", "pb2"}
+    assert needing == {"hyperband", "bohb", "median", "pbt", "pb2"}
 
 
 @pytest.mark.parametrize(

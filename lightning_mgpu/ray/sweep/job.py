@@ -38,11 +38,10 @@ class Job:
             cfg.hydra.sweep.dir = str(sweep_dir)  # as resolved once, with the time of the start
         return cfg
 
-    def output_dir(self, overrides: Sequence[str], number: int, sweep_dir: Path) -> Path:
-        """Where job `number` leaves its files."""
-        cfg = self.compose(overrides, number, sweep_dir)
+    def output_dir(self, cfg: DictConfig) -> Path:
+        """Where a composed job leaves its files."""
         HydraConfig.instance().set_config(cfg)
-        return sweep_dir / str(cfg.hydra.sweep.subdir)
+        return Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
 
     def run(self, cfg: DictConfig) -> Any:
         """Run a composed job in this process, and return what it returns."""

@@ -19,7 +19,7 @@ _NEEDS = {  # each search and the package it is made of
     "hyperopt": "hyperopt",
     "bohb": "hpbandster",
 }
-_PAUSING = ("hyperband", "bohb", "pbt", "pb2")
+_PAUSING = ("hyperband", "bohb", "median", "pbt", "pb2")
 _POPULATION = ("pbt", "pb2")
 
 
@@ -97,7 +97,7 @@ def _check_pair(options: "RayTuneSweeperConf") -> None:
             f"{pair}: the scheduler itself changes the values. Set search_alg=random for the first"
             " ones."
         )
-    if scheduler in ("median", *_PAUSING) and options.metric is None:
+    if scheduler in _PAUSING and options.metric is None:
         raise ConfigError(
             f"hydra/sweeper/scheduler={scheduler}: compares trials while they run. Name the metric"
             " they log: hydra.sweeper.metric=val_loss hydra.sweeper.mode=min."

@@ -72,7 +72,8 @@ class Sweep:
     def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
         """Overrides and directory of the trial that has these values."""
         overrides = self.space.overrides(values)
-        return overrides, self.job.output_dir(overrides, number, self.directory)
+        cfg = self.job.compose(overrides, number, self.directory)
+        return overrides, self.job.output_dir(cfg)
 
     def _claim_directory(self) -> None:
         """Write down what is searched; a resumed sweep must search the same."""
@@ -119,10 +120,10 @@ def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> No
     was_interrupted = tune(sweep)
     path = write_results(sweep.records, sweep.directory)
     if was_interrupted:
-        print(
-            f"Interrupted. Results so far: {_relative(path)}\n"
-            f"Go on with: {resume_command(sweep.directory)}",
-            file=sys.stderr,
+        log.warning(
+            "Interrupted. Results so far: %s\nGo on with: %s",
+            _relative(path),
+            resume_command(sweep.directory),
         )
         sys.exit(128 + signal.SIGINT)
     _conclude(sweep.records, path)
@@ -146,11 +147,11 @@ def _conclude(records: Records, path: Path) -> None:
             f"No trial has a result: {len(failed)} of {len(records.trials)} failed. The first"
             f" reason: {failed[0].reason if failed else 'none was run'}. See {_relative(path)}."
         )
-    print(f"Best: trial {best.number}, {records.metric}={records.value(best):.6g}")
-    print(f"  run it alone: {job_command(best.overrides)}")
+    lines = [f"Best: trial {best.number}, {records.metric}={records.value(best):.6g}"]
+    lines.append(f"  run it alone: {job_command(best.overrides)}")
     if best.checkpoint is not None:
-        print(f"  checkpoint: {_relative(Path(best.checkpoint))}")
-    print(f"  all results: {_relative(path)}")
+        lines.append(f"  checkpoint: {_relative(Path(best.checkpoint))}")
+    log.info("\n".join([*lines, f"  all results: {_relative(path)}"]))
 
 
 def _num_samples(options: "RayTuneSweeperConf", space: Space) -> int:

@@ -20,6 +20,7 @@ from typing_extensions import override
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray.sweep import reporter
 from lightning_mgpu.ray.sweep.job import Job
+from lightning_mgpu.ray.sweep.output import output_to
 from lightning_mgpu.ray.sweep.scrub import Scrubber, adopt
 from lightning_mgpu.ray.sweep.space import Space
 from lightning_mgpu.ray.sweep.sweep import OBJECTIVE
@@ -101,8 +102,8 @@ class HydraTrial(FunctionTrainable):
             with _failures_in_words():
                 overrides = plan.space.overrides(config)
                 cfg = plan.job.compose(overrides, number, plan.sweep_dir)
-                directory = plan.job.output_dir(overrides, number, plan.sweep_dir)
-            with _output_to(directory), _reporting(reporting), _failures_in_words():
+                directory = plan.job.output_dir(cfg)
+            with output_to(directory / LOG_FILE), _reporting(reporting), _failures_in_words():
                 value = _run(plan.job, cfg, reporting)
                 if reporting.stopped:
                     raise SystemExit(0)
@@ -172,18 +173,6 @@ def _reporting(reporting: reporter.Reporting) -> Iterator[None]:
         yield
     finally:
         reporter.end()
-
-
-@contextlib.contextmanager
-def _output_to(directory: Path) -> Iterator[None]:
-    """Everything the trial prints goes to a file beside its other files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (
-        (directory / LOG_FILE).open("a", buffering=1) as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        yield
 
 
 @contextlib.contextmanager
