@@ -10,10 +10,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray.sweep.custom import add_custom
 from lightning_mgpu.ray.sweep.space import (
     Choice,
     Interval,
-    add_custom,
     check_searchable,
     encode,
     enumerate_grid,

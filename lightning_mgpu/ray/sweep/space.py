@@ -1,6 +1,5 @@
 """The search space: from Hydra's overrides to dimensions, and from values back to overrides."""
 
-import importlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -61,10 +60,35 @@ class Space:
         computed: Values that follow from the others, by name; in this order.
     """
 
-    fixed: list[str]
+    fixed: list[str] = field(default_factory=list)
     dimensions: dict[str, Dimension] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     computed: dict[str, Computed] = field(default_factory=dict)
+
+    def add(self, key: str, dimension: Dimension) -> None:
+        """Search what `key` (with its `+`, if it has one) stands for."""
+        name = self._claim(key)
+        self.dimensions[name] = dimension
+
+    def compute(self, key: str, function: Computed) -> None:
+        """Have `function` compute it from the values that were drawn."""
+        name = self._claim(key)
+        self.computed[name] = function
+
+    def fix(self, key: str, override: str) -> None:
+        """Give it to every trial."""
+        del self.keys[self._claim(key)]
+        self.fixed.append(override)
+
+    def _claim(self, key: str) -> str:
+        """The name for `key`, which means nothing else any more."""
+        plain = key.lstrip("+~")
+        name = plain.replace("/", ":")  # Ray nests what has a slash
+        self.dimensions.pop(name, None)
+        self.computed.pop(name, None)
+        self.fixed = [o for o in self.fixed if o.lstrip("+~").partition("=")[0] != plain]
+        self.keys[name] = key
+        return name
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
         """The overrides of the trial that has these values."""
@@ -111,52 +135,14 @@ def parse_space(
         key = override.get_key_element().lstrip("+~")
         by_key.pop(key, None)  # so that the order is that of the command line
         by_key[key] = override
-    space = Space(fixed=[])
-    for key, override in by_key.items():
+    space = Space()
+    for override in by_key.values():
+        key = override.get_key_element()
         if override.is_sweep_override():
-            _add(space, key, override.get_key_element(), _dimension(override))
+            space.add(key, _dimension(override))
         else:
-            space.fixed.append(override.input_line or "")
+            space.fix(key, override.input_line or "")
     return space
-
-
-def add_custom(space: Space, function_name: str, cfg: DictConfig) -> None:
-    """Let a function of the user's extend or replace the space.
-
-    It is called with the config and the dimensions by name, and returns a dict: of a key to a
-    sweep as it would be written on the command line (``"interval(0, 1)"``), to a list of choices,
-    or to a function of the values drawn so far, which computes this one.
-
-    Raises:
-        ConfigError: The function cannot be found, or returns something else.
-    """
-    where = f"hydra.sweeper.custom_search_space={function_name}"
-    module, _, name = function_name.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{where}: cannot be imported ({error}). Give module.function."
-        ) from error
-    returned = function(cfg, dict(space.dimensions))
-    if not isinstance(returned, Mapping):
-        raise ConfigError(f"{where}: returned {type(returned).__name__}; a dict is expected.")
-    for key, value in returned.items():
-        plain = key.lstrip("+")
-        if callable(value):
-            _forget(space, plain)
-            name = _name(plain)
-            space.computed[name], space.keys[name] = value, key
-        elif isinstance(value, (Choice, Interval)):
-            _add(space, plain, key, value)
-        elif isinstance(value, (list, tuple)):
-            _add(space, plain, key, Choice(tuple(value)))
-        else:
-            other = parse_space({key: value}, [])
-            _forget(space, plain)
-            space.fixed += other.fixed
-            for name, dimension in other.dimensions.items():
-                _add(space, plain, other.keys[name], dimension)
 
 
 def check_searchable(space: Space) -> None:
@@ -250,24 +236,6 @@ def _is_consecutive(sweep: RangeSweep) -> bool:
         and sweep.step in (None, 1)
         and (len(list(sweep.range())) > 1)
     )
-
-
-def _add(space: Space, plain: str, key: str, dimension: Dimension) -> None:
-    _forget(space, plain)
-    name = _name(plain)
-    space.dimensions[name], space.keys[name] = dimension, key
-
-
-def _forget(space: Space, plain: str) -> None:
-    """The key gets another meaning."""
-    name = _name(plain)
-    for known in (space.dimensions, space.computed, space.keys):
-        known.pop(name, None)
-    space.fixed = [o for o in space.fixed if o.lstrip("+").partition("=")[0] != plain]
-
-
-def _name(plain_key: str) -> str:
-    return plain_key.replace("/", ":")  # Ray nests what has a slash
 
 
 def _number(value: float, dimension: Interval) -> float:

@@ -13,13 +13,13 @@ import yaml
 from omegaconf import OmegaConf
 
 from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.ray.sweep.custom import add_custom
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.options import check_options, check_space
 from lightning_mgpu.ray.sweep.records import Records
 from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
 from lightning_mgpu.ray.sweep.space import (
     Space,
-    add_custom,
     check_searchable,
     enumerate_grid,
     parse_space,
