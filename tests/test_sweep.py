@@ -206,7 +206,7 @@ def test_population_goes_on_from_the_better_with_new_values(ray_address: str) ->
 
 @pytest.mark.parametrize(
     ("search", "scheduler"),
-    [("bohb", "bohb"), ("optuna", "hyperband"), ("hyperopt", "median"), ("random", "pb2")],
+    [("bohb", "bohb"), ("optuna", "median"), ("random", "pb2")],
 )
 def test_search_and_scheduler_work_together(ray_address: str, search: str, scheduler: str) -> None:
     done = sweep(
@@ -228,7 +228,6 @@ def test_search_and_scheduler_work_together(ray_address: str, search: str, sched
 
 
 _SHORT = {
-    "hyperband": ("hydra.sweeper.scheduler.max_t=4", "hydra.sweeper.scheduler.reduction_factor=2"),
     "bohb": ("hydra.sweeper.scheduler.max_t=4", "hydra.sweeper.scheduler.reduction_factor=2"),
     "pb2": ("hydra.sweeper.scheduler.perturbation_interval=2",),
 }
