@@ -1,0 +1,313 @@
+"""Warm workers: a group of actors that outlives a call, and the groups that this driver keeps."""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import cloudpickle
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from lightning_mgpu.launch.errors import LaunchError, WorkerDiedError
+from lightning_mgpu.launch.state import ProcessState
+from lightning_mgpu.ray import cluster
+from lightning_mgpu.ray.parcel import Parcel
+from lightning_mgpu.ray.place import Place, machine, places
+from lightning_mgpu.ray.worker import Job, TrainWorker
+
+__all__: list[str] = []
+
+log = logging.getLogger(__name__)
+
+# How long to wait for somebody to name a cause when all that is known is that a peer was lost.
+_CAUSE_SECONDS = 10.0
+# How long resources may take to become free, or a cluster to grow; a warning comes soon.
+_RESOURCES_SECONDS = 600.0
+_WARNING_SECONDS = 5.0
+# On a cluster of our own nobody but this driver can free anything.
+_OWN_CLUSTER_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """What workers are asked for; a session serves every call that asks for the same.
+
+    Attributes:
+        size: Number of workers.
+        resources: Of each worker, as sorted pairs.
+        hook: Pickled function for each worker to call before all else.
+        trial: The placement group of the Tune trial that this process runs, if it holds bundles
+            for the workers.
+    """
+
+    size: int
+    resources: tuple[tuple[str, float], ...]
+    hook: bytes | None
+    trial: str | None = None
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """What to reserve: one bundle for each worker."""
+        return [dict(self.resources) for _ in range(self.size)]
+
+
+class Session:
+    """Workers that have been started, and what they hold of the cluster."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.busy = True
+        self._reservation: PlacementGroup | None = None
+        self._workers: list[Any] = []
+        self._idle: threading.Timer | None = None
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self, parcel: Parcel, state: ProcessState, timeout: timedelta
+    ) -> list[list[Parcel]]:
+        """Run a pickled function on every worker and wait for all of them.
+
+        Args:
+            parcel: A function of the `Place`, which returns parcels.
+            state: The driver's state, for the workers to take over.
+            timeout: How long ranks may wait for each other.
+
+        Returns:
+            What the ranks return, by rank.
+
+        Raises:
+            WorkerDiedError: A worker's process ended.
+            BaseException: What any rank's function raised, its cause that rank's traceback.
+        """
+        single = self._places[0].num_nodes == 1
+        host = "127.0.0.1" if single else self._address
+        try:
+            port = ray.get(self._workers[0].listen.remote(host))
+        except RayError as error:
+            raise WorkerDiedError(0, None) from error
+        sent = ray.put(parcel)
+        runs = {}
+        for worker, place in zip(self._workers, self._places, strict=True):
+            job = Job(replace(place, host=host, port=port), state, machine(), timeout)
+            runs[worker.run.remote(job, sent)] = place.rank
+        return _Watch(runs, self._workers[0]).outcomes()
+
+    def rest(self, seconds: float) -> None:
+        """Wait for the next call, at most `seconds`."""
+        self._idle = threading.Timer(seconds, close_if_idle, (self,))
+        self._idle.name, self._idle.daemon = "mgpu-ray-idle", True
+        self.busy = False
+        self._idle.start()
+
+    def wake(self) -> None:
+        """The next call has come."""
+        if self._idle is not None:
+            self._idle.cancel()
+        self.busy, self._idle = True, None
+
+    def is_alive(self) -> bool:
+        """Whether every worker still answers."""
+        try:
+            ray.get([worker.node.remote() for worker in self._workers], timeout=_CAUSE_SECONDS)
+        except RayError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the workers and give back what they hold. May be called twice."""
+        self.busy = True  # nobody's any more
+        if self._idle is not None:
+            self._idle.cancel()
+        if not ray.is_initialized():
+            return
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            with suppress(RayError):
+                ray.kill(worker)
+        reservation, self._reservation = self._reservation, None
+        if reservation is not None and self.group.trial is None:
+            with suppress(RayError):
+                remove_placement_group(reservation)
+
+    def _start(self) -> None:
+        group = self.group
+        if group.trial is None:
+            self._reservation = _reserve(group)
+        else:
+            self._reservation = ray.util.get_current_placement_group()
+        # In a trial the first bundle is the trial's own.
+        first = 0 if group.trial is None else 1
+        resources = dict(group.resources)
+        options: dict[str, Any] = {
+            "num_cpus": resources.pop("CPU", 0),
+            "num_gpus": resources.pop("GPU", 0),
+            "resources": resources,
+        }
+        actor = ray.remote(concurrency_groups={"messages": 1})(TrainWorker)
+        for index in range(first, first + group.size):
+            strategy = PlacementGroupSchedulingStrategy(self._reservation, index)
+            worker = actor.options(**options, scheduling_strategy=strategy).remote(group.hook)
+            self._workers.append(worker)
+        nodes = ray.get([worker.node.remote() for worker in self._workers])
+        # Neighbours get neighbouring ranks.
+        order = sorted(range(group.size), key=lambda i: [n for n, _ in nodes].index(nodes[i][0]))
+        self._workers = [self._workers[i] for i in order]
+        self._places: list[Place] = places([nodes[i][0] for i in order])
+        self._address: str = nodes[order[0]][1]
+
+
+class _Watch:
+    """Follows the ranks of one run until all are done or one has failed."""
+
+    def __init__(self, runs: dict[Any, int], first: Any) -> None:
+        self._runs = runs
+        self._first = first
+        self._results: dict[int, list[Parcel]] = {}
+        self._lost: dict[int, BaseException] = {}  # who reports no more than a lost peer
+        self._give_up: float | None = None
+
+    def outcomes(self) -> list[list[Parcel]]:
+        message = self._first.next_message.remote()
+        while self._runs or message is not None:
+            waiting = [*self._runs, *([message] if message is not None else [])]
+            ready, _ = ray.wait(waiting, timeout=self._seconds_left())
+            if message is not None and message in ready:
+                message = self._follow(message)
+            elif ready:
+                self._take(ready[0])
+            if self._lost and (not self._runs or self._seconds_left() == 0.0):
+                raise self._lost[min(self._lost)]
+        return [self._results[rank] for rank in sorted(self._results)]
+
+    def _follow(self, message: Any) -> Any:
+        """Do what rank 0 asks for; what to wait for next."""
+        try:
+            asked = ray.get(message)
+        except RayError:
+            return None  # its run will tell
+        if asked is None:
+            return None
+        function, arguments = cloudpickle.loads(asked)
+        function(*arguments)
+        return self._first.next_message.remote()
+
+    def _take(self, run: Any) -> None:
+        rank = self._runs.pop(run)
+        try:
+            result, failure = ray.get(run)
+        except RayError as error:
+            raise WorkerDiedError(rank, None) from error
+        if failure is None:
+            self._results[rank] = result
+        elif failure.is_collective:
+            self._lost[rank] = failure.restore(rank)
+            self._give_up = self._give_up or time.monotonic() + _CAUSE_SECONDS
+        else:
+            raise failure.restore(rank)
+
+    def _seconds_left(self) -> float | None:
+        if self._give_up is None:
+            return None
+        return max(0.0, self._give_up - time.monotonic())
+
+
+
+_sessions: list[Session] = []
+_changing = threading.RLock()
+_idle_seconds = 300.0
+
+
+def take(group: Group) -> Session:
+    """A session that nobody uses: a warm one, or else a new one."""
+    with _changing:
+        for session in list(_sessions):
+            if session.group == group and not session.busy:
+                session.wake()
+                if session.is_alive():
+                    return session
+                discard(session)
+        if not cluster.fits(group.bundles, free=True):
+            close()
+    session = Session(group)
+    with _changing:
+        _sessions.append(session)
+    return session
+
+
+def discard(session: Session) -> None:
+    """End a session."""
+    with _changing:
+        if session in _sessions:
+            _sessions.remove(session)
+    session.close()
+
+
+def close_if_idle(session: Session) -> None:
+    """End a session unless a call has come in the meantime."""
+    with _changing:
+        if not session.busy:
+            discard(session)
+
+
+def keep_warm(seconds: float) -> None:
+    """Set how long workers wait for the next call before they end.
+
+    Args:
+        seconds: From now on; 0 ends them after each call.
+    """
+    global _idle_seconds
+    if seconds < 0:
+        raise ValueError(f"`keep_warm({seconds})`: expected 0 seconds or more.")
+    _idle_seconds = seconds
+
+
+def idle_seconds() -> float:
+    """How long workers wait for the next call before they end."""
+    return _idle_seconds
+
+
+def close() -> None:
+    """End the workers that are kept for later calls, and free what they hold of the cluster."""
+    with _changing:
+        for session in list(_sessions):
+            close_if_idle(session)
+
+
+def _reserve(group: Group) -> PlacementGroup:
+    asked = f"{group.size} × ({cluster.describe(dict(group.resources))})"
+    if cluster.is_ours() and not cluster.fits(group.bundles):
+        raise LaunchError(_too_little(asked))
+    reservation = placement_group(group.bundles, strategy="PACK")
+    try:
+        if not reservation.wait(_WARNING_SECONDS):
+            log.warning("Waiting for resources. %s", _too_little(asked))
+            seconds = _OWN_CLUSTER_SECONDS if cluster.is_ours() else _RESOURCES_SECONDS
+            if not reservation.wait(seconds):
+                raise LaunchError(_too_little(asked))
+    except BaseException:
+        remove_placement_group(reservation)
+        raise
+    return reservation
+
+
+def _too_little(asked: str) -> str:
+    nodes: Sequence[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
+    has = "; ".join(cluster.describe(node["Resources"]) for node in nodes)
+    free = cluster.describe(ray.available_resources())
+    return (
+        f"The workers ask for {asked}, and the cluster has {len(nodes)} node"
+        f"{'' if len(nodes) == 1 else 's'} ({has}), of which free: {free}. Ask for fewer workers"
+        " (`num_workers`) or less for each (`num_cpus_per_worker`, `resources_per_worker`), or"
+        " start Ray with more: `ray.init(num_cpus=...)`."
+    )
