@@ -25,7 +25,7 @@ hypothesis.settings.register_profile("here", database=None, deadline=None, max_e
 hypothesis.settings.load_profile("here")
 
 # Threads of other libraries that live as long as the process.
-_LASTING_THREADS = ("tqdm_monitor", "pytest_timeout")
+_LASTING_THREADS = ("tqdm_monitor", "pytest_timeout", "mgpu-ray-idle")
 # What the test runner times tests with, and what torch's DataLoader listens to once and for all.
 _FOREIGN_SIGNALS = {signal.SIGALRM, signal.SIGCHLD}
 _SETTLE_SECONDS = 5.0
@@ -66,6 +66,24 @@ def no_process_left() -> Iterator[None]:
     children = psutil.Process().children(recursive=True)
     _, alive = psutil.wait_procs(children, timeout=_SETTLE_SECONDS)
     assert not alive, f"processes left behind: {alive}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray instance for all tests, in a directory whose path is short enough for sockets."""
+    import ray
+
+    from lightning_mgpu.ray import close, cluster
+
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="mgpu-") as directory:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("RAY_TMPDIR", directory)
+            patched.setenv("RAY_AUTH_MODE", "disabled")
+            with cluster._signal_handlers_kept():
+                ray.init("local", num_cpus=4, resources={"tape": 2}, include_dashboard=False)
+            yield
+            close()
+            ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +164,8 @@ class _Snapshot:
 
 def _belongs_to(process: psutil.Process, workers: list[int]) -> bool:
     try:
-        return process.pid in workers or any(p.pid in workers for p in process.parents())
+        family = [process, *process.parents()]
+        # Ray starts its processes when it sees fit.
+        return any(p.pid in workers or p.name() in ("raylet", "gcs_server") for p in family)
     except psutil.NoSuchProcess:
         return True

@@ -103,6 +103,13 @@ class RayStrategy(_LightningDDPStrategy):
                 f"`Trainer(num_nodes={self.num_nodes})`: Ray chooses the nodes for"
                 f" `RayStrategy(num_workers={self.num_workers})`. Leave `num_nodes` out."
             )
+        # What Lightning makes of `devices="auto"` is all that this machine has.
+        count = len(self.parallel_devices or ())
+        if isinstance(self.accelerator, CPUAccelerator) and count not in (1, self.num_workers):
+            raise MisconfigurationException(
+                f"`Trainer(devices={count})` and `RayStrategy(num_workers={self.num_workers})`:"
+                " each worker is one device. Leave `devices` out."
+            )
 
     def take_place(self, place: Place) -> None:
         """Become the strategy of one worker."""
