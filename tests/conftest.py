@@ -75,15 +75,19 @@ def ray_cluster() -> Iterator[None]:
 
     from lightning_mgpu.ray import close, cluster
 
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="mgpu-") as directory:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setenv("RAY_TMPDIR", directory)
-            patched.setenv("RAY_AUTH_MODE", "disabled")
-            with cluster._signal_handlers_kept():
-                ray.init("local", num_cpus=4, resources={"tape": 2}, include_dashboard=False)
-            yield
-            close()
-            ray.shutdown()
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="mgpu-") as directory,
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setenv("RAY_TMPDIR", directory)
+        patched.setenv("RAY_AUTH_MODE", "disabled")
+        # Trials pickle what the tests define by its name.
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        with cluster._signal_handlers_kept():
+            ray.init("local", num_cpus=4, resources={"tape": 2}, include_dashboard=False)
+        yield
+        close()
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

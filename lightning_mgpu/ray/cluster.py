@@ -72,7 +72,9 @@ def describe(resources: Mapping[str, float]) -> str:
     wanted = {
         name: amount
         for name, amount in sorted(resources.items())
-        if amount and ":" not in name and not name.startswith(("object_store", "memory", "bundle"))
+        if amount
+        and ":" not in name
+        and not name.startswith(("object_store", "memory", "bundle"))
         and "_group_" not in name
     }
     return ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items()) or "nothing"
@@ -94,7 +96,8 @@ def _turn_authentication_on() -> None:
     """Ray's later versions do so themselves; a choice of the user's stands."""
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
-        ray._raylet.Config.initialize("")  # read once, when Ray is imported
+        # It was read when Ray was imported.
+        ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
 
 
 def _short_directory() -> str | None:

@@ -114,10 +114,10 @@ class _Entry:
             UnpicklableError: Names the attribute at fault.
         """
         for logger in self.trainer.loggers:
-            _ = logger.version  # found out on first use, and by then the workers' directory is there
-        names = names_of_parts(
-            self.strategy, self.trainer, self.function, self.args, self.kwargs
-        )
+            _ = (
+                logger.version
+            )  # found out on first use, and by then the workers' directory is there
+        names = names_of_parts(self.strategy, self.trainer, self.function, self.args, self.kwargs)
         with ExitStack() as stack:
             set_live_state_aside(self.trainer, stack)
             return pack(self, names, weights_of(self.trainer).values())

@@ -44,7 +44,7 @@ def pack(obj: Any, names: dict[str, Any], tensors: Iterable[torch.Tensor] = ()) 
     with payload.Payload(obj, names, tensors) as packed:
         size = os.fstat(packed.file).st_size
         view = mmap.mmap(packed.file, size, prot=mmap.PROT_READ)
-        memory = [np.frombuffer(buffer, np.uint8) for buffer in packed.buffers]
+        memory = [np.frombuffer(buffer.raw(), np.uint8) for buffer in packed.buffers]
         return Parcel(np.frombuffer(view, np.uint8), memory)
 
 
@@ -58,5 +58,5 @@ def unpack(parcel: Parcel, copy: bool = True) -> Any:
     """
     file = os.memfd_create("lightning_mgpu")
     with os.fdopen(os.dup(file), "wb") as stream:
-        stream.write(memoryview(parcel.pickled))
+        stream.write(parcel.pickled.data)
     return payload.load(file, [part.copy() if copy else part for part in parcel.memory])

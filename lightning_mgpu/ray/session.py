@@ -12,7 +12,12 @@ from typing import Any
 import cloudpickle
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lightning_mgpu.launch.errors import LaunchError, WorkerDiedError
@@ -20,6 +25,7 @@ from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray import cluster
 from lightning_mgpu.ray.parcel import Parcel
 from lightning_mgpu.ray.place import Place, machine, places
+from lightning_mgpu.ray.trial import TrialBundles
 from lightning_mgpu.ray.worker import Job, TrainWorker
 
 __all__: list[str] = []
@@ -43,14 +49,13 @@ class Group:
         size: Number of workers.
         resources: Of each worker, as sorted pairs.
         hook: Pickled function for each worker to call before all else.
-        trial: The placement group of the Tune trial that this process runs, if it holds bundles
-            for the workers.
+        trial: What the Tune trial that this process runs has reserved for them.
     """
 
     size: int
     resources: tuple[tuple[str, float], ...]
     hook: bytes | None
-    trial: str | None = None
+    trial: TrialBundles | None = None
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -73,9 +78,7 @@ class Session:
             self.close()
             raise
 
-    def run(
-        self, parcel: Parcel, state: ProcessState, timeout: timedelta
-    ) -> list[list[Parcel]]:
+    def run(self, parcel: Parcel, state: ProcessState, timeout: timedelta) -> list[list[Parcel]]:
         """Run a pickled function on every worker and wait for all of them.
 
         Args:
@@ -143,18 +146,19 @@ class Session:
     def _start(self) -> None:
         group = self.group
         if group.trial is None:
-            self._reservation = _reserve(group)
+            self._reservation, first = _reserve(group), 0
         else:
-            self._reservation = ray.util.get_current_placement_group()
-        # In a trial the first bundle is the trial's own.
-        first = 0 if group.trial is None else 1
+            self._reservation, first = get_current_placement_group(), group.trial.first
+        assert self._reservation is not None
         resources = dict(group.resources)
         options: dict[str, Any] = {
             "num_cpus": resources.pop("CPU", 0),
             "num_gpus": resources.pop("GPU", 0),
             "resources": resources,
         }
-        actor = ray.remote(concurrency_groups={"messages": 1})(TrainWorker)
+        # An option that Ray documents and does not declare.
+        groups: Any = {"concurrency_groups": {"messages": 1}}
+        actor = ray.remote(**groups)(TrainWorker)
         for index in range(first, first + group.size):
             strategy = PlacementGroupSchedulingStrategy(self._reservation, index)
             worker = actor.options(**options, scheduling_strategy=strategy).remote(group.hook)
@@ -222,7 +226,6 @@ class _Watch:
         return max(0.0, self._give_up - time.monotonic())
 
 
-
 _sessions: list[Session] = []
 _changing = threading.RLock()
 _idle_seconds = 300.0
@@ -237,7 +240,7 @@ def take(group: Group) -> Session:
                 if session.is_alive():
                     return session
                 discard(session)
-        if not cluster.fits(group.bundles, free=True):
+        if group.trial is None and not cluster.fits(group.bundles, free=True):
             close()
     session = Session(group)
     with _changing:
@@ -288,7 +291,7 @@ def _reserve(group: Group) -> PlacementGroup:
     asked = f"{group.size} × ({cluster.describe(dict(group.resources))})"
     if cluster.is_ours() and not cluster.fits(group.bundles):
         raise LaunchError(_too_little(asked))
-    reservation = placement_group(group.bundles, strategy="PACK")
+    reservation: PlacementGroup = placement_group(group.bundles, strategy="PACK")
     try:
         if not reservation.wait(_WARNING_SECONDS):
             log.warning("Waiting for resources. %s", _too_little(asked))

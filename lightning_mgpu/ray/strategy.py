@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import torch
-from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
@@ -47,6 +46,8 @@ class RayStrategy(_LightningDDPStrategy):
     """
 
     strategy_name = "ddp_ray"
+    runs_elsewhere = True
+    """Nothing is trained in the process that calls the Trainer."""
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class RayStrategy(_LightningDDPStrategy):
             size=self.num_workers,
             resources=tuple(sorted(self._resources.items())),
             hook=None if self.init_hook is None else cloudpickle.dumps(self.init_hook),
-            trial=trial.reservation(self.num_workers, self._resources),
+            trial=trial.reserved(self.num_workers, self._resources),
         )
 
     def check(self, trainer: "Trainer") -> None:
