@@ -1,20 +1,27 @@
 """Runs the Trainer's entry points on Ray workers and brings home what they leave behind."""
 
+import itertools
+import logging
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import _TunerExitException
-from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_mgpu.launch.errors import LaunchError
+from lightning_mgpu.launch.errors import (
+    LaunchError,
+    WorkerDiedError,
+    is_collective_error,
+    is_timeout_error,
+)
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray import cluster, session
+from lightning_mgpu.ray.autosave import Autosave, Kept
 from lightning_mgpu.ray.parcel import Parcel, pack, unpack
 from lightning_mgpu.ray.place import Place
 from lightning_mgpu.ray.returned import Returned, weights_of
@@ -28,6 +35,8 @@ if TYPE_CHECKING:
     from lightning_mgpu.ray.strategy import RayStrategy
 
 __all__: list[str] = []
+
+log = logging.getLogger(__name__)
 
 
 class RayLauncher(_Launcher):
@@ -64,16 +73,36 @@ class RayLauncher(_Launcher):
             )
         self._strategy.check(trainer)
         cluster.connect()
-        parcel = _Entry(self._strategy, trainer, function, args, kw).pack()
-        return self._bring_home(trainer, self._run(parcel))
+        entry = _Entry(self._strategy, trainer, function, args, kw)
+        if self._strategy.max_failures == 0 or trainer.state.fn != TrainerFn.FITTING:
+            return self._bring_home(trainer, self._run(entry.pack()))
+        with Kept() as kept:
+            parcel = replace(entry, autosave=kept.name).pack()
+            return self._bring_home(trainer, self._run_until_done(parcel, kept))
 
-    def _run(self, parcel: Parcel) -> list[list[Parcel]]:
+    def _run_until_done(self, parcel: Parcel, kept: Kept) -> list[list[Parcel]]:
+        """Start again from the latest checkpoint when workers are lost, as often as allowed."""
+        for failures in itertools.count(1):
+            try:
+                return self._run(parcel, kept.latest())
+            except Exception as error:
+                if not _is_loss(error) or failures > self._strategy.max_failures:
+                    raise
+                log.warning(
+                    "%s (failure %d of %d). New workers go on from %s.",
+                    " ".join(str(error).split())[:200],
+                    failures,
+                    self._strategy.max_failures,
+                    "the beginning" if kept.latest() is None else "the last epoch's end",
+                )
+        raise AssertionError
+
+    def _run(self, parcel: Parcel, resume: bytes | None = None) -> list[list[Parcel]]:
         strategy = self._strategy
         state = ProcessState.capture(strategy.threads_per_worker)
-        timeout = getattr(strategy, "_timeout", None) or default_pg_timeout
         workers = session.take(strategy.group())
         try:
-            results = workers.run(parcel, state, timeout)
+            results = workers.run(parcel, state, resume)
         except BaseException:
             session.discard(workers)
             raise
@@ -106,6 +135,7 @@ class _Entry:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    autosave: str | None = None
 
     def pack(self) -> Parcel:
         """This entry, less what the workers make anew.
@@ -122,12 +152,18 @@ class _Entry:
             set_live_state_aside(self.trainer, stack)
             return pack(self, names, weights_of(self.trainer).values())
 
-    def __call__(self, place: Place) -> list[Parcel]:
+    def __call__(self, place: Place, resume: str | None = None) -> list[Parcel]:
         trainer = self.trainer
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+        args = self.args
+        if self.autosave is not None:
+            trainer.callbacks.append(Autosave(self.autosave))  # type: ignore[attr-defined]
+        if resume is not None:
+            # `Trainer._fit_impl(..., ckpt_path, weights_only)`; the file is our own.
+            args = (*args[:-2], resume, False)
         self.strategy.take_place(place)
         try:
-            result = self.function(*self.args, **self.kwargs)
+            result = self.function(*args, **self.kwargs)
         except _TunerExitException:
             return [pack(None, {})]
         finally:
@@ -146,3 +182,10 @@ class _Entry:
             ),
             *([pack(predictions, {"predictions": predictions})] if predictions else []),
         ]
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether `error` says that a worker was lost, rather than that the program is at fault."""
+    if isinstance(error, WorkerDiedError):
+        return True
+    return is_collective_error(error) and not is_timeout_error(error)

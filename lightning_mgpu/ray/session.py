@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import cloudpickle
@@ -78,13 +77,13 @@ class Session:
             self.close()
             raise
 
-    def run(self, parcel: Parcel, state: ProcessState, timeout: timedelta) -> list[list[Parcel]]:
+    def run(self, parcel: Parcel, state: ProcessState, resume: bytes | None) -> list[list[Parcel]]:
         """Run a pickled function on every worker and wait for all of them.
 
         Args:
             parcel: A function of the `Place`, which returns parcels.
             state: The driver's state, for the workers to take over.
-            timeout: How long ranks may wait for each other.
+            resume: A checkpoint for the function to go on from.
 
         Returns:
             What the ranks return, by rank.
@@ -100,10 +99,11 @@ class Session:
         except RayError as error:
             raise WorkerDiedError(0, None) from error
         sent = ray.put(parcel)
+        checkpoint = ray.put(resume)
         runs = {}
         for worker, place in zip(self._workers, self._places, strict=True):
-            job = Job(replace(place, host=host, port=port), state, machine(), timeout)
-            runs[worker.run.remote(job, sent)] = place.rank
+            job = Job(replace(place, host=host, port=port), state, machine())
+            runs[worker.run.remote(job, sent, checkpoint)] = place.rank
         return _Watch(runs, self._workers[0]).outcomes()
 
     def rest(self, seconds: float) -> None:

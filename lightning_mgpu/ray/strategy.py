@@ -38,6 +38,8 @@ class RayStrategy(_LightningDDPStrategy):
         init_hook: Called on each worker when it has started, before anything is unpickled.
         resources_per_worker: More to reserve for each worker. ``CPU`` and ``GPU`` go before the
             arguments above.
+        max_failures: How often `fit` may lose workers and go on with new ones, from the end of the
+            last whole epoch. The state of training then comes here after each epoch.
         **ddp_kwargs: As Lightning's `DDPStrategy`, and through it
             `torch.nn.parallel.DistributedDataParallel`.
 
@@ -56,10 +58,13 @@ class RayStrategy(_LightningDDPStrategy):
         use_gpu: bool = False,
         init_hook: Callable[[], Any] | None = None,
         resources_per_worker: Mapping[str, float] | None = None,
+        max_failures: int = 0,
         **ddp_kwargs: Any,
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"`num_workers={num_workers}`: expected 1 or more.")
+        if max_failures < 0:
+            raise ValueError(f"`max_failures={max_failures}`: expected 0 or more.")
         resources = {
             "CPU": float(num_cpus_per_worker),
             "GPU": float(use_gpu),
@@ -76,6 +81,7 @@ class RayStrategy(_LightningDDPStrategy):
         self.num_workers = num_workers
         self.use_gpu = resources["GPU"] > 0
         self.init_hook = init_hook
+        self.max_failures = max_failures
         self._resources = {name: amount for name, amount in resources.items() if amount}
         super().__init__(cluster_environment=RayEnvironment(num_workers), **ddp_kwargs)
 

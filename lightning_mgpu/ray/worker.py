@@ -6,7 +6,8 @@ import os
 import queue
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -40,7 +41,6 @@ class Job:
     place: Place
     state: ProcessState
     machine: str
-    timeout: timedelta
 
 
 class TrainWorker:
@@ -71,19 +71,27 @@ class TrainWorker:
         )
         return port
 
-    def run(self, job: Job, parcel: Parcel) -> tuple[list[Parcel] | None, RemoteFailure | None]:
-        """Unpickle a function of the place and call it: the parcels it returns, or its error."""
-        global _current, _place
+    def run(
+        self, job: Job, parcel: Parcel, resume: bytes | None
+    ) -> tuple[list[Parcel] | None, RemoteFailure | None]:
+        """Unpickle a function and call it: the parcels it returns, or its error.
+
+        Args:
+            job: All else that belongs to the run.
+            parcel: The function, of the place and of a path.
+            resume: The checkpoint that will lie at the path.
+        """
+        global _current
         try:
-            with GroupGuard():
-                _current, _place = self, job.place
+            with GroupGuard(), _as_file(resume) as path:
+                _current = self
                 rank_zero_only.rank = job.place.rank  # type: ignore[attr-defined]
                 _adopt(job)
-                return unpack(parcel)(job.place), None
+                return unpack(parcel)(job.place, path), None
         except BaseException as error:
             return None, RemoteFailure.of(error)
         finally:
-            _current = _place = None
+            _current = None
             self._store = None
             if job.place.rank == 0:  # to whom alone the driver listens
                 self._messages.put(None)
@@ -103,7 +111,6 @@ class TrainWorker:
 
 
 _current: TrainWorker | None = None
-_place: Place | None = None
 
 
 def is_worker() -> bool:
@@ -130,6 +137,19 @@ def join_group(place: Place, backend: str, timeout: timedelta, device_id: Any) -
         timeout=timeout,
         device_id=device_id,
     )
+
+
+@contextmanager
+def _as_file(data: bytes | None) -> Iterator[str | None]:
+    """The path at which `data` lies as long as the block lasts."""
+    if data is None:
+        yield None
+        return
+    # In memory: nothing stays behind when the worker is killed.
+    with os.fdopen(os.memfd_create("lightning_mgpu"), "wb") as file:
+        file.write(data)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def _adopt(job: Job) -> None:
