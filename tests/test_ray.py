@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_mgpu.launch.errors import LaunchError, UnpicklableError, WorkerDiedError
-from lightning_mgpu.ray import RayStrategy, close, keep_warm, session
+from lightning_mgpu.ray import RayStrategy, close, cluster, keep_warm, session
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -239,8 +239,8 @@ def test_unpicklable_object_is_named_before_anything_starts() -> None:
 
 def test_too_few_resources_are_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     close()
-    monkeypatch.setattr(session, "_WARNING_SECONDS", 0.1)
-    monkeypatch.setattr(session, "_RESOURCES_SECONDS", 0.1)
+    monkeypatch.setattr(cluster, "_WARNING_SECONDS", 0.1)
+    monkeypatch.setattr(cluster, "_RESOURCES_SECONDS", 0.1)
     words = r"ask for 64 × \(CPU: 1\), and the cluster has 1 node \(CPU: 4, tape: 2\).*free: CPU: 4"
     with pytest.raises(LaunchError, match=words):
         _trainer(64).fit(boring.Classifier(), datamodule=boring.Blobs())

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 _SCRIPT = """
-import json, sys
+import json, socket, subprocess, sys
 import boring, torch
 import lightning.pytorch as pl
 import ray
@@ -35,8 +35,10 @@ class Leaves(pl.Callback):
             raylet.kill()
 
 if __name__ == "__main__":
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     cluster = Cluster()
-    cluster.add_node(num_cpus=2, include_dashboard=False)
+    cluster.add_node(num_cpus=2, include_dashboard=False, ray_client_server_port=port)
     cluster.add_node(num_cpus=1)
     ray.init(cluster.address)
     facts = Facts()
@@ -52,15 +54,33 @@ if __name__ == "__main__":
         RayStrategy(num_workers=3, max_failures=1), "auto", callbacks=[Leaves()], max_epochs=3
     )
     survivor.fit(boring.Classifier(), datamodule=boring.Blobs())
+    ray.shutdown()
+    subprocess.run([sys.executable, "client.py", str(port)], check=True)
     with open("facts.json", "w") as file:
         json.dump([facts.facts, in_order, survivor.current_epoch], file)
-    ray.shutdown()
     cluster.shutdown()
 """
 
+# A laptop: this process is no part of the cluster.
+_CLIENT = """
+import sys
+import boring, ray, torch
+from lightning_mgpu.ray import RayStrategy
 
-def test_several_nodes_and_one_that_is_lost(tmp_path: Path) -> None:
+if __name__ == "__main__":
+    ray.init(f"ray://127.0.0.1:{sys.argv[1]}")
+    model = boring.Classifier()
+    trainer = boring.trainer(RayStrategy(num_workers=2), "auto")
+    trainer.fit(model, datamodule=boring.Blobs())
+    assert trainer.state.finished and trainer.global_step == 6
+    predictions = torch.cat(trainer.predict(model, datamodule=boring.Blobs()))
+    torch.testing.assert_close(predictions, model(boring.blobs()[:][0]))
+"""
+
+
+def test_several_nodes_one_that_is_lost_and_a_client(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(_SCRIPT)
+    (tmp_path / "client.py").write_text(_CLIENT)
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     foreign = ("RAY_", "PYTEST_")
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="mgpu-") as directory:

@@ -4,12 +4,15 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from lightning_mgpu.launch.errors import LaunchError
 
 __all__: list[str] = []
 
@@ -19,6 +22,12 @@ _ADDRESS = "RAY_ADDRESS"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Ray's sockets lie some 70 characters further down, and a socket's path ends at 107.
 _LONGEST_DIRECTORY = 30
+
+# How long resources may take to become free, or a cluster to grow; a warning comes soon.
+_RESOURCES_SECONDS = 600.0
+_WARNING_SECONDS = 5.0
+# On a cluster of our own nobody but this driver can free anything.
+_OWN_CLUSTER_SECONDS = 20.0
 
 _ours = False
 
@@ -66,6 +75,28 @@ def fits(bundles: list[dict[str, float]], free: bool = False) -> bool:
     return _take(bundles, [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]])
 
 
+def reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
+    """Reserve equal bundles, one for each worker, near each other where that can be.
+
+    Raises:
+        LaunchError: The cluster has too little; the message says what was asked for.
+    """
+    asked = f"{len(bundles)} × ({describe(bundles[0])})"
+    if is_ours() and not fits(bundles):
+        raise LaunchError(_too_little(asked))
+    reservation: PlacementGroup = placement_group(bundles, strategy="PACK")
+    try:
+        if not reservation.wait(_WARNING_SECONDS):
+            log.warning("Waiting for resources. %s", _too_little(asked))
+            seconds = _OWN_CLUSTER_SECONDS if is_ours() else _RESOURCES_SECONDS
+            if not reservation.wait(seconds):
+                raise LaunchError(_too_little(asked))
+    except BaseException:
+        remove_placement_group(reservation)
+        raise
+    return reservation
+
+
 def describe(resources: Mapping[str, float]) -> str:
     """Resources as a person writes them: ``CPU: 2, GPU: 1``."""
     # Ray lists its nodes' addresses and its memory among them.
@@ -78,6 +109,18 @@ def describe(resources: Mapping[str, float]) -> str:
         and "_group_" not in name
     }
     return ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items()) or "nothing"
+
+
+def _too_little(asked: str) -> str:
+    nodes: Sequence[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
+    has = "; ".join(describe(node["Resources"]) for node in nodes)
+    free = describe(ray.available_resources())
+    return (
+        f"The workers ask for {asked}, and the cluster has {len(nodes)} node"
+        f"{'' if len(nodes) == 1 else 's'} ({has}), of which free: {free}. Ask for fewer workers"
+        " (`num_workers`) or less for each (`num_cpus_per_worker`, `resources_per_worker`), or"
+        " start Ray with more: `ray.init(num_cpus=...)`."
+    )
 
 
 def _take(bundles: list[dict[str, float]], nodes: list[dict[str, Any]]) -> bool:

@@ -1,43 +1,32 @@
 """Warm workers: a group of actors that outlives a call, and the groups that this driver keeps."""
 
-import logging
 import threading
-import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cloudpickle
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
-    placement_group,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lightning_mgpu.launch.errors import LaunchError, WorkerDiedError
+from lightning_mgpu.launch.errors import WorkerDiedError
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray import cluster
 from lightning_mgpu.ray.parcel import Parcel
 from lightning_mgpu.ray.place import Place, machine, places
 from lightning_mgpu.ray.trial import TrialBundles
+from lightning_mgpu.ray.watch import Watch
 from lightning_mgpu.ray.worker import Job, TrainWorker
 
 __all__: list[str] = []
 
-log = logging.getLogger(__name__)
-
-# How long to wait for somebody to name a cause when all that is known is that a peer was lost.
-_CAUSE_SECONDS = 10.0
-# How long resources may take to become free, or a cluster to grow; a warning comes soon.
-_RESOURCES_SECONDS = 600.0
-_WARNING_SECONDS = 5.0
-# On a cluster of our own nobody but this driver can free anything.
-_OWN_CLUSTER_SECONDS = 20.0
+# How long idle workers may take to show that they are alive.
+_ALIVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +93,7 @@ class Session:
         for worker, place in zip(self._workers, self._places, strict=True):
             job = Job(replace(place, host=host, port=port), state, machine())
             runs[worker.run.remote(job, sent, checkpoint)] = place.rank
-        return _Watch(runs, self._workers[0]).outcomes()
+        return Watch(runs, self._workers[0]).outcomes()
 
     def rest(self, seconds: float) -> None:
         """Wait for the next call, at most `seconds`."""
@@ -122,7 +111,7 @@ class Session:
     def is_alive(self) -> bool:
         """Whether every worker still answers."""
         try:
-            ray.get([worker.node.remote() for worker in self._workers], timeout=_CAUSE_SECONDS)
+            ray.get([worker.node.remote() for worker in self._workers], timeout=_ALIVE_SECONDS)
         except RayError:
             return False
         return True
@@ -146,7 +135,7 @@ class Session:
     def _start(self) -> None:
         group = self.group
         if group.trial is None:
-            self._reservation, first = _reserve(group), 0
+            self._reservation, first = cluster.reserve(group.bundles), 0
         else:
             self._reservation, first = get_current_placement_group(), group.trial.first
         assert self._reservation is not None
@@ -169,61 +158,6 @@ class Session:
         self._workers = [self._workers[i] for i in order]
         self._places: list[Place] = places([nodes[i][0] for i in order])
         self._address: str = nodes[order[0]][1]
-
-
-class _Watch:
-    """Follows the ranks of one run until all are done or one has failed."""
-
-    def __init__(self, runs: dict[Any, int], first: Any) -> None:
-        self._runs = runs
-        self._first = first
-        self._results: dict[int, list[Parcel]] = {}
-        self._lost: dict[int, BaseException] = {}  # who reports no more than a lost peer
-        self._give_up: float | None = None
-
-    def outcomes(self) -> list[list[Parcel]]:
-        message = self._first.next_message.remote()
-        while self._runs or message is not None:
-            waiting = [*self._runs, *([message] if message is not None else [])]
-            ready, _ = ray.wait(waiting, timeout=self._seconds_left())
-            if message is not None and message in ready:
-                message = self._follow(message)
-            elif ready:
-                self._take(ready[0])
-            if self._lost and (not self._runs or self._seconds_left() == 0.0):
-                raise self._lost[min(self._lost)]
-        return [self._results[rank] for rank in sorted(self._results)]
-
-    def _follow(self, message: Any) -> Any:
-        """Do what rank 0 asks for; what to wait for next."""
-        try:
-            asked = ray.get(message)
-        except RayError:
-            return None  # its run will tell
-        if asked is None:
-            return None
-        function, arguments = cloudpickle.loads(asked)
-        function(*arguments)
-        return self._first.next_message.remote()
-
-    def _take(self, run: Any) -> None:
-        rank = self._runs.pop(run)
-        try:
-            result, failure = ray.get(run)
-        except RayError as error:
-            raise WorkerDiedError(rank, None) from error
-        if failure is None:
-            self._results[rank] = result
-        elif failure.is_collective:
-            self._lost[rank] = failure.restore(rank)
-            self._give_up = self._give_up or time.monotonic() + _CAUSE_SECONDS
-        else:
-            raise failure.restore(rank)
-
-    def _seconds_left(self) -> float | None:
-        if self._give_up is None:
-            return None
-        return max(0.0, self._give_up - time.monotonic())
 
 
 _sessions: list[Session] = []
@@ -285,32 +219,3 @@ def close() -> None:
     with _changing:
         for session in list(_sessions):
             close_if_idle(session)
-
-
-def _reserve(group: Group) -> PlacementGroup:
-    asked = f"{group.size} × ({cluster.describe(dict(group.resources))})"
-    if cluster.is_ours() and not cluster.fits(group.bundles):
-        raise LaunchError(_too_little(asked))
-    reservation: PlacementGroup = placement_group(group.bundles, strategy="PACK")
-    try:
-        if not reservation.wait(_WARNING_SECONDS):
-            log.warning("Waiting for resources. %s", _too_little(asked))
-            seconds = _OWN_CLUSTER_SECONDS if cluster.is_ours() else _RESOURCES_SECONDS
-            if not reservation.wait(seconds):
-                raise LaunchError(_too_little(asked))
-    except BaseException:
-        remove_placement_group(reservation)
-        raise
-    return reservation
-
-
-def _too_little(asked: str) -> str:
-    nodes: Sequence[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
-    has = "; ".join(cluster.describe(node["Resources"]) for node in nodes)
-    free = cluster.describe(ray.available_resources())
-    return (
-        f"The workers ask for {asked}, and the cluster has {len(nodes)} node"
-        f"{'' if len(nodes) == 1 else 's'} ({has}), of which free: {free}. Ask for fewer workers"
-        " (`num_workers`) or less for each (`num_cpus_per_worker`, `resources_per_worker`), or"
-        " start Ray with more: `ray.init(num_cpus=...)`."
-    )

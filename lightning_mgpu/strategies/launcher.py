@@ -143,7 +143,7 @@ class _Entry:
 
 
 def names_of_parts(
-    strategy: "ParallelStrategy",
+    strategy: "DDPStrategy",
     trainer: "Trainer | None",
     function: Callable[..., Any],
     args: tuple[Any, ...],
