@@ -26,6 +26,8 @@ hypothesis.settings.load_profile("here")
 
 # Threads of other libraries that live as long as the process.
 _LASTING_THREADS = ("tqdm_monitor", "pytest_timeout", "mgpu-ray-idle")
+# The test runner's own, and what importing Ray sets.
+_LASTING_VARIABLES = ("PYTEST_CURRENT_TEST", "RAY_CLIENT_MODE")
 # What the test runner times tests with, and what torch's DataLoader listens to once and for all.
 _FOREIGN_SIGNALS = {signal.SIGALRM, signal.SIGCHLD}
 _SETTLE_SECONDS = 5.0
@@ -136,7 +138,7 @@ class _Snapshot:
                 for thread in threading.enumerate()
                 if not thread.name.startswith(_LASTING_THREADS)
             },
-            "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+            "environment": {k: v for k, v in os.environ.items() if k not in _LASTING_VARIABLES},
             "process group": dist.is_initialized(),
             "files in the repository": {path.name for path in ROOT.iterdir()},
             # `multiprocessing` keeps a directory for each process that has shared a tensor, and

@@ -218,9 +218,9 @@ def test_killed_worker_is_named() -> None:
 
 def test_worker_killed_between_calls_is_replaced() -> None:
     facts = _Pids()
-    _trainer(callbacks=[facts]).fit(boring.Classifier(), datamodule=boring.Blobs())
+    _trainer(1, callbacks=[facts]).fit(boring.Classifier(), datamodule=boring.Blobs())
     os.kill(facts.pid, 9)
-    _trainer().fit(boring.Classifier(), datamodule=boring.Blobs())
+    _trainer(1).fit(boring.Classifier(), datamodule=boring.Blobs())
 
 
 class _Pids(pl.Callback):
