@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -18,6 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mgpu.launch import default_pool
 
+with suppress(ImportError):
+    import ray  # sets a variable and `sys.excepthook`, once and for all
+
 ROOT = Path(__file__).parent.parent
 
 # No files in the repository, and nothing that depends on how fast the machine is.
@@ -26,8 +30,6 @@ hypothesis.settings.load_profile("here")
 
 # Threads of other libraries that live as long as the process.
 _LASTING_THREADS = ("tqdm_monitor", "pytest_timeout", "mgpu-ray-idle")
-# The test runner's own, and what importing Ray sets.
-_LASTING_VARIABLES = ("PYTEST_CURRENT_TEST", "RAY_CLIENT_MODE")
 # What the test runner times tests with, and what torch's DataLoader listens to once and for all.
 _FOREIGN_SIGNALS = {signal.SIGALRM, signal.SIGCHLD}
 _SETTLE_SECONDS = 5.0
@@ -73,8 +75,6 @@ def no_process_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray instance for all tests, in a directory whose path is short enough for sockets."""
-    import ray
-
     from lightning_mgpu.ray import close, cluster
 
     with (
@@ -138,7 +138,7 @@ class _Snapshot:
                 for thread in threading.enumerate()
                 if not thread.name.startswith(_LASTING_THREADS)
             },
-            "environment": {k: v for k, v in os.environ.items() if k not in _LASTING_VARIABLES},
+            "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
             "process group": dist.is_initialized(),
             "files in the repository": {path.name for path in ROOT.iterdir()},
             # `multiprocessing` keeps a directory for each process that has shared a tensor, and
