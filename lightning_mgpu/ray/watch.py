@@ -1,10 +1,10 @@
 """Follow the ranks of a run, do what they ask for, and find out which of them failed first."""
 
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import cloudpickle
-import ray
 from ray.exceptions import RayError
 
 from lightning_mgpu.launch.errors import WorkerDiedError
@@ -25,7 +25,8 @@ class Watch:
     """
 
     def __init__(self, runs: dict[Any, int], first: Any) -> None:
-        self._runs = runs
+        # Futures, since `ray.wait` swallows what a signal's handler raises.
+        self._runs = {run.future(): rank for run, rank in runs.items()}
         self._first = first
         self._results: dict[int, list[Parcel]] = {}
         self._lost: dict[int, BaseException] = {}  # who reports no more than a lost peer
@@ -33,34 +34,38 @@ class Watch:
 
     def outcomes(self) -> list[list[Parcel]]:
         """What the ranks return, by rank; or the error that was first."""
-        message = self._first.next_message.remote()
+        message: Future[Any] | None = self._next_message()
         while self._runs or message is not None:
             waiting = [*self._runs, *([message] if message is not None else [])]
-            ready, _ = ray.wait(waiting, timeout=self._seconds_left())
+            ready, _ = wait(waiting, self._seconds_left(), FIRST_COMPLETED)
             if message is not None and message in ready:
                 message = self._follow(message)
-            elif ready:
-                self._take(ready[0])
+            for run in ready & self._runs.keys():
+                self._take(run)
             if self._lost and (not self._runs or self._seconds_left() == 0.0):
                 raise self._lost[min(self._lost)]
         return [self._results[rank] for rank in sorted(self._results)]
 
-    def _follow(self, message: Any) -> Any:
+    def _next_message(self) -> "Future[Any]":
+        future: Future[Any] = self._first.next_message.remote().future()
+        return future
+
+    def _follow(self, message: "Future[Any]") -> "Future[Any] | None":
         """Do what rank 0 asks for; what to wait for next."""
         try:
-            asked = ray.get(message)
+            asked = message.result()
         except RayError:
             return None  # its run will tell
         if asked is None:
             return None
         function, arguments = cloudpickle.loads(asked)
         function(*arguments)
-        return self._first.next_message.remote()
+        return self._next_message()
 
-    def _take(self, run: Any) -> None:
+    def _take(self, run: "Future[Any]") -> None:
         rank = self._runs.pop(run)
         try:
-            result, failure = ray.get(run)
+            result, failure = run.result()
         except RayError as error:
             raise WorkerDiedError(rank, None) from error
         if failure is None:
