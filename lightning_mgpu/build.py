@@ -198,6 +198,8 @@ def _without_foreign_defaults(
 
 def _wants_cpu_devices(trainer: DictConfig, strategy: Any) -> bool:
     """Whether ``devices: auto`` would leave a strategy for several devices with one CPU."""
+    if getattr(strategy, "runs_elsewhere", False):
+        return False  # it knows its devices
     if strategy in (None, "auto") or trainer.get("devices", "auto") != "auto":
         return False
     accelerator = trainer.get("accelerator", "auto")

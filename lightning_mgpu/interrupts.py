@@ -48,6 +48,8 @@ class StopOnSignal(Callback):
         self._saved: Path | None = None
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
+        self.at_once = False
+        """Whether to end at the first signal: where no batch is trained in this process."""
 
     def __enter__(self) -> "StopOnSignal":
         if threading.current_thread() is threading.main_thread():
@@ -80,6 +82,8 @@ class StopOnSignal(Callback):
         if self._signum is not None:
             raise Stopped(self._signum)
         self._signum = signum
+        if self.at_once:
+            raise Stopped(signum)
         log.warning(
             "%s: stopping after this batch; once more to stop at once.", signal.Signals(signum).name
         )

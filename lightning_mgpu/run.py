@@ -84,6 +84,7 @@ def train(cfg: DictConfig) -> RunResult:
     stop = StopOnSignal(None if plans else output_dir / "checkpoints" / "interrupted.ckpt")
     with _seeded(cfg.get("seed")):
         parts = build(planning.arranged(cfg) if plans else cfg, callbacks=[stop])
+        stop.at_once = getattr(parts.trainer.strategy, "runs_elsewhere", False)
         if parts.trainer.is_global_zero:
             _save_config(cfg, output_dir)
             _keep_earlier_metrics(output_dir)

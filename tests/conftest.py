@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -18,6 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mgpu.launch import default_pool
 
+with suppress(ImportError):
+    import ray  # sets a variable and `sys.excepthook`, once and for all
+
 ROOT = Path(__file__).parent.parent
 
 # No files in the repository, and nothing that depends on how fast the machine is.
@@ -25,7 +29,7 @@ hypothesis.settings.register_profile("here", database=None, deadline=None, max_e
 hypothesis.settings.load_profile("here")
 
 # Threads of other libraries that live as long as the process.
-_LASTING_THREADS = ("tqdm_monitor", "pytest_timeout")
+_LASTING_THREADS = ("tqdm_monitor", "pytest_timeout", "mgpu-ray-idle")
 # What the test runner times tests with, and what torch's DataLoader listens to once and for all.
 _FOREIGN_SIGNALS = {signal.SIGALRM, signal.SIGCHLD}
 _SETTLE_SECONDS = 5.0
@@ -66,6 +70,26 @@ def no_process_left() -> Iterator[None]:
     children = psutil.Process().children(recursive=True)
     _, alive = psutil.wait_procs(children, timeout=_SETTLE_SECONDS)
     assert not alive, f"processes left behind: {alive}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray instance for all tests, in a directory whose path is short enough for sockets."""
+    from lightning_mgpu.ray import close, cluster
+
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="mgpu-") as directory,
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setenv("RAY_TMPDIR", directory)
+        patched.setenv("RAY_AUTH_MODE", "disabled")
+        # Trials pickle what the tests define by its name.
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        with cluster._signal_handlers_kept():
+            ray.init("local", num_cpus=4, resources={"tape": 2}, include_dashboard=False)
+        yield
+        close()
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +170,8 @@ class _Snapshot:
 
 def _belongs_to(process: psutil.Process, workers: list[int]) -> bool:
     try:
-        return process.pid in workers or any(p.pid in workers for p in process.parents())
+        family = [process, *process.parents()]
+        # Ray starts its processes when it sees fit.
+        return any(p.pid in workers or p.name() in ("raylet", "gcs_server") for p in family)
     except psutil.NoSuchProcess:
         return True

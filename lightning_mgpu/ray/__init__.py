@@ -1,1 +1,44 @@
-"""Training on Ray; the only part that imports it."""
+"""Training on a Ray cluster from a plain script, with ``Trainer(strategy=RayStrategy(...))``."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_mgpu.ray.session import close, keep_warm
+    from lightning_mgpu.ray.strategy import RayStrategy
+
+__all__ = ["RayStrategy", "close", "keep_warm"]
+
+_PUBLIC = {
+    "RayStrategy": "lightning_mgpu.ray.strategy",
+    "close": "lightning_mgpu.ray.session",
+    "keep_warm": "lightning_mgpu.ray.session",
+}
+_HOROVOD = (
+    "Horovod has left Lightning. `RayStrategy` takes the same arguments and reduces the gradients"
+    " with torch's own DDP, over NCCL or Gloo."
+)
+_SHARDED = (
+    "it rested on FairScale, which has left Lightning. Use `RayStrategy`; if the model is too large"
+    " for one device, `strategy='fsdp'` with `torchrun`."
+)
+# What users of `ray_lightning` may look for.
+_GONE = {
+    "RayPlugin": "it is called `RayStrategy` now.",
+    "HorovodRayPlugin": _HOROVOD,
+    "HorovodRayStrategy": _HOROVOD,
+    "RayShardedPlugin": _SHARDED,
+    "RayShardedStrategy": _SHARDED,
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _GONE:
+        raise ImportError(f"`{__name__}.{name}` does not exist: {_GONE[name]}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

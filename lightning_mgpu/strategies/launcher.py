@@ -123,8 +123,11 @@ class _Entry:
         """
         with ExitStack() as stack:
             if self.trainer is not None:
-                _set_live_state_aside(self.trainer, stack)
-            payload = Payload(self, self._names(), self._rewritten())
+                set_live_state_aside(self.trainer, stack)
+            names = names_of_parts(
+                self.strategy, self.trainer, self.function, self.args, self.kwargs
+            )
+            payload = Payload(self, names, self._rewritten())
         with payload:
             yield payload
 
@@ -138,21 +141,27 @@ class _Entry:
         module = self.trainer.lightning_module
         return [*module.parameters(), *module.buffers()]
 
-    def _names(self) -> dict[str, Any]:
-        """The parts of this entry under the names their user knows them by."""
-        trainer = self.trainer
-        if trainer is None:
-            return {"function": self.function, "arguments": (self.args, self.kwargs)}
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        names: dict[str, Any] = {"model": trainer.lightning_module}
-        names |= {f"trainer.callbacks[{i}]": callback for i, callback in enumerate(callbacks)}
-        names |= {f"trainer.loggers[{i}]": logger for i, logger in enumerate(trainer.loggers)}
-        names |= {"trainer.strategy": self.strategy}
-        names |= {type(argument).__name__: argument for argument in self.args}
-        return {**names, "trainer": trainer}
+
+def names_of_parts(
+    strategy: "DDPStrategy",
+    trainer: "Trainer | None",
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """The parts of a launch under the names their user knows them by."""
+    if trainer is None:
+        return {"function": function, "arguments": (args, kwargs)}
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    names: dict[str, Any] = {"model": trainer.lightning_module}
+    names |= {f"trainer.callbacks[{i}]": callback for i, callback in enumerate(callbacks)}
+    names |= {f"trainer.loggers[{i}]": logger for i, logger in enumerate(trainer.loggers)}
+    names |= {"trainer.strategy": strategy}
+    names |= {type(argument).__name__: argument for argument in args}
+    return {**names, "trainer": trainer}
 
 
-def _set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
+def set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
     """For as long as `stack` lasts, take away what every run makes anew on each rank.
 
     Optimizer state may be twice the model's size, iterators hold live processes.

@@ -1,0 +1,162 @@
+"""The Ray cluster that this process works on: found, or started for it alone."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from lightning_mgpu.launch.errors import LaunchError
+
+__all__: list[str] = []
+
+log = logging.getLogger(__name__)
+
+_ADDRESS = "RAY_ADDRESS"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ray's sockets lie some 70 characters further down, and a socket's path ends at 107.
+_LONGEST_DIRECTORY = 30
+
+# How long resources may take to become free, or a cluster to grow; a warning comes soon.
+_RESOURCES_SECONDS = 600.0
+_WARNING_SECONDS = 5.0
+# On a cluster of our own nobody but this driver can free anything.
+_OWN_CLUSTER_SECONDS = 20.0
+
+_ours = False
+
+
+def connect() -> None:
+    """See to it that Ray runs.
+
+    A connection that is there already is used, and an address that the user named in
+    ``RAY_ADDRESS``, as ``ray job submit`` does. Otherwise a cluster of our own is started, on this
+    machine and with Ray's token authentication: `ray.init` by itself would join whatever cluster
+    it finds here.
+    """
+    global _ours
+    if ray.is_initialized():
+        return
+    with _signal_handlers_kept():
+        if os.environ.get(_ADDRESS):
+            log.info("Joining the Ray cluster at %s=%s.", _ADDRESS, os.environ[_ADDRESS])
+            ray.init(logging_level=logging.WARNING)
+            return
+        _turn_authentication_on()
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            _temp_dir=_short_directory(),
+        )
+        _ours = True
+
+
+def is_ours() -> bool:
+    """Whether the cluster was started by `connect`, so that nobody will ever add nodes to it."""
+    return _ours and ray.is_initialized()
+
+
+def fits(bundles: list[dict[str, float]], free: bool = False) -> bool:
+    """Whether the living nodes have room for all `bundles`, each on one node.
+
+    Args:
+        bundles: What is asked for.
+        free: Count what is free now, over the whole cluster, instead of what there is.
+    """
+    if free:
+        return _take(bundles, [dict(ray.available_resources())])
+    return _take(bundles, [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]])
+
+
+def reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
+    """Reserve equal bundles, one for each worker, near each other where that can be.
+
+    Raises:
+        LaunchError: The cluster has too little; the message says what was asked for.
+    """
+    asked = f"{len(bundles)} × ({describe(bundles[0])})"
+    if is_ours() and not fits(bundles):
+        raise LaunchError(_too_little(asked))
+    reservation: PlacementGroup = placement_group(bundles, strategy="PACK")
+    try:
+        if not reservation.wait(_WARNING_SECONDS):
+            log.warning("Waiting for resources. %s", _too_little(asked))
+            seconds = _OWN_CLUSTER_SECONDS if is_ours() else _RESOURCES_SECONDS
+            if not reservation.wait(seconds):
+                raise LaunchError(_too_little(asked))
+    except BaseException:
+        remove_placement_group(reservation)
+        raise
+    return reservation
+
+
+def describe(resources: Mapping[str, float]) -> str:
+    """Resources as a person writes them: ``CPU: 2, GPU: 1``."""
+    # Ray lists its nodes' addresses and its memory among them.
+    wanted = {
+        name: amount
+        for name, amount in sorted(resources.items())
+        if amount
+        and ":" not in name
+        and not name.startswith(("object_store", "memory", "bundle"))
+        and "_group_" not in name
+    }
+    return ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items()) or "nothing"
+
+
+def _too_little(asked: str) -> str:
+    nodes: Sequence[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
+    has = "; ".join(describe(node["Resources"]) for node in nodes)
+    free = describe(ray.available_resources())
+    return (
+        f"The workers ask for {asked}, and the cluster has {len(nodes)} node"
+        f"{'' if len(nodes) == 1 else 's'} ({has}), of which free: {free}. Ask for fewer workers"
+        " (`num_workers`) or less for each (`num_cpus_per_worker`, `resources_per_worker`), or"
+        " start Ray with more: `ray.init(num_cpus=...)`."
+    )
+
+
+def _take(bundles: list[dict[str, float]], nodes: list[dict[str, Any]]) -> bool:
+    for bundle in bundles:
+        for node in nodes:
+            if all(node.get(name, 0) >= amount for name, amount in bundle.items()):
+                for name, amount in bundle.items():
+                    node[name] = node.get(name, 0) - amount
+                break
+        else:
+            return False
+    return True
+
+
+def _turn_authentication_on() -> None:
+    """Ray's later versions do so themselves; a choice of the user's stands."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        # It was read when Ray was imported.
+        ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
+
+
+def _short_directory() -> str | None:
+    directory = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or ""
+    return None if len(directory) <= _LONGEST_DIRECTORY else str(Path("/tmp") / "ray")
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Ray takes SIGTERM over, and ends the process by it; that is the program's own business."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,191 @@
+"""Runs the Trainer's entry points on Ray workers and brings home what they leave behind."""
+
+import itertools
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+from typing_extensions import override
+
+from lightning_mgpu.launch.errors import (
+    LaunchError,
+    WorkerDiedError,
+    is_collective_error,
+    is_timeout_error,
+)
+from lightning_mgpu.launch.state import ProcessState
+from lightning_mgpu.ray import cluster, session
+from lightning_mgpu.ray.autosave import Autosave, Kept
+from lightning_mgpu.ray.parcel import Parcel, pack, unpack
+from lightning_mgpu.ray.place import Place
+from lightning_mgpu.ray.returned import Returned, weights_of
+from lightning_mgpu.ray.worker import is_worker
+from lightning_mgpu.strategies.launcher import names_of_parts, set_live_state_aside
+from lightning_mgpu.strategies.predictions import RankPredictions, merge_predictions
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lightning_mgpu.ray.strategy import RayStrategy
+
+__all__: list[str] = []
+
+log = logging.getLogger(__name__)
+
+
+class RayLauncher(_Launcher):
+    """Sends the trainer to a session of workers; this process only waits.
+
+    Args:
+        strategy: The strategy to launch for.
+    """
+
+    def __init__(self, strategy: "RayStrategy") -> None:
+        self._strategy = strategy
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return True
+
+    @override
+    def launch(
+        self, function: Callable[..., Any], *args: Any, trainer: "Trainer | None" = None, **kw: Any
+    ) -> Any:
+        """Run ``function(*args, **kw)`` on every worker.
+
+        Returns:
+            Rank 0's result; for `Trainer.predict` the predictions of all ranks in the order of
+            the dataset.
+        """
+        assert trainer is not None
+        if is_worker():
+            raise LaunchError(
+                "This process is itself a worker of a run on Ray, and a worker cannot start others."
+                " Create the inner trainer with `devices=1` and `strategy='auto'`, or run it after"
+                " the outer one."
+            )
+        self._strategy.check(trainer)
+        cluster.connect()
+        entry = _Entry(self._strategy, trainer, function, args, kw)
+        if self._strategy.max_failures == 0 or trainer.state.fn != TrainerFn.FITTING:
+            return self._bring_home(trainer, self._run(entry.pack()))
+        with Kept() as kept:
+            parcel = replace(entry, autosave=kept.name).pack()
+            return self._bring_home(trainer, self._run_until_done(parcel, kept))
+
+    def _run_until_done(self, parcel: Parcel, kept: Kept) -> list[list[Parcel]]:
+        """Start again from the latest checkpoint when workers are lost, as often as allowed."""
+        for failures in itertools.count(1):
+            try:
+                return self._run(parcel, kept.latest())
+            except Exception as error:
+                if not _is_loss(error) or failures > self._strategy.max_failures:
+                    raise
+                log.warning(
+                    "%s (failure %d of %d). New workers go on from %s.",
+                    " ".join(str(error).split())[:200],
+                    failures,
+                    self._strategy.max_failures,
+                    "the beginning" if kept.latest() is None else "the last epoch's end",
+                )
+        raise AssertionError
+
+    def _run(self, parcel: Parcel, resume: bytes | None = None) -> list[list[Parcel]]:
+        strategy = self._strategy
+        state = ProcessState.capture(strategy.threads_per_worker)
+        workers = session.take(strategy.group())
+        try:
+            results = workers.run(parcel, state, resume)
+        except BaseException:
+            session.discard(workers)
+            raise
+        workers.rest(session.idle_seconds())
+        return results
+
+    def _bring_home(self, trainer: "Trainer", results: list[list[Parcel]]) -> Any:
+        # Weights are copied into the model at once: they need no memory in between.
+        returned: Returned | None = unpack(results[0][0], copy=False)
+        if returned is None:
+            raise _TunerExitException
+        result = returned.restore(trainer)
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            return merge_predictions([unpack(parcels[1]) for parcels in results])
+        return result
+
+    @override
+    def kill(self, signum: int) -> None:
+        """Lightning's way to hand a signal on; the session ends with the exception that follows."""
+        if signum == signal.SIGTERM:
+            session.close()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A function of the trainer, as each worker runs it."""
+
+    strategy: "RayStrategy"
+    trainer: "Trainer"
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autosave: str | None = None
+
+    def pack(self) -> Parcel:
+        """This entry, less what the workers make anew.
+
+        Raises:
+            UnpicklableError: Names the attribute at fault.
+        """
+        for logger in self.trainer.loggers:
+            _ = (
+                logger.version
+            )  # found out on first use, and by then the workers' directory is there
+        names = names_of_parts(self.strategy, self.trainer, self.function, self.args, self.kwargs)
+        with ExitStack() as stack:
+            set_live_state_aside(self.trainer, stack)
+            return pack(self, names, weights_of(self.trainer).values())
+
+    def __call__(self, place: Place, resume: str | None = None) -> list[Parcel]:
+        trainer = self.trainer
+        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+        args = self.args
+        if self.autosave is not None:
+            trainer.callbacks.append(Autosave(self.autosave))  # type: ignore[attr-defined]
+        if resume is not None:
+            # `Trainer._fit_impl(..., ckpt_path, weights_only)`; the file is our own.
+            args = (*args[:-2], resume, False)
+        self.strategy.take_place(place)
+        try:
+            result = self.function(*args, **self.kwargs)
+        except _TunerExitException:
+            return [pack(None, {})]
+        finally:
+            trainer._signal_connector.teardown()
+        predictions = None
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            predictions, result = RankPredictions.of(trainer, result), None
+        returned = None
+        if place.rank == 0:
+            returned = Returned.of(trainer, result, callbacks)
+        return [
+            pack(
+                returned,
+                {"result": result, "trainer.state": trainer.state},
+                returned.large_tensors() if returned is not None else (),
+            ),
+            *([pack(predictions, {"predictions": predictions})] if predictions else []),
+        ]
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether `error` says that a worker was lost, rather than that the program is at fault."""
+    if isinstance(error, WorkerDiedError):
+        return True
+    return is_collective_error(error) and not is_timeout_error(error)

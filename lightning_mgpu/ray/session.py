@@ -1,0 +1,221 @@
+"""Warm workers: a group of actors that outlives a call, and the groups that this driver keeps."""
+
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from lightning_mgpu.launch.errors import WorkerDiedError
+from lightning_mgpu.launch.state import ProcessState
+from lightning_mgpu.ray import cluster
+from lightning_mgpu.ray.parcel import Parcel
+from lightning_mgpu.ray.place import Place, machine, places
+from lightning_mgpu.ray.trial import TrialBundles
+from lightning_mgpu.ray.watch import Watch
+from lightning_mgpu.ray.worker import Job, TrainWorker
+
+__all__: list[str] = []
+
+# How long idle workers may take to show that they are alive.
+_ALIVE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """What workers are asked for; a session serves every call that asks for the same.
+
+    Attributes:
+        size: Number of workers.
+        resources: Of each worker, as sorted pairs.
+        hook: Pickled function for each worker to call before all else.
+        trial: What the Tune trial that this process runs has reserved for them.
+    """
+
+    size: int
+    resources: tuple[tuple[str, float], ...]
+    hook: bytes | None
+    trial: TrialBundles | None = None
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """What to reserve: one bundle for each worker."""
+        return [dict(self.resources) for _ in range(self.size)]
+
+
+class Session:
+    """Workers that have been started, and what they hold of the cluster."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.busy = True
+        self._reservation: PlacementGroup | None = None
+        self._workers: list[Any] = []
+        self._idle: threading.Timer | None = None
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, parcel: Parcel, state: ProcessState, resume: bytes | None) -> list[list[Parcel]]:
+        """Run a pickled function on every worker and wait for all of them.
+
+        Args:
+            parcel: A function of the `Place`, which returns parcels.
+            state: The driver's state, for the workers to take over.
+            resume: A checkpoint for the function to go on from.
+
+        Returns:
+            What the ranks return, by rank.
+
+        Raises:
+            WorkerDiedError: A worker's process ended.
+            BaseException: What any rank's function raised, its cause that rank's traceback.
+        """
+        single = self._places[0].num_nodes == 1
+        host = "127.0.0.1" if single else self._address
+        try:
+            port = ray.get(self._workers[0].listen.remote(host))
+        except RayError as error:
+            raise WorkerDiedError(0, None) from error
+        sent = ray.put(parcel)
+        checkpoint = ray.put(resume)
+        runs = {}
+        for worker, place in zip(self._workers, self._places, strict=True):
+            job = Job(replace(place, host=host, port=port), state, machine())
+            runs[worker.run.remote(job, sent, checkpoint)] = place.rank
+        return Watch(runs, self._workers[0]).outcomes()
+
+    def rest(self, seconds: float) -> None:
+        """Wait for the next call, at most `seconds`."""
+        self._idle = threading.Timer(seconds, close_if_idle, (self,))
+        self._idle.name, self._idle.daemon = "mgpu-ray-idle", True
+        self.busy = False
+        self._idle.start()
+
+    def wake(self) -> None:
+        """The next call has come."""
+        if self._idle is not None:
+            self._idle.cancel()
+        self.busy, self._idle = True, None
+
+    def is_alive(self) -> bool:
+        """Whether every worker still answers."""
+        try:
+            ray.get([worker.node.remote() for worker in self._workers], timeout=_ALIVE_SECONDS)
+        except RayError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the workers and give back what they hold. May be called twice."""
+        self.busy = True  # nobody's any more
+        if self._idle is not None:
+            self._idle.cancel()
+        if not ray.is_initialized():
+            return
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            with suppress(RayError):
+                ray.kill(worker)
+        reservation, self._reservation = self._reservation, None
+        if reservation is not None and self.group.trial is None:
+            with suppress(RayError):
+                remove_placement_group(reservation)
+
+    def _start(self) -> None:
+        group = self.group
+        if group.trial is None:
+            self._reservation, first = cluster.reserve(group.bundles), 0
+        else:
+            self._reservation, first = get_current_placement_group(), group.trial.first
+        assert self._reservation is not None
+        resources = dict(group.resources)
+        options: dict[str, Any] = {
+            "num_cpus": resources.pop("CPU", 0),
+            "num_gpus": resources.pop("GPU", 0),
+            "resources": resources,
+        }
+        # An option that Ray documents and does not declare.
+        groups: Any = {"concurrency_groups": {"messages": 1}}
+        actor = ray.remote(**groups)(TrainWorker)
+        for index in range(first, first + group.size):
+            strategy = PlacementGroupSchedulingStrategy(self._reservation, index)
+            worker = actor.options(**options, scheduling_strategy=strategy).remote(group.hook)
+            self._workers.append(worker)
+        nodes = ray.get([worker.node.remote() for worker in self._workers])
+        # Neighbours get neighbouring ranks.
+        order = sorted(range(group.size), key=lambda i: [n for n, _ in nodes].index(nodes[i][0]))
+        self._workers = [self._workers[i] for i in order]
+        self._places: list[Place] = places([nodes[i][0] for i in order])
+        self._address: str = nodes[order[0]][1]
+
+
+_sessions: list[Session] = []
+_changing = threading.RLock()
+_idle_seconds = 300.0
+
+
+def take(group: Group) -> Session:
+    """A session that nobody uses: a warm one, or else a new one."""
+    with _changing:
+        for session in list(_sessions):
+            if session.group == group and not session.busy:
+                session.wake()
+                if session.is_alive():
+                    return session
+                discard(session)
+        if group.trial is None and not cluster.fits(group.bundles, free=True):
+            close()
+    session = Session(group)
+    with _changing:
+        _sessions.append(session)
+    return session
+
+
+def discard(session: Session) -> None:
+    """End a session."""
+    with _changing:
+        if session in _sessions:
+            _sessions.remove(session)
+    session.close()
+
+
+def close_if_idle(session: Session) -> None:
+    """End a session unless a call has come in the meantime."""
+    with _changing:
+        if not session.busy:
+            discard(session)
+
+
+def keep_warm(seconds: float) -> None:
+    """Set how long workers wait for the next call before they end.
+
+    Args:
+        seconds: From now on; 0 ends them after each call.
+    """
+    global _idle_seconds
+    if seconds < 0:
+        raise ValueError(f"`keep_warm({seconds})`: expected 0 seconds or more.")
+    _idle_seconds = seconds
+
+
+def idle_seconds() -> float:
+    """How long workers wait for the next call before they end."""
+    return _idle_seconds
+
+
+def close() -> None:
+    """End the workers that are kept for later calls, and free what they hold of the cluster."""
+    with _changing:
+        for session in list(_sessions):
+            close_if_idle(session)

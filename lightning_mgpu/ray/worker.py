@@ -1,0 +1,176 @@
+"""The process of one rank, as a Ray actor that serves one run after another."""
+
+import dataclasses
+import gc
+import os
+import queue
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import cloudpickle
+import ray
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from lightning_mgpu.launch.errors import RemoteFailure
+from lightning_mgpu.launch.rank import GroupGuard
+from lightning_mgpu.launch.state import ProcessState
+from lightning_mgpu.ray.parcel import Parcel, unpack
+from lightning_mgpu.ray.place import Place, machine
+
+__all__: list[str] = []
+
+# What a worker keeps of its own environment, whatever the driver's says.
+_OWN = ("RAY_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LD_", "PYTHON")
+# What goes to other machines as well: Lightning's seeds.
+_EVERYWHERE = ("PL_",)
+# How many messages may wait for the driver before the worker waits for it.
+_MESSAGES = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know of a run before it unpickles anything of the user's."""
+
+    place: Place
+    state: ProcessState
+    machine: str
+
+
+class TrainWorker:
+    """Holds nothing of a run when it is over but the modules it has imported.
+
+    Args:
+        hook: A pickled function to call before all else.
+    """
+
+    def __init__(self, hook: bytes | None) -> None:
+        self._messages: queue.Queue[bytes | None] = queue.Queue(_MESSAGES)
+        self._store: TCPStore | None = None
+        if hook is not None:
+            cloudpickle.loads(hook)()
+        # Never garbage: the modules imported so far. Keep every later collection off them.
+        gc.freeze()
+
+    def node(self) -> tuple[str, str]:
+        """Id and address of the node."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+    def listen(self, host: str) -> int:
+        """Open the store through which the ranks of the coming run find each other; its port."""
+        listener = socket.create_server((host, 0), backlog=256)
+        port: int = listener.getsockname()[1]
+        self._store = TCPStore(
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return port
+
+    def run(
+        self, job: Job, parcel: Parcel, resume: bytes | None
+    ) -> tuple[list[Parcel] | None, RemoteFailure | None]:
+        """Unpickle a function and call it: the parcels it returns, or its error.
+
+        Args:
+            job: All else that belongs to the run.
+            parcel: The function, of the place and of a path.
+            resume: The checkpoint that will lie at the path.
+        """
+        global _current
+        try:
+            with GroupGuard(), _as_file(resume) as path:
+                _current = self
+                rank_zero_only.rank = job.place.rank  # type: ignore[attr-defined]
+                _adopt(job)
+                return unpack(parcel)(job.place, path), None
+        except BaseException as error:
+            return None, RemoteFailure.of(error)
+        finally:
+            _current = None
+            self._store = None
+            if job.place.rank == 0:  # to whom alone the driver listens
+                self._messages.put(None)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            gc.collect()
+            _release_accelerator_memory()
+
+    @ray.method(concurrency_group="messages")
+    def next_message(self) -> bytes | None:
+        """Wait for something that the driver is to do; `None` when the run is over."""
+        return self._messages.get()
+
+    def post(self, message: bytes) -> None:
+        """Leave a message for the driver."""
+        self._messages.put(message)
+
+
+_current: TrainWorker | None = None
+
+
+def is_worker() -> bool:
+    """Whether this process is in the middle of a run."""
+    return _current is not None
+
+
+def call_on_driver(function: Callable[..., Any], *args: Any) -> None:
+    """Have the driver call a function, in the order of the calls. Does not wait for it."""
+    assert _current is not None, "no run"
+    _current.post(cloudpickle.dumps((function, args)))
+
+
+def join_group(place: Place, backend: str, timeout: timedelta, device_id: Any) -> None:
+    """Initialise the default process group of this run. Nothing goes to `os.environ`."""
+    store = TCPStore(
+        place.host, place.port, is_master=False, wait_for_workers=False, timeout=timeout
+    )
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("default_pg", store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+        device_id=device_id,
+    )
+
+
+@contextmanager
+def _as_file(data: bytes | None) -> Iterator[str | None]:
+    """The path at which `data` lies as long as the block lasts."""
+    if data is None:
+        yield None
+        return
+    # In memory: nothing stays behind when the worker is killed.
+    with os.fdopen(os.memfd_create("lightning_mgpu"), "wb") as file:
+        file.write(data)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
+
+
+def _adopt(job: Job) -> None:
+    """Take over the driver's state as far as it means something here."""
+    state, here = job.state, job.machine == machine()
+    given = {
+        name: value
+        for name, value in state.environment.items()
+        if (here and not name.startswith(_OWN)) or name.startswith(_EVERYWHERE)
+    }
+    dataclasses.replace(
+        state,
+        environment={**os.environ, **given},
+        directory=state.directory if here else os.getcwd(),
+        path=[*state.path, *(entry for entry in sys.path if entry not in state.path)]
+        if here
+        else list(sys.path),
+    ).apply()
+
+
+def _release_accelerator_memory() -> None:
+    torch = sys.modules["torch"]
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
