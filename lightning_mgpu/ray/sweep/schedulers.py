@@ -29,7 +29,7 @@ def build_scheduler(options: "RayTuneSweeperConf", space: Space) -> schedulers.T
     if conf.name == "pb2":
         return _pb2(given, space)
     if options.metric is None or conf.name == "fifo":
-        return schedulers.FIFOScheduler()  # type: ignore[no-untyped-call]
+        return schedulers.FIFOScheduler()
     scheduler: schedulers.TrialScheduler = _KINDS[conf.name](**given)
     return scheduler
 

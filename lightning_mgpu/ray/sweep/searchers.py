@@ -88,7 +88,7 @@ class Trials(SearchAlgorithm):
 
     @override
     def next_trial(self) -> Any:
-        return self._generator.next_trial()  # type: ignore[no-untyped-call]
+        return self._generator.next_trial()
 
     @override
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -113,8 +113,8 @@ class Trials(SearchAlgorithm):
 
     @override
     def set_finished(self) -> None:
-        super().set_finished()  # type: ignore[no-untyped-call]
-        self._generator.set_finished()  # type: ignore[no-untyped-call]
+        super().set_finished()
+        self._generator.set_finished()
 
     @override
     def has_checkpoint(self, dirpath: str) -> bool:

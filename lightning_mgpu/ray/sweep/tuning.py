@@ -116,7 +116,7 @@ def _name(trial: Any) -> str:
 
 
 def _check_resources(wanted: dict[str, float]) -> None:
-    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    there = ray.cluster_resources()
     for name, amount in wanted.items():
         if amount > there.get(name.upper(), 0):
             raise ConfigError(
