@@ -113,7 +113,7 @@ class Trials(SearchAlgorithm):
 
     @override
     def set_finished(self) -> None:
-        super().set_finished()
+        super().set_finished()  # type: ignore[no-untyped-call]
         self._generator.set_finished()
 
     @override
