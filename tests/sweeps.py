@@ -44,7 +44,7 @@ def cluster() -> Iterator[str]:
     directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it holds sockets
     ready = directory / "ready"
     program = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})" + _CLUSTER
-    environment = {**os.environ, "TMPDIR": str(directory)}
+    environment = _own_environment(TMPDIR=str(directory))
     subprocess.run([sys.executable, "-c", program, directory, ready], check=True, env=environment)
     deadline = time.monotonic() + 60
     while not ready.exists():
@@ -120,7 +120,13 @@ def sweep(
 def environment_for(directory: str) -> dict[str, str]:
     """The environment of a sweep; Ray leaves lock files in the directory for temporary files."""
     temporary = Path(directory).absolute().parent
-    return {**os.environ, "RAY_AUTH_MODE": "token", "TMPDIR": str(temporary)}
+    return _own_environment(TMPDIR=str(temporary))
+
+
+def _own_environment(**more: str) -> dict[str, str]:
+    """Without what a Ray of other tests, in this process, has been told."""
+    others = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
+    return {**others, "RAY_AUTH_MODE": "token", **more}
 
 
 def interrupt(process: "subprocess.Popen[str]", signum: signal.Signals) -> tuple[float, str, str]:

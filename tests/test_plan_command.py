@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 from command import run_tiny, write_project
+from omegaconf import OmegaConf
+
+from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.plan.command import options_of
 
 _SMALL = ("mode=plan", "+plan.stages=[1,2,64]", "+plan.chunks=[1,4]", "+plan.replicas=[1,2]")
 
@@ -151,7 +155,6 @@ _REFUSED = {
     "checkpoint": (["+plan.checkpoint=[sometimes]"], "plan.checkpoint=['sometimes']: "),
     "bandwidth": (["+plan.bandwidth=-1"], "plan: bandwidth=-1: give more than 0."),
     "unknown": (["+plan.chunk=[2]"], "has no argument `chunk`. Did you mean `chunks`?"),
-    "no-node": (["+plan=3"], "plan=3: set one of its values, as `+plan.chunks=[4,8]`."),
     "strategy": (["+strategy=dp"], "mode=plan is for the pipeline. Leave `strategy` out"),
     "split-at": (
         ["+strategy=pipeline", "strategy.split_at=net.9"],
@@ -166,6 +169,11 @@ _REFUSED = {
         "mode=plan: Training was over before everything had been measured.",
     ),
 }
+
+
+def test_plan_that_is_no_node_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"plan=3: set one of its values, as `\+plan"):
+        options_of(OmegaConf.create({"plan": 3}))
 
 
 @pytest.mark.parametrize(("arguments", "expected"), _REFUSED.values(), ids=_REFUSED)
