@@ -15,7 +15,7 @@ import time
 import warnings
 from statistics import median
 
-from rounds import interleaved, spread
+from rounds import QUIET, interleaved, spread
 
 STRATEGIES = ("mgpu_ddp", "ddp", "ddp_spawn")
 SIZES = {"small": 8, "100 MB": 5000}  # features of one square float32 layer
@@ -68,14 +68,10 @@ def fit(strategy: str, features: int) -> float:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = pl.Trainer(
-        accelerator="cpu",
         devices=2,
         strategy=strategy,
         max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     model = OneLayer(features)
     data = DataLoader(TensorDataset(torch.ones(4, features)), batch_size=2)

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from models.rows import build
+from rounds import QUIET
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -125,14 +126,10 @@ def measure(model: str, mode: Any, chunks: int) -> list[int]:
     layers = [Counted(x, ledgers[i // half], i % half == 0) for i, x in enumerate(net)]
     strategy = PipelineStrategy(split_at=f"net.{half}", chunks=chunks, checkpoint=mode)
     trainer = pl.Trainer(
-        accelerator="cpu",
         devices=STAGES,
         strategy=strategy,
         max_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(Lit(layers), torch.utils.data.DataLoader([batch] * 2, batch_size=None))
     return [ledger.peak for ledger in ledgers]

@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Sequence
 from statistics import median
 
-from rounds import interleaved, spread
-from steps.pipeline import CUT, MODELS, QUIET, STAGES, WARM_UP, lit, with_trainer
+from rounds import QUIET, interleaved, spread
+from steps.pipeline import CUT, MODELS, STAGES, WARM_UP, lit, with_trainer
 
 CHUNKS = (2, 8, 16)
 PREDICTED = "predicted"
@@ -71,7 +71,7 @@ def predict(model: str, chunks: Sequence[int]) -> list[float]:
     rehearsal = Rehearsal(split_at=CUT)
     rehearsal.prepare(options)
     module, batch = lit(model, [])
-    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=rehearsal, max_epochs=-1, **QUIET)
+    trainer = pl.Trainer(devices=1, strategy=rehearsal, max_epochs=-1, **QUIET)
     trainer.fit(module, torch.utils.data.DataLoader([batch] * 100, batch_size=None))
     return [row.seconds for row in predict(rehearsal.profile(), options).rows]
 

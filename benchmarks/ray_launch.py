@@ -16,7 +16,7 @@ import time
 import warnings
 from statistics import median
 
-from rounds import interleaved, spread
+from rounds import QUIET, interleaved, spread
 
 WAYS = ("RayStrategy", "TorchTrainer", "actors")
 SMALL, LARGE = 8, 16_000  # features of one square float32 layer: the latter is 1 GB
@@ -74,15 +74,11 @@ def fit(strategy: object, devices: object, features: int, plugins: object = None
     from torch.utils.data import DataLoader, TensorDataset
 
     trainer = pl.Trainer(
-        accelerator="cpu",
         devices=devices,
         strategy=strategy,
         plugins=plugins,
         max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(OneLayer(features), DataLoader(TensorDataset(torch.ones(4, features))))
 

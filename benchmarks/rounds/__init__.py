@@ -7,6 +7,15 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""A Trainer that does nothing but train."""
+
 
 def interleaved(
     script: str, ways: Sequence[str], rounds: int, *arguments: str

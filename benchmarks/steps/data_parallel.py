@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from rounds import interleaved, print_throughputs
+from rounds import QUIET, interleaved, print_throughputs
 
 DEVICES = 2
 WARM_UP = 4
@@ -57,7 +57,7 @@ def with_trainer(strategy: str, model: str, steps: int) -> list[float]:
     import lightning.pytorch as pl
     from models.steps import Lit, loader
 
-    import lightning_mgpu  # noqa: F401
+    from lightning_mgpu import DataParallelStrategy
 
     warnings.filterwarnings("ignore")
     stamps: list[float] = []
@@ -69,16 +69,12 @@ def with_trainer(strategy: str, model: str, steps: int) -> list[float]:
     lit = Lit(model)
     count, *rest = lit.shape
     trainer = pl.Trainer(
-        accelerator="cpu",
         devices=1 if strategy == "auto" else DEVICES,
-        strategy=strategy,
+        strategy=DataParallelStrategy() if strategy == "dp" else strategy,
         max_steps=WARM_UP + steps + 1,
         callbacks=[Clock()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
+        **QUIET,
     )
     each = count // DEVICES if strategy == "ddp" else count
     trainer.fit(lit, loader((each, *rest), WARM_UP + steps + 1))

@@ -14,20 +14,13 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from rounds import interleaved, print_throughputs
+from rounds import QUIET, interleaved, print_throughputs
 
 from steps import gloo
 
 STAGES, CHUNKS, WARM_UP = 2, 8, 2
 CUT = "net.4"
 MODELS = ("mlp", "encoder")
-# For a Trainer that does nothing but train.
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 # Of `torch.distributed.pipelining`, in two processes over gloo.
 SCHEDULES = {"gloo gpipe": "GPipe", "gloo 1f1b": "1F1B"}
 WAYS = ("pipeline", "limit", "torchgpipe", *SCHEDULES, "one thread", "all cores")
@@ -147,7 +140,6 @@ def with_trainer(
     if chunks:
         strategy = PipelineStrategy(split_at=CUT, chunks=chunks, trace_dir=trace_dir)
     trainer = pl.Trainer(
-        accelerator="cpu",
         devices=STAGES if chunks else 1,
         strategy=strategy,
         max_steps=WARM_UP + steps + 1,

@@ -1,12 +1,12 @@
 """The sweeper's options, with the names that Ray uses."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional  # noqa: UP035  (OmegaConf reads the annotations)
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-_DEFAULTS: List[Any] = [  # noqa: UP006
+_DEFAULTS: list[Any] = [
     {"search_alg": "random"},
     {"scheduler": "asha"},
 ]
@@ -17,7 +17,7 @@ class SearchAlgConf:
     """How the values of the next trial are found."""
 
     name: str = "random"
-    seed: Optional[int] = None  # noqa: UP045
+    seed: int | None = None
 
 
 @dataclass
@@ -114,7 +114,7 @@ class PopulationConf(SchedulerConf):
     perturbation_interval: float = 4
     quantile_fraction: float = 0.25
     # Which searched values may change within a run; null: all of them.
-    hyperparam_mutations: Optional[List[str]] = None  # noqa: UP006, UP045
+    hyperparam_mutations: list[str] | None = None
 
 
 @dataclass
@@ -123,7 +123,7 @@ class PbtConf(PopulationConf):
 
     name: str = "pbt"
     resample_probability: float = 0.25
-    perturbation_factors: List[float] = field(default_factory=lambda: [1.2, 0.8])  # noqa: UP006
+    perturbation_factors: list[float] = field(default_factory=lambda: [1.2, 0.8])
 
 
 @dataclass
@@ -146,24 +146,24 @@ class RayTuneSweeperConf:
     """``hydra.sweeper`` with ``hydra/sweeper=ray_tune``."""
 
     _target_: str = "hydra_plugins.ray_tune_sweeper.ray_tune_sweeper.RayTuneSweeper"
-    defaults: List[Any] = field(default_factory=lambda: list(_DEFAULTS))  # noqa: UP006
+    defaults: list[Any] = field(default_factory=lambda: list(_DEFAULTS))
 
     # What to search: keys and sweeps as on the command line, which wins.
-    params: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
+    params: dict[str, Any] = field(default_factory=dict)
     # module.function(cfg, space) returns more of the space, or values computed from others.
-    custom_search_space: Optional[str] = None  # noqa: UP045
+    custom_search_space: str | None = None
 
     # What to optimise: a logged metric; null is what the job returns.
-    metric: Optional[str] = None  # noqa: UP045
+    metric: str | None = None
     mode: str = "min"  # min | max
     report: str = "best"  # best | last: which value of a run counts
     every_n_epochs: int = 1
 
     search_alg: SearchAlgConf = MISSING
     scheduler: SchedulerConf = MISSING
-    num_samples: Optional[int] = None  # noqa: UP045  (null: 10, or the whole grid)
-    max_concurrent_trials: Optional[int] = None  # noqa: UP045
-    time_budget_s: Optional[float] = None  # noqa: UP045
+    num_samples: int | None = None  # null: 10, or the whole grid
+    max_concurrent_trials: int | None = None
+    time_budget_s: float | None = None
     resources_per_trial: ResourcesConf = field(default_factory=ResourcesConf)
     reuse_actors: bool = True
 
@@ -171,9 +171,9 @@ class RayTuneSweeperConf:
     max_failure_rate: float = 1.0  # the sweep ends when more of its trials have failed
     keep_checkpoints: int = 0  # for each trial, beside those of the job itself
 
-    resume: Optional[str] = None  # noqa: UP045  (the directory of a sweep that was interrupted)
-    # Arguments of ray.init; address=auto or ray://host:port joins a cluster.
-    ray: Dict[str, Any] = field(  # noqa: UP006
+    resume: str | None = None  # the directory of a sweep that was interrupted
+    # Arguments of ray.init; address=auto or host:port joins a cluster.
+    ray: dict[str, Any] = field(
         default_factory=lambda: {"address": "local", "num_cpus": None, "num_gpus": None}
     )
 

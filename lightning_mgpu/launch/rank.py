@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _world
 
-_HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,14 @@ class Rank:
     Attributes:
         rank: 0 in the calling process, 1 to `world_size - 1` in the workers.
         world_size: Number of processes, the calling one included.
-        port: Where rank 0's rendezvous store listens, on the loopback address.
+        port: Where rank 0's rendezvous store listens.
+        host: Its address.
     """
 
     rank: int
     world_size: int
-    port: int
-
-    @property
-    def host(self) -> str:
-        """Address of the rendezvous store."""
-        return _HOST
+    port: int = 0
+    host: str = LOOPBACK
 
     def join_group(
         self,
@@ -68,13 +65,16 @@ class Rendezvous:
 
     It listens on a port that the kernel picked and that stays ours until `close`. Closing it also
     frees a rank that waits for a peer which will never come: its connection breaks.
+
+    Args:
+        host: The address to listen on.
     """
 
-    def __init__(self) -> None:
-        listener = socket.create_server((_HOST, 0), backlog=256)
+    def __init__(self, host: str = LOOPBACK) -> None:
+        listener = socket.create_server((host, 0), backlog=256)
         self.port: int = listener.getsockname()[1]
         self._store: TCPStore | None = TCPStore(
-            _HOST,
+            host,
             self.port,
             is_master=True,
             wait_for_workers=False,

@@ -5,24 +5,22 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.fabric.plugins import ClusterEnvironment
 from typing_extensions import override
+
+from lightning_mgpu.launch import Rank
+from lightning_mgpu.strategies.environment import LaunchedEnvironment
 
 __all__: list[str] = []
 
 
-@dataclass(frozen=True)
-class Place:
+@dataclass(frozen=True, kw_only=True)
+class Place(Rank):
     """One worker's ranks, and where the ranks meet."""
 
-    rank: int
-    world_size: int
     local_rank: int
     local_world_size: int
     node_rank: int
     num_nodes: int
-    host: str = ""
-    port: int = 0
 
 
 def places(nodes: list[str]) -> list[Place]:
@@ -47,7 +45,7 @@ def machine() -> str:
     return f"{platform.node()} {boot.read_text().strip() if boot.exists() else os.getuid()}"
 
 
-class RayEnvironment(ClusterEnvironment):
+class RayEnvironment(LaunchedEnvironment):
     """Ranks that Ray has placed. On the driver it answers for rank 0 of all workers.
 
     Args:
@@ -56,12 +54,14 @@ class RayEnvironment(ClusterEnvironment):
 
     def __init__(self, num_workers: int) -> None:
         super().__init__()
-        self.place = Place(0, num_workers, 0, num_workers, 0, 1)
-
-    @property
-    @override
-    def creates_processes_externally(self) -> bool:
-        return False
+        self.place = Place(
+            0,
+            num_workers,
+            local_rank=0,
+            local_world_size=num_workers,
+            node_rank=0,
+            num_nodes=1,
+        )
 
     @property
     @override
@@ -72,11 +72,6 @@ class RayEnvironment(ClusterEnvironment):
     @override
     def main_port(self) -> int:
         return self.place.port
-
-    @staticmethod
-    @override
-    def detect() -> bool:
-        return False
 
     @override
     def world_size(self) -> int:
@@ -89,10 +84,6 @@ class RayEnvironment(ClusterEnvironment):
     @override
     def global_rank(self) -> int:
         return self.place.rank
-
-    @override
-    def set_global_rank(self, rank: int) -> None:
-        """Nothing to do: the rank comes with the place."""
 
     @override
     def local_rank(self) -> int:

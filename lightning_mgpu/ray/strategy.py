@@ -16,7 +16,6 @@ from typing_extensions import override
 from lightning_mgpu.ray import session, trial
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
-from lightning_mgpu.ray.worker import join_group
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -153,9 +152,8 @@ class RayStrategy(_LightningDDPStrategy):
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
-        join_group(
-            self._environment.place,
+        self._environment.place.join_group(
             self._process_group_backend,
             self._timeout or default_pg_timeout,
-            self.root_device if self.root_device.type != "cpu" else None,
+            device_id=self.root_device if self.root_device.type != "cpu" else None,
         )

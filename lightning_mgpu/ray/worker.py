@@ -4,22 +4,18 @@ import dataclasses
 import gc
 import os
 import queue
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import cloudpickle
 import ray
-import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from lightning_mgpu.launch.errors import RemoteFailure
-from lightning_mgpu.launch.rank import GroupGuard
+from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray.parcel import Parcel, unpack
 from lightning_mgpu.ray.place import Place, machine
@@ -52,7 +48,7 @@ class TrainWorker:
 
     def __init__(self, hook: bytes | None) -> None:
         self._messages: queue.Queue[bytes | None] = queue.Queue(_MESSAGES)
-        self._store: TCPStore | None = None
+        self._rendezvous: Rendezvous | None = None
         if hook is not None:
             cloudpickle.loads(hook)()
         # Never garbage: the modules imported so far. Keep every later collection off them.
@@ -64,12 +60,8 @@ class TrainWorker:
 
     def listen(self, host: str) -> int:
         """Open the store through which the ranks of the coming run find each other; its port."""
-        listener = socket.create_server((host, 0), backlog=256)
-        port: int = listener.getsockname()[1]
-        self._store = TCPStore(
-            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-        return port
+        self._rendezvous = Rendezvous(host)
+        return self._rendezvous.port
 
     def run(
         self, job: Job, parcel: Parcel, resume: bytes | None
@@ -92,7 +84,7 @@ class TrainWorker:
             return None, RemoteFailure.of(error)
         finally:
             _current = None
-            self._store = None
+            self._rendezvous = None
             if job.place.rank == 0:  # to whom alone the driver listens
                 self._messages.put(None)
             sys.stdout.flush()
@@ -122,21 +114,6 @@ def call_on_driver(function: Callable[..., Any], *args: Any) -> None:
     """Have the driver call a function, in the order of the calls. Does not wait for it."""
     assert _current is not None, "no run"
     _current.post(cloudpickle.dumps((function, args)))
-
-
-def join_group(place: Place, backend: str, timeout: timedelta, device_id: Any) -> None:
-    """Initialise the default process group of this run. Nothing goes to `os.environ`."""
-    store = TCPStore(
-        place.host, place.port, is_master=False, wait_for_workers=False, timeout=timeout
-    )
-    dist.init_process_group(
-        backend,
-        store=PrefixStore("default_pg", store),
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timeout,
-        device_id=device_id,
-    )
 
 
 @contextmanager

@@ -1,15 +1,36 @@
-"""Where a process of the worker pool stands, in Lightning's terms."""
+"""Where a process that we have launched stands, in Lightning's terms."""
+
+from abc import ABC
 
 from lightning.fabric.plugins import ClusterEnvironment
 from typing_extensions import override
 
 from lightning_mgpu.launch import Rank
+from lightning_mgpu.launch.rank import LOOPBACK
 
 __all__: list[str] = []
 
 
-class PoolEnvironment(ClusterEnvironment):
-    """Ranks on one machine that our own pool launches; reads and writes no environment variable.
+class LaunchedEnvironment(ClusterEnvironment, ABC):
+    """Ranks that come with a launch of our own; reads and writes no environment variable."""
+
+    @property
+    @override
+    def creates_processes_externally(self) -> bool:
+        return False
+
+    @staticmethod
+    @override
+    def detect() -> bool:
+        return False
+
+    @override
+    def set_global_rank(self, rank: int) -> None:
+        """Nothing to do: the rank comes with the launch."""
+
+
+class PoolEnvironment(LaunchedEnvironment):
+    """Ranks on one machine that our own pool launches.
 
     Between launches it answers for rank 0, the calling process.
     """
@@ -21,24 +42,14 @@ class PoolEnvironment(ClusterEnvironment):
 
     @property
     @override
-    def creates_processes_externally(self) -> bool:
-        return False
-
-    @property
-    @override
     def main_address(self) -> str:
-        return self.rank.host if self.rank is not None else "127.0.0.1"
+        return self.rank.host if self.rank is not None else LOOPBACK
 
     @property
     @override
     def main_port(self) -> int:
         """Port of the launch in progress, 0 between launches: each launch has its own."""
         return self.rank.port if self.rank is not None else 0
-
-    @staticmethod
-    @override
-    def detect() -> bool:
-        return False
 
     @override
     def world_size(self) -> int:
@@ -51,10 +62,6 @@ class PoolEnvironment(ClusterEnvironment):
     @override
     def global_rank(self) -> int:
         return self.local_rank()
-
-    @override
-    def set_global_rank(self, rank: int) -> None:
-        """Nothing to do: the rank comes with the launch."""
 
     @override
     def local_rank(self) -> int:

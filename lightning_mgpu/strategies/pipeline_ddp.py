@@ -5,13 +5,11 @@ from typing import Any
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_mgpu.engine.workers import available_cores
-from lightning_mgpu.strategies.checks import check_layer_sync, check_module
 from lightning_mgpu.strategies.distributed import DDPStrategy
 from lightning_mgpu.strategies.pipelined import Pipelined
 
@@ -93,19 +91,6 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
     @override
     def bound_device(self) -> None:
         """None: each stage's gradients are reduced between devices of its own."""
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        assert self.lightning_module is not None
-        check_layer_sync(self.strategy_name, self._layer_sync is not None)
-        check_module(self.strategy_name, self.lightning_module)
-        self._release()
-        super().setup(trainer)
-
-    @override
-    def teardown(self) -> None:
-        self._release()
-        super().teardown()
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:

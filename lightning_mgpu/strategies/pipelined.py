@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -17,6 +16,7 @@ from lightning_mgpu.engine.pipelining.cutter import Balance, Cut, Cutter
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.stage_work import Checkpoint
 from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.strategies.in_parts import InParts
 from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
 from lightning_mgpu.strategies.split_module import find_module, own_stages
 from lightning_mgpu.strategies.stage_table import show_stages
@@ -28,11 +28,11 @@ _BALANCES = ("parameters", "time", "memory")
 _CHECKPOINTS = ("never", "except_last", "always")
 
 
-class Pipelined(ParallelStrategy):
+class Pipelined(InParts):
     """Has one submodule of the LightningModule computed in stages, one for each device.
 
-    To be put before the strategy that makes the processes, which calls `_release` when a run is set
-    up or over. The arguments are described by `PipelineStrategy`.
+    To be put before the strategy that makes the processes. The arguments are described by
+    `PipelineStrategy`.
     """
 
     def __init__(
@@ -186,6 +186,7 @@ class Pipelined(ParallelStrategy):
             show_stages(cut, self.stage_devices, chunks, costs)
         self._placed.append(cut)
 
+    @override
     def _release(self) -> None:
         if self._override is not None:
             self._override.remove()

@@ -1,6 +1,5 @@
 """What strategies have in common that use several devices from a single process."""
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -8,11 +7,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_mgpu.strategies.checks import check_layer_sync, check_module, check_one_process
+from lightning_mgpu.strategies.checks import check_one_process
+from lightning_mgpu.strategies.in_parts import InParts
 
 __all__: list[str] = []
 
@@ -27,13 +27,12 @@ OWN_ATTRIBUTES = (vars(LightningModule()).keys() - vars(nn.Module()).keys()) | {
 """Attributes of a LightningModule that Lightning keeps for itself."""
 
 
-class SingleProcessStrategy(ParallelStrategy, ABC):
+class SingleProcessStrategy(InParts):
     """Several devices, one process: no process group, samplers as they are, nothing to reduce.
 
     The object may be given to one Trainer after another; it keeps the devices of the first.
     """
 
-    strategy_name: str
     # Read by Lightning: one process sees all data.
     is_distributed = False
 
@@ -91,23 +90,6 @@ class SingleProcessStrategy(ParallelStrategy, ABC):
     @num_nodes.setter
     def num_nodes(self, num_nodes: int) -> None:
         check_one_process(self.strategy_name, num_nodes, self.world_size)
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        assert self.lightning_module is not None
-        check_layer_sync(self.strategy_name, self._layer_sync is not None)
-        check_module(self.strategy_name, self.lightning_module)
-        self._release()
-        super().setup(trainer)
-
-    @override
-    def teardown(self) -> None:
-        self._release()
-        super().teardown()
-
-    @abstractmethod
-    def _release(self) -> None:
-        """Let go of threads and of all else that a run has set up."""
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

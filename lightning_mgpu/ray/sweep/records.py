@@ -5,6 +5,9 @@ from typing import Any
 
 __all__: list[str] = []
 
+OBJECTIVE = "objective"
+"""The metric's name where the job names none: what it returns."""
+
 
 @dataclass
 class TrialRecord:

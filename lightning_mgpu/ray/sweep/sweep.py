@@ -16,7 +16,7 @@ from lightning_mgpu.errors import ConfigError, SweepFailedError
 from lightning_mgpu.ray.sweep.custom import add_custom
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.options import check_options, check_space
-from lightning_mgpu.ray.sweep.records import Records
+from lightning_mgpu.ray.sweep.records import OBJECTIVE, Records
 from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
 from lightning_mgpu.ray.sweep.space import (
     Space,
@@ -32,7 +32,6 @@ __all__: list[str] = []
 
 log = logging.getLogger(__name__)
 
-OBJECTIVE = "objective"  # what the job returns, where no metric is named
 _SPACE = "search_space.yaml"
 _SAMPLES = 10
 

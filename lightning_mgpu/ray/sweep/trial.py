@@ -21,9 +21,9 @@ from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray.sweep import reporter
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.output import output_to
+from lightning_mgpu.ray.sweep.records import OBJECTIVE
 from lightning_mgpu.ray.sweep.scrub import Scrubber, adopt
 from lightning_mgpu.ray.sweep.space import Space
-from lightning_mgpu.ray.sweep.sweep import OBJECTIVE
 
 __all__: list[str] = []
 
