@@ -85,7 +85,7 @@ def ray_cluster() -> Iterator[None]:
         patched.setenv("RAY_AUTH_MODE", "disabled")
         # Trials pickle what the tests define by its name.
         patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        with cluster._signal_handlers_kept():
+        with cluster.signal_handlers_kept():
             ray.init("local", num_cpus=4, resources={"tape": 2}, include_dashboard=False)
         yield
         close()

@@ -133,8 +133,8 @@ class Rehearsal(PipelineStrategy):
 def _weights(tensors: Iterable[Tensor], state: Mapping[int, int]) -> Weights:
     tensors = list(tensors)
     return Weights(
-        parameters=sum(map(_size, tensors)),
-        gradients=sum(_size(t) for t in tensors if isinstance(t, nn.Parameter) and t.requires_grad),
+        parameters=sum(t.nbytes for t in tensors),
+        gradients=sum(t.nbytes for t in tensors if isinstance(t, nn.Parameter) and t.requires_grad),
         state=sum(state.get(id(t), 0) for t in tensors),
     )
 
@@ -142,11 +142,7 @@ def _weights(tensors: Iterable[Tensor], state: Mapping[int, int]) -> Weights:
 def _state_bytes(optimizers: Iterable[Optimizer]) -> dict[int, int]:
     """What optimizers keep for each parameter, by its `id`."""
     return {
-        id(parameter): sum(_size(leaf) for _, leaf in leaves(state) if isinstance(leaf, Tensor))
+        id(parameter): sum(leaf.nbytes for _, leaf in leaves(state) if isinstance(leaf, Tensor))
         for optimizer in optimizers
         for parameter, state in optimizer.state.items()
     }
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

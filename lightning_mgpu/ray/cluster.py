@@ -43,12 +43,12 @@ def connect() -> None:
     global _ours
     if ray.is_initialized():
         return
-    with _signal_handlers_kept():
+    with signal_handlers_kept():
         if os.environ.get(_ADDRESS):
             log.info("Joining the Ray cluster at %s=%s.", _ADDRESS, os.environ[_ADDRESS])
             ray.init(logging_level=logging.WARNING)
             return
-        _turn_authentication_on()
+        turn_authentication_on()
         ray.init(
             address="local",
             include_dashboard=False,
@@ -135,7 +135,7 @@ def _take(bundles: list[dict[str, float]], nodes: list[dict[str, Any]]) -> bool:
     return True
 
 
-def _turn_authentication_on() -> None:
+def turn_authentication_on() -> None:
     """Ray's later versions do so themselves; a choice of the user's stands."""
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -149,7 +149,7 @@ def _short_directory() -> str | None:
 
 
 @contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
+def signal_handlers_kept() -> Iterator[None]:
     """Ray takes SIGTERM over, and ends the process by it; that is the program's own business."""
     if threading.current_thread() is not threading.main_thread():
         yield

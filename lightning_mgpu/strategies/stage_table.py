@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mgpu.engine.pipelining import schedule
 from lightning_mgpu.engine.pipelining.cutter import Cut
@@ -58,17 +58,13 @@ def stage_cost(modules: Sequence[str], costs: Mapping[str, Cost]) -> Cost:
 
 def parameter_bytes(cut: Cut, stage: int) -> int:
     """The bytes of a stage's parameters."""
-    return sum(_bytes(t) for t in cut.tensors[stage].values() if isinstance(t, nn.Parameter))
+    return sum(t.nbytes for t in cut.tensors[stage].values() if isinstance(t, nn.Parameter))
 
 
 def _span(modules: Sequence[str]) -> str:
     if not modules:
         return "as configured"
     return modules[0] if len(modules) == 1 else f"{modules[0]} .. {modules[-1]} ({len(modules)})"
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _readable(count: int) -> str:

@@ -251,7 +251,7 @@ class Cutter:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(p.nbytes for p in module.parameters())
 
 
 def _named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -93,7 +93,7 @@ class Ledger:
         if key in self._batch:
             key = tensor.data_ptr()  # micro-batches are views of one memory
         entry = self._entries.setdefault(key, _Entry())
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         entry.size = max(entry.size, min(tensor.untyped_storage().nbytes(), size))
         return entry
 

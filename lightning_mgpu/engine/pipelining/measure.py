@@ -146,9 +146,7 @@ class _Kept:
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._own:
-            self._seen[storage.data_ptr()] = min(
-                storage.nbytes(), tensor.numel() * tensor.element_size()
-            )
+            self._seen[storage.data_ptr()] = min(storage.nbytes(), tensor.nbytes)
         return tensor
 
 
@@ -182,4 +180,4 @@ def _wait(output: Any) -> None:
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray.cluster import turn_authentication_on
 
 __all__: list[str] = []
 
@@ -35,6 +36,8 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
         _refuse_resources(given)
     try:
         with _environment():
+            if directory is not None:
+                turn_authentication_on()
             ray.init(**{"log_to_driver": False, "logging_level": "ERROR", **given})
             try:
                 yield
