@@ -11,7 +11,13 @@ import lightning.pytorch as pl
 import parity_models
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelSummary,
+    RichModelSummary,
+)
 from torch import Tensor, nn
 
 from lightning_mgpu import PipelineStrategy
@@ -378,6 +384,28 @@ def test_table_of_stages_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert lines[2].split() == ["0", "cpu", "0", "..", "1", "(2)", "1.02", "kB"]
     assert lines[3].split() == ["1", "cpu", "2", "..", "5", "(4)", "1.94", "kB"]
     assert lines[4] == "4 micro-batches; stages wait 20% of the time if all take equally long."
+
+
+@pytest.mark.parametrize("kind", [ModelSummary, RichModelSummary])
+def test_model_summary_shows_the_bytes_of_stages(
+    kind: type[ModelSummary], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    summary = kind()
+    options = {"callbacks": [summary], "enable_model_summary": True}
+    _fit(Deep(), split_at="net.2", chunks=4, **options)
+    lines = [
+        re.split(r"[\s|│]+", line) for line in (caplog.text + capsys.readouterr().out).split("\n")
+    ]
+    (first,), (second,) = (
+        [line for line in lines if f"stage {stage}" in " ".join(line)] for stage in (0, 1)
+    )
+    assert " ".join(first).strip() == "stage 0 cpu 1.02 kB"
+    assert " ".join(second).strip() == "stage 1 cpu 1.94 kB"
+
+    caplog.clear()
+    boring.trainer("auto", 1, **options).fit(Deep(), datamodule=boring.Blobs(10))
+    assert "stage 0" not in caplog.text + capsys.readouterr().out
 
 
 @pytest.mark.parametrize("balance", ["time", "memory"])

@@ -17,6 +17,7 @@ from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.stage_work import Checkpoint
 from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.strategies.in_parts import InParts
+from lightning_mgpu.strategies.model_summary import StagesInSummary
 from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
 from lightning_mgpu.strategies.split_module import find_module, own_stages
 from lightning_mgpu.strategies.stage_table import show_stages
@@ -64,6 +65,7 @@ class Pipelined(InParts):
         self._pipeline: Pipeline | None = None
         self._override: Override | None = None
         self._placed: list[Cut] = []
+        self._in_summary: StagesInSummary | None = None
         self._step_args: tuple[Any, ...] = ()
 
     @property
@@ -80,6 +82,9 @@ class Pipelined(InParts):
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         state_to_parameters(self.optimizers)
+        if self._placed:
+            stages, devices = self._placed[0], self.stage_devices
+            self._in_summary = StagesInSummary(trainer.callbacks, stages, devices)  # type: ignore[attr-defined]
         if self._trace_dir and trainer.state.fn == TrainerFn.FITTING and self.global_rank == 0:
             assert self._pipeline is not None
             self._trace = StepTrace(self._trace_dir, self._pipeline)
@@ -136,6 +141,7 @@ class Pipelined(InParts):
             "_pipeline": None,
             "_override": None,
             "_placed": [],
+            "_in_summary": None,
             "_trace": None,
             "_step_args": (),
         }
@@ -192,7 +198,9 @@ class Pipelined(InParts):
             self._override.remove()
         if self._pipeline is not None:
             self._pipeline.close()
-        self._pipeline = self._override = self._trace = None
+        if self._in_summary is not None:
+            self._in_summary.remove()
+        self._pipeline = self._override = self._trace = self._in_summary = None
         self._placed = []
 
 

@@ -28,10 +28,10 @@ def show_stages(
     header = ["stage", "device", "layers", "parameters"]
     rows = [[*header, "activations", "time"] if costs else header]
     for stage, device, cost in zip(cut.partition.stages, devices, measured, strict=True):
-        size = _readable(parameter_bytes(cut, stage.index))
+        size = readable_bytes(parameter_bytes(cut, stage.index))
         row = [str(stage.index), str(device), _span(stage.modules), size]
         if costs:
-            row += [_readable(cost.activations), f"{cost.seconds * 1e3:.2f} ms"]
+            row += [readable_bytes(cost.activations), f"{cost.seconds * 1e3:.2f} ms"]
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -67,7 +67,8 @@ def _span(modules: Sequence[str]) -> str:
     return modules[0] if len(modules) == 1 else f"{modules[0]} .. {modules[-1]} ({len(modules)})"
 
 
-def _readable(count: int) -> str:
+def readable_bytes(count: int) -> str:
+    """`count` in the largest decimal unit that it fills, at least kB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
