@@ -4,12 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_mgpu.ray.pipeline import RayPipelineStrategy
     from lightning_mgpu.ray.session import close, keep_warm
     from lightning_mgpu.ray.strategy import RayStrategy
 
-__all__ = ["RayStrategy", "close", "keep_warm"]
+__all__ = ["RayPipelineStrategy", "RayStrategy", "close", "keep_warm"]
 
 _PUBLIC = {
+    "RayPipelineStrategy": "lightning_mgpu.ray.pipeline",
     "RayStrategy": "lightning_mgpu.ray.strategy",
     "close": "lightning_mgpu.ray.session",
     "keep_warm": "lightning_mgpu.ray.session",
