@@ -171,9 +171,9 @@ class _Entry:
         predictions = None
         if trainer.state.fn == TrainerFn.PREDICTING:
             predictions, result = RankPredictions.of(trainer, result), None
-        returned = None
+        whole, returned = self.strategy.gather(trainer), None  # all ranks have a part in it
         if place.rank == 0:
-            returned = Returned.of(trainer, result, callbacks)
+            returned = Returned.of(trainer, result, callbacks, whole)
         return [
             pack(
                 returned,

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
@@ -19,6 +20,8 @@ from typing_extensions import override
 from lightning_mgpu.ray import session, trial
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
+from lightning_mgpu.ray.returned import weights_of
+from lightning_mgpu.ray.whole import Whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -142,6 +145,16 @@ class OnRay(ParallelStrategy, ABC):
     def bound_device(self) -> torch.device | None:
         """The one device whose tensors this rank exchanges; `None` if there are several."""
         return self.root_device if self.root_device.type != "cpu" else None
+
+    def gather(self, trainer: "Trainer") -> Whole:
+        """What rank 0 sends home when a run has ended; called on all ranks."""
+        # A checkpoint that is only to be tested is loaded as well.
+        changed = trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path
+        return Whole(weights_of(trainer) if changed else None)
+
+    def dump_checkpoint(self, trainer: "Trainer") -> dict[str, Any]:
+        """A checkpoint that rank 0 can save alone; called on all ranks."""
+        return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
     @property
     def _environment(self) -> RayEnvironment:
