@@ -14,8 +14,7 @@ import lightning_mgpu.ray
         ("RayPlugin", "it is called `RayStrategy` now"),
         ("HorovodRayPlugin", "Horovod has left Lightning. `RayStrategy` takes the same arguments"),
         ("HorovodRayStrategy", "Horovod has left Lightning"),
-        ("RayShardedPlugin", "strategy='fsdp'"),
-        ("RayShardedStrategy", "strategy='fsdp'"),
+        ("RayShardedPlugin", "it is called `RayShardedStrategy` now"),
     ],
 )
 def test_old_names_say_what_to_use(name: str, words: str) -> None:
@@ -34,4 +33,5 @@ def test_ray_is_imported_on_first_use() -> None:
         " print(before, 'ray' in sys.modules, dir(r))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False True ['RayStrategy', 'close', 'keep_warm']"
+    names = [f"Ray{kind}Strategy" for kind in ("Pipeline", "Sharded", "")] + ["close", "keep_warm"]
+    assert done.stdout.strip() == f"False True {names}"

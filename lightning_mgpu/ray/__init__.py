@@ -4,12 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_mgpu.ray.pipeline import RayPipelineStrategy
     from lightning_mgpu.ray.session import close, keep_warm
+    from lightning_mgpu.ray.sharded import RayShardedStrategy
     from lightning_mgpu.ray.strategy import RayStrategy
 
-__all__ = ["RayStrategy", "close", "keep_warm"]
+__all__ = ["RayPipelineStrategy", "RayShardedStrategy", "RayStrategy", "close", "keep_warm"]
 
 _PUBLIC = {
+    "RayPipelineStrategy": "lightning_mgpu.ray.pipeline",
+    "RayShardedStrategy": "lightning_mgpu.ray.sharded",
     "RayStrategy": "lightning_mgpu.ray.strategy",
     "close": "lightning_mgpu.ray.session",
     "keep_warm": "lightning_mgpu.ray.session",
@@ -18,17 +22,12 @@ _HOROVOD = (
     "Horovod has left Lightning. `RayStrategy` takes the same arguments and reduces the gradients"
     " with torch's own DDP, over NCCL or Gloo."
 )
-_SHARDED = (
-    "it rested on FairScale, which has left Lightning. Use `RayStrategy`; if the model is too large"
-    " for one device, `strategy='fsdp'` with `torchrun`."
-)
 # What users of `ray_lightning` may look for.
 _GONE = {
     "RayPlugin": "it is called `RayStrategy` now.",
     "HorovodRayPlugin": _HOROVOD,
     "HorovodRayStrategy": _HOROVOD,
-    "RayShardedPlugin": _SHARDED,
-    "RayShardedStrategy": _SHARDED,
+    "RayShardedPlugin": "it is called `RayShardedStrategy` now, and rests on Lightning's FSDP.",
 }
 
 

@@ -16,6 +16,8 @@ from lightning_mgpu.ray.worker import call_on_driver
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_mgpu.ray.strategy import OnRay
+
 __all__: list[str] = []
 
 
@@ -34,7 +36,8 @@ class Autosave(Checkpoint):
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         # On every rank, since a checkpoint may take all of them.
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        strategy: OnRay = trainer.strategy  # type: ignore[assignment]
+        checkpoint = strategy.dump_checkpoint(trainer)
         if trainer.is_global_zero:
             stream = io.BytesIO()
             torch.save(checkpoint, stream)

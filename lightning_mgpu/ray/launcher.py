@@ -32,7 +32,7 @@ from lightning_mgpu.strategies.predictions import RankPredictions, merge_predict
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from lightning_mgpu.ray.strategy import RayStrategy
+    from lightning_mgpu.ray.strategy import OnRay
 
 __all__: list[str] = []
 
@@ -46,7 +46,7 @@ class RayLauncher(_Launcher):
         strategy: The strategy to launch for.
     """
 
-    def __init__(self, strategy: "RayStrategy") -> None:
+    def __init__(self, strategy: "OnRay") -> None:
         self._strategy = strategy
 
     @property
@@ -130,7 +130,7 @@ class RayLauncher(_Launcher):
 class _Entry:
     """A function of the trainer, as each worker runs it."""
 
-    strategy: "RayStrategy"
+    strategy: "OnRay"
     trainer: "Trainer"
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -171,9 +171,9 @@ class _Entry:
         predictions = None
         if trainer.state.fn == TrainerFn.PREDICTING:
             predictions, result = RankPredictions.of(trainer, result), None
-        returned = None
+        whole, returned = self.strategy.gather(trainer), None  # all ranks have a part in it
         if place.rank == 0:
-            returned = Returned.of(trainer, result, callbacks)
+            returned = Returned.of(trainer, result, callbacks, whole)
         return [
             pack(
                 returned,

@@ -13,6 +13,7 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from lightning_mgpu.launch.pickler import Pickler
+from lightning_mgpu.ray.whole import Whole, plain_name, tensors_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -41,7 +42,7 @@ class Returned:
             `state_dict` where those cannot be pickled.
         optimizers: Pickled optimizers and schedulers; `None` if there are none to return.
         precision: State of the precision plugin.
-        weights: The model's tensors by name; `None` if the run has not changed them.
+        whole: The model's tensors, and what the pickled optimizers lack.
     """
 
     result: Any
@@ -53,16 +54,19 @@ class Returned:
     callbacks: list[bytes | dict[str, Any]]
     optimizers: bytes | None
     precision: dict[str, Any]
-    weights: dict[str, torch.Tensor] | None
+    whole: Whole
 
     @classmethod
-    def of(cls, trainer: "Trainer", result: Any, callbacks: "Iterable[Callback]") -> "Returned":
+    def of(
+        cls, trainer: "Trainer", result: Any, callbacks: "Iterable[Callback]", whole: Whole
+    ) -> "Returned":
         """Taken when a run of `trainer` has just returned `result`.
 
         Args:
             trainer: Rank 0's.
             result: What the run returned.
             callbacks: Those that the driver knows, in its order.
+            whole: The model's tensors, gathered by all ranks.
         """
         here = _own_objects(trainer, callbacks)
         names = {id(obj): name for name, obj in here.items()}
@@ -75,15 +79,14 @@ class Returned:
             loops={name: getattr(trainer, name).state_dict() for name in _LOOPS},
             batches=trainer.fit_loop.max_batches,
             callbacks=[_callback_state(callback, names) for callback in callbacks],
-            optimizers=_optimizers(trainer, names) if fitted else None,
+            optimizers=_optimizers(trainer, names, whole) if fitted else None,
             precision=trainer.precision_plugin.state_dict(),
-            # A checkpoint that is only to be tested is loaded as well.
-            weights=weights_of(trainer) if fitted or trainer.ckpt_path else None,
+            whole=whole,
         )
 
     def large_tensors(self) -> list[torch.Tensor]:
         """What need not be pickled."""
-        return list((self.weights or {}).values())
+        return list((self.whole.weights or {}).values())
 
     def restore(self, trainer: "Trainer") -> Any:
         """Make the driver's `trainer` what rank 0's was; the run's result."""
@@ -91,8 +94,8 @@ class Returned:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.strategy.connect(model)
         model.trainer = trainer
-        if self.weights is not None:
-            _load_weights(model, self.weights)
+        if self.whole.weights is not None:
+            _load_weights(model, self.whole.weights)
         here = _own_objects(trainer, callbacks)
         for callback, state in zip(callbacks, self.callbacks, strict=True):
             if isinstance(state, bytes):
@@ -101,6 +104,7 @@ class Returned:
                 callback.load_state_dict(state)
         if self.optimizers is not None:
             optimizers, schedulers = _load(self.optimizers, here)
+            _load_states(model, optimizers, self.whole)
             trainer.strategy.optimizers = optimizers
             trainer.strategy.lr_scheduler_configs = schedulers
         trainer.precision_plugin.load_state_dict(self.precision)
@@ -118,14 +122,13 @@ class Returned:
 
 
 def weights_of(trainer: "Trainer") -> dict[str, torch.Tensor]:
-    """Every parameter and buffer, also those that no state dict has."""
-    model = trainer.lightning_module
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Every parameter and buffer of the trainer's model."""
+    tensors = tensors_of(trainer.lightning_module)
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = tensors_of(model)
     if tensors.keys() != weights.keys():
         added = sorted(weights.keys() - tensors.keys()) or sorted(tensors.keys() - weights.keys())
         raise RuntimeError(
@@ -136,6 +139,14 @@ def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> N
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(weights[name])
+
+
+def _load_states(model: torch.nn.Module, optimizers: "list[Optimizer]", whole: Whole) -> None:
+    """Give the optimizers the states that they have come without."""
+    tensors = tensors_of(model)
+    for optimizer, states in zip(optimizers, whole.optimizer_states or (), strict=False):
+        for name, state in states.items():
+            optimizer.state[tensors[name]] = state
 
 
 def _forget_restart(loop: _Loop) -> None:
@@ -154,8 +165,11 @@ def _callback_state(callback: "Callback", names: dict[int, str]) -> bytes | dict
         return callback.state_dict()
 
 
-def _optimizers(trainer: "Trainer", names: dict[int, str]) -> bytes | None:
+def _optimizers(trainer: "Trainer", names: dict[int, str], whole: Whole) -> bytes | None:
     optimizers: list[Optimizer] = trainer.strategy.optimizers
+    if whole.optimizer_states is not None:
+        for optimizer in optimizers:
+            optimizer.state.clear()  # a part only, and it has been gathered
     try:
         return _dump((optimizers, trainer.strategy.lr_scheduler_configs), names)
     except Exception as error:
@@ -166,9 +180,9 @@ def _optimizers(trainer: "Trainer", names: dict[int, str]) -> bytes | None:
 def _own_objects(trainer: "Trainer", callbacks: "Iterable[Callback]") -> dict[str, Any]:
     """What both sides have, by name: it stays where it is, and references to it are kept."""
     model = trainer.lightning_module
-    objects: dict[str, Any] = {f"module {name}": part for name, part in model.named_modules()}
-    objects |= {f"tensor {name}": tensor for name, tensor in model.named_parameters()}
-    objects |= {f"tensor {name}": tensor for name, tensor in model.named_buffers()}
+    modules = model.named_modules()
+    objects: dict[str, Any] = {f"module {plain_name(name)}": module for name, module in modules}
+    objects |= {f"tensor {name}": tensor for name, tensor in tensors_of(model).items()}
     objects |= {f"callback {index}": callback for index, callback in enumerate(callbacks)}
     objects |= {f"logger {index}": logger for index, logger in enumerate(trainer.loggers)}
     objects |= {"trainer": trainer, "strategy": trainer.strategy}

@@ -1,6 +1,8 @@
-"""Distributed data parallel on the workers of a Ray cluster."""
+"""Strategies on the workers of a Ray cluster: what they share, and distributed data parallel."""
 
+from abc import ABC
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -9,6 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
@@ -16,6 +20,8 @@ from typing_extensions import override
 from lightning_mgpu.ray import session, trial
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
+from lightning_mgpu.ray.returned import weights_of
+from lightning_mgpu.ray.whole import Whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -23,32 +29,20 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 
-class RayStrategy(_LightningDDPStrategy):
-    """Lightning's DDP, whose ranks are Ray actors; the program itself stays where it is.
+class OnRay(ParallelStrategy, ABC):
+    """A strategy whose ranks are Ray actors; the program itself stays where it is.
 
-    The Trainer is pickled and sent to the workers. When they are done, their weights, metrics,
-    progress, callbacks and optimizers are those of the Trainer here. The workers stay for later
-    calls, of this trainer and of others.
-
-    Args:
-        num_workers: Number of workers, each with one rank.
-        num_cpus_per_worker: CPUs to reserve for each; also its intra-op threads.
-        use_gpu: Whether each worker gets a GPU and trains on it.
-        init_hook: Called on each worker when it has started, before anything is unpickled.
-        resources_per_worker: More to reserve for each worker. ``CPU`` and ``GPU`` go before the
-            arguments above.
-        max_failures: How often `fit` may lose workers and go on with new ones, from the end of the
-            last whole epoch. The state of training then comes here after each epoch.
-        **ddp_kwargs: As Lightning's `DDPStrategy`, and through it
-            `torch.nn.parallel.DistributedDataParallel`.
-
-    Raises:
-        ValueError: An argument is out of range.
+    To be put before the strategy that trains. The arguments are described by `RayStrategy`.
     """
 
-    strategy_name = "ddp_ray"
+    strategy_name: str
     runs_elsewhere = True
     """Nothing is trained in the process that calls the Trainer."""
+
+    num_nodes: int
+    _process_group_backend: str | None
+    _timeout: timedelta | None
+    _get_process_group_backend: Callable[[], str]
 
     def __init__(
         self,
@@ -58,31 +52,29 @@ class RayStrategy(_LightningDDPStrategy):
         init_hook: Callable[[], Any] | None = None,
         resources_per_worker: Mapping[str, float] | None = None,
         max_failures: int = 0,
-        **ddp_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"`num_workers={num_workers}`: expected 1 or more.")
         if max_failures < 0:
             raise ValueError(f"`max_failures={max_failures}`: expected 0 or more.")
-        resources = {
-            "CPU": float(num_cpus_per_worker),
-            "GPU": float(use_gpu),
-            **(resources_per_worker or {}),
-        }
-        for name, amount in resources.items():
-            if amount < 0:
-                raise ValueError(f"Resource {name}={amount} of each worker: expected 0 or more.")
-        if resources["GPU"] > 1:
-            raise ValueError(
-                f"`resources_per_worker={dict(resources_per_worker or {})}`: a worker is one"
-                " process and trains on one GPU. Ask for more workers instead."
-            )
+        super().__init__(cluster_environment=RayEnvironment(num_workers), **kwargs)
         self.num_workers = num_workers
-        self.use_gpu = resources["GPU"] > 0
         self.init_hook = init_hook
         self.max_failures = max_failures
-        self._resources = {name: amount for name, amount in resources.items() if amount}
-        super().__init__(cluster_environment=RayEnvironment(num_workers), **ddp_kwargs)
+        self._resources = self._checked(
+            {
+                "CPU": float(num_cpus_per_worker),
+                "GPU": float(use_gpu and self.devices_per_worker),
+                **(resources_per_worker or {}),
+            }
+        )
+        self.use_gpu = "GPU" in self._resources
+
+    @property
+    def devices_per_worker(self) -> int:
+        """On how many devices each worker trains."""
+        return 1
 
     @property
     def threads_per_worker(self) -> int:
@@ -107,14 +99,18 @@ class RayStrategy(_LightningDDPStrategy):
         if self.num_nodes > 1:
             raise MisconfigurationException(
                 f"`Trainer(num_nodes={self.num_nodes})`: Ray chooses the nodes for"
-                f" `RayStrategy(num_workers={self.num_workers})`. Leave `num_nodes` out."
+                f" `{type(self).__name__}(num_workers={self.num_workers})`. Leave `num_nodes` out."
             )
         # What Lightning makes of `devices="auto"` is all that this machine has.
-        count = len(self.parallel_devices or ())
-        if isinstance(self.accelerator, CPUAccelerator) and count not in (1, self.num_workers):
+        count, each = len(self.parallel_devices or ()), self.devices_per_worker
+        if isinstance(self.accelerator, CPUAccelerator) and count not in (
+            1,
+            self.num_workers * each,
+        ):
             raise MisconfigurationException(
-                f"`Trainer(devices={count})` and `RayStrategy(num_workers={self.num_workers})`:"
-                " each worker is one device. Leave `devices` out."
+                f"`Trainer(devices={count})` and"
+                f" `{type(self).__name__}(num_workers={self.num_workers})`: each worker has"
+                f" {each} device{'s' if each > 1 else ''}. Leave `devices` out."
             )
 
     def take_place(self, place: Place) -> None:
@@ -123,10 +119,42 @@ class RayStrategy(_LightningDDPStrategy):
         environment.place = place
         self.num_nodes = place.num_nodes
         self.accelerator = CUDAAccelerator() if self.use_gpu else CPUAccelerator()
-        # Ray shows each worker its own GPU only.
-        device = torch.device("cuda", 0) if self.use_gpu else torch.device("cpu")
-        self.parallel_devices = [device] * place.local_world_size
+        # Ray shows each worker its own GPUs only.
+        own = [
+            torch.device("cuda", index) if self.use_gpu else torch.device("cpu")
+            for index in range(self.devices_per_worker)
+        ]
+        self.parallel_devices = own * place.local_world_size
         self.set_world_ranks()
+
+    def _checked(self, resources: dict[str, float]) -> dict[str, float]:
+        """What to reserve for each worker, less what is zero."""
+        for name, amount in resources.items():
+            if amount < 0:
+                raise ValueError(f"Resource {name}={amount} of each worker: expected 0 or more.")
+        gpus, each = resources["GPU"], self.devices_per_worker
+        if gpus > each or (each > 1 and gpus not in (0, each)):
+            raise ValueError(
+                f"`resources_per_worker={{'GPU': {gpus:g}}}`: a worker of `{type(self).__name__}`"
+                f" is one process and trains on {each} GPU{'s' if each > 1 else ''}. Ask for more"
+                " workers instead."
+            )
+        return {name: amount for name, amount in resources.items() if amount}
+
+    @property
+    def bound_device(self) -> torch.device | None:
+        """The one device whose tensors this rank exchanges; `None` if there are several."""
+        return self.root_device if self.root_device.type != "cpu" else None
+
+    def gather(self, trainer: "Trainer") -> Whole:
+        """What rank 0 sends home when a run has ended; called on all ranks."""
+        # A checkpoint that is only to be tested is loaded as well.
+        changed = trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path
+        return Whole(weights_of(trainer) if changed else None)
+
+    def dump_checkpoint(self, trainer: "Trainer") -> dict[str, Any]:
+        """A checkpoint that rank 0 can save alone; called on all ranks."""
+        return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
     @property
     def _environment(self) -> RayEnvironment:
@@ -139,7 +167,6 @@ class RayStrategy(_LightningDDPStrategy):
         # Nodes may hold different numbers of workers.
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
-    @override
     def set_world_ranks(self) -> None:
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
@@ -147,13 +174,41 @@ class RayStrategy(_LightningDDPStrategy):
     def _configure_launcher(self) -> None:
         self._launcher = RayLauncher(self)
 
-    @override
     def setup_distributed(self) -> None:
+        """Join the other ranks, unless they have been brought together from outside."""
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
+        if not self.runs_elsewhere:
+            return
         self._environment.place.join_group(
             self._process_group_backend,
             self._timeout or default_pg_timeout,
-            device_id=self.root_device if self.root_device.type != "cpu" else None,
+            device_id=self.bound_device,
         )
+
+
+class RayStrategy(OnRay, _LightningDDPStrategy):
+    """Lightning's DDP, whose ranks are Ray actors; the program itself stays where it is.
+
+    The Trainer is pickled and sent to the workers. When they are done, their weights, metrics,
+    progress, callbacks and optimizers are those of the Trainer here. The workers stay for later
+    calls, of this trainer and of others.
+
+    Args:
+        num_workers: Number of workers, each with one rank.
+        num_cpus_per_worker: CPUs to reserve for each; also its intra-op threads.
+        use_gpu: Whether each worker gets a GPU and trains on it.
+        init_hook: Called on each worker when it has started, before anything is unpickled.
+        resources_per_worker: More to reserve for each worker. ``CPU`` and ``GPU`` go before the
+            arguments above.
+        max_failures: How often `fit` may lose workers and go on with new ones, from the end of the
+            last whole epoch. The state of training then comes here after each epoch.
+        **kwargs: As Lightning's `DDPStrategy`, and through it
+            `torch.nn.parallel.DistributedDataParallel`.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    strategy_name = "ddp_ray"

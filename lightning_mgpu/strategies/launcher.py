@@ -23,7 +23,7 @@ from lightning_mgpu.strategies.predictions import RankPredictions, merge_predict
 if TYPE_CHECKING:
     import torch
     from lightning.pytorch import Callback, Trainer
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 __all__: list[str] = []
 
@@ -143,7 +143,7 @@ class _Entry:
 
 
 def names_of_parts(
-    strategy: "DDPStrategy",
+    strategy: "Strategy",
     trainer: "Trainer | None",
     function: Callable[..., Any],
     args: tuple[Any, ...],

@@ -42,7 +42,7 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
     def __init__(self, *args: Any, stages: int = 2, **kwargs: Any) -> None:
         if not isinstance(stages, int) or stages < 1:
             raise ValueError(
-                f"`PipelineDDPStrategy(stages={stages!r})`: give the number of devices of each"
+                f"`{type(self).__name__}(stages={stages!r})`: give the number of devices of each"
                 " process, at least 1."
             )
         self.stages = stages
@@ -56,14 +56,16 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        count = len(devices or ())
+        self._check_devices(len(devices or ()))
+        self._parallel_devices = devices
+
+    def _check_devices(self, count: int) -> None:
         if count % self.stages:
             raise MisconfigurationException(
                 f"`Trainer(devices={count}, strategy=PipelineDDPStrategy(stages={self.stages}))`:"
                 f" {count} devices cannot be shared out among processes with {self.stages} stages"
                 f" each. Use a multiple of {self.stages}."
             )
-        self._parallel_devices = devices
 
     @property
     @override
