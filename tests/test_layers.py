@@ -19,7 +19,7 @@ _MAY_IMPORT = {
     "demo": {"demo"},
     "strategies": {"strategies", "engine", "launch", "report"},
     "plan": {"plan", "strategies", "engine", "build", "errors"},
-    "ray": {"ray", "strategies", "engine", "launch", "errors"},
+    "ray": {"ray", "strategies", "engine", "launch", "build", "errors"},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "report")
 _FILES = sorted(PACKAGE.rglob("*.py"))

@@ -179,14 +179,22 @@ def test_thread_left_running_is_named_in_the_log(dirty: Swept) -> None:
     assert "threads dirt. With hydra.sweeper.reuse_actors=false" in log
 
 
-def test_population_goes_on_from_the_better_with_new_values(ray_address: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "trials"),
+    [("null", 4), ("{_target_:lightning_mgpu.ray.RayStrategy,num_workers:1}", 2)],
+    ids=["here", "on-ray"],
+)
+def test_population_goes_on_from_the_better_with_new_values(
+    ray_address: str, strategy: str, trials: int
+) -> None:
     done = sweep(
         "population_app.py",
         ray_address,
+        f"strategy={strategy}",
         *("lr=1e-4,1e-1", "decay=interval(0.01,0.1)", "hydra/sweeper/scheduler=pbt"),
         *("hydra/sweeper/search_alg=random", "hydra.sweeper.search_alg.seed=1"),
-        *("hydra.sweeper.num_samples=4", "hydra.sweeper.metric=score", "hydra.sweeper.mode=max"),
-        *("hydra.sweeper.scheduler.perturbation_interval=2", "hydra.sweeper.report=last"),
+        *("hydra.sweeper.metric=score", "hydra.sweeper.mode=max", "hydra.sweeper.report=last"),
+        *(f"hydra.sweeper.num_samples={trials}", "hydra.sweeper.scheduler.perturbation_interval=2"),
         "hydra.sweeper.scheduler.quantile_fraction=0.5",
     )
     assert done.code == 0, done.err
@@ -246,6 +254,24 @@ def test_ranks_of_a_trial_train_the_same_trial_and_stop_together(ray_address: st
     assert reports[0.1] == 4
     assert reports[0.001] < 4
     assert done.value("lr")[0.001]["status"] == "stopped"
+
+
+def test_trials_with_and_without_workers_on_ray(ray_address: str) -> None:
+    """Both CPUs are the workers': nothing is reserved twice, or trials on Ray would never start."""
+    done = sweep(
+        "lightning_mgpu",
+        ray_address,
+        *("+search_space=strategies", "hydra/sweeper/scheduler=asha", "+strategy=choice(dp,ray)"),
+        *("model.lr=choice(0.003,0.0)", "hydra.sweeper.scheduler.reduction_factor=2"),
+        *("trainer=cpu", "trainer.max_epochs=3", "data.batch_size=256"),
+    )
+    assert done.code == 0, done.out + done.err
+    ends = {(t["params"]["strategy"], t["params"]["model.lr"]): t for t in done.trials}
+    for strategy in ("dp", "ray"):
+        learns, stays = ends[strategy, 0.003], ends[strategy, 0.0]
+        assert (learns["status"], learns["reports"]) == ("done", 3)
+        assert (stays["status"], stays["reports"]) == ("stopped", 1)
+        assert Path(learns["checkpoint"]).exists()
 
 
 SLOW = (

@@ -58,8 +58,10 @@ class Watch:
             return None  # its run will tell
         if asked is None:
             return None
-        function, arguments = cloudpickle.loads(asked)
-        function(*arguments)
+        function, arguments, wants_answer = cloudpickle.loads(asked)
+        result = function(*arguments)
+        if wants_answer:
+            self._first.take_answer.remote(cloudpickle.dumps(result))
         return self._next_message()
 
     def _take(self, run: "Future[Any]") -> None:

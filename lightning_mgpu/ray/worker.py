@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import os
+import pickle
 import queue
 import sys
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ class TrainWorker:
 
     def __init__(self, hook: bytes | None) -> None:
         self._messages: queue.Queue[bytes | None] = queue.Queue(_MESSAGES)
+        self._answers: queue.Queue[bytes] = queue.Queue()
         self._rendezvous: Rendezvous | None = None
         if hook is not None:
             cloudpickle.loads(hook)()
@@ -97,9 +99,18 @@ class TrainWorker:
         """Wait for something that the driver is to do; `None` when the run is over."""
         return self._messages.get()
 
+    @ray.method(concurrency_group="messages")
+    def take_answer(self, answer: bytes) -> None:
+        """What the driver says to a message that asks."""
+        self._answers.put(answer)
+
     def post(self, message: bytes) -> None:
         """Leave a message for the driver."""
         self._messages.put(message)
+
+    def wait_for_answer(self) -> bytes:
+        """Wait for what the driver says to the message before."""
+        return self._answers.get()
 
 
 _current: TrainWorker | None = None
@@ -113,7 +124,17 @@ def is_worker() -> bool:
 def call_on_driver(function: Callable[..., Any], *args: Any) -> None:
     """Have the driver call a function, in the order of the calls. Does not wait for it."""
     assert _current is not None, "no run"
-    _current.post(cloudpickle.dumps((function, args)))
+    _current.post(cloudpickle.dumps((function, args, False)))
+
+
+def ask_driver(function: Callable[..., Any], *args: Any) -> Any:
+    """Have the driver call a function, after those of the calls before, and wait for its result.
+
+    For rank 0 alone: the driver listens to nobody else.
+    """
+    assert _current is not None, "no run"
+    _current.post(cloudpickle.dumps((function, args, True)))
+    return pickle.loads(_current.wait_for_answer())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, TensorDataset
@@ -42,6 +43,7 @@ class Net(LightningModule):
 @hydra.main(version_base="1.3", config_path="plain_conf", config_name="population")
 def main(cfg: DictConfig) -> None:
     trainer = Trainer(
+        strategy="auto" if cfg.strategy is None else instantiate(cfg.strategy),
         accelerator="cpu",
         max_epochs=6,
         logger=False,

@@ -2,13 +2,15 @@
 
 Lightning asks `callbacks` for more callbacks whenever a Trainer is made (see the entry point in
 pyproject.toml); only inside a trial there is one. Imports no Ray: the ranks of a distributed trial
-receive the callback, too.
+receive the callback, too. Where those are workers on Ray, rank 0 asks the trial's process, which
+waits for them.
 """
 
 import json
 import logging
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,6 +90,55 @@ def callbacks() -> list[Checkpoint]:
     ]
 
 
+def deliver(metrics: dict[str, Any], directory: Path | None) -> bool:
+    """Report, in the process of the trial; whether the trial is to end."""
+    if _current is None or _current.stopped:
+        return False
+    _current.sent += 1
+    try:
+        _current.send(metrics, directory)
+    except SystemExit:
+        _current.stopped = True
+    return _current.stopped
+
+
+def _deliver_files(metrics: dict[str, Any], files: dict[str, bytes]) -> bool:
+    """Report a checkpoint that was made on another machine, or may have been."""
+    with tempfile.TemporaryDirectory(prefix="trial-") as directory:
+        for name, data in files.items():
+            path = Path(directory, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return deliver(metrics, Path(directory))
+
+
+def _note(seen: set[str], best_checkpoint: dict[str, str]) -> None:
+    if _current is not None:
+        _current.seen |= seen
+        _current.best_checkpoint |= best_checkpoint
+
+
+def _note_restored() -> None:
+    if _current is not None:
+        _current.restore_from = None
+
+
+def _worker() -> Any:
+    """The module of this process's worker if it is one on Ray, and the trial is elsewhere."""
+    module = sys.modules.get("lightning_mgpu.ray.worker")
+    return module if module is not None and module.is_worker() else None
+
+
+def _tell(trainer: Trainer, function: Callable[..., None], *args: Any) -> None:
+    """Call a function in the process of the trial."""
+    if not trainer.is_global_zero:
+        return
+    if (worker := _worker()) is not None:
+        worker.call_on_driver(function, *args)
+    else:
+        function(*args)
+
+
 class ReportCallback(Checkpoint):
     """Reports at the end of each epoch, and after each validation in between.
 
@@ -123,8 +174,7 @@ class ReportCallback(Checkpoint):
         path, self._restore_from = self._restore_from, None
         if path is None or (_current is not None and _current.restore_from is None):
             return
-        if _current is not None:
-            _current.restore_from = None  # a second fit of the trial starts as the user says
+        _tell(trainer, _note_restored)  # a second fit of the trial starts as the user says
         self._mutations = mutation.compare(json.loads((path / _GROUPS).read_text()), self._groups)
         # Lightning restores what is left, loops and optimizers, right after this hook.
         trainer._checkpoint_connector._restore_modules_and_callbacks(path / CHECKPOINT, False)
@@ -157,9 +207,7 @@ class ReportCallback(Checkpoint):
         self._is_new = False
         metrics = _numbers(trainer)
         best = _best_checkpoint(trainer)
-        if _current is not None:
-            _current.seen |= set(metrics)
-            _current.best_checkpoint |= best
+        _tell(trainer, _note, set(metrics), best)
         is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if not is_due or self._metric not in metrics:
             return
@@ -176,18 +224,18 @@ class ReportCallback(Checkpoint):
 
     def _send(self, trainer: Trainer, metrics: dict[str, Any], directory: Path | None) -> None:
         stop = False
-        if _current is not None and trainer.is_global_zero and not _current.stopped:
-            _current.sent += 1
-            try:
-                _current.send(metrics, directory)
-            except SystemExit:
-                _current.stopped = stop = True
-                if trainer.world_size == 1:
-                    raise
-        if trainer.world_size > 1:
-            # Leaving from rank 0 alone would take the other ranks' processes with it, which the
-            # next trial can use: all of them come to the end of `fit` together.
-            trainer.should_stop = trainer.should_stop or trainer.strategy.broadcast(stop)
+        if trainer.is_global_zero:
+            if (worker := _worker()) is None:
+                stop = deliver(metrics, directory)
+                if stop and trainer.world_size == 1:
+                    raise SystemExit(0)
+            elif directory is None:
+                stop = worker.ask_driver(deliver, metrics, None)
+            else:
+                stop = worker.ask_driver(_deliver_files, metrics, _read(directory))
+        # Leaving from rank 0 alone would take the other ranks' processes with it, which the next
+        # trial can use: all of them come to the end of `fit` together.
+        trainer.should_stop = trainer.should_stop or trainer.strategy.broadcast(stop)
 
     def _save(self, trainer: Trainer) -> Path:
         directory = Path(trainer.strategy.broadcast(tempfile.mkdtemp(prefix="trial-")))
@@ -195,6 +243,11 @@ class ReportCallback(Checkpoint):
         if trainer.is_global_zero:
             (directory / _GROUPS).write_text(json.dumps(self._groups))
         return directory
+
+
+def _read(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def _is_training(trainer: Trainer) -> bool:

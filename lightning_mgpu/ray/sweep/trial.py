@@ -12,7 +12,7 @@ from typing import Any
 
 import cloudpickle
 from ray.train._internal.session import get_session
-from ray.tune import Checkpoint
+from ray.tune import Checkpoint, PlacementGroupFactory
 from ray.tune.result import RESULT_DUPLICATE
 from ray.tune.trainable.function_trainable import FunctionTrainable
 from typing_extensions import override
@@ -22,6 +22,7 @@ from lightning_mgpu.ray.sweep import reporter
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.output import output_to
 from lightning_mgpu.ray.sweep.records import OBJECTIVE
+from lightning_mgpu.ray.sweep.resources import request
 from lightning_mgpu.ray.sweep.scrub import Scrubber, adopt
 from lightning_mgpu.ray.sweep.space import Space
 
@@ -73,6 +74,11 @@ class HydraTrial(FunctionTrainable):
     def of(cls, plan: TrialPlan) -> type["HydraTrial"]:
         """The trainable of a sweep."""
         return type("HydraJob", (cls,), {"payload": plan.dumps(), "_name": "hydra"})
+
+    @classmethod
+    @override
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory | None:
+        return request(config)
 
     @override
     def setup(self, config: dict[str, Any]) -> None:

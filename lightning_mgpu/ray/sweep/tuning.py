@@ -12,10 +12,10 @@ import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
 from ray.tune.search import ConcurrencyLimiter
 
-from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.sweep.cluster import connected
 from lightning_mgpu.ray.sweep.options import needs_checkpoints, stops_early
 from lightning_mgpu.ray.sweep.progress import Progress
+from lightning_mgpu.ray.sweep.resources import requests_of
 from lightning_mgpu.ray.sweep.schedulers import build_scheduler
 from lightning_mgpu.ray.sweep.searchers import Trials, build_searcher, trial_number
 from lightning_mgpu.ray.sweep.trial import HydraTrial, TrialPlan
@@ -51,7 +51,8 @@ def tune(sweep: "Sweep") -> bool:
         )
     with connected(options.ray), _quiet_tune(), Progress(sweep.records, sweep.num_samples) as show:
         watcher = Watcher(sweep.records, sweep.describe, show)
-        _run(sweep, watcher)
+        with requests_of(sweep):
+            _run(sweep, watcher)
     return watcher.interrupted
 
 
@@ -64,8 +65,6 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         options.max_concurrent_trials
     ):
         searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
-    resources = {"cpu": options.resources_per_trial.cpu, "gpu": options.resources_per_trial.gpu}
-    _check_resources(resources)
     plan = TrialPlan(
         job=sweep.job,
         space=sweep.space,
@@ -92,7 +91,6 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         scheduler=scheduler,
         stop=TooManyFailures(sweep.records, options.max_failure_rate),
         time_budget_s=options.time_budget_s,
-        resources_per_trial=resources,
         reuse_actors=options.reuse_actors,
         max_failures=options.max_failures,
         checkpoint_config=CheckpointConfig(num_to_keep=_checkpoints_kept(options)),
@@ -113,17 +111,6 @@ def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:
 
 def _name(trial: Any) -> str:
     return str(trial_number(trial))
-
-
-def _check_resources(wanted: dict[str, float]) -> None:
-    there = ray.cluster_resources()
-    for name, amount in wanted.items():
-        if amount > there.get(name.upper(), 0):
-            raise ConfigError(
-                f"hydra.sweeper.resources_per_trial.{name}={amount:g}: there are"
-                f" {there.get(name.upper(), 0):g}. Ask for less, or join a cluster by"
-                " hydra.sweeper.ray.address."
-            )
 
 
 @contextlib.contextmanager
