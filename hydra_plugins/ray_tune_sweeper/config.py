@@ -169,6 +169,9 @@ class RayTuneSweeperConf:
 
     max_failures: int = 0  # how often a failed trial is tried again
     max_failure_rate: float = 1.0  # the sweep ends when more of its trials have failed
+    # fail | retry_smaller: a trial that is out of memory runs again with half the batch size and
+    # twice the accumulated batches, as long as there is something to halve.
+    on_oom: str = "fail"
     keep_checkpoints: int = 0  # for each trial, beside those of the job itself
 
     resume: str | None = None  # the directory of a sweep that was interrupted

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-_WORDS = {"mode": ("min", "max"), "report": ("best", "last")}
+_WORDS = {"mode": ("min", "max"), "report": ("best", "last"), "on_oom": ("fail", "retry_smaller")}
 _POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_epochs")
 _NOT_NEGATIVE = ("max_failures", "keep_checkpoints")
 _NEEDS = {  # each search and the package it is made of

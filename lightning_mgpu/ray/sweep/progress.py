@@ -74,6 +74,8 @@ class Progress:
         left = self.seconds_left()
         about = f", about {_clock(left)} left" if left else ""
         ended = f"{self._ended()} of {self._total}"
+        if record.halvings:
+            values += f", batch halved {record.halvings} times"
         return f"Trial {record.number} {record.status}: {result} ({values}). {ended}{about}."
 
     def table(self) -> Table:

@@ -19,6 +19,7 @@ class TrialRecord:
         metrics: All metrics of the latest report.
         checkpoint: The best one that the job itself has saved.
         reason: Why it failed.
+        halvings: How often its batch was halved, since it ran out of memory.
     """
 
     number: int
@@ -31,6 +32,7 @@ class TrialRecord:
     checkpoint: str | None = None
     reason: str | None = None
     failures: int = 0
+    halvings: int = 0
     seconds: float = 0.0
 
     def value(self, mode: str, takes_best: bool) -> float | None:

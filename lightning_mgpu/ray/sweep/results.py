@@ -71,6 +71,9 @@ def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
     }
     if record.checkpoint is not None:
         found["checkpoint"] = record.checkpoint
+    if record.halvings:
+        found["batch_halvings"] = record.halvings
+        found["overrides"] = record.overrides
     if record.reason is not None:
         found["reason"] = record.reason
     return found

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from lightning_mgpu.errors import ConfigError, SweepFailedError
 from lightning_mgpu.ray.sweep.custom import add_custom
 from lightning_mgpu.ray.sweep.job import Job
+from lightning_mgpu.ray.sweep.memory import HALVINGS, batch_size, check_shrinkable, compose
 from lightning_mgpu.ray.sweep.options import check_options, check_space
 from lightning_mgpu.ray.sweep.records import OBJECTIVE, Records
 from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
@@ -64,15 +65,23 @@ class Sweep:
         directory = Path(options.resume or job.config.hydra.sweep.dir).absolute()
         records = Records(options.metric or OBJECTIVE, options.mode, options.report == "best")
         sweep = cls(job, options, space, directory, _num_samples(options, space), records)
-        job.compose(space.example(), 0, directory)  # raises what Hydra has to say against it
+        cfg = job.compose(space.example(), 0, directory)  # raises what Hydra has against it
+        if options.on_oom == "retry_smaller":
+            check_shrinkable(cfg)
         sweep._claim_directory()
         return sweep
 
     def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
         """Overrides and directory of the trial that has these values."""
-        overrides = self.space.overrides(values)
-        cfg = self.job.compose(overrides, number, self.directory)
+        overrides, cfg = compose(self.job, self.space, values, number, self.directory)
         return overrides, self.job.output_dir(cfg)
+
+    def smaller(self, values: dict[str, Any]) -> dict[str, Any] | None:
+        """The values of a trial once more, with its batch halved; `None` if that cannot be."""
+        _, cfg = compose(self.job, self.space, values, 0, self.directory)
+        if batch_size(cfg) == 1:
+            return None
+        return {**values, HALVINGS: values.get(HALVINGS, 0) + 1}
 
     def _claim_directory(self) -> None:
         """Write down what is searched; a resumed sweep must search the same."""

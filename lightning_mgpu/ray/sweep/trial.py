@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import pickle
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from typing_extensions import override
 
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray.sweep import reporter
+from lightning_mgpu.ray.sweep.failures import failures_in_words
 from lightning_mgpu.ray.sweep.job import Job
+from lightning_mgpu.ray.sweep.memory import compose
 from lightning_mgpu.ray.sweep.output import output_to
 from lightning_mgpu.ray.sweep.records import OBJECTIVE
 from lightning_mgpu.ray.sweep.scrub import Scrubber, adopt
@@ -32,10 +33,6 @@ log = logging.getLogger(__name__)
 LOG_FILE = "trial.log"
 # How long a trial that was stopped may take to end before its process is given up.
 _END_SECONDS = 600
-
-
-class TrialFailedError(RuntimeError):
-    """A trial failed. In words, since the error itself may not be known where they are read."""
 
 
 class MetricMissingError(RuntimeError):
@@ -99,11 +96,10 @@ class HydraTrial(FunctionTrainable):
             restore_from=Path(restored.path) if restored is not None else None,
         )
         try:
-            with _failures_in_words():
-                overrides = plan.space.overrides(config)
-                cfg = plan.job.compose(overrides, number, plan.sweep_dir)
+            with failures_in_words():
+                _, cfg = compose(plan.job, plan.space, config, number, plan.sweep_dir)
                 directory = plan.job.output_dir(cfg)
-            with output_to(directory / LOG_FILE), _reporting(reporting), _failures_in_words():
+            with output_to(directory / LOG_FILE), _reporting(reporting), failures_in_words():
                 value = _run(plan.job, cfg, reporting)
                 if reporting.stopped:
                     raise SystemExit(0)
@@ -173,13 +169,3 @@ def _reporting(reporting: reporter.Reporting) -> Iterator[None]:
         yield
     finally:
         reporter.end()
-
-
-@contextlib.contextmanager
-def _failures_in_words() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        traceback.print_exc()
-        line = " ".join(str(error).split())
-        raise TrialFailedError(f"{type(error).__name__}: {line}") from None

@@ -14,6 +14,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.sweep.cluster import connected
+from lightning_mgpu.ray.sweep.failures import SweepTrial, retrying
 from lightning_mgpu.ray.sweep.options import needs_checkpoints, stops_early
 from lightning_mgpu.ray.sweep.progress import Progress
 from lightning_mgpu.ray.sweep.schedulers import build_scheduler
@@ -50,7 +51,9 @@ def tune(sweep: "Sweep") -> bool:
             options.mode,
         )
     with connected(options.ray), _quiet_tune(), Progress(sweep.records, sweep.num_samples) as show:
-        watcher = Watcher(sweep.records, sweep.describe, show)
+        retries = options.on_oom == "retry_smaller"
+        kind = retrying(sweep.smaller) if retries else SweepTrial
+        watcher = Watcher(sweep.records, sweep.describe, show, kind)
         _run(sweep, watcher)
     return watcher.interrupted
 
