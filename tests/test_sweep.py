@@ -84,6 +84,23 @@ def test_best_trial_is_the_best_and_its_command_runs_it_again(plain: Swept) -> N
     assert Path("again/metrics.csv").read_text() == (best / "metrics.csv").read_text()
 
 
+def test_several_metrics_leave_a_front(ray_address: str) -> None:
+    done = sweep(
+        "failing_app.py",
+        ray_address,
+        *("kind=compromise", "data.batch_size=interval(1,64)", "hydra.sweeper.mode=[min,max]"),
+        *("hydra/sweeper/search_alg=optuna", "hydra/sweeper/scheduler=fifo"),
+        *("hydra.sweeper.num_samples=4", "hydra.sweeper.search_alg.seed=0"),
+    )
+    assert done.code == 0, done.err
+    solutions = done.results["solutions"]
+    assert solutions == sorted(solutions, key=lambda one: one["trial"])
+    assert [one["values"][0] for one in solutions] == [
+        trial["params"]["data.batch_size"] for trial in done.trials
+    ]
+    assert all(one["command"] in done.out for one in solutions)
+
+
 @pytest.fixture(scope="module")
 def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     directory = tmp_path_factory.mktemp("failing")

@@ -153,9 +153,9 @@ class RayTuneSweeperConf:
     # module.function(cfg, space) returns more of the space, or values computed from others.
     custom_search_space: str | None = None
 
-    # What to optimise: a logged metric; null is what the job returns.
-    metric: str | None = None
-    mode: str = "min"  # min | max
+    # What to optimise: a logged metric, or a list of them; null is what the job returns.
+    metric: Any = None
+    mode: Any = "min"  # min | max; a list with one for each metric
     report: str = "best"  # best | last: which value of a run counts
     every_n_epochs: int = 1
 

@@ -35,6 +35,8 @@ def main(cfg: DictConfig):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
     if cfg.kind == "greedy":
         return float(cfg.data.batch_size * cfg.trainer.accumulate_grad_batches)
+    if cfg.kind == "compromise":
+        return cfg.data.batch_size, cfg.data.batch_size  # one shall be small, the other large
     return {"diverge": float("nan"), "none": None}.get(cfg.kind, 0.5)
 
 

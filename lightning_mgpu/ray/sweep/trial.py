@@ -22,7 +22,6 @@ from lightning_mgpu.ray.sweep.failures import failures_in_words
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.memory import compose
 from lightning_mgpu.ray.sweep.output import output_to
-from lightning_mgpu.ray.sweep.records import OBJECTIVE
 from lightning_mgpu.ray.sweep.scrub import Scrubber, adopt
 from lightning_mgpu.ray.sweep.space import Space
 
@@ -41,12 +40,18 @@ class MetricMissingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What every trial of a sweep has in common."""
+    """What every trial of a sweep has in common.
+
+    Attributes:
+        objectives: Names of what is optimised.
+        are_logged: Whether these are metrics that the job logs, or stand for what it returns.
+    """
 
     job: Job
     space: Space
     sweep_dir: Path
-    metric: str | None
+    objectives: tuple[str, ...]
+    are_logged: bool
     every_n_epochs: int
     saves: bool
     threads: int
@@ -90,7 +95,7 @@ class HydraTrial(FunctionTrainable):
         restored = session.loaded_checkpoint
         reporting = reporter.Reporting(
             send=_send,
-            metric=plan.metric,
+            metrics=plan.objectives if plan.are_logged else (),
             every_n_epochs=plan.every_n_epochs,
             saves=plan.saves,
             restore_from=Path(restored.path) if restored is not None else None,
@@ -142,24 +147,32 @@ def _send(metrics: dict[str, Any], directory: Path | None) -> None:
 
 def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> None:
     """Report what the job returned, where that is its result."""
-    if plan.metric is not None and reporting.sent:
+    if plan.are_logged and reporting.sent:
         return
-    name = plan.metric or OBJECTIVE
-    if isinstance(value, dict):
-        value = value.get(name)
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        values = _by_objective(plan, value)
+    except (KeyError, TypeError, ValueError):
         logged = ", ".join(sorted(reporting.seen)) or "nothing"
+        names = ", ".join(plan.objectives)
         raise MetricMissingError(
-            f"the job returned {value!r} and named no metric; set hydra.sweeper.metric to one of"
-            f" those it logs ({logged})"
-            if plan.metric is None
-            else f"hydra.sweeper.metric={name} was never logged; logged were: {logged}"
+            f"hydra.sweeper.metric={names} was never logged; logged were: {logged}"
+            if plan.are_logged
+            else f"the job returned {value!r} and named no metric; set hydra.sweeper.metric to one"
+            f" of those it logs ({logged})"
         ) from None
-    if number != number:
-        raise reporter.NotFiniteError(f"the job returned {number}")
-    _send({name: number, **reporting.best_checkpoint}, None)
+    for number in values.values():
+        if number != number:
+            raise reporter.NotFiniteError(f"the job returned {number}")
+    _send({**values, **reporting.best_checkpoint}, None)
+
+
+def _by_objective(plan: TrialPlan, value: Any) -> dict[str, float]:
+    """What a job returns: a number, or several by name or in the order of the objectives."""
+    names = plan.objectives
+    if isinstance(value, dict):
+        return {name: float(value[name]) for name in names}
+    values = [value] if len(names) == 1 else value
+    return {name: float(item) for name, item in zip(names, values, strict=True)}
 
 
 @contextlib.contextmanager

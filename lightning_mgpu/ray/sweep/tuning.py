@@ -59,10 +59,12 @@ def tune(sweep: "Sweep") -> bool:
 
 
 def _run(sweep: "Sweep", watcher: Watcher) -> None:
-    options, metric = sweep.options, sweep.records.metric
+    options, objectives = sweep.options, sweep.records.objectives
+    # Ray itself compares by one metric only, and has nothing to compare for several.
+    metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
     scheduler = build_scheduler(options, sweep.space)
     watcher.watch(scheduler)
-    searcher = build_searcher(options, sweep.space, metric)
+    searcher = build_searcher(options, sweep.space, objectives)
     if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
         options.max_concurrent_trials
     ):
@@ -73,7 +75,8 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         job=sweep.job,
         space=sweep.space,
         sweep_dir=sweep.directory,
-        metric=options.metric,
+        objectives=tuple(objective.name for objective in objectives),
+        are_logged=options.metric is not None,
         every_n_epochs=options.every_n_epochs,
         saves=options.keep_checkpoints > 0 or needs_checkpoints(options),
         threads=max(1, int(options.resources_per_trial.cpu)),
@@ -83,15 +86,9 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         name=sweep.directory.name,
         storage_path=str(sweep.directory.parent),
         metric=metric,
-        mode=options.mode,
+        mode=mode,
         num_samples=sweep.num_samples,
-        search_alg=Trials(
-            searcher,
-            sweep.num_samples,
-            metric,
-            options.mode,
-            options.report == "best",
-        ),
+        search_alg=Trials(searcher, sweep.num_samples, objectives, sweep.records.takes_best),
         scheduler=scheduler,
         stop=TooManyFailures(sweep.records, options.max_failure_rate),
         time_budget_s=options.time_budget_s,
