@@ -84,13 +84,30 @@ def test_best_trial_is_the_best_and_its_command_runs_it_again(plain: Swept) -> N
     assert Path("again/metrics.csv").read_text() == (best / "metrics.csv").read_text()
 
 
+def test_several_metrics_leave_a_front(ray_address: str) -> None:
+    done = sweep(
+        "failing_app.py",
+        ray_address,
+        *("kind=compromise", "data.batch_size=interval(1,64)", "hydra.sweeper.mode=[min,max]"),
+        *("hydra/sweeper/search_alg=optuna", "hydra/sweeper/scheduler=fifo"),
+        *("hydra.sweeper.num_samples=4", "hydra.sweeper.search_alg.seed=0"),
+    )
+    assert done.code == 0, done.err
+    solutions = done.results["solutions"]
+    assert solutions == sorted(solutions, key=lambda one: one["trial"])
+    assert [one["values"][0] for one in solutions] == [
+        trial["params"]["data.batch_size"] for trial in done.trials
+    ]
+    assert all(one["command"] in done.out for one in solutions)
+
+
 @pytest.fixture(scope="module")
 def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     directory = tmp_path_factory.mktemp("failing")
     return sweep(
         "failing_app.py",
         ray_address,
-        "kind=ok,raise,exit,kill,diverge,none",
+        "kind=ok,raise,exit,kill,diverge,none,huge",
         *("hydra/sweeper/search_alg=grid", "hydra.sweeper.max_concurrent_trials=2"),
         directory=str(directory / "sweep"),
     )
@@ -104,6 +121,7 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
         ("kill", "its process died"),
         ("diverge", "NotFiniteError: the job returned nan"),
         ("none", "the job returned None and named no metric; set hydra.sweeper.metric"),
+        ("huge", "out of memory, MemoryError: too much"),
     ],
 )
 def test_failed_trial_says_why_and_the_sweep_goes_on(
@@ -113,7 +131,7 @@ def test_failed_trial_says_why_and_the_sweep_goes_on(
     trial = failing.value("kind")[kind]
     assert trial["status"] == "failed"
     assert reason in trial["reason"]
-    assert "5 of 6 trials failed" in failing.out + failing.err
+    assert "6 of 7 trials failed" in failing.out + failing.err
 
 
 def test_failed_trial_is_tried_again_as_often_as_asked(ray_address: str) -> None:
@@ -125,6 +143,25 @@ def test_failed_trial_is_tried_again_as_often_as_asked(ray_address: str) -> None
     )
     assert done.code == 0, done.err
     assert done.trials[0]["status"] == "done"
+
+
+def test_trial_without_memory_runs_again_with_smaller_batches(ray_address: str) -> None:
+    done = sweep(
+        "failing_app.py",
+        ray_address,
+        *("kind=greedy,huge", "hydra/sweeper/search_alg=grid"),
+        "hydra.sweeper.on_oom=retry_smaller",
+    )
+    assert done.code == 0, done.err
+    greedy, huge = done.trials
+    smaller = ["++data.batch_size=2", "++trainer.accumulate_grad_batches=4"]
+    assert (greedy["status"], greedy["value"], greedy["batch_halvings"]) == ("done", 8.0, 1)
+    assert greedy["overrides"] == ["kind=greedy", *smaller]
+    assert smaller[0] in done.results["best_command"]
+    assert "batch halved 1 times" in done.out
+    assert (huge["status"], huge["batch_halvings"]) == ("failed", 2)  # to a batch of 1
+    assert huge["reason"] == "out of memory, MemoryError: too much"
+    assert (done.directory / "1" / "trial.log").read_text().count("printed by huge") == 3
 
 
 def test_output_of_a_trial_is_in_its_log_alone(failing: Swept) -> None:

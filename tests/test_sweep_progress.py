@@ -4,6 +4,7 @@ import io
 import logging
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from lightning_mgpu.ray.sweep import results
+from lightning_mgpu.ray.sweep.objectives import Objective
 from lightning_mgpu.ray.sweep.progress import Progress
 from lightning_mgpu.ray.sweep.records import Records, TrialRecord
 from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
@@ -45,6 +47,43 @@ def test_best_trial_is_by_best_or_last_value(mode: str, takes_best: bool, best: 
 def test_failed_and_empty_trials_are_never_the_best() -> None:
     assert records(record(0, "failed", 0.9), record(1, "running")).best() is None
     assert records().best() is None
+
+
+def several(*trials: TrialRecord) -> Records:
+    """Loss as small and accuracy as large as can be; the latest report counts."""
+    found = records(*trials, mode="min", takes_best=False)
+    return replace(found, metric="loss", others=(Objective("acc", "max"),))
+
+
+def test_front_holds_what_nothing_is_better_than() -> None:
+    found = several(
+        record(0, "done", 0.1, 0.5, metrics={"acc": 0.9}),
+        record(1, "done", 0.4, metrics={"acc": 0.8}),
+        record(2, "done", 0.5, metrics={"acc": 0.8}),  # 0 and 1 are better
+        record(3, "failed", 0.1, metrics={"acc": 1.0}),
+        record(4, "done", 0.1),
+        record(5, "done", 0.5, metrics={"acc": 0.9}),  # as good as 0
+    )
+    assert [trial.number for trial in found.front()] == [0, 1, 5]
+    assert found.values(found.trials[1]) == {"loss": 0.4, "acc": 0.8}
+    assert found.values(found.trials[4]) is None
+
+
+def test_several_objectives_are_shown_and_written(tmp_path: Path) -> None:
+    found = several(
+        record(0, "done", 0.5, metrics={"acc": 0.9}), record(1, "done", 0.4, metrics={"acc": 0.8})
+    )
+    out = io.StringIO()
+    with Progress(found, 2, Console(file=out, force_terminal=True, width=90)) as progress:
+        progress(None)
+    assert "best so far: trial 0, loss=0.5 acc=0.9" in out.getvalue()
+    assert "best so far: trial 1, loss=0.4 acc=0.8" in out.getvalue()
+    content = yaml.safe_load(write_results(found, tmp_path).read_text())
+    assert (content["metric"], content["mode"]) == (["loss", "acc"], ["min", "max"])
+    assert [s["values"] for s in content["solutions"]] == [[0.5, 0.9], [0.4, 0.8]]
+    assert content["solutions"][0]["params"] == {"lr": 0.001, "act": "relu"}
+    assert content["trials"][1]["value"] == [0.4, 0.8]
+    assert "best_trial" not in content
 
 
 def test_line_of_a_trial_says_what_became_of_it() -> None:

@@ -46,10 +46,10 @@ def sent() -> Iterator[Sent]:
 _REPORTING = ("every_n_epochs", "saves", "restore_from")
 
 
-def make_trainer(sent: Sent, *, metric: str | None = "val_loss", **options: Any) -> Trainer:
+def make_trainer(sent: Sent, *, metrics: str = "val_loss", **options: Any) -> Trainer:
     """A Trainer as made within a trial; options of `Reporting` and of the Trainer."""
     reporting = {name: options.pop(name) for name in _REPORTING if name in options}
-    reporter.begin(Reporting(send=sent, metric=metric, **reporting))
+    reporter.begin(Reporting(send=sent, metrics=tuple(metrics.split()), **reporting))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     given = {**quiet, "max_epochs": 2, "accelerator": "cpu", **options}
     callbacks = [*given.pop("callbacks", []), *reporter.callbacks()]
@@ -70,7 +70,7 @@ def test_outside_a_trial_there_is_no_callback() -> None:
 def test_lightning_finds_the_callback_by_itself(sent: Sent) -> None:
     names = [entry.value for entry in entry_points(group="lightning.pytorch.callbacks_factory")]
     assert "hydra_plugins.ray_tune_sweeper._lightning:callbacks" in names
-    reporter.begin(Reporting(send=sent, metric="val_loss"))
+    reporter.begin(Reporting(send=sent, metrics=("val_loss",)))
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=1)
     trainer.fit(Classifier(), datamodule=Blobs())
     assert sent.epochs == [0]
@@ -95,12 +95,20 @@ def test_only_epochs_with_a_validation_are_reported(sent: Sent) -> None:
 
 
 def test_metric_of_training_is_reported_in_every_epoch(sent: Sent) -> None:
-    fit(sent, metric="train_loss_epoch", check_val_every_n_epoch=2, max_epochs=4)
+    fit(sent, metrics="train_loss_epoch", check_val_every_n_epoch=2, max_epochs=4)
     assert sent.epochs == [0, 1, 2, 3]
 
 
+def test_several_metrics_are_reported_where_all_of_them_are(sent: Sent) -> None:
+    fit(sent, metrics="val_loss val_acc", max_epochs=1)
+    assert sent.epochs == [0]
+    assert {"val_loss", "val_acc"} <= set(sent.metrics[0])
+    fit(sent, metrics="val_loss val_los")
+    assert sent.epochs == [0]
+
+
 def test_training_without_validation_is_reported(sent: Sent) -> None:
-    fit(sent, metric="train_loss_epoch", limit_val_batches=0)
+    fit(sent, metrics="train_loss_epoch", limit_val_batches=0)
     assert sent.epochs == [0, 1]
 
 
@@ -135,7 +143,7 @@ def test_second_fit_goes_on_reporting(sent: Sent) -> None:
 def test_list_of_callbacks_that_two_trainers_share_reports_once(sent: Sent) -> None:
     callbacks: list[Any] = []
     for _ in range(2):
-        reporter.begin(Reporting(send=sent, metric="val_loss"))
+        reporter.begin(Reporting(send=sent, metrics=("val_loss",)))
         callbacks += reporter.callbacks()
     trainer = Trainer(accelerator="cpu", logger=False, max_epochs=1, callbacks=callbacks)
     trainer.fit(Classifier(), datamodule=Blobs())
@@ -143,7 +151,7 @@ def test_list_of_callbacks_that_two_trainers_share_reports_once(sent: Sent) -> N
 
 
 def test_metric_that_is_not_logged_is_not_reported(sent: Sent) -> None:
-    fit(sent, metric="val_los")
+    fit(sent, metrics="val_los")
     assert sent.metrics == []
     assert reporter._current is not None
     assert {"val_loss", "train_loss"} <= reporter._current.seen

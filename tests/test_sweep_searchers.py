@@ -15,6 +15,7 @@ from hydra_plugins.ray_tune_sweeper import config
 from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.sweep import options as options_module
+from lightning_mgpu.ray.sweep.objectives import Objective, dominates, read_objectives
 from lightning_mgpu.ray.sweep.options import check_options, check_space, needs_checkpoints
 from lightning_mgpu.ray.sweep.schedulers import build_scheduler
 from lightning_mgpu.ray.sweep.searchers import Trials, build_searcher
@@ -43,6 +44,7 @@ SPACE = parse_space(
         *("width=tag(log,int,interval(4,64))", "model.act=relu,tanh,'a b'", "db/engine=1,2"),
     ],
 )
+ONE = [Objective("m", "max")]
 GRID = parse_space({}, ["a=1,2", "b=x,y"])
 
 
@@ -56,7 +58,7 @@ def options(search: str = "random", scheduler: str = "asha", **given: Any) -> Ra
 
 @pytest.mark.parametrize("search", ["random", "optuna", "hyperopt"])
 def test_searcher_suggests_values_of_the_space(search: str) -> None:
-    searcher = build_searcher(options(search), SPACE, "m")
+    searcher = build_searcher(options(search), SPACE, ONE)
     for number in range(30):
         values = searcher.suggest(str(number))
         assert set(values) == set(SPACE.dimensions)
@@ -73,7 +75,7 @@ def test_searcher_suggests_values_of_the_space(search: str) -> None:
 
 
 def test_bohb_suggests_values_of_the_space() -> None:
-    searcher = build_searcher(options("bohb", "bohb"), SPACE, "m")
+    searcher = build_searcher(options("bohb", "bohb"), SPACE, ONE)
     for number in range(10):
         values = searcher.suggest(str(number))
         overrides = SPACE.overrides(values)
@@ -85,19 +87,19 @@ def test_bohb_suggests_values_of_the_space() -> None:
 
 @pytest.mark.parametrize("search", ["random", "optuna", "hyperopt"])
 def test_same_seed_suggests_the_same(search: str) -> None:
-    first, second = (build_searcher(options(search), SPACE, "m") for _ in range(2))
+    first, second = (build_searcher(options(search), SPACE, ONE) for _ in range(2))
     assert [first.suggest(str(n)) for n in range(5)] == [second.suggest(str(n)) for n in range(5)]
 
 
 def test_random_reaches_both_ends_of_an_integer_interval() -> None:
-    searcher = build_searcher(options(), SPACE, "m")
+    searcher = build_searcher(options(), SPACE, ONE)
     drawn = [searcher.suggest(str(number)) for number in range(300)]
     assert {values["depth"] for values in drawn} == {1, 2, 3}
     assert {4, 64} <= {values["width"] for values in drawn}
 
 
 def test_grid_suggests_every_combination() -> None:
-    searcher = build_searcher(options("grid", "fifo"), GRID, "m")
+    searcher = build_searcher(options("grid", "fifo"), GRID, ONE)
     points = [tuple(searcher.suggest(str(number)).values()) for number in range(4)]
     assert points == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
 
@@ -105,7 +107,7 @@ def test_grid_suggests_every_combination() -> None:
 @pytest.mark.parametrize("search", ["random", "grid", "optuna", "hyperopt"])
 def test_searcher_goes_on_where_it_was_saved(search: str, tmp_path: Path) -> None:
     space = GRID if search == "grid" else SPACE
-    first, second = (build_searcher(options(search), space, "m") for _ in range(2))
+    first, second = (build_searcher(options(search), space, ONE) for _ in range(2))
     for number in range(2):
         values = first.suggest(str(number))
         first.on_trial_complete(str(number), {"m": 1.0 + number, "training_iteration": 1})
@@ -113,6 +115,42 @@ def test_searcher_goes_on_where_it_was_saved(search: str, tmp_path: Path) -> Non
     second.restore(str(tmp_path / "state"))
     values = second.suggest("2")
     assert values == first.suggest("2")
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "expected"),
+    [
+        ("a", "max", ["a max"]),
+        (["a"], ["max"], ["a max"]),
+        (["a", "b"], "min", ["a min", "b min"]),
+        (["a", "b"], ["min", "max"], ["a min", "b max"]),
+        (None, "min", ["objective min"]),
+        (None, ["min", "max"], ["objective_0 min", "objective_1 max"]),
+    ],
+)
+def test_objectives_are_read(metric: Any, mode: Any, expected: list[str]) -> None:
+    read = read_objectives(options("random", "fifo", metric=metric, mode=mode))
+    assert list(map(" ".join, read)) == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"), [([3, 5], True), ([2, 4], True), ([2, 5], False), ([3, 6], False)]
+)
+def test_better_is_what_is_nowhere_worse(other: list[float], expected: bool) -> None:
+    assert dominates([2, 5], other, ["min", "max"]) is expected
+
+
+def test_several_objectives_reach_optuna() -> None:
+    several = [Objective("a", "min"), Objective("b", "max")]
+    searcher = build_searcher(options("optuna", "fifo"), SPACE, several)
+    trials = Trials(searcher, 3, several, takes_best=False)
+    for number in range(12):  # more than it draws at random
+        searcher.suggest(str(number))
+        trials.on_trial_result(str(number), {"a": 1.0, "b": 2.0})
+        searcher.on_trial_complete(str(number), {"a": 1.0 - number, "b": 2.0 + number})
+    study = searcher._ot_study  # type: ignore[attr-defined]
+    assert [trial.values for trial in study.best_trials] == [[-10.0, 13.0]]
+    assert trials.metric == ["a", "b"]
 
 
 class Listening(Searcher):
@@ -135,7 +173,7 @@ class Listening(Searcher):
 )
 def test_searcher_learns_what_a_run_is_worth(mode: str, takes_best: bool, expected: float) -> None:
     searcher = Listening()
-    trials = Trials(searcher, 3, "m", mode, takes_best)
+    trials = Trials(searcher, 3, [Objective("m", mode)], takes_best)
     for value in (1.0, 3.0, 2.0):
         trials.on_trial_result("a", {"m": value})
     trials.on_trial_complete("a", {"m": 2.0})
@@ -181,6 +219,13 @@ def test_only_schedulers_that_pause_need_checkpoints() -> None:
         (options("hyperopt", "pb2"), "the scheduler itself changes the values"),
         (options("random", "pbt", metric=None), r"scheduler=pbt: .*hydra\.sweeper\.metric"),
         (options(mode="maximize"), "mode=maximize: expected one of min, max"),
+        (options(mode=["min", "most"]), r"mode=\[min,most\]: expected one of min, max"),
+        (options(mode=["min", "max"]), r"mode=\[min,max\]: 2 for 1 metrics .*metric=m"),
+        (options(metric=["a", "a"]), r"metric=\[a,a\]: expected .* a list of different ones"),
+        (options(metric=["a", "b"]), "scheduler=asha: compares .*scheduler=fifo"),
+        (options("hyperopt", "fifo", metric=["a", "b"]), "search_alg=hyperopt: optimises one"),
+        (options("bohb", "bohb", metric=["a", "b"]), "search_alg=bohb: optimises one"),
+        (options("random", "pbt", metric=["a", "b"]), "scheduler=pbt: compares trials by one"),
         (options(report="first"), "report=first: expected one of best, last"),
         (options(num_samples=0), "num_samples=0: expected a number above 0"),
         (options(max_failures=-1), "max_failures=-1: expected 0 or more"),

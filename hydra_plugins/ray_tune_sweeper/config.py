@@ -153,9 +153,9 @@ class RayTuneSweeperConf:
     # module.function(cfg, space) returns more of the space, or values computed from others.
     custom_search_space: str | None = None
 
-    # What to optimise: a logged metric; null is what the job returns.
-    metric: str | None = None
-    mode: str = "min"  # min | max
+    # What to optimise: a logged metric, or a list of them; null is what the job returns.
+    metric: Any = None
+    mode: Any = "min"  # min | max; a list with one for each metric
     report: str = "best"  # best | last: which value of a run counts
     every_n_epochs: int = 1
 
@@ -169,6 +169,9 @@ class RayTuneSweeperConf:
 
     max_failures: int = 0  # how often a failed trial is tried again
     max_failure_rate: float = 1.0  # the sweep ends when more of its trials have failed
+    # fail | retry_smaller: a trial that is out of memory runs again with half the batch size and
+    # twice the accumulated batches, as long as there is something to halve.
+    on_oom: str = "fail"
     keep_checkpoints: int = 0  # for each trial, beside those of the job itself
 
     resume: str | None = None  # the directory of a sweep that was interrupted

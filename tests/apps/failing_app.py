@@ -27,6 +27,16 @@ def main(cfg: DictConfig):
     if cfg.kind == "flaky" and not os.path.exists("tried"):
         open("tried", "w").close()
         raise RuntimeError("only once")
+    if cfg.kind == "huge":
+        raise MemoryError("too much")
+    if cfg.kind == "greedy" and cfg.data.batch_size > 2:
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+    if cfg.kind == "greedy":
+        return float(cfg.data.batch_size * cfg.trainer.accumulate_grad_batches)
+    if cfg.kind == "compromise":
+        return cfg.data.batch_size, cfg.data.batch_size  # one shall be small, the other large
     return {"diverge": float("nan"), "none": None}.get(cfg.kind, 0.5)
 
 

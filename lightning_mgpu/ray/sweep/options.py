@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray.sweep.objectives import read_objectives
 from lightning_mgpu.ray.sweep.space import Choice, Interval, Space, encode
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-_WORDS = {"mode": ("min", "max"), "report": ("best", "last")}
+_WORDS = {"report": ("best", "last"), "on_oom": ("fail", "retry_smaller")}
 _POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_epochs")
 _NOT_NEGATIVE = ("max_failures", "keep_checkpoints")
 _NEEDS = {  # each search and the package it is made of
@@ -19,6 +20,7 @@ _NEEDS = {  # each search and the package it is made of
     "hyperopt": "hyperopt",
     "bohb": "hpbandster",
 }
+_SEVERAL = ("optuna", "random", "grid")
 _PAUSING = ("hyperband", "bohb", "median", "pbt", "pb2")
 _POPULATION = ("pbt", "pb2")
 
@@ -32,6 +34,7 @@ def check_options(options: "RayTuneSweeperConf") -> None:
     for name, words in _WORDS.items():
         if getattr(options, name) not in words:
             raise _wrong(options, name, f"one of {', '.join(words)}")
+    objectives = read_objectives(options)
     for name in _POSITIVE:
         value = getattr(options, name)
         if value is not None and value <= 0:
@@ -48,6 +51,8 @@ def check_options(options: "RayTuneSweeperConf") -> None:
             " a client. Start it there, with hydra.sweeper.ray.address=auto."
         )
     _check_pair(options)
+    if len(objectives) > 1:
+        _check_several(options)
     _check_installed(options)
 
 
@@ -101,6 +106,21 @@ def _check_pair(options: "RayTuneSweeperConf") -> None:
         raise ConfigError(
             f"hydra/sweeper/scheduler={scheduler}: compares trials while they run. Name the metric"
             " they log: hydra.sweeper.metric=val_loss hydra.sweeper.mode=min."
+        )
+
+
+def _check_several(options: "RayTuneSweeperConf") -> None:
+    """See to it that nothing is compared by one metric where there are several."""
+    search, scheduler = options.search_alg.name, options.scheduler.name
+    if search not in _SEVERAL:
+        raise ConfigError(
+            f"hydra/sweeper/search_alg={search}: optimises one metric, not several. Use"
+            f" search_alg={', '.join(_SEVERAL)}, or name one hydra.sweeper.metric."
+        )
+    if stops_early(options):
+        raise ConfigError(
+            f"hydra/sweeper/scheduler={scheduler}: compares trials by one metric, not by several."
+            " Set hydra/sweeper/scheduler=fifo, or name one hydra.sweeper.metric."
         )
 
 

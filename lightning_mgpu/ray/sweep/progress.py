@@ -20,6 +20,7 @@ __all__: list[str] = []
 log = logging.getLogger(__name__)
 
 _ROWS = 12  # in the live table, which must fit a terminal
+_BEST = 5  # of several best ones, below it
 _REFRESH_SECONDS = 0.5
 
 
@@ -74,31 +75,34 @@ class Progress:
         left = self.seconds_left()
         about = f", about {_clock(left)} left" if left else ""
         ended = f"{self._ended()} of {self._total}"
+        if record.halvings:
+            values += f", batch halved {record.halvings} times"
         return f"Trial {record.number} {record.status}: {result} ({values}). {ended}{about}."
 
     def table(self) -> Table:
         """The running and the latest trials, the best one and what is left."""
-        records, best = self._records, self._records.best()
+        records, best = self._records, self._records.front()
         running = records.count("running")
         caption = f"{self._ended()} of {self._total} ended, {running} running"
         if failed := records.count("failed"):
             caption += f", {failed} failed"
         if left := self.seconds_left():
             caption += f", about {_clock(left)} left"
-        if best is not None:
-            caption += f"\nbest so far: trial {best.number}, {self._result(best)}"
+        for record in best[:_BEST]:
+            caption += f"\nbest so far: trial {record.number}, {self._result(record)}"
         trials = records.ordered()
         names = list(dict.fromkeys(name for record in trials for name in record.values))
-        table = Table("trial", *names, "status", "reports", records.metric, caption=caption)
+        metrics = [objective.name for objective in records.objectives]
+        table = Table("trial", *names, "status", "reports", *metrics, caption=caption)
         for record in _to_show(trials, best):
-            value = records.value(record)
+            values = records.values(record) or {}
             table.add_row(
                 str(record.number),
                 *(_short(record.values[name]) if name in record.values else "" for name in names),
                 record.status,
                 str(len(record.history)),
-                "" if value is None else f"{value:.4g}",
-                style="bold" if record is best else None,
+                *(f"{values[name]:.4g}" if name in values else "" for name in metrics),
+                style="bold" if record in best else None,
             )
         return table
 
@@ -110,22 +114,21 @@ class Progress:
         return (time.monotonic() - self._started) / ended * (self._total - self._ended())
 
     def _result(self, record: TrialRecord) -> str:
-        value = self._records.value(record)
-        if value is None:
+        values = self._records.values(record)
+        if values is None:
             return "no result"
-        best = " (best so far)" if record is self._records.best() else ""
-        return f"{self._records.metric}={value:.4g}{best}"
+        best = " (best so far)" if record in self._records.front() else ""
+        return " ".join(f"{name}={value:.4g}" for name, value in values.items()) + best
 
     def _ended(self) -> int:
         return self._records.count("done", "stopped", "failed")
 
 
-def _to_show(trials: list[TrialRecord], best: TrialRecord | None) -> list[TrialRecord]:
+def _to_show(trials: list[TrialRecord], best: list[TrialRecord]) -> list[TrialRecord]:
     running = [record for record in trials if record.status == "running"]
     ended = [record for record in trials if record.status not in ("running", "waiting")]
     shown = {record.number for record in [*running, *ended[-max(0, _ROWS - len(running)) :]]}
-    if best is not None:
-        shown.add(best.number)
+    shown |= {record.number for record in best[:_BEST]}
     return [record for record in trials if record.number in shown]
 
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__: list[str] = []
+from lightning_mgpu.ray.sweep.objectives import Objective, dominates
 
-OBJECTIVE = "objective"
-"""The metric's name where the job names none: what it returns."""
+__all__: list[str] = []
 
 
 @dataclass
@@ -19,6 +18,7 @@ class TrialRecord:
         metrics: All metrics of the latest report.
         checkpoint: The best one that the job itself has saved.
         reason: Why it failed.
+        halvings: How often its batch was halved, since it ran out of memory.
     """
 
     number: int
@@ -31,6 +31,7 @@ class TrialRecord:
     checkpoint: str | None = None
     reason: str | None = None
     failures: int = 0
+    halvings: int = 0
     seconds: float = 0.0
 
     def value(self, mode: str, takes_best: bool) -> float | None:
@@ -44,15 +45,26 @@ class TrialRecord:
 
 @dataclass
 class Records:
-    """All trials of a sweep, by number."""
+    """All trials of a sweep, by number.
+
+    Attributes:
+        metric: What is optimised, or the first of it.
+        others: What else is optimised; then the latest report of a trial counts.
+    """
 
     metric: str
     mode: str
     takes_best: bool
     trials: dict[int, TrialRecord] = field(default_factory=dict)
+    others: tuple[Objective, ...] = ()
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """All that is optimised."""
+        return (Objective(self.metric, self.mode), *self.others)
 
     def value(self, record: TrialRecord) -> float | None:
-        """What a trial is worth."""
+        """What a trial is worth, by the first objective."""
         return record.value(self.mode, self.takes_best)
 
     def best(self) -> TrialRecord | None:
@@ -64,6 +76,30 @@ class Records:
             if record.status != "failed" and (value := self.value(record)) is not None
         ]
         return self.trials[min(valued)[1]] if valued else None
+
+    def values(self, record: TrialRecord) -> dict[str, float] | None:
+        """What a trial is worth by each objective."""
+        value = self.value(record)
+        if value is None or any(other.name not in record.metrics for other in self.others):
+            return None
+        return {self.metric: value, **{o.name: record.metrics[o.name] for o in self.others}}
+
+    def front(self) -> list[TrialRecord]:
+        """The best trials: those to which no other one is better by every objective."""
+        if not self.others:
+            best = self.best()
+            return [] if best is None else [best]
+        modes = [objective.mode for objective in self.objectives]
+        valued = [
+            (record, list(values.values()))
+            for record in self.ordered()
+            if record.status != "failed" and (values := self.values(record)) is not None
+        ]
+        return [
+            record
+            for record, own in valued
+            if not any(dominates(other, own, modes) for _, other in valued)
+        ]
 
     def count(self, *statuses: str) -> int:
         """How many trials have one of these statuses."""

@@ -44,7 +44,7 @@ class Reporting:
     Attributes:
         send: Takes metrics and perhaps the directory of a checkpoint; ends the trial with
             `SystemExit` if the scheduler says so.
-        metric: What the sweep optimises; `None` if that is what the job returns.
+        metrics: What the sweep optimises; nothing if that is what the job returns.
         saves: Whether each report comes with a checkpoint.
         restore_from: The directory of a checkpoint from which the first `fit` goes on.
         seen: Names of all metrics that were logged.
@@ -54,7 +54,7 @@ class Reporting:
     """
 
     send: Callable[[dict[str, Any], Path | None], None]
-    metric: str | None
+    metrics: tuple[str, ...]
     every_n_epochs: int = 1
     saves: bool = False
     restore_from: Path | None = None
@@ -85,7 +85,7 @@ def callbacks() -> list[Checkpoint]:
         return []
     return [
         ReportCallback(
-            _current.metric, _current.every_n_epochs, _current.saves, _current.restore_from
+            _current.metrics, _current.every_n_epochs, _current.saves, _current.restore_from
         )
     ]
 
@@ -149,9 +149,13 @@ class ReportCallback(Checkpoint):
     best_model_path = ""  # Lightning reads it where this is the only one
 
     def __init__(
-        self, metric: str | None, every_n_epochs: int, saves: bool, restore_from: Path | None
+        self,
+        metrics: tuple[str, ...],
+        every_n_epochs: int,
+        saves: bool,
+        restore_from: Path | None,
     ) -> None:
-        self._metric = metric
+        self._metrics = frozenset(metrics)
         self._every_n_epochs = every_n_epochs
         self._saves = saves
         self._restore_from = restore_from
@@ -200,7 +204,7 @@ class ReportCallback(Checkpoint):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_new or self._metric not in self._validation_names:
+        if self._is_new or not self._metrics <= self._validation_names:
             self._report(trainer)
 
     def _report(self, trainer: Trainer) -> None:
@@ -209,11 +213,12 @@ class ReportCallback(Checkpoint):
         best = _best_checkpoint(trainer)
         _tell(trainer, _note, set(metrics), best)
         is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
-        if not is_due or self._metric not in metrics:
+        if not is_due or not self._metrics or not self._metrics <= metrics.keys():
             return
-        value = metrics[self._metric]
-        if not math.isfinite(value):
-            raise NotFiniteError(f"{self._metric} is {value} in epoch {trainer.current_epoch}")
+        for name in sorted(self._metrics):
+            if not math.isfinite(metrics[name]):
+                epoch = trainer.current_epoch
+                raise NotFiniteError(f"{name} is {metrics[name]} in epoch {epoch}")
         directory = self._save(trainer) if self._saves else None
         more = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         try:

@@ -19,22 +19,8 @@ _RESUME = "hydra.sweeper.resume="
 
 
 def write_results(records: Records, directory: Path) -> Path:
-    """Write all trials, the best one first."""
-    best = records.best()
-    content: dict[str, Any] = {
-        "name": "ray_tune",
-        "metric": records.metric,
-        "mode": records.mode,
-        "best_trial": None,
-    }
-    if best is not None:
-        content |= {
-            "best_trial": best.number,
-            "best_value": records.value(best),
-            "best_params": _plain(best.values),
-            "best_command": job_command(best.overrides),
-            "best_checkpoint": best.checkpoint,
-        }
+    """Write all trials, the best ones first."""
+    content = {"name": "ray_tune", **(_front(records) if records.others else _best(records))}
     content["trials"] = [_trial(records, record) for record in records.ordered()]
     path = directory / RESULTS
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
@@ -42,6 +28,39 @@ def write_results(records: Records, directory: Path) -> Path:
     temporary.write_text(text)
     temporary.replace(path)  # whole at any time
     return path
+
+
+def _best(records: Records) -> dict[str, Any]:
+    best = records.best()
+    content = {"metric": records.metric, "mode": records.mode, "best_trial": None}
+    if best is None:
+        return content
+    return content | {
+        "best_trial": best.number,
+        "best_value": records.value(best),
+        "best_params": _plain(best.values),
+        "best_command": job_command(best.overrides),
+        "best_checkpoint": best.checkpoint,
+    }
+
+
+def _front(records: Records) -> dict[str, Any]:
+    """The Pareto front, under the name that Hydra's sweeper for Optuna has for it."""
+    solutions = [
+        {
+            "params": _plain(record.values),
+            "values": list((records.values(record) or {}).values()),
+            "trial": record.number,
+            "command": job_command(record.overrides),
+            "checkpoint": record.checkpoint,
+        }
+        for record in records.front()
+    ]
+    return {
+        "metric": [objective.name for objective in records.objectives],
+        "mode": [objective.mode for objective in records.objectives],
+        "solutions": solutions,
+    }
 
 
 def job_command(overrides: Sequence[str]) -> str:
@@ -62,7 +81,7 @@ def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
     found: dict[str, Any] = {
         "number": record.number,
         "status": record.status,
-        "value": records.value(record),
+        "value": _value(records, record),
         "params": _plain(record.values),
         "reports": len(record.history),
         "metrics": record.metrics,
@@ -71,9 +90,20 @@ def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
     }
     if record.checkpoint is not None:
         found["checkpoint"] = record.checkpoint
+    if record.halvings:
+        found["batch_halvings"] = record.halvings
+        found["overrides"] = record.overrides
     if record.reason is not None:
         found["reason"] = record.reason
     return found
+
+
+def _value(records: Records, record: TrialRecord) -> Any:
+    """One number, or one for each objective."""
+    values = records.values(record)
+    if values is None or records.others:
+        return None if values is None else list(values.values())
+    return records.value(record)
 
 
 def _flags() -> tuple[list[str], bool]:

@@ -1,6 +1,7 @@
 """How the values of the next trial are found."""
 
 import pickle
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from ray.tune.search.search_algorithm import SearchAlgorithm
 from typing_extensions import override
 
 from lightning_mgpu.ray.sweep.domains import to_domains
+from lightning_mgpu.ray.sweep.objectives import Objective
 from lightning_mgpu.ray.sweep.space import Choice, Dimension, Interval, Space, enumerate_grid
 
 if TYPE_CHECKING:
@@ -17,14 +19,18 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 
-def build_searcher(options: "RayTuneSweeperConf", space: Space, metric: str) -> Searcher:
+def build_searcher(
+    options: "RayTuneSweeperConf", space: Space, objectives: Sequence[Objective]
+) -> Searcher:
     """The searcher that the options name."""
-    conf = options.search_alg
-    common: Any = {"metric": metric, "mode": options.mode}
+    conf, (first, *others) = options.search_alg, objectives
+    common: Any = {"metric": first.name, "mode": first.mode}
+    if others:
+        common = {"metric": [o.name for o in objectives], "mode": [o.mode for o in objectives]}
     if conf.name == "grid":
-        return GridSearcher(metric, space)
+        return GridSearcher(first.name, space)
     if conf.name == "random":
-        return RandomSearcher(metric, space, conf.seed)
+        return RandomSearcher(first.name, space, conf.seed)
     domains = to_domains(space)
     if conf.name == "optuna":
         from ray.tune.search.optuna import OptunaSearch
@@ -52,17 +58,21 @@ class Trials(SearchAlgorithm):
 
     Args:
         num_samples: How many trials there are in all, of a resumed sweep too.
-        metric: What is optimised.
-        mode: ``min`` or ``max``.
+        objectives: What is optimised; each report of a trial must have all of it.
         takes_best: Whether a run is worth its best value, or its last.
     """
 
     def __init__(
-        self, searcher: Searcher, num_samples: int, metric: str, mode: str, takes_best: bool
+        self,
+        searcher: Searcher,
+        num_samples: int,
+        objectives: Sequence[Objective],
+        takes_best: bool,
     ) -> None:
         self._generator = SearchGenerator(searcher)
-        self._num_samples, self._metric_name, self._takes_best = num_samples, metric, takes_best
-        self._better = max if mode == "max" else min
+        self._num_samples, self._takes_best = num_samples, takes_best
+        self._names = [objective.name for objective in objectives]
+        self._better = max if objectives[0].mode == "max" else min
         self._best: dict[str, float] = {}
 
     @property
@@ -71,8 +81,8 @@ class Trials(SearchAlgorithm):
         return self._generator.searcher
 
     @property
-    def metric(self) -> str:
-        return self._metric_name
+    def metric(self) -> Any:  # a list, too, is what Ray checks reports by
+        return self._names
 
     @property
     def total_samples(self) -> int:
@@ -92,8 +102,8 @@ class Trials(SearchAlgorithm):
 
     @override
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if self._metric_name in result:
-            value = float(result[self._metric_name])
+        if self._takes_best and self._names[0] in result:
+            value = float(result[self._names[0]])
             self._best[trial_id] = self._better(value, self._best.get(trial_id, value))
         self._generator.on_trial_result(trial_id, result)
 
@@ -103,7 +113,7 @@ class Trials(SearchAlgorithm):
     ) -> None:
         best = self._best.pop(trial_id, None)
         if self._takes_best and best is not None and result and not error:
-            result = {**result, self._metric_name: best}
+            result = {**result, self._names[0]: best}
         self._generator.on_trial_complete(trial_id, result, error)
 
     @override

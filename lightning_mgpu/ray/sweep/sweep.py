@@ -15,8 +15,10 @@ from omegaconf import OmegaConf
 from lightning_mgpu.errors import ConfigError, SweepFailedError
 from lightning_mgpu.ray.sweep.custom import add_custom
 from lightning_mgpu.ray.sweep.job import Job
+from lightning_mgpu.ray.sweep.memory import HALVINGS, batch_size, check_shrinkable, compose
+from lightning_mgpu.ray.sweep.objectives import read_objectives
 from lightning_mgpu.ray.sweep.options import check_options, check_space
-from lightning_mgpu.ray.sweep.records import OBJECTIVE, Records
+from lightning_mgpu.ray.sweep.records import Records, TrialRecord
 from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
 from lightning_mgpu.ray.sweep.space import (
     Space,
@@ -62,17 +64,27 @@ class Sweep:
         check_searchable(space)
         check_space(options, space)
         directory = Path(options.resume or job.config.hydra.sweep.dir).absolute()
-        records = Records(options.metric or OBJECTIVE, options.mode, options.report == "best")
+        first, *others = read_objectives(options)
+        takes_best = options.report == "best" and not others  # else of which report?
+        records = Records(*first, takes_best, others=tuple(others))
         sweep = cls(job, options, space, directory, _num_samples(options, space), records)
-        job.compose(space.example(), 0, directory)  # raises what Hydra has to say against it
+        cfg = job.compose(space.example(), 0, directory)  # raises what Hydra has against it
+        if options.on_oom == "retry_smaller":
+            check_shrinkable(cfg)
         sweep._claim_directory()
         return sweep
 
     def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
         """Overrides and directory of the trial that has these values."""
-        overrides = self.space.overrides(values)
-        cfg = self.job.compose(overrides, number, self.directory)
+        overrides, cfg = compose(self.job, self.space, values, number, self.directory)
         return overrides, self.job.output_dir(cfg)
+
+    def smaller(self, values: dict[str, Any]) -> dict[str, Any] | None:
+        """The values of a trial once more, with its batch halved; `None` if that cannot be."""
+        _, cfg = compose(self.job, self.space, values, 0, self.directory)
+        if batch_size(cfg) == 1:
+            return None
+        return {**values, HALVINGS: values.get(HALVINGS, 0) + 1}
 
     def _claim_directory(self) -> None:
         """Write down what is searched; a resumed sweep must search the same."""
@@ -140,17 +152,24 @@ def _conclude(records: Records, path: Path) -> None:
             failed[0].reason,
             _relative(Path(failed[0].directory)),
         )
-    best = records.best()
-    if best is None:
+    best = records.front()
+    if not best:
         raise SweepFailedError(
             f"No trial has a result: {len(failed)} of {len(records.trials)} failed. The first"
             f" reason: {failed[0].reason if failed else 'none was run'}. See {_relative(path)}."
         )
-    lines = [f"Best: trial {best.number}, {records.metric}={records.value(best):.6g}"]
-    lines.append(f"  run it alone: {job_command(best.overrides)}")
-    if best.checkpoint is not None:
-        lines.append(f"  checkpoint: {_relative(Path(best.checkpoint))}")
+    lines = [line for record in best for line in _praise(records, record)]
     log.info("\n".join([*lines, f"  all results: {_relative(path)}"]))
+
+
+def _praise(records: Records, record: TrialRecord) -> list[str]:
+    values = (records.values(record) or {}).items()
+    worth = " ".join(f"{name}={value:.6g}" for name, value in values)
+    lines = [f"Best: trial {record.number}, {worth}"]
+    lines.append(f"  run it alone: {job_command(record.overrides)}")
+    if record.checkpoint is not None:
+        lines.append(f"  checkpoint: {_relative(Path(record.checkpoint))}")
+    return lines
 
 
 def _num_samples(options: "RayTuneSweeperConf", space: Space) -> int:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import pickle
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing_extensions import override
 
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray.sweep import reporter
+from lightning_mgpu.ray.sweep.failures import failures_in_words
 from lightning_mgpu.ray.sweep.job import Job
+from lightning_mgpu.ray.sweep.memory import compose
 from lightning_mgpu.ray.sweep.output import output_to
-from lightning_mgpu.ray.sweep.records import OBJECTIVE
 from lightning_mgpu.ray.sweep.resources import request
 from lightning_mgpu.ray.sweep.scrub import Scrubber, adopt
 from lightning_mgpu.ray.sweep.space import Space
@@ -35,22 +35,24 @@ LOG_FILE = "trial.log"
 _END_SECONDS = 600
 
 
-class TrialFailedError(RuntimeError):
-    """A trial failed. In words, since the error itself may not be known where they are read."""
-
-
 class MetricMissingError(RuntimeError):
     """A trial ended and has not said how good it is."""
 
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What every trial of a sweep has in common."""
+    """What every trial of a sweep has in common.
+
+    Attributes:
+        objectives: Names of what is optimised.
+        are_logged: Whether these are metrics that the job logs, or stand for what it returns.
+    """
 
     job: Job
     space: Space
     sweep_dir: Path
-    metric: str | None
+    objectives: tuple[str, ...]
+    are_logged: bool
     every_n_epochs: int
     saves: bool
     threads: int
@@ -99,17 +101,16 @@ class HydraTrial(FunctionTrainable):
         restored = session.loaded_checkpoint
         reporting = reporter.Reporting(
             send=_send,
-            metric=plan.metric,
+            metrics=plan.objectives if plan.are_logged else (),
             every_n_epochs=plan.every_n_epochs,
             saves=plan.saves,
             restore_from=Path(restored.path) if restored is not None else None,
         )
         try:
-            with _failures_in_words():
-                overrides = plan.space.overrides(config)
-                cfg = plan.job.compose(overrides, number, plan.sweep_dir)
+            with failures_in_words():
+                _, cfg = compose(plan.job, plan.space, config, number, plan.sweep_dir)
                 directory = plan.job.output_dir(cfg)
-            with output_to(directory / LOG_FILE), _reporting(reporting), _failures_in_words():
+            with output_to(directory / LOG_FILE), _reporting(reporting), failures_in_words():
                 value = _run(plan.job, cfg, reporting)
                 if reporting.stopped:
                     raise SystemExit(0)
@@ -152,24 +153,32 @@ def _send(metrics: dict[str, Any], directory: Path | None) -> None:
 
 def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> None:
     """Report what the job returned, where that is its result."""
-    if plan.metric is not None and reporting.sent:
+    if plan.are_logged and reporting.sent:
         return
-    name = plan.metric or OBJECTIVE
-    if isinstance(value, dict):
-        value = value.get(name)
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        values = _by_objective(plan, value)
+    except (KeyError, TypeError, ValueError):
         logged = ", ".join(sorted(reporting.seen)) or "nothing"
+        names = ", ".join(plan.objectives)
         raise MetricMissingError(
-            f"the job returned {value!r} and named no metric; set hydra.sweeper.metric to one of"
-            f" those it logs ({logged})"
-            if plan.metric is None
-            else f"hydra.sweeper.metric={name} was never logged; logged were: {logged}"
+            f"hydra.sweeper.metric={names} was never logged; logged were: {logged}"
+            if plan.are_logged
+            else f"the job returned {value!r} and named no metric; set hydra.sweeper.metric to one"
+            f" of those it logs ({logged})"
         ) from None
-    if number != number:
-        raise reporter.NotFiniteError(f"the job returned {number}")
-    _send({name: number, **reporting.best_checkpoint}, None)
+    for number in values.values():
+        if number != number:
+            raise reporter.NotFiniteError(f"the job returned {number}")
+    _send({**values, **reporting.best_checkpoint}, None)
+
+
+def _by_objective(plan: TrialPlan, value: Any) -> dict[str, float]:
+    """What a job returns: a number, or several by name or in the order of the objectives."""
+    names = plan.objectives
+    if isinstance(value, dict):
+        return {name: float(value[name]) for name in names}
+    values = [value] if len(names) == 1 else value
+    return {name: float(item) for name, item in zip(names, values, strict=True)}
 
 
 @contextlib.contextmanager
@@ -179,13 +188,3 @@ def _reporting(reporting: reporter.Reporting) -> Iterator[None]:
         yield
     finally:
         reporter.end()
-
-
-@contextlib.contextmanager
-def _failures_in_words() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        traceback.print_exc()
-        line = " ".join(str(error).split())
-        raise TrialFailedError(f"{type(error).__name__}: {line}") from None

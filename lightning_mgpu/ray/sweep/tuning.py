@@ -13,6 +13,7 @@ from ray.tune import CheckpointConfig, ResumeConfig
 from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu.ray.sweep.cluster import connected
+from lightning_mgpu.ray.sweep.failures import SweepTrial, retrying
 from lightning_mgpu.ray.sweep.options import needs_checkpoints, stops_early
 from lightning_mgpu.ray.sweep.progress import Progress
 from lightning_mgpu.ray.sweep.resources import requests_of
@@ -50,17 +51,21 @@ def tune(sweep: "Sweep") -> bool:
             options.mode,
         )
     with connected(options.ray), _quiet_tune(), Progress(sweep.records, sweep.num_samples) as show:
-        watcher = Watcher(sweep.records, sweep.describe, show)
+        retries = options.on_oom == "retry_smaller"
+        kind = retrying(sweep.smaller) if retries else SweepTrial
+        watcher = Watcher(sweep.records, sweep.describe, show, kind)
         with requests_of(sweep):
             _run(sweep, watcher)
     return watcher.interrupted
 
 
 def _run(sweep: "Sweep", watcher: Watcher) -> None:
-    options, metric = sweep.options, sweep.records.metric
+    options, objectives = sweep.options, sweep.records.objectives
+    # Ray itself compares by one metric only, and has nothing to compare for several.
+    metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
     scheduler = build_scheduler(options, sweep.space)
     watcher.watch(scheduler)
-    searcher = build_searcher(options, sweep.space, metric)
+    searcher = build_searcher(options, sweep.space, objectives)
     if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
         options.max_concurrent_trials
     ):
@@ -69,7 +74,8 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         job=sweep.job,
         space=sweep.space,
         sweep_dir=sweep.directory,
-        metric=options.metric,
+        objectives=tuple(objective.name for objective in objectives),
+        are_logged=options.metric is not None,
         every_n_epochs=options.every_n_epochs,
         saves=options.keep_checkpoints > 0 or needs_checkpoints(options),
         threads=max(1, int(options.resources_per_trial.cpu)),
@@ -79,15 +85,9 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         name=sweep.directory.name,
         storage_path=str(sweep.directory.parent),
         metric=metric,
-        mode=options.mode,
+        mode=mode,
         num_samples=sweep.num_samples,
-        search_alg=Trials(
-            searcher,
-            sweep.num_samples,
-            metric,
-            options.mode,
-            options.report == "best",
-        ),
+        search_alg=Trials(searcher, sweep.num_samples, objectives, sweep.records.takes_best),
         scheduler=scheduler,
         stop=TooManyFailures(sweep.records, options.max_failure_rate),
         time_budget_s=options.time_budget_s,

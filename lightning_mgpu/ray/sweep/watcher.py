@@ -8,14 +8,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import cloudpickle
 import ray
-from ray.exceptions import RayActorError
 from ray.tune import Callback
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.stopper import Stopper
 from typing_extensions import override
 
+from lightning_mgpu.ray.sweep.failures import SweepTrial
+from lightning_mgpu.ray.sweep.memory import HALVINGS
 from lightning_mgpu.ray.sweep.records import Records, TrialRecord
 from lightning_mgpu.ray.sweep.reporter import BEST_CHECKPOINT
 from lightning_mgpu.ray.sweep.searchers import trial_number
@@ -34,6 +34,7 @@ class Watcher(Callback):
         records: Those of an earlier run of the sweep, if it is resumed.
         describe: Overrides and directory of a trial, by its number and values.
         listener: Called with a record when its trial ends, and with `None` now and then.
+        kind: What the trials are made; says which of those that fail run again.
 
     Attributes:
         interrupted: Whether Ctrl-C has ended the sweep.
@@ -44,11 +45,13 @@ class Watcher(Callback):
         records: Records,
         describe: Callable[[int, dict[str, Any]], tuple[list[str], Path]],
         listener: Listener,
+        kind: type[SweepTrial] = SweepTrial,
     ) -> None:
         self.records = records
         self.interrupted = False
         self._describe = describe
         self._listener = listener
+        self._kind = kind
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
         self._started: dict[int, float] = {}
@@ -77,6 +80,11 @@ class Watcher(Callback):
                 handler(signum, frame)
 
         signal.signal(signal.SIGINT, interrupt)
+
+    @override
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        for trial in trials:
+            self._kind.take_over(trial)
 
     @override
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
@@ -117,7 +125,7 @@ class Watcher(Callback):
             return
         record = self._record(trial)
         record.failures += 1
-        record.reason = _reason(trial)
+        record.reason = trial.failure
         record.history.clear()  # it starts again
 
     @override
@@ -126,7 +134,7 @@ class Watcher(Callback):
             return
         record = self._record(trial)
         record.failures += 1
-        record.reason = _reason(trial)
+        record.reason = trial.failure
         self._end(record, "failed")
 
     @override
@@ -149,11 +157,14 @@ class Watcher(Callback):
     def _record(self, trial: Any) -> TrialRecord:
         number = trial_number(trial)
         record = self.records.trials.get(number)
-        if record is None or record.values != trial.config:
+        values = dict(trial.config)
+        halvings = values.pop(HALVINGS, 0)
+        if record is None or (record.values, record.halvings) != (values, halvings):
             overrides, directory = self._describe(number, trial.config)
-            new = TrialRecord(number, dict(trial.config), overrides, str(directory))
-            if record is not None:  # with new values: population-based training
+            new = TrialRecord(number, values, overrides, str(directory), halvings=halvings)
+            if record is not None:  # population-based training, or out of memory
                 record.values, record.overrides = new.values, new.overrides
+                record.halvings = halvings
                 return record
             record = self.records.trials[number] = new
         return record
@@ -190,16 +201,3 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
         for name, value in result.items()
         if isinstance(value, float) and name not in _OF_RAY
     }
-
-
-def _reason(trial: Any) -> str:
-    """Why a trial failed, in a line."""
-    try:
-        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-    except Exception:  # of a class that is not known here
-        return "unknown; see its log"
-    if isinstance(error, RayActorError):
-        return "its process died (killed, or out of memory)"
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1] if lines else type(cause).__name__
