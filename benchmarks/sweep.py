@@ -62,6 +62,7 @@ def hydra_sweep(*, ours: bool) -> None:
     if ours:
         arguments += ["hydra/sweeper=ray_tune", "hydra/sweeper/search_alg=grid"]
         arguments += ["hydra/sweeper/scheduler=fifo", "hydra.sweeper.ray.num_cpus=2"]
+        arguments += ["hydra.sweeper.report=false"]  # the others draw nothing
     application = str(MODELS / "sweep_app.py")
     subprocess.run([sys.executable, application, *arguments], check=True, stdout=sys.stderr)
 

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -91,6 +92,9 @@ def _register_sweeper() -> None:
 
 
 def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
+    if cfg.get("mode") == "report":
+        _draw_sweep(cfg, wants_traceback)
+        return None
     with _importing():
         from lightning_mgpu.interrupts import Stopped
         from lightning_mgpu.run import train
@@ -175,6 +179,22 @@ def _tell_stopped(stopped: "Stopped") -> None:
         print(f"Stopped by {stopped}. Saved: {path}\nGo on with: ckpt_path={path}", file=sys.stderr)
     else:
         print(f"Stopped by {stopped}; there was no training under way to save.", file=sys.stderr)
+
+
+def _draw_sweep(cfg: DictConfig, wants_traceback: bool) -> None:
+    """`mode=report`, which reads files and needs no torch."""
+    from lightning_mgpu.report.sweep.command import draw
+
+    sweep = cfg.get("sweep")
+    try:
+        page, *pictures = draw(to_absolute_path(str(sweep)) if sweep is not None else None)
+    except ConfigError as error:
+        if wants_traceback:
+            raise
+        _refuse(error)
+    print(f"Report: {_relative(page)}")
+    for picture in pictures:
+        print(f"  {_relative(picture)}")
 
 
 def _report(result: "RunResult") -> None:

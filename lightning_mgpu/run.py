@@ -70,8 +70,14 @@ def train(cfg: DictConfig) -> RunResult:
     output_dir = _output_dir(cfg)
     _check_values(cfg)
     mode = cfg.get("mode", "fit")
+    if mode == "report":
+        raise ConfigError(
+            "mode=report: draws what is there and trains nothing. Use the command, or"
+            " lightning_mgpu.report.sweep.command.draw."
+        )
     if mode not in _MODES:
-        raise ConfigError(f"mode={mode}: unknown. Choose one of {', '.join(_MODES)}.")
+        known = ", ".join([*_MODES, "report"])  # the command draws, without a run
+        raise ConfigError(f"mode={mode}: unknown. Choose one of {known}.")
     if cfg.get("ckpt_path") is not None:
         check_checkpoint(str(cfg.ckpt_path), resume=mode == "fit")
     elif mode not in ("fit", "plan"):

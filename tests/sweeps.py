@@ -93,7 +93,8 @@ class Swept:
 
 def command(app: str, address: str | None, *arguments: str, directory: str = "sweep") -> list[str]:
     """The command line of a sweep."""
-    given = [f"hydra.sweep.dir={directory}", *arguments]
+    # Drawing takes seconds; what comes later wins.
+    given = [f"hydra.sweep.dir={directory}", "hydra.sweeper.report=false", *arguments]
     if app.endswith(".py"):
         program = [str(APPS / app), "-m", "hydra/sweeper=ray_tune"]
     else:

@@ -15,11 +15,11 @@ PACKAGE = Path(__file__).parent.parent / "lightning_mgpu"
 _MAY_IMPORT = {
     "engine": {"engine"},
     "launch": {"launch"},
-    "report": {"report"},
+    "report": {"report", "errors"},
     "demo": {"demo"},
     "strategies": {"strategies", "engine", "launch", "report"},
     "plan": {"plan", "strategies", "engine", "build", "errors"},
-    "ray": {"ray", "strategies", "engine", "launch", "build", "errors"},
+    "ray": {"ray", "strategies", "engine", "launch", "report", "build", "errors"},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "report")
 _FILES = sorted(PACKAGE.rglob("*.py"))

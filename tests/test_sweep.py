@@ -15,6 +15,9 @@ import pytest
 import yaml
 from sweeps import Swept, cluster, command, environment_for, interrupt, sweep
 
+from lightning_mgpu.report.sweep.journal import read
+from lightning_mgpu.report.sweep.lanes import timeline
+
 pytestmark = pytest.mark.slow
 
 
@@ -34,7 +37,7 @@ def plain(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         *("model.lr=tag(log,interval(1e-4,1e-1))", "model.l1=choice(16,32)", "epochs=8"),
         *("hydra.sweeper.metric=val_acc", "hydra.sweeper.mode=max"),
         *("hydra.sweeper.num_samples=8", "hydra.sweeper.search_alg.seed=0"),
-        "hydra.sweeper.scheduler.reduction_factor=2",
+        *("hydra.sweeper.scheduler.reduction_factor=2", "hydra.sweeper.report=best"),
         directory=str(directory / "sweep"),
     )
 
@@ -99,6 +102,28 @@ def test_several_metrics_leave_a_front(ray_address: str) -> None:
         trial["params"]["data.batch_size"] for trial in done.trials
     ]
     assert all(one["command"] in done.out for one in solutions)
+
+
+def test_report_is_drawn_at_the_end_and_knows_what_the_results_know(plain: Swept) -> None:
+    assert "report.html" in plain.out
+    assert "val_acc" in (plain.directory / "report.html").read_text()
+    assert len(list((plain.directory / "report").glob("*.png"))) == 6
+    drawn = read(plain.directory)
+    for trial, known in zip(drawn.trials, plain.trials, strict=True):
+        assert (trial.number, trial.status) == (known["number"], known["status"])
+        assert (trial.params, drawn.value(trial)) == (known["params"], known["value"])
+        assert drawn.epochs(trial) == known["reports"]
+        assert trial.reports[-1].metrics == known["metrics"]
+    assert drawn.best().command == plain.results["best_command"]
+    assert len(timeline(drawn).lanes) == 2  # the processes that all trials have shared
+
+
+def test_report_can_be_switched_off_and_drawn_later(failing: Swept) -> None:
+    assert not (failing.directory / "report.html").exists()
+    assert "report" not in failing.out
+    reasons = {trial.params["kind"]: trial.reason for trial in read(failing.directory).trials}
+    assert "StubbornError" in reasons["raise"]
+    assert "its process died" in reasons["kill"]
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +260,7 @@ def test_population_goes_on_from_the_better_with_new_values(
         "hydra.sweeper.scheduler.quantile_fraction=0.5",
     )
     assert done.code == 0, done.err
+    assert all(trial.status == "done" for trial in read(done.directory).trials)
     changed = 0
     for trial in done.trials:
         path = Path(trial["directory"]) / "seen.jsonl"
@@ -348,6 +374,9 @@ def test_sweep_that_was_ended_in_the_middle_goes_on(
         Path(f"go-{number}").touch()
     resumed = sweep(SLOW[0], ray_address, *SLOW[1:], argument)
     assert resumed.code == 0, resumed.err
+    drawn = read(resumed.directory)
+    assert len(drawn.sessions) == 2
+    assert [stretch.outcome for stretch in drawn.trials[1].stretches] == ["unfinished", "done"]
     assert [trial["value"] for trial in resumed.trials] == [1.0, 2.0, 3.0, 4.0]
     runs = [Path(f"began-{number}").read_text() for number in (1, 2, 3, 4)]
     assert runs == ["x", "xx", "x", "x"]  # the second one was cut short, the first was not

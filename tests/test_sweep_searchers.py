@@ -226,7 +226,7 @@ def test_only_schedulers_that_pause_need_checkpoints() -> None:
         (options("hyperopt", "fifo", metric=["a", "b"]), "search_alg=hyperopt: optimises one"),
         (options("bohb", "bohb", metric=["a", "b"]), "search_alg=bohb: optimises one"),
         (options("random", "pbt", metric=["a", "b"]), "scheduler=pbt: compares trials by one"),
-        (options(report="first"), "report=first: expected one of best, last"),
+        (options(report="first"), "report=first: expected one of best, last, false"),
         (options(num_samples=0), "num_samples=0: expected a number above 0"),
         (options(max_failures=-1), "max_failures=-1: expected 0 or more"),
         (options(max_failure_rate=2.0), "max_failure_rate=2.0: expected a share"),

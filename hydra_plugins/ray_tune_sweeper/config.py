@@ -156,7 +156,8 @@ class RayTuneSweeperConf:
     # What to optimise: a logged metric, or a list of them; null is what the job returns.
     metric: Any = None
     mode: Any = "min"  # min | max; a list with one for each metric
-    report: str = "best"  # best | last: which value of a run counts
+    # Which value of a run counts, best | last; false: the best, and no report at the end.
+    report: Any = "best"
     every_n_epochs: int = 1
 
     search_alg: SearchAlgConf = MISSING

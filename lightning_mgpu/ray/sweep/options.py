@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-_WORDS = {"report": ("best", "last"), "on_oom": ("fail", "retry_smaller")}
+_WORDS = {"report": ("best", "last", False), "on_oom": ("fail", "retry_smaller")}
 _POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_epochs")
 _NOT_NEGATIVE = ("max_failures", "keep_checkpoints")
 _NEEDS = {  # each search and the package it is made of
@@ -33,7 +33,7 @@ def check_options(options: "RayTuneSweeperConf") -> None:
     """
     for name, words in _WORDS.items():
         if getattr(options, name) not in words:
-            raise _wrong(options, name, f"one of {', '.join(words)}")
+            raise _wrong(options, name, f"one of {', '.join(map(encode, words))}")
     objectives = read_objectives(options)
     for name in _POSITIVE:
         value = getattr(options, name)

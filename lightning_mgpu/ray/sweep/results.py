@@ -38,7 +38,7 @@ def _best(records: Records) -> dict[str, Any]:
     return content | {
         "best_trial": best.number,
         "best_value": records.value(best),
-        "best_params": _plain(best.values),
+        "best_params": plain(best.values),
         "best_command": job_command(best.overrides),
         "best_checkpoint": best.checkpoint,
     }
@@ -48,7 +48,7 @@ def _front(records: Records) -> dict[str, Any]:
     """The Pareto front, under the name that Hydra's sweeper for Optuna has for it."""
     solutions = [
         {
-            "params": _plain(record.values),
+            "params": plain(record.values),
             "values": list((records.values(record) or {}).values()),
             "trial": record.number,
             "command": job_command(record.overrides),
@@ -82,7 +82,7 @@ def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
         "number": record.number,
         "status": record.status,
         "value": _value(records, record),
-        "params": _plain(record.values),
+        "params": plain(record.values),
         "reports": len(record.history),
         "metrics": record.metrics,
         "seconds": round(record.seconds, 2),
@@ -117,10 +117,10 @@ def _flags() -> tuple[list[str], bool]:
     return flags, bool(given.multirun)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Of Python's own types, which YAML can write."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value.item() if hasattr(value, "item") else value

@@ -65,7 +65,7 @@ class Sweep:
         check_space(options, space)
         directory = Path(options.resume or job.config.hydra.sweep.dir).absolute()
         first, *others = read_objectives(options)
-        takes_best = options.report == "best" and not others  # else of which report?
+        takes_best = options.report != "last" and not others  # else of which report?
         records = Records(*first, takes_best, others=tuple(others))
         sweep = cls(job, options, space, directory, _num_samples(options, space), records)
         cfg = job.compose(space.example(), 0, directory)  # raises what Hydra has against it
@@ -137,10 +137,34 @@ def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> No
             resume_command(sweep.directory),
         )
         sys.exit(128 + signal.SIGINT)
-    _conclude(sweep.records, path)
+    page = _draw(sweep) if options.report is not False else None
+    _conclude(sweep.records, path, page)
 
 
-def _conclude(records: Records, path: Path) -> None:
+def _draw(sweep: Sweep) -> Path | None:
+    """The report's page, if it can be drawn; a sweep is worth more than its pictures."""
+    from lightning_mgpu.report.sweep.command import draw, missing
+
+    again = f"python -m lightning_mgpu mode=report sweep={sweep.directory}"
+    if missing():
+        log.info(
+            "For a report with pictures: pip install 'lightning_mgpu[report]', then\n  %s", again
+        )
+        return None
+    try:
+        return draw(sweep.directory)[0]
+    except Exception as error:
+        line = " ".join(str(error).split())
+        log.warning(
+            "The report could not be drawn (%s: %s). Try again by: %s",
+            type(error).__name__,
+            line,
+            again,
+        )
+        return None
+
+
+def _conclude(records: Records, path: Path, page: Path | None) -> None:
     """The last lines: the best trial, and how to run it again."""
     failed = [record for record in records.ordered() if record.status == "failed"]
     if failed:
@@ -152,14 +176,18 @@ def _conclude(records: Records, path: Path) -> None:
             failed[0].reason,
             _relative(Path(failed[0].directory)),
         )
+    files = " and ".join(_relative(file) for file in (path, page) if file is not None)
     best = records.front()
     if not best:
         raise SweepFailedError(
             f"No trial has a result: {len(failed)} of {len(records.trials)} failed. The first"
-            f" reason: {failed[0].reason if failed else 'none was run'}. See {_relative(path)}."
+            f" reason: {failed[0].reason if failed else 'none was run'}. See {files}."
         )
     lines = [line for record in best for line in _praise(records, record)]
-    log.info("\n".join([*lines, f"  all results: {_relative(path)}"]))
+    lines.append(f"  all results: {_relative(path)}")
+    if page is not None:
+        lines.append(f"  report: {_relative(page)}")
+    log.info("\n".join(lines))
 
 
 def _praise(records: Records, record: TrialRecord) -> list[str]:

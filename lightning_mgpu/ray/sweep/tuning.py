@@ -14,6 +14,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu.ray.sweep.cluster import connected
 from lightning_mgpu.ray.sweep.failures import SweepTrial, retrying
+from lightning_mgpu.ray.sweep.journal import Journal
 from lightning_mgpu.ray.sweep.options import needs_checkpoints, stops_early
 from lightning_mgpu.ray.sweep.progress import Progress
 from lightning_mgpu.ray.sweep.resources import requests_of
@@ -50,12 +51,18 @@ def tune(sweep: "Sweep") -> bool:
             " counts (hydra.sweeper.mode=%s).",
             options.mode,
         )
-    with connected(options.ray), _quiet_tune(), Progress(sweep.records, sweep.num_samples) as show:
+    with (
+        Journal(sweep.directory) as journal,
+        connected(options.ray),
+        _quiet_tune(),
+        Progress(sweep.records, sweep.num_samples) as show,
+        requests_of(sweep),
+    ):
         retries = options.on_oom == "retry_smaller"
         kind = retrying(sweep.smaller) if retries else SweepTrial
-        watcher = Watcher(sweep.records, sweep.describe, show, kind)
-        with requests_of(sweep):
-            _run(sweep, watcher)
+        journal.begin(options, sweep.space, sweep.records)
+        watcher = Watcher(sweep.records, sweep.describe, show, journal, kind)
+        _run(sweep, watcher)
     return watcher.interrupted
 
 

@@ -15,6 +15,7 @@ from ray.tune.stopper import Stopper
 from typing_extensions import override
 
 from lightning_mgpu.ray.sweep.failures import SweepTrial
+from lightning_mgpu.ray.sweep.journal import Journal
 from lightning_mgpu.ray.sweep.memory import HALVINGS
 from lightning_mgpu.ray.sweep.records import Records, TrialRecord
 from lightning_mgpu.ray.sweep.reporter import BEST_CHECKPOINT
@@ -34,6 +35,7 @@ class Watcher(Callback):
         records: Those of an earlier run of the sweep, if it is resumed.
         describe: Overrides and directory of a trial, by its number and values.
         listener: Called with a record when its trial ends, and with `None` now and then.
+        journal: Written as it goes, for the report.
         kind: What the trials are made; says which of those that fail run again.
 
     Attributes:
@@ -45,12 +47,14 @@ class Watcher(Callback):
         records: Records,
         describe: Callable[[int, dict[str, Any]], tuple[list[str], Path]],
         listener: Listener,
+        journal: Journal,
         kind: type[SweepTrial] = SweepTrial,
     ) -> None:
         self.records = records
         self.interrupted = False
         self._describe = describe
         self._listener = listener
+        self._journal = journal
         self._kind = kind
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
@@ -90,6 +94,8 @@ class Watcher(Callback):
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         for trial in trials:
             if trial.status == "PAUSED":
+                if trial.trial_id not in self._paused:
+                    self._journal.pause(trial_number(trial))
                 self._paused.add(trial.trial_id)
             elif self.interrupted and trial.temporary_state.ray_actor is not None:
                 # Ray would ask the actors to end, and wait; what it saves next is not changed.
@@ -102,6 +108,7 @@ class Watcher(Callback):
         record.status = "running"
         self._paused.discard(trial.trial_id)
         self._started[record.number] = time.monotonic()
+        self._journal.start(record, trial)
 
     @override
     def on_trial_result(
@@ -112,6 +119,7 @@ class Watcher(Callback):
         record.metrics = _metrics(result)
         if self.records.metric in result:
             record.history.append(float(result[self.records.metric]))
+        self._journal.report(record, result)
 
     @override
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -127,6 +135,7 @@ class Watcher(Callback):
         record.failures += 1
         record.reason = trial.failure
         record.history.clear()  # it starts again
+        self._journal.retry(record)
 
     @override
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -152,6 +161,7 @@ class Watcher(Callback):
         record.status = status
         started = self._started.pop(record.number, None)
         record.seconds += time.monotonic() - started if started is not None else 0.0
+        self._journal.end(record)
         self._listener(record)
 
     def _record(self, trial: Any) -> TrialRecord:

@@ -1,0 +1,1 @@
+"""The page, drawn by plotly."""

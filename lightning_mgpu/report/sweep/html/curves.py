@@ -1,0 +1,143 @@
+"""Learning curves, and how many epochs each trial was given."""
+
+import plotly.graph_objects as go
+
+from lightning_mgpu.report.sweep.axes import metric_axis
+from lightning_mgpu.report.sweep.html.style import about, described, styled
+from lightning_mgpu.report.sweep.model import STATUSES, Sweep
+from lightning_mgpu.report.sweep.views import BEST, COLOURS, Curve, curves
+
+__all__: list[str] = []
+
+_END = {
+    "done": "circle",
+    "stopped": "x-thin-open",
+    "failed": "cross-thin-open",
+    "unfinished": "circle-open",
+}
+
+_FEW = 12  # epochs, each of which has a mark
+
+
+def learning_curves(sweep: Sweep) -> go.Figure | None:
+    """The metric over epochs; `None` if no trial has reported."""
+    found = curves(sweep)
+    if not found:
+        return None
+    figure = go.Figure()
+    crowd = sum(not curve.is_best for curve in found)
+    for status in STATUSES:
+        members = [c for c in found if c.trial.status == status and not c.is_best]
+        if members:
+            _add(figure, sweep, members, status, COLOURS[status], 1.4, max(0.35, 1 - crowd / 80))
+    for curve in found:
+        if curve.is_best:
+            name = f"best: trial {curve.trial.number}"
+            _add(figure, sweep, [curve], name, BEST, 3, 1)
+    styled(figure, 440, xaxis={"title": {"text": unit(sweep)}}, yaxis=described(metric_axis(sweep)))
+    figure.update_xaxes(rangemode="tozero" if sweep.longest > 1 else "normal")
+    if sweep.longest <= _FEW:
+        figure.update_xaxes(dtick=1)
+    return figure
+
+
+def _add(
+    figure: go.Figure,
+    sweep: Sweep,
+    members: list[Curve],
+    name: str,
+    colour: str,
+    width: float,
+    opacity: float,
+) -> None:
+    """Curves that go together are one trace, so that the legend hides them together."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    texts: list[str] = []
+    sizes: list[int] = []
+    for curve in members:
+        words = about(sweep, curve.trial)
+        for piece in curve.pieces:
+            for at, value in piece:
+                x.append(at)
+                y.append(value)
+                texts.append(words)
+                sizes.append(0)
+            x.append(None)
+            y.append(None)
+            texts.append("")
+            sizes.append(0)
+        sizes[-2] = 8  # where it ended
+    figure.add_scatter(
+        x=x,
+        y=y,
+        text=texts,
+        name=name,
+        mode="lines+markers",
+        line={"color": _with_opacity(colour, opacity), "width": width},
+        marker={
+            "size": sizes,
+            "sizemin": 0,
+            "opacity": 1,
+            "symbol": _END[members[0].trial.status],
+            "color": colour,
+            "line": {"width": 1.5, "color": colour},
+        },
+        hovertemplate=f"%{{text}}<br>{unit(sweep)} %{{x:.4g}}: %{{y:.5g}}<extra></extra>",
+    )
+
+
+def _with_opacity(colour: str, opacity: float) -> str:
+    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity:.2f})"
+
+
+def epochs(sweep: Sweep) -> go.Figure | None:
+    """What each trial was given, and what stopping it has saved; `None` with nothing to see."""
+    trials = [trial for trial in sweep.trials if trial.reports]
+    if not sweep.has_epochs or sweep.longest <= 1:
+        return None
+    trials.sort(key=lambda trial: (-sweep.epochs(trial), trial.number))
+    order = {trial.number: place for place, trial in enumerate(trials)}
+    figure = go.Figure()
+    for status in STATUSES:
+        members = [trial for trial in trials if trial.status == status]
+        if members:
+            figure.add_bar(
+                name=f"trained, {status}",
+                x=[order[trial.number] for trial in members],
+                y=[sweep.epochs(trial) for trial in members],
+                text=[about(sweep, trial) for trial in members],
+                textposition="none",
+                marker={"color": COLOURS[status]},
+                hovertemplate="%{text}<br>%{y:.4g} epochs<extra></extra>",
+            )
+    cut = [trial for trial in trials if sweep.saved(trial)]
+    if cut:
+        figure.add_bar(
+            name="saved",
+            x=[order[trial.number] for trial in cut],
+            y=[sweep.saved(trial) for trial in cut],
+            marker={
+                "color": "#f6f7f9",
+                "line": {"width": 0},
+                "pattern": {"shape": "/", "fgcolor": "#c9ced6", "size": 6, "solidity": 0.25},
+            },
+            hovertemplate="%{y:.4g} epochs saved<extra></extra>",
+        )
+    shown = trials if len(trials) <= 40 else trials[:: len(trials) // 20]
+    styled(figure, 320, barmode="stack", bargap=0.15, yaxis={"title": {"text": "epochs"}})
+    figure.update_layout(legend={"traceorder": "normal"})
+    figure.update_xaxes(
+        title={"text": "trial, the longest first"},
+        tickvals=[order[trial.number] for trial in shown],
+        ticktext=[str(trial.number) for trial in shown],
+        tickangle=0,
+        showgrid=False,
+    )
+    return figure
+
+
+def unit(sweep: Sweep) -> str:
+    """What is on the axis of curves."""
+    return "epoch" if sweep.has_epochs else "report"
