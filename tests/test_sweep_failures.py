@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from ray.tune.experiment import Trial
 
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray.sweep.failures import (
     SweepTrial,
     TrialFailedError,
@@ -20,6 +21,7 @@ from lightning_mgpu.ray.sweep.failures import (
     retrying,
 )
 from lightning_mgpu.ray.sweep.memory import check_shrinkable, shrink
+from lightning_mgpu.ray.sweep.scrub import adopt
 
 
 def caused(cause: BaseException) -> Exception:
@@ -144,3 +146,10 @@ def test_smaller_job_has_less_of_a_batch_and_more_of_them(
 def test_application_without_a_batch_size_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_shrinkable(OmegaConf.create(config))
+
+
+def test_process_has_time_to_end_a_trial_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or Ray gives up the next one after two seconds, without a word to anybody."""
+    of_the_driver = ProcessState.capture(1)
+    monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")  # as the actor sets it
+    assert adopt(of_the_driver, 1).environment["TUNE_FUNCTION_THREAD_TIMEOUT_S"] == "600"

@@ -14,8 +14,11 @@ from lightning_mgpu.launch.state import ProcessState
 
 __all__: list[str] = []
 
-# What Ray tells its workers, and which devices they may use.
-_OF_THE_ACTOR = ("RAY_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+# What Ray tells its workers, which devices they may use, and how long a trial may take to end.
+_OF_THE_ACTOR = (
+    *("RAY_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S",
+)
 # Threads that serve later trials as well: of tqdm, of our process pool, of torch and of Ray.
 _LASTING_THREADS = ("tqdm_monitor", "mgpu-", "ray")
 
