@@ -30,7 +30,7 @@ from lightning_mgpu.report.sweep.importance import importance
 from lightning_mgpu.report.sweep.journal import read
 from lightning_mgpu.report.sweep.lanes import clock, time_unit, timeline
 from lightning_mgpu.report.sweep.model import Dimension
-from lightning_mgpu.report.sweep.views import curves, saving
+from lightning_mgpu.report.sweep.views import best_so_far, curves, has_curves, saving
 
 HERE = Path()
 PICTURES = [
@@ -165,6 +165,8 @@ def test_jobs_without_epochs_are_counted_by_reports() -> None:
     drawn = command.draw(HERE)
     assert "epochs.png" not in [path.name for path in drawn]
     assert "nothing to save" in Path("report.html").read_text()
+    assert not has_curves(sweep)
+    assert best_so_far(sweep) == [(number, float(number)) for number in range(6)]
 
 
 def test_epochs_are_saved_by_those_that_were_stopped_alone() -> None:

@@ -40,6 +40,20 @@ def curves(sweep: Sweep) -> list[Curve]:
     return sorted(found, key=lambda curve: curve.is_best)
 
 
+def has_curves(sweep: Sweep) -> bool:
+    """Whether some trial has reported more than once; else there are results, and no curves."""
+    return any(len(sweep.history(trial)) > 1 for trial in sweep.trials)
+
+
+def best_so_far(sweep: Sweep) -> list[tuple[int, float]]:
+    """By the trials' numbers, the best value up to each of them."""
+    better = max if sweep.mode == "max" else min
+    found: list[tuple[int, float]] = []
+    for trial, value in sweep.valued():
+        found.append((trial.number, better(value, found[-1][1]) if found else value))
+    return found
+
+
 def counts(sweep: Sweep) -> dict[str, int]:
     """How many trials have ended how."""
     found = {status: sum(t.status == status for t in sweep.trials) for status in STATUSES}

@@ -5,7 +5,14 @@ import plotly.graph_objects as go
 from lightning_mgpu.report.sweep.axes import metric_axis
 from lightning_mgpu.report.sweep.html.style import about, described, styled
 from lightning_mgpu.report.sweep.model import STATUSES, Sweep
-from lightning_mgpu.report.sweep.views import BEST, COLOURS, Curve, curves
+from lightning_mgpu.report.sweep.views import (
+    BEST,
+    COLOURS,
+    Curve,
+    best_so_far,
+    curves,
+    has_curves,
+)
 
 __all__: list[str] = []
 
@@ -20,10 +27,12 @@ _FEW = 12  # epochs, each of which has a mark
 
 
 def learning_curves(sweep: Sweep) -> go.Figure | None:
-    """The metric over epochs; `None` if no trial has reported."""
+    """The metric over epochs, or over trials if each has reported once; `None` without any."""
     found = curves(sweep)
     if not found:
         return None
+    if not has_curves(sweep):
+        return _results(sweep)
     figure = go.Figure()
     crowd = sum(not curve.is_best for curve in found)
     for status in STATUSES:
@@ -39,6 +48,28 @@ def learning_curves(sweep: Sweep) -> go.Figure | None:
     if sweep.longest <= _FEW:
         figure.update_xaxes(dtick=1)
     return figure
+
+
+def _results(sweep: Sweep) -> go.Figure:
+    figure = go.Figure()
+    for status in STATUSES:
+        members = [curve.trial for curve in curves(sweep) if curve.trial.status == status]
+        if members:
+            figure.add_scatter(
+                x=[trial.number for trial in members],
+                y=[sweep.history(trial)[-1][1] for trial in members],
+                text=[about(sweep, trial) for trial in members],
+                name=status,
+                mode="markers",
+                marker={"size": 8, "color": COLOURS[status], "symbol": _END[status]},
+                hovertemplate="%{text}<extra></extra>",
+            )
+    numbers, values = zip(*best_so_far(sweep), strict=True) if sweep.valued() else ((), ())
+    line = {"color": BEST, "width": 2.5, "shape": "hv"}
+    figure.add_scatter(x=numbers, y=values, name="best so far", mode="lines", line=line)
+    return styled(
+        figure, 440, xaxis={"title": {"text": "trial"}}, yaxis=described(metric_axis(sweep))
+    )
 
 
 def _add(

@@ -16,7 +16,7 @@ from lightning_mgpu.report.sweep.html.workers import workers
 from lightning_mgpu.report.sweep.importance import Importance
 from lightning_mgpu.report.sweep.lanes import Timeline, clock, timeline
 from lightning_mgpu.report.sweep.model import Sweep
-from lightning_mgpu.report.sweep.views import counts, saving
+from lightning_mgpu.report.sweep.views import counts, has_curves, saving
 
 __all__: list[str] = []
 
@@ -79,7 +79,9 @@ def _sections(sweep: Sweep, importance: Importance | None) -> Iterator[_Section]
         "curves",
         "Learning curves",
         "Each line is a trial and ends with a mark: a cross where the scheduler stopped it."
-        " Click on the legend to hide some.",
+        " Click on the legend to hide some."
+        if has_curves(sweep)
+        else "Each trial has reported once, so there are no curves, but results in their order.",
         learning_curves(sweep),
         "No trial has reported yet.",
     )

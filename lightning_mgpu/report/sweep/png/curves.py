@@ -8,7 +8,14 @@ from matplotlib.ticker import MaxNLocator
 from lightning_mgpu.report.sweep.axes import metric_axis
 from lightning_mgpu.report.sweep.model import STATUSES, Sweep
 from lightning_mgpu.report.sweep.png.style import describe_y, figure, plain
-from lightning_mgpu.report.sweep.views import BEST, COLOURS, curves, saving
+from lightning_mgpu.report.sweep.views import (
+    BEST,
+    COLOURS,
+    best_so_far,
+    curves,
+    has_curves,
+    saving,
+)
 
 __all__: list[str] = []
 
@@ -16,10 +23,12 @@ _END = {"done": "o", "stopped": "x", "failed": "P", "unfinished": "."}
 
 
 def learning_curves(sweep: Sweep) -> Figure | None:
-    """The metric over epochs; `None` if no trial has reported."""
+    """The metric over epochs, or over trials if each has reported once; `None` without any."""
     found = curves(sweep)
     if not found:
         return None
+    if not has_curves(sweep):
+        return _results(sweep)
     drawn = figure(5.2)
     axes = drawn.add_subplot()
     opacity, named = max(0.3, 1 - len(found) / 60), set()
@@ -45,6 +54,30 @@ def learning_curves(sweep: Sweep) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if sweep.longest > 1:
         axes.set_xlim(left=0)
+    drawn.legend(loc="outside upper left", ncols=5, frameon=False)
+    return drawn
+
+
+def _results(sweep: Sweep) -> Figure:
+    drawn = figure(5.2)
+    axes = drawn.add_subplot()
+    for status in STATUSES:
+        members = [curve.trial for curve in curves(sweep) if curve.trial.status == status]
+        if members:
+            axes.plot(
+                [trial.number for trial in members],
+                [sweep.history(trial)[-1][1] for trial in members],
+                marker=_END[status],
+                linestyle="",
+                color=COLOURS[status],
+                label=status,
+            )
+    if found := best_so_far(sweep):
+        axes.step(*zip(*found, strict=True), where="post", color=BEST, label="best so far")
+    plain(axes)
+    describe_y(axes, metric_axis(sweep))
+    axes.set_xlabel("trial")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn.legend(loc="outside upper left", ncols=5, frameon=False)
     return drawn
 
