@@ -120,7 +120,7 @@ def test_report_is_drawn_at_the_end_and_knows_what_the_results_know(plain: Swept
 
 def test_report_can_be_switched_off_and_drawn_later(failing: Swept) -> None:
     assert not (failing.directory / "report.html").exists()
-    assert "report" not in failing.out
+    assert "report:" not in failing.out
     reasons = {trial.params["kind"]: trial.reason for trial in read(failing.directory).trials}
     assert "StubbornError" in reasons["raise"]
     assert "its process died" in reasons["kill"]
