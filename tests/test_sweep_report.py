@@ -274,9 +274,10 @@ def test_axes_follow_how_values_were_searched() -> None:
     mixed = {"name": "mixed", "choices": ["b", None, True, 3, [1, 2]]}
     wide = {"name": "wide", "low": 1, "high": 1000, "log": True, "integer": True}
     many = {"name": "many", "choices": [2**power for power in range(14)]}
-    journals.Journal(HERE, [LR, L1, DROP, DEPTH, ACT, mixed, wide, many])
+    narrow = {**LR, "name": "narrow", "low": 0.5, "high": 0.9}
+    journals.Journal(HERE, [LR, L1, DROP, DEPTH, ACT, mixed, wide, many, narrow])
     sweep = read(HERE)
-    lr, l1, drop, depth, act, of_mixed, of_wide, of_many = (
+    lr, l1, drop, depth, act, of_mixed, of_wide, of_many, of_narrow = (
         axis_of(sweep, dimension) for dimension in sweep.dimensions
     )
     assert (lr.log, [words for _, words in lr.ticks]) == (True, ["0.0001", "0.001", "0.01", "0.1"])
@@ -288,6 +289,7 @@ def test_axes_follow_how_values_were_searched() -> None:
     assert of_mixed.categories == ("b", "null", "true", "3", "[1, 2]")
     assert (of_wide.log, of_wide.categories) == (True, None)
     assert (of_many.log, of_many.linear(100)) == (True, 2)
+    assert not of_narrow.log
 
 
 def test_loss_over_orders_of_magnitude_is_logarithmic() -> None:

@@ -70,7 +70,8 @@ def axis_of(sweep: Sweep, dimension: Dimension) -> Axis:
     if _is_listed(dimension) and len(set(known)) <= _MANY_CHOICES:
         return _categorical(name, label, list(map(text, sorted(set(known)))))
     low, high = min(known), max(known)
-    log = low > 0 and (dimension.log or (dimension.choices is not None and high > 100 * low))
+    is_wide = low > 0 and high > 3 * low  # or there are hardly any marks
+    log = is_wide and (dimension.log or (dimension.choices is not None and high > 100 * low))
     if log:
         limits = low * (low / high) ** 0.04, high * (high / low) ** 0.04
         return Axis(name, label, log=True, ticks=log_ticks(low, high), limits=limits)

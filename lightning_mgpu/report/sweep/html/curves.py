@@ -1,4 +1,4 @@
-"""Learning curves, and how many epochs each trial was given."""
+"""Learning curves."""
 
 import plotly.graph_objects as go
 
@@ -82,23 +82,9 @@ def _add(
     opacity: float,
 ) -> None:
     """Curves that go together are one trace, so that the legend hides them together."""
-    x: list[float | None] = []
-    y: list[float | None] = []
-    texts: list[str] = []
-    sizes: list[int] = []
-    for curve in members:
-        words = about(sweep, curve.trial)
-        for piece in curve.pieces:
-            for at, value in piece:
-                x.append(at)
-                y.append(value)
-                texts.append(words)
-                sizes.append(0)
-            x.append(None)
-            y.append(None)
-            texts.append("")
-            sizes.append(0)
-        sizes[-2] = 8  # where it ended
+    points = [point for curve in members for point in _points(sweep, curve)]
+    x, y, texts, sizes = zip(*points, strict=True)
+    status = members[0].trial.status
     figure.add_scatter(
         x=x,
         y=y,
@@ -110,7 +96,7 @@ def _add(
             "size": sizes,
             "sizemin": 0,
             "opacity": 1,
-            "symbol": _END[members[0].trial.status],
+            "symbol": _END[status],
             "color": colour,
             "line": {"width": 1.5, "color": colour},
         },
@@ -118,55 +104,22 @@ def _add(
     )
 
 
+def _points(sweep: Sweep, curve: Curve) -> list[tuple[float | None, float | None, str, int]]:
+    """Place, value, words and size of the mark; with a gap after each piece."""
+    # All that is known of a trial is said at its end alone, or the page would be large.
+    words = f"<b>trial {curve.trial.number}</b>, {curve.trial.status}"
+    points: list[tuple[float | None, float | None, str, int]] = []
+    for piece in curve.pieces:
+        points += [(place, value, words, 0) for place, value in piece]
+        points.append((None, None, "", 0))
+    place, value, *_ = points[-2]
+    points[-2] = (place, value, about(sweep, curve.trial), 8)
+    return points
+
+
 def _with_opacity(colour: str, opacity: float) -> str:
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity:.2f})"
-
-
-def epochs(sweep: Sweep) -> go.Figure | None:
-    """What each trial was given, and what stopping it has saved; `None` with nothing to see."""
-    trials = [trial for trial in sweep.trials if trial.reports]
-    if not sweep.has_epochs or sweep.longest <= 1:
-        return None
-    trials.sort(key=lambda trial: (-sweep.epochs(trial), trial.number))
-    order = {trial.number: place for place, trial in enumerate(trials)}
-    figure = go.Figure()
-    for status in STATUSES:
-        members = [trial for trial in trials if trial.status == status]
-        if members:
-            figure.add_bar(
-                name=f"trained, {status}",
-                x=[order[trial.number] for trial in members],
-                y=[sweep.epochs(trial) for trial in members],
-                text=[about(sweep, trial) for trial in members],
-                textposition="none",
-                marker={"color": COLOURS[status]},
-                hovertemplate="%{text}<br>%{y:.4g} epochs<extra></extra>",
-            )
-    cut = [trial for trial in trials if sweep.saved(trial)]
-    if cut:
-        figure.add_bar(
-            name="saved",
-            x=[order[trial.number] for trial in cut],
-            y=[sweep.saved(trial) for trial in cut],
-            marker={
-                "color": "#f6f7f9",
-                "line": {"width": 0},
-                "pattern": {"shape": "/", "fgcolor": "#c9ced6", "size": 6, "solidity": 0.25},
-            },
-            hovertemplate="%{y:.4g} epochs saved<extra></extra>",
-        )
-    shown = trials if len(trials) <= 40 else trials[:: len(trials) // 20]
-    styled(figure, 320, barmode="stack", bargap=0.15, yaxis={"title": {"text": "epochs"}})
-    figure.update_layout(legend={"traceorder": "normal"})
-    figure.update_xaxes(
-        title={"text": "trial, the longest first"},
-        tickvals=[order[trial.number] for trial in shown],
-        ticktext=[str(trial.number) for trial in shown],
-        tickangle=0,
-        showgrid=False,
-    )
-    return figure
 
 
 def unit(sweep: Sweep) -> str:

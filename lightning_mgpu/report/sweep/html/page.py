@@ -9,7 +9,8 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from lightning_mgpu.report.sweep.html.curves import epochs, learning_curves
+from lightning_mgpu.report.sweep.html.curves import learning_curves
+from lightning_mgpu.report.sweep.html.epochs import epochs
 from lightning_mgpu.report.sweep.html.parameters import importances, parallel, scatter
 from lightning_mgpu.report.sweep.html.table import table
 from lightning_mgpu.report.sweep.html.workers import workers
@@ -75,6 +76,11 @@ def _about(sweep: Sweep) -> str:
 
 
 def _sections(sweep: Sweep, importance: Importance | None) -> Iterator[_Section]:
+    yield from _of_results(sweep, importance)
+    yield from _of_time(sweep)
+
+
+def _of_results(sweep: Sweep, importance: Importance | None) -> Iterator[_Section]:
     yield _Section(
         "curves",
         "Learning curves",
@@ -111,6 +117,9 @@ def _sections(sweep: Sweep, importance: Importance | None) -> Iterator[_Section]
         scatter(sweep),
         "No trial has a result.",
     )
+
+
+def _of_time(sweep: Sweep) -> Iterator[_Section]:
     found = timeline(sweep)
     yield _Section(
         "workers",

@@ -3,12 +3,13 @@
 import plotly.graph_objects as go
 
 from lightning_mgpu.report.sweep.html.style import about, styled
-from lightning_mgpu.report.sweep.lanes import time_unit, timeline
+from lightning_mgpu.report.sweep.lanes import Bar, time_unit, timeline
 from lightning_mgpu.report.sweep.model import Sweep
 from lightning_mgpu.report.sweep.views import COLOURS
 
 __all__: list[str] = []
 
+_QUIET = "#5b6470"
 _INK = {"stopped": "#1f2328", "paused": "#1f2328"}  # where white could not be read
 
 
@@ -19,38 +20,14 @@ def workers(sweep: Sweep) -> go.Figure | None:
         return None
     unit, seconds = time_unit(found.end)
     figure = go.Figure()
-    for outcome, colour in COLOURS.items():
-        bars = [bar for bar in found.bars if bar.outcome == outcome]
-        if bars:
-            figure.add_bar(
-                orientation="h",
-                name=outcome,
-                width=0.82,  # or it depends on how many lanes have such a bar
-                y=[bar.lane for bar in bars],
-                base=[bar.start / seconds for bar in bars],
-                x=[(bar.end - bar.start) / seconds for bar in bars],
-                text=[str(bar.trial.number) for bar in bars],
-                textposition="inside",
-                insidetextanchor="middle",
-                textangle=0,
-                textfont={"color": _INK.get(outcome, "white")},
-                marker={"color": colour, "line": {"color": "white", "width": 1}},
-                customdata=[about(sweep, bar.trial) for bar in bars],
-                hovertemplate=(
-                    f"%{{customdata}}<br>%{{x:.3g}} {unit} from %{{base:.3g}} {unit}<extra></extra>"
-                ),
-            )
+    for outcome in COLOURS:
+        _add(figure, sweep, [bar for bar in found.bars if bar.outcome == outcome], unit, seconds)
     for moment in found.resumed:
-        figure.add_vline(moment / seconds, line={"dash": "dot", "color": "#5b6470", "width": 1.5})
-        figure.add_annotation(
-            x=moment / seconds,
-            yref="paper",
-            y=1,
-            text="resumed",
-            showarrow=False,
-            xanchor="left",
-            yanchor="bottom",
-            font={"size": 11, "color": "#5b6470"},
+        figure.add_vline(
+            moment / seconds,
+            line={"dash": "dot", "color": _QUIET, "width": 1.5},
+            annotation={"text": "resumed", "font": {"size": 11, "color": _QUIET}},
+            annotation_position="top right",
         )
     lanes = list(range(len(found.lanes)))
     styled(figure, 150 + 34 * len(lanes), barmode="overlay")
@@ -60,3 +37,28 @@ def workers(sweep: Sweep) -> go.Figure | None:
         tickvals=lanes, ticktext=found.lanes, autorange="reversed", showgrid=False, fixedrange=True
     )
     return figure
+
+
+def _add(figure: go.Figure, sweep: Sweep, bars: list[Bar], unit: str, seconds: float) -> None:
+    """Bars of one outcome."""
+    if not bars:
+        return
+    outcome = bars[0].outcome
+    figure.add_bar(
+        orientation="h",
+        name=outcome,
+        width=0.82,  # or it depends on how many lanes have such a bar
+        y=[bar.lane for bar in bars],
+        base=[bar.start / seconds for bar in bars],
+        x=[(bar.end - bar.start) / seconds for bar in bars],
+        text=[str(bar.trial.number) for bar in bars],
+        textposition="inside",
+        insidetextanchor="middle",
+        textangle=0,
+        textfont={"color": _INK.get(outcome, "white")},
+        marker={"color": COLOURS[outcome], "line": {"color": "white", "width": 1}},
+        customdata=[about(sweep, bar.trial) for bar in bars],
+        hovertemplate=(
+            f"%{{customdata}}<br>%{{x:.3g}} {unit} from %{{base:.3g}} {unit}<extra></extra>"
+        ),
+    )
