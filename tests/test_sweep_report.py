@@ -360,6 +360,7 @@ def test_few_or_equal_trials_say_nothing_about_importance() -> None:
     assert importance(read(HERE)) is None
 
 
+@pytest.mark.slow
 def test_report_is_one_page_that_needs_no_other_and_pictures() -> None:
     journals.write_search(HERE / "sweep", 24)
     page, *pictures = command.draw("sweep")
@@ -446,6 +447,7 @@ def without(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     monkeypatch.setattr(command, "find_spec", missing)
 
 
+@pytest.mark.slow
 def test_command_draws_without_torch() -> None:
     small()
     code = """

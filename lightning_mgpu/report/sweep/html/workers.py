@@ -28,6 +28,7 @@ def workers(sweep: Sweep) -> go.Figure | None:
             line={"dash": "dot", "color": _QUIET, "width": 1.5},
             annotation={"text": "resumed", "font": {"size": 11, "color": _QUIET}},
             annotation_position="top right",
+            annotation_yanchor="bottom",
         )
     lanes = list(range(len(found.lanes)))
     styled(figure, 150 + 34 * len(lanes), barmode="overlay")
