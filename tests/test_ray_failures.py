@@ -35,7 +35,9 @@ class _Scheduled(boring.Classifier):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
 
-def _fit(path: Path, deaths: int, max_failures: int) -> tuple[pl.Trainer, boring.Classifier]:
+def _fit(
+    path: Path, deaths: int, max_failures: int, storage_path: str | None = None
+) -> tuple[pl.Trainer, boring.Classifier]:
     tickets = path / "tickets"
     tickets.mkdir(parents=True)
     for number in range(deaths):
@@ -46,7 +48,7 @@ def _fit(path: Path, deaths: int, max_failures: int) -> tuple[pl.Trainer, boring
         EarlyStopping("val_loss", patience=3),
     ]
     model = _Scheduled()
-    strategy = RayStrategy(num_workers=2, max_failures=max_failures)
+    strategy = RayStrategy(num_workers=2, max_failures=max_failures, storage_path=storage_path)
     trainer = boring.trainer(
         strategy, "auto", callbacks=callbacks, enable_checkpointing=True, max_epochs=4
     )
@@ -67,9 +69,18 @@ def test_killed_worker_recovers_to_the_same_result(tmp_path: Path) -> None:
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
 
 
-def test_one_failure_too_many(tmp_path: Path) -> None:
+def test_one_failure_too_many_leaves_the_state_in_storage(tmp_path: Path) -> None:
+    expected, straight = _fit(tmp_path / "straight", deaths=0, max_failures=0)
     with pytest.raises(WorkerDiedError, match="Rank 1 died"):
-        _fit(tmp_path, deaths=2, max_failures=1)
+        _fit(tmp_path / "killed", deaths=2, max_failures=1, storage_path="storage")
+    (directory,) = (tmp_path / "storage").iterdir()
+    assert {path.name for path in directory.iterdir()} == {"latest", "epoch=1-step=12.ckpt"}
+    trainer = boring.trainer(RayStrategy(num_workers=2, storage_path="other"), "auto", max_epochs=4)
+    model = _Scheduled()
+    trainer.fit(model, datamodule=boring.Blobs(), ckpt_path=directory / "epoch=1-step=12.ckpt")
+    boring.assert_same_weights(straight, model)
+    assert trainer.global_step == expected.global_step
+    assert list((tmp_path / "other").iterdir()) == [], "nobody needs it when training is done"
     close()
 
 

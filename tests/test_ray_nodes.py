@@ -12,12 +12,12 @@ import pytest
 pytestmark = pytest.mark.slow
 
 _SCRIPT = """
-import json, socket, subprocess, sys
+import json, os, pathlib, socket, subprocess, sys, time
 import boring, torch
 import lightning.pytorch as pl
 import ray
 from ray.cluster_utils import Cluster
-from lightning_mgpu.ray import RayStrategy
+from lightning_mgpu.ray import RayStrategy, cluster
 
 class Facts(pl.Callback):
     def on_train_start(self, trainer, pl_module):
@@ -26,39 +26,75 @@ class Facts(pl.Callback):
                              trainer.train_dataloader.sampler.num_replicas])
         self.facts = pl_module.all_gather(mine).tolist()
 
+class Worlds(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        sampler = trainer.train_dataloader.sampler
+        pathlib.Path(f"epoch-{trainer.current_epoch}").write_text(str(sampler.num_replicas))
+
 class Leaves(pl.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 1 and trainer.node_rank == 1 and trainer.ckpt_path is None:
-            import os, psutil
+            import psutil
             raylet = psutil.Process(os.getppid())
             assert raylet.name() == "raylet"
             raylet.kill()
+            time.sleep(120)  # this process follows
+
+def disk_of_its_own(root):
+    # Makes /dev/fd/200 a directory that each node has for itself.
+    def hook():
+        path = f"{root}/{ray.get_runtime_context().get_node_id()}"
+        os.makedirs(path, exist_ok=True)
+        os.dup2(os.open(path, os.O_RDONLY), 200)
+    return hook
+
+def nodes(count, placement):
+    group = cluster.reserve({"CPU": 1.0}, count, count, placement)
+    placed = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    ray.util.remove_placement_group(group)
+    return len(set(placed.values()))
 
 if __name__ == "__main__":
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    cluster = Cluster()
-    cluster.add_node(num_cpus=2, include_dashboard=False, ray_client_server_port=port)
-    cluster.add_node(num_cpus=1)
-    ray.init(cluster.address)
-    facts = Facts()
-    strategy = RayStrategy(num_workers=3, find_unused_parameters=False)
-    model = boring.Classifier()
+    machines = Cluster()
+    machines.add_node(num_cpus=2, include_dashboard=False, ray_client_server_port=port)
+    machines.add_node(num_cpus=1)
+    ray.init(machines.address)
+    placed = [nodes(2, placement) for placement in ("PACK", "SPREAD", "STRICT_SPREAD")]
+
+    facts, model, hook = Facts(), boring.Classifier(), disk_of_its_own(os.getcwd())
+    try:
+        strategy = RayStrategy(num_workers=3, init_hook=hook, storage_path="/dev/fd/200/states")
+        boring.trainer(strategy, "auto").fit(model, datamodule=boring.Blobs())
+    except ValueError as error:
+        refused = str(error)
+    strategy = RayStrategy(num_workers=3, init_hook=hook, find_unused_parameters=False)
     trainer = boring.trainer(strategy, "auto", callbacks=[facts])
     trainer.fit(model, datamodule=boring.Blobs())
     predictions = torch.cat(trainer.predict(model, datamodule=boring.Blobs()))
     in_order = torch.allclose(predictions, model(boring.blobs()[:][0]))
 
-    cluster.add_node(num_cpus=1)  # stands in for the node that is lost
-    survivor = boring.trainer(
-        RayStrategy(num_workers=3, max_failures=1), "auto", callbacks=[Leaves()], max_epochs=3
-    )
+    strategy = RayStrategy(num_workers=(1, 4), max_failures=1, storage_path="states")
+    survivor = boring.trainer(strategy, "auto", callbacks=[Worlds(), Leaves()], max_epochs=3)
     survivor.fit(boring.Classifier(), datamodule=boring.Blobs())
+    worlds = [pathlib.Path(f"epoch-{epoch}").read_text() for epoch in range(3)]
     ray.shutdown()
     subprocess.run([sys.executable, "client.py", str(port)], check=True)
     with open("facts.json", "w") as file:
-        json.dump([facts.facts, in_order, survivor.current_epoch], file)
-    cluster.shutdown()
+        json.dump(
+            {
+                "facts": facts.facts,
+                "in order": in_order,
+                "placed": placed,
+                "refused": refused,
+                "epochs": survivor.current_epoch,
+                "steps": survivor.global_step,
+                "worlds": worlds,
+            },
+            file,
+        )
+    machines.shutdown()
 """
 
 # A laptop: this process is no part of the cluster.
@@ -96,10 +132,16 @@ def test_several_nodes_one_that_is_lost_and_a_client(tmp_path: Path) -> None:
             timeout=250,
         )
     assert done.returncode == 0, done.stdout + done.stderr
-    facts, in_order, epochs = json.loads((tmp_path / "facts.json").read_text())
+    seen = json.loads((tmp_path / "facts.json").read_text())
     # Global, node and local rank; nodes, world and the sampler's share.
     two_first = [[0, 0, 0, 2, 3, 3], [1, 0, 1, 2, 3, 3], [2, 1, 0, 2, 3, 3]]
     one_first = [[0, 0, 0, 2, 3, 3], [1, 1, 0, 2, 3, 3], [2, 1, 1, 2, 3, 3]]
-    assert facts in (two_first, one_first)
-    assert in_order
-    assert epochs == 3
+    assert seen["facts"] in (two_first, one_first)
+    assert seen["in order"]
+    assert seen["placed"] == [1, 2, 2]
+    assert "storage_path='/dev/fd/200/states'`: what rank 0 writes there, rank" in seen["refused"]
+    # Three workers until a node is lost in the second epoch, then the two that there is room for.
+    assert seen["epochs"] == 3
+    assert seen["worlds"] in (["3", "2", "2"], ["3", "1", "1"])
+    assert seen["steps"] == 4 + 2 * 12 // int(seen["worlds"][2])
+    assert list((tmp_path / "states").iterdir()) == []

@@ -1,11 +1,14 @@
-"""The latest state of a training that may lose its workers: sent to the driver, and kept there."""
+"""The latest state of a training that may lose its workers, and the driver's place for it."""
 
 import io
 import os
 import tempfile
 import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.pytorch.callbacks import Checkpoint
@@ -16,44 +19,89 @@ from lightning_mgpu.ray.worker import call_on_driver
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_mgpu.ray.session import Session
     from lightning_mgpu.ray.strategy import OnRay
 
 __all__: list[str] = []
 
+Save = Callable[[dict[str, Any]], None]
+"""Keeps a checkpoint in place of the last one; called on rank 0."""
+
 
 class Autosave(Checkpoint):
-    """Sends a checkpoint to the driver after each epoch.
+    """Keeps a checkpoint after each epoch.
 
     A `Checkpoint`, since Lightning calls those after all other callbacks.
 
     Args:
-        name: Of the driver's `Kept`.
+        save: What to do with it.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, save: Save) -> None:
+        self._save = save
 
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        # On every rank, since a checkpoint may take all of them.
         strategy: OnRay = trainer.strategy  # type: ignore[assignment]
         checkpoint = strategy.dump_checkpoint(trainer)
         if trainer.is_global_zero:
-            stream = io.BytesIO()
-            torch.save(checkpoint, stream)
-            call_on_driver(_keep, self._name, stream.getvalue())
+            self._save(checkpoint)
 
 
-class Kept:
-    """The driver's place for the latest checkpoint of one training; gone with the block."""
+class Saved(Protocol):
+    """A checkpoint on its way to workers that go on from it."""
+
+    def copy_to(self, file: IO[bytes]) -> bool:
+        """Write it to a file; whether there is one."""
+
+
+class Keeper(ABC):
+    """Where the checkpoints of one training are kept, as the driver knows it; gone with the block.
+
+    Attributes:
+        save: For the workers.
+    """
+
+    save: Save
+
+    @abstractmethod
+    def latest(self) -> Saved | None:
+        """The latest checkpoint, if there is one by now."""
+
+    @abstractmethod
+    def check(self, workers: "Session") -> None:
+        """Refuse workers that could not go on from here."""
+
+    @abstractmethod
+    def finish(self, workers: "Session") -> None:
+        """Training is done, so nobody will go on from here."""
+
+    @abstractmethod
+    def __enter__(self) -> "Keeper": ...
+
+    @abstractmethod
+    def __exit__(self, *_: Any) -> None: ...
+
+
+class DriverKeeper(Keeper):
+    """Keeps them in a file beside the driver: no node has to share any storage with another."""
 
     def __init__(self) -> None:
-        self.name = uuid.uuid4().hex
+        self._name = uuid.uuid4().hex
+        self.save = _Send(self._name)
 
-    def latest(self) -> bytes | None:
-        """The checkpoint, if there is one by now."""
+    @override
+    def latest(self) -> "_Bytes | None":
         path = self._path()
-        return path.read_bytes() if path.exists() else None
+        return _Bytes(path.read_bytes()) if path.exists() else None
+
+    @override
+    def check(self, workers: "Session") -> None:
+        """Nothing to refuse: every worker gets the checkpoint from here."""
+
+    @override
+    def finish(self, workers: "Session") -> None:
+        """Nothing to do: the file goes with the block."""
 
     def keep(self, data: bytes) -> None:
         """Put a checkpoint in the place of the last one, or leave that as it is."""
@@ -64,17 +112,38 @@ class Kept:
     def _path(self) -> Path:
         return Path(self._directory.name) / "latest.ckpt"
 
-    def __enter__(self) -> "Kept":
+    @override
+    def __enter__(self) -> "DriverKeeper":
         self._directory = tempfile.TemporaryDirectory(prefix="lightning_mgpu_")
-        _all[self.name] = self
+        _all[self._name] = self
         return self
 
+    @override
     def __exit__(self, *_: Any) -> None:
-        del _all[self.name]
+        del _all[self._name]
         self._directory.cleanup()
 
 
-_all: dict[str, Kept] = {}
+@dataclass(frozen=True)
+class _Bytes:
+    data: bytes
+
+    def copy_to(self, file: IO[bytes]) -> bool:
+        file.write(self.data)
+        return True
+
+
+@dataclass(frozen=True)
+class _Send:
+    name: str
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        stream = io.BytesIO()
+        torch.save(checkpoint, stream)
+        call_on_driver(_keep, self.name, stream.getvalue())
+
+
+_all: dict[str, DriverKeeper] = {}
 
 
 def _keep(name: str, data: bytes) -> None:

@@ -1,5 +1,6 @@
 """The Ray cluster that this process works on: found, or started for it alone."""
 
+import itertools
 import logging
 import os
 import signal
@@ -28,6 +29,10 @@ _RESOURCES_SECONDS = 600.0
 _WARNING_SECONDS = 5.0
 # On a cluster of our own nobody but this driver can free anything.
 _OWN_CLUSTER_SECONDS = 20.0
+# How long to wait for more workers than there have to be: what somebody has just given back takes
+# a moment to become free. And then, for each number less.
+_SETTLE_SECONDS = 5.0
+_NEXT_SECONDS = 1.0
 
 _ours = False
 
@@ -75,16 +80,38 @@ def fits(bundles: list[dict[str, float]], free: bool = False) -> bool:
     return _take(bundles, [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]])
 
 
-def reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
-    """Reserve equal bundles, one for each worker, near each other where that can be.
+def reserve(
+    bundle: dict[str, float], least: int, most: int, placement: str = "PACK"
+) -> PlacementGroup:
+    """Reserve equal bundles, one for each worker: as many as the cluster can give by now.
+
+    Args:
+        bundle: What each worker needs.
+        least: Number of bundles to wait for, if there is not even room for them.
+        most: Number of bundles that are enough.
+        placement: Ray's strategy for their nodes, such as ``"PACK"`` or ``"SPREAD"``.
 
     Raises:
         LaunchError: The cluster has too little; the message says what was asked for.
     """
+    count, seconds = min(most, _capacity(bundle)), _SETTLE_SECONDS
+    while count > least:
+        reservation = _try([bundle] * count, placement, seconds)
+        if reservation is not None:
+            return reservation
+        free = _count(bundle, [dict(ray.available_resources())])
+        # (What is free over all nodes may not lie together on one.)
+        count, seconds = min(count - 1, max(free, least)), _NEXT_SECONDS
+    return _wait_for([bundle] * least, placement)
+
+
+def _wait_for(bundles: list[dict[str, float]], placement: str) -> PlacementGroup:
     asked = f"{len(bundles)} × ({describe(bundles[0])})"
+    if placement != "PACK":
+        asked += f" with placement {placement}"
     if is_ours() and not fits(bundles):
         raise LaunchError(_too_little(asked))
-    reservation: PlacementGroup = placement_group(bundles, strategy="PACK")
+    reservation: PlacementGroup = placement_group(bundles, strategy=placement)
     try:
         if not reservation.wait(_WARNING_SECONDS):
             log.warning("Waiting for resources. %s", _too_little(asked))
@@ -95,6 +122,17 @@ def reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
         remove_placement_group(reservation)
         raise
     return reservation
+
+
+def _try(bundles: list[dict[str, float]], placement: str, seconds: float) -> PlacementGroup | None:
+    reservation: PlacementGroup = placement_group(bundles, strategy=placement)
+    ready = False
+    try:
+        ready = reservation.wait(seconds)
+    finally:
+        if not ready:
+            remove_placement_group(reservation)
+    return reservation if ready else None
 
 
 def describe(resources: Mapping[str, float]) -> str:
@@ -124,15 +162,25 @@ def _too_little(asked: str) -> str:
 
 
 def _take(bundles: list[dict[str, float]], nodes: list[dict[str, Any]]) -> bool:
-    for bundle in bundles:
-        for node in nodes:
-            if all(node.get(name, 0) >= amount for name, amount in bundle.items()):
-                for name, amount in bundle.items():
-                    node[name] = node.get(name, 0) - amount
-                break
-        else:
-            return False
-    return True
+    return all(_take_one(bundle, nodes) for bundle in bundles)
+
+
+def _take_one(bundle: dict[str, float], nodes: list[dict[str, Any]]) -> bool:
+    for node in nodes:
+        if all(node.get(name, 0) >= amount for name, amount in bundle.items()):
+            for name, amount in bundle.items():
+                node[name] = node.get(name, 0) - amount
+            return True
+    return False
+
+
+def _capacity(bundle: dict[str, float]) -> int:
+    """For how many such bundles the living nodes have room, were they all free."""
+    return _count(bundle, [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]])
+
+
+def _count(bundle: dict[str, float], nodes: list[dict[str, Any]]) -> int:
+    return next(count for count in itertools.count() if not _take_one(bundle, nodes))
 
 
 def turn_authentication_on() -> None:

@@ -21,7 +21,7 @@ from lightning_mgpu.launch.errors import (
 )
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray import cluster, session
-from lightning_mgpu.ray.autosave import Autosave, Kept
+from lightning_mgpu.ray.autosave import Autosave, Keeper, Save
 from lightning_mgpu.ray.parcel import Parcel, pack, unpack
 from lightning_mgpu.ray.place import Place
 from lightning_mgpu.ray.returned import Returned, weights_of
@@ -74,40 +74,61 @@ class RayLauncher(_Launcher):
         self._strategy.check(trainer)
         cluster.connect()
         entry = _Entry(self._strategy, trainer, function, args, kw)
-        if self._strategy.max_failures == 0 or trainer.state.fn != TrainerFn.FITTING:
+        keeper = self._strategy.keeper() if trainer.state.fn == TrainerFn.FITTING else None
+        if keeper is None:
             return self._bring_home(trainer, self._run(entry.pack()))
-        with Kept() as kept:
-            parcel = replace(entry, autosave=kept.name).pack()
-            return self._bring_home(trainer, self._run_until_done(parcel, kept))
+        with keeper:
+            parcel = replace(entry, save=keeper.save).pack()
+            return self._bring_home(trainer, self._run_until_done(parcel, keeper))
 
-    def _run_until_done(self, parcel: Parcel, kept: Kept) -> list[list[Parcel]]:
+    def _run_until_done(self, parcel: Parcel, keeper: Keeper) -> list[list[Parcel]]:
         """Start again from the latest checkpoint when workers are lost, as often as allowed."""
         for failures in itertools.count(1):
             try:
-                return self._run(parcel, kept.latest())
+                return self._run(parcel, keeper)
             except Exception as error:
                 if not _is_loss(error) or failures > self._strategy.max_failures:
                     raise
                 log.warning(
-                    "%s (failure %d of %d). New workers go on from %s.",
+                    "%s (failure %d of %d). New workers go on from the last epoch's end, or from"
+                    " the beginning if there has been none.",
                     " ".join(str(error).split())[:200],
                     failures,
                     self._strategy.max_failures,
-                    "the beginning" if kept.latest() is None else "the last epoch's end",
                 )
         raise AssertionError
 
-    def _run(self, parcel: Parcel, resume: bytes | None = None) -> list[list[Parcel]]:
-        strategy = self._strategy
-        state = ProcessState.capture(strategy.threads_per_worker)
-        workers = session.take(strategy.group())
+    def _run(self, parcel: Parcel, keeper: Keeper | None = None) -> list[list[Parcel]]:
+        state = ProcessState.capture(self._strategy.threads_per_worker)
+        workers = self._take_workers(keeper)
         try:
-            results = workers.run(parcel, state, resume)
+            results = workers.run(parcel, state, keeper.latest() if keeper is not None else None)
+            if keeper is not None:
+                keeper.finish(workers)
         except BaseException:
             session.discard(workers)
             raise
         workers.rest(session.idle_seconds())
         return results
+
+    def _take_workers(self, keeper: Keeper | None) -> session.Session:
+        most, workers = self._strategy.num_workers, session.take(self._strategy.group())
+        try:
+            if keeper is not None:
+                keeper.check(workers)
+        except ValueError:
+            workers.rest(session.idle_seconds())  # they are not at fault
+            raise
+        except BaseException:
+            session.discard(workers)
+            raise
+        if workers.size < most:
+            log.warning(
+                "%d workers, of at most %d: the cluster has no more to give at present. A step's"
+                " batch is that of %d.",
+                *(workers.size, most, workers.size),
+            )
+        return workers
 
     def _bring_home(self, trainer: "Trainer", results: list[list[Parcel]]) -> Any:
         # Weights are copied into the model at once: they need no memory in between.
@@ -135,7 +156,7 @@ class _Entry:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    autosave: str | None = None
+    save: Save | None = None
 
     def pack(self) -> Parcel:
         """This entry, less what the workers make anew.
@@ -156,8 +177,8 @@ class _Entry:
         trainer = self.trainer
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
         args = self.args
-        if self.autosave is not None:
-            trainer.callbacks.append(Autosave(self.autosave))  # type: ignore[attr-defined]
+        if self.save is not None:
+            trainer.callbacks.append(Autosave(self.save))  # type: ignore[attr-defined]
         if resume is not None:
             # `Trainer._fit_impl(..., ckpt_path, weights_only)`; the file is our own.
             args = (*args[:-2], resume, False)

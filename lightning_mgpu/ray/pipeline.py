@@ -1,6 +1,7 @@
 """Pipelines on the workers of a Ray cluster, and DDP between them."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from typing_extensions import override
@@ -25,6 +26,8 @@ class RayPipelineStrategy(OnRay, PipelineDDPStrategy):
         init_hook: As `RayStrategy`.
         resources_per_worker: As `RayStrategy`.
         max_failures: As `RayStrategy`.
+        storage_path: As `RayStrategy`.
+        placement_strategy: As `RayStrategy`.
         stages: Devices of each worker, and stages of its pipeline (default 2).
         **kwargs: As `PipelineStrategy` from `module` on, and as Lightning's `DDPStrategy`.
 
@@ -36,12 +39,14 @@ class RayPipelineStrategy(OnRay, PipelineDDPStrategy):
 
     def __init__(
         self,
-        num_workers: int = 1,
+        num_workers: int | Sequence[int] = 1,
         num_cpus_per_worker: float | None = None,
         use_gpu: bool = False,
         init_hook: Callable[[], Any] | None = None,
         resources_per_worker: Mapping[str, float] | None = None,
         max_failures: int = 0,
+        storage_path: str | os.PathLike[str] | None = None,
+        placement_strategy: str = "PACK",
         *,
         stages: int = 2,
         **kwargs: Any,
@@ -53,6 +58,8 @@ class RayPipelineStrategy(OnRay, PipelineDDPStrategy):
             init_hook,
             resources_per_worker,
             max_failures,
+            storage_path,
+            placement_strategy,
             stages=stages,
             **kwargs,
         )

@@ -1,12 +1,13 @@
 """Warm workers: a group of actors that outlives a call, and the groups that this driver keeps."""
 
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
@@ -23,6 +24,9 @@ from lightning_mgpu.ray.trial import TrialBundles
 from lightning_mgpu.ray.watch import Watch
 from lightning_mgpu.ray.worker import Job, TrainWorker
 
+if TYPE_CHECKING:
+    from lightning_mgpu.ray.autosave import Saved
+
 __all__: list[str] = []
 
 # How long idle workers may take to show that they are alive.
@@ -34,21 +38,24 @@ class Group:
     """What workers are asked for; a session serves every call that asks for the same.
 
     Attributes:
-        size: Number of workers.
+        least: Number of workers to wait for.
+        most: Number of workers that are enough, where the cluster can give more than `least`.
         resources: Of each worker, as sorted pairs.
         hook: Pickled function for each worker to call before all else.
+        placement: Ray's strategy for their nodes.
         trial: What the Tune trial that this process runs has reserved for them.
     """
 
-    size: int
+    least: int
+    most: int
     resources: tuple[tuple[str, float], ...]
     hook: bytes | None
+    placement: str = "PACK"
     trial: TrialBundles | None = None
 
-    @property
-    def bundles(self) -> list[dict[str, float]]:
-        """What to reserve: one bundle for each worker."""
-        return [dict(self.resources) for _ in range(self.size)]
+    def fits(self, count: int) -> bool:
+        """Whether the cluster seems to have so many workers' resources free."""
+        return cluster.fits([dict(self.resources)] * count, free=True)
 
 
 class Session:
@@ -66,7 +73,9 @@ class Session:
             self.close()
             raise
 
-    def run(self, parcel: Parcel, state: ProcessState, resume: bytes | None) -> list[list[Parcel]]:
+    def run(
+        self, parcel: Parcel, state: ProcessState, resume: "Saved | None"
+    ) -> list[list[Parcel]]:
         """Run a pickled function on every worker and wait for all of them.
 
         Args:
@@ -94,6 +103,22 @@ class Session:
             job = Job(replace(place, host=host, port=port), state, machine())
             runs[worker.run.remote(job, sent, checkpoint)] = place.rank
         return Watch(runs, self._workers[0]).outcomes()
+
+    def call(self, function: Callable[[], Any], ranks: Sequence[int] | None = None) -> list[Any]:
+        """Call a function of ours on some workers, or on all; what it returns."""
+        chosen = range(len(self._workers)) if ranks is None else ranks
+        try:
+            results: list[Any] = ray.get(
+                [self._workers[rank].call.remote(function) for rank in chosen]
+            )
+        except RayActorError as error:
+            raise WorkerDiedError(chosen[0], None) from error
+        return results
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return len(self._workers)
 
     def rest(self, seconds: float) -> None:
         """Wait for the next call, at most `seconds`."""
@@ -134,12 +159,17 @@ class Session:
 
     def _start(self) -> None:
         group = self.group
+        resources = dict(group.resources)
         if group.trial is None:
-            self._reservation, first = cluster.reserve(group.bundles), 0
+            self._reservation, first = (
+                cluster.reserve(resources, group.least, group.most, group.placement),
+                0,
+            )
+            size = self._reservation.bundle_count
         else:
             self._reservation, first = get_current_placement_group(), group.trial.first
+            size = group.most
         assert self._reservation is not None
-        resources = dict(group.resources)
         options: dict[str, Any] = {
             "num_cpus": resources.pop("CPU", 0),
             "num_gpus": resources.pop("GPU", 0),
@@ -148,13 +178,13 @@ class Session:
         # An option that Ray documents and does not declare.
         groups: Any = {"concurrency_groups": {"messages": 1}}
         actor = ray.remote(**groups)(TrainWorker)
-        for index in range(first, first + group.size):
+        for index in range(first, first + size):
             strategy = PlacementGroupSchedulingStrategy(self._reservation, index)
             worker = actor.options(**options, scheduling_strategy=strategy).remote(group.hook)
             self._workers.append(worker)
         nodes = ray.get([worker.node.remote() for worker in self._workers])
         # Neighbours get neighbouring ranks.
-        order = sorted(range(group.size), key=lambda i: [n for n, _ in nodes].index(nodes[i][0]))
+        order = sorted(range(size), key=lambda i: [n for n, _ in nodes].index(nodes[i][0]))
         self._workers = [self._workers[i] for i in order]
         self._places: list[Place] = places([nodes[i][0] for i in order])
         self._address: str = nodes[order[0]][1]
@@ -171,10 +201,12 @@ def take(group: Group) -> Session:
         for session in list(_sessions):
             if session.group == group and not session.busy:
                 session.wake()
-                if session.is_alive():
+                # More of them, if that is welcome by now?
+                enough = session.size >= group.most or not group.fits(1)
+                if enough and session.is_alive():
                     return session
                 discard(session)
-        if group.trial is None and not cluster.fits(group.bundles, free=True):
+        if group.trial is None and not group.fits(group.most):
             close()
     session = Session(group)
     with _changing:

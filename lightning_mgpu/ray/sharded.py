@@ -1,6 +1,7 @@
 """Fully sharded data parallel on the workers of a Ray cluster."""
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -41,6 +42,8 @@ class RayShardedStrategy(OnRay, FSDPStrategy):
         init_hook: As `RayStrategy`.
         resources_per_worker: As `RayStrategy`.
         max_failures: As `RayStrategy`.
+        storage_path: As `RayStrategy`.
+        placement_strategy: As `RayStrategy`.
         **kwargs: As Lightning's `FSDPStrategy`, and through it
             `torch.distributed.fsdp.FullyShardedDataParallel`.
 
@@ -52,12 +55,14 @@ class RayShardedStrategy(OnRay, FSDPStrategy):
 
     def __init__(
         self,
-        num_workers: int = 1,
+        num_workers: int | Sequence[int] = 1,
         num_cpus_per_worker: float = 1,
         use_gpu: bool = True,
         init_hook: Callable[[], Any] | None = None,
         resources_per_worker: Mapping[str, float] | None = None,
         max_failures: int = 0,
+        storage_path: str | os.PathLike[str] | None = None,
+        placement_strategy: str = "PACK",
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -67,6 +72,8 @@ class RayShardedStrategy(OnRay, FSDPStrategy):
             init_hook,
             resources_per_worker,
             max_failures,
+            storage_path,
+            placement_strategy,
             **kwargs,
         )
         if not self.use_gpu:

@@ -1,7 +1,9 @@
 """Strategies on the workers of a Ray cluster: what they share, and distributed data parallel."""
 
+import os
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_mgpu.ray import session, trial
+from lightning_mgpu.ray import asked, session, trial
+from lightning_mgpu.ray.autosave import DriverKeeper, Keeper
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
 from lightning_mgpu.ray.returned import weights_of
@@ -46,28 +49,32 @@ class OnRay(ParallelStrategy, ABC):
 
     def __init__(
         self,
-        num_workers: int = 1,
+        num_workers: int | Sequence[int] = 1,
         num_cpus_per_worker: float = 1,
         use_gpu: bool = False,
         init_hook: Callable[[], Any] | None = None,
         resources_per_worker: Mapping[str, float] | None = None,
         max_failures: int = 0,
+        storage_path: str | os.PathLike[str] | None = None,
+        placement_strategy: str = "PACK",
         **kwargs: Any,
     ) -> None:
-        if num_workers < 1:
-            raise ValueError(f"`num_workers={num_workers}`: expected 1 or more.")
-        if max_failures < 0:
-            raise ValueError(f"`max_failures={max_failures}`: expected 0 or more.")
-        super().__init__(cluster_environment=RayEnvironment(num_workers), **kwargs)
-        self.num_workers = num_workers
+        self.min_workers, self.num_workers = asked.least_and_most(num_workers)
+        asked.check_failures(max_failures)
+        asked.check_placement(placement_strategy)
+        super().__init__(cluster_environment=RayEnvironment(self.num_workers), **kwargs)
         self.init_hook = init_hook
         self.max_failures = max_failures
-        self._resources = self._checked(
+        self.storage_path = storage_path
+        self.placement_strategy = placement_strategy
+        self._resources = asked.resources(
+            type(self).__name__,
+            self.devices_per_worker,
             {
                 "CPU": float(num_cpus_per_worker),
                 "GPU": float(use_gpu and self.devices_per_worker),
                 **(resources_per_worker or {}),
-            }
+            },
         )
         self.use_gpu = "GPU" in self._resources
 
@@ -83,12 +90,25 @@ class OnRay(ParallelStrategy, ABC):
 
     def group(self) -> session.Group:
         """What to ask Ray for."""
-        return session.Group(
-            size=self.num_workers,
+        group = session.Group(
+            least=self.min_workers,
+            most=self.num_workers,
             resources=tuple(sorted(self._resources.items())),
             hook=None if self.init_hook is None else cloudpickle.dumps(self.init_hook),
-            trial=trial.reserved(self.num_workers, self._resources),
+            placement=self.placement_strategy,
         )
+        for count in range(self.num_workers, self.min_workers - 1, -1):
+            if bundles := trial.reserved(count, self._resources):
+                return replace(group, least=count, most=count, trial=bundles)
+        return group
+
+    def keeper(self) -> Keeper | None:
+        """Where `fit` keeps its state after each epoch; `None` if nobody has asked for that."""
+        if self.storage_path is not None:
+            from lightning_mgpu.ray.storage import StorageKeeper, absolute
+
+            return StorageKeeper(absolute(self.storage_path))
+        return DriverKeeper() if self.max_failures else None
 
     def check(self, trainer: "Trainer") -> None:
         """Refuse what contradicts the number of workers.
@@ -126,20 +146,6 @@ class OnRay(ParallelStrategy, ABC):
         ]
         self.parallel_devices = own * place.local_world_size
         self.set_world_ranks()
-
-    def _checked(self, resources: dict[str, float]) -> dict[str, float]:
-        """What to reserve for each worker, less what is zero."""
-        for name, amount in resources.items():
-            if amount < 0:
-                raise ValueError(f"Resource {name}={amount} of each worker: expected 0 or more.")
-        gpus, each = resources["GPU"], self.devices_per_worker
-        if gpus > each or (each > 1 and gpus not in (0, each)):
-            raise ValueError(
-                f"`resources_per_worker={{'GPU': {gpus:g}}}`: a worker of `{type(self).__name__}`"
-                f" is one process and trains on {each} GPU{'s' if each > 1 else ''}. Ask for more"
-                " workers instead."
-            )
-        return {name: amount for name, amount in resources.items() if amount}
 
     @property
     def bound_device(self) -> torch.device | None:
@@ -196,7 +202,9 @@ class RayStrategy(OnRay, _LightningDDPStrategy):
     calls, of this trainer and of others.
 
     Args:
-        num_workers: Number of workers, each with one rank.
+        num_workers: Number of workers, each with one rank. Or the least and the most of them: `fit`
+            begins with as many as the cluster can give, and goes on with as many after a loss. The
+            batch size is that of each worker, so a step's whole batch depends on their number.
         num_cpus_per_worker: CPUs to reserve for each; also its intra-op threads.
         use_gpu: Whether each worker gets a GPU and trains on it.
         init_hook: Called on each worker when it has started, before anything is unpickled.
@@ -204,6 +212,12 @@ class RayStrategy(OnRay, _LightningDDPStrategy):
             arguments above.
         max_failures: How often `fit` may lose workers and go on with new ones, from the end of the
             last whole epoch. The state of training then comes here after each epoch.
+        storage_path: Write that state to a directory there instead: a path that all nodes share, or
+            a URI (``s3://bucket/runs``). It is removed when training is done, and stays as a
+            checkpoint for ``ckpt_path`` when it fails, also without `max_failures`.
+        placement_strategy: On which nodes Ray places the workers: ``"PACK"`` (on as few as can be),
+            ``"SPREAD"`` (on as many), ``"STRICT_PACK"`` (on one), ``"STRICT_SPREAD"`` (each on
+            another).
         **kwargs: As Lightning's `DDPStrategy`, and through it
             `torch.nn.parallel.DistributedDataParallel`.
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import ray
@@ -20,6 +20,9 @@ from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray.parcel import Parcel, unpack
 from lightning_mgpu.ray.place import Place, machine
+
+if TYPE_CHECKING:
+    from lightning_mgpu.ray.autosave import Saved
 
 __all__: list[str] = []
 
@@ -60,13 +63,17 @@ class TrainWorker:
         """Id and address of the node."""
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Call a function of ours between runs."""
+        return function()
+
     def listen(self, host: str) -> int:
         """Open the store through which the ranks of the coming run find each other; its port."""
         self._rendezvous = Rendezvous(host)
         return self._rendezvous.port
 
     def run(
-        self, job: Job, parcel: Parcel, resume: bytes | None
+        self, job: Job, parcel: Parcel, resume: "Saved | None"
     ) -> tuple[list[Parcel] | None, RemoteFailure | None]:
         """Unpickle a function and call it: the parcels it returns, or its error.
 
@@ -138,16 +145,13 @@ def ask_driver(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def _as_file(data: bytes | None) -> Iterator[str | None]:
-    """The path at which `data` lies as long as the block lasts."""
-    if data is None:
-        yield None
-        return
+def _as_file(saved: "Saved | None") -> Iterator[str | None]:
+    """The path at which the checkpoint lies as long as the block lasts, if there is one."""
     # In memory: nothing stays behind when the worker is killed.
     with os.fdopen(os.memfd_create("lightning_mgpu"), "wb") as file:
-        file.write(data)
+        there = saved is not None and saved.copy_to(file)
         file.flush()
-        yield f"/proc/self/fd/{file.fileno()}"
+        yield f"/proc/self/fd/{file.fileno()}" if there else None
 
 
 def _adopt(job: Job) -> None:

@@ -1,0 +1,61 @@
+"""Checks of what a strategy on Ray is asked for."""
+
+from collections.abc import Sequence
+
+__all__: list[str] = []
+
+_PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+
+
+def least_and_most(num_workers: int | Sequence[int]) -> tuple[int, int]:
+    """The least and the most workers, where one number means both.
+
+    Raises:
+        ValueError: It says neither one number nor two.
+    """
+    both = (num_workers, num_workers) if isinstance(num_workers, int) else tuple(num_workers)
+    if len(both) != 2 or not all(isinstance(count, int) for count in both):
+        raise ValueError(
+            f"`num_workers={num_workers!r}`: expected a number, or least and most, as (1, 4)."
+        )
+    if not 1 <= both[0] <= both[1]:
+        raise ValueError(
+            f"`num_workers={num_workers!r}`: expected 1 or more, and the least before the most."
+        )
+    return both
+
+
+def resources(strategy: str, devices: int, wanted: dict[str, float]) -> dict[str, float]:
+    """What to reserve for each worker, less what is zero.
+
+    Args:
+        strategy: Name of the strategy, for the error message.
+        devices: On how many devices each worker trains.
+        wanted: Resources by name, ``GPU`` among them.
+
+    Raises:
+        ValueError: An amount is negative, or the GPUs are not those that a worker trains on.
+    """
+    for name, amount in wanted.items():
+        if amount < 0:
+            raise ValueError(f"Resource {name}={amount} of each worker: expected 0 or more.")
+    gpus = wanted["GPU"]
+    if gpus > devices or (devices > 1 and gpus not in (0, devices)):
+        raise ValueError(
+            f"`resources_per_worker={{'GPU': {gpus:g}}}`: a worker of `{strategy}` is one process"
+            f" and trains on {devices} GPU{'s' if devices > 1 else ''}. Ask for more workers"
+            " instead."
+        )
+    return {name: amount for name, amount in wanted.items() if amount}
+
+
+def check_failures(max_failures: int) -> None:
+    """Refuse a negative number."""
+    if max_failures < 0:
+        raise ValueError(f"`max_failures={max_failures}`: expected 0 or more.")
+
+
+def check_placement(strategy: str) -> None:
+    """Refuse what is no placement strategy of Ray's."""
+    if strategy not in _PLACEMENTS:
+        raise ValueError(f"`placement_strategy={strategy!r}`: use one of {', '.join(_PLACEMENTS)}.")
