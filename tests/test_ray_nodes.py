@@ -56,6 +56,9 @@ if __name__ == "__main__":
     survivor.fit(boring.Classifier(), datamodule=boring.Blobs())
     ray.shutdown()
     subprocess.run([sys.executable, "client.py", str(port)], check=True)
+    command = ["-m", "lightning_mgpu", "+strategy=ray", f"ray.address=ray://127.0.0.1:{port}",
+               "trainer=cpu", "trainer.max_epochs=1", "data.batch_size=64", "hydra.run.dir=laptop"]
+    subprocess.run([sys.executable, *command], check=True)
     with open("facts.json", "w") as file:
         json.dump([facts.facts, in_order, survivor.current_epoch], file)
     cluster.shutdown()
@@ -103,3 +106,5 @@ def test_several_nodes_one_that_is_lost_and_a_client(tmp_path: Path) -> None:
     assert facts in (two_first, one_first)
     assert in_order
     assert epochs == 3
+    assert (tmp_path / "laptop" / "metrics.csv").exists()
+    assert (tmp_path / "laptop" / "checkpoints" / "last.ckpt").exists()

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_mgpu.ray import session, trial
+from lightning_mgpu.ray import inside, session, trial
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
 
@@ -145,7 +145,8 @@ class RayStrategy(_LightningDDPStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        self._launcher = RayLauncher(self)
+        # A worker of Ray Train is a rank already.
+        self._launcher = None if inside.take_place(self) else RayLauncher(self)
 
     @override
     def setup_distributed(self) -> None:
