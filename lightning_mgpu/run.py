@@ -23,6 +23,7 @@ from lightning_mgpu.interrupts import StopOnSignal
 from lightning_mgpu.plan import command as planning
 from lightning_mgpu.plan.predict import Plan
 from lightning_mgpu.plan.show import write
+from lightning_mgpu.remote import connect, is_laptop
 from lightning_mgpu.strategies.predictions import join_batches
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def train(cfg: DictConfig) -> RunResult:
         known = ", ".join([*_MODES, "report"])  # the command draws, without a run
         raise ConfigError(f"mode={mode}: unknown. Choose one of {known}.")
     if cfg.get("ckpt_path") is not None:
-        check_checkpoint(str(cfg.ckpt_path), resume=mode == "fit")
+        if not is_laptop(cfg):  # else it lies where the workers are
+            check_checkpoint(str(cfg.ckpt_path), resume=mode == "fit")
     elif mode not in ("fit", "plan"):
         log.warning("mode=%s without ckpt_path: the model has random weights.", mode)
     if "loss" in str(cfg.get("metric")) and cfg.get("metric_mode") == "max":
@@ -91,6 +93,7 @@ def train(cfg: DictConfig) -> RunResult:
     with _seeded(cfg.get("seed")):
         parts = build(planning.arranged(cfg) if plans else cfg, callbacks=[stop])
         stop.at_once = getattr(parts.trainer.strategy, "runs_elsewhere", False)
+        connect(parts.trainer.strategy, cfg)
         if parts.trainer.is_global_zero:
             _save_config(cfg, output_dir)
             _keep_earlier_metrics(output_dir)
@@ -123,7 +126,7 @@ def _fit(parts: Parts, cfg: DictConfig, output_dir: Path) -> _Outcome:
     trainer, model, datamodule = parts.trainer, parts.model, parts.datamodule
     trainer.fit(model, datamodule=datamodule, ckpt_path=cfg.get("ckpt_path"))
     metrics = _numbers(trainer)
-    files = _checkpoints(trainer)
+    files = _checkpoints(trainer, everywhere=is_laptop(cfg))
     if (output_dir / "metrics.csv").exists():
         files["metrics"] = output_dir / "metrics.csv"
     # Before the test: to load a checkpoint takes the callbacks back to what they knew at the time.
@@ -187,8 +190,13 @@ _MODES: dict[str, Callable[[Parts, DictConfig, Path], _Outcome]] = {
 }
 
 
-def _checkpoints(trainer: Trainer) -> dict[str, Path]:
-    """The best checkpoint by the first callback that monitors a metric, and the last one."""
+def _checkpoints(trainer: Trainer, everywhere: bool) -> dict[str, Path]:
+    """The best checkpoint by the first callback that monitors a metric, and the last one.
+
+    Args:
+        trainer: After `fit`.
+        everywhere: Count those as well that are not on this machine.
+    """
     found: dict[str, Path] = {}
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):
@@ -198,7 +206,7 @@ def _checkpoints(trainer: Trainer) -> dict[str, Path]:
         paths = ((kind, callback.best_model_path), ("last checkpoint", callback.last_model_path))
         for name, path in paths:
             # One from before a resume may be gone.
-            if path and ("://" in path or Path(path).exists()):
+            if path and (everywhere or "://" in path or Path(path).exists()):
                 found.setdefault(name, Path(path))
     return found
 

@@ -33,5 +33,6 @@ def test_ray_is_imported_on_first_use() -> None:
         " print(before, 'ray' in sys.modules, dir(r))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    names = [f"Ray{kind}Strategy" for kind in ("Pipeline", "Sharded", "")] + ["close", "keep_warm"]
+    strategies = [f"Ray{kind}Strategy" for kind in ("Pipeline", "Sharded", "")]
+    names = [*strategies, "close", "fit", "keep_warm", "prepare_trainer"]
     assert done.stdout.strip() == f"False True {names}"

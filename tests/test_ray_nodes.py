@@ -81,6 +81,9 @@ if __name__ == "__main__":
     worlds = [pathlib.Path(f"epoch-{epoch}").read_text() for epoch in range(3)]
     ray.shutdown()
     subprocess.run([sys.executable, "client.py", str(port)], check=True)
+    command = ["-m", "lightning_mgpu", "+strategy=ray", f"ray.address=ray://127.0.0.1:{port}",
+               "trainer=cpu", "trainer.max_epochs=1", "data.batch_size=64", "hydra.run.dir=laptop"]
+    subprocess.run([sys.executable, *command], check=True)
     with open("facts.json", "w") as file:
         json.dump(
             {
@@ -145,3 +148,5 @@ def test_several_nodes_one_that_is_lost_and_a_client(tmp_path: Path) -> None:
     assert seen["worlds"] in (["3", "2", "2"], ["3", "1", "1"])
     assert seen["steps"] == 4 + 2 * 12 // int(seen["worlds"][2])
     assert list((tmp_path / "states").iterdir()) == []
+    assert (tmp_path / "laptop" / "metrics.csv").exists()
+    assert (tmp_path / "laptop" / "checkpoints" / "last.ckpt").exists()

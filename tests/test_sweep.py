@@ -243,7 +243,11 @@ def test_thread_left_running_is_named_in_the_log(dirty: Swept) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "trials"),
-    [("null", 4), ("{_target_:lightning_mgpu.ray.RayStrategy,num_workers:1}", 2)],
+    [
+        ("null", 4),
+        # One at a time, so that each waits for the other.
+        ("{_target_:lightning_mgpu.ray.RayStrategy,num_workers:1,num_cpus_per_worker:2}", 2),
+    ],
     ids=["here", "on-ray"],
 )
 def test_population_goes_on_from_the_better_with_new_values(

@@ -4,19 +4,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_mgpu.ray.inside import prepare_trainer
     from lightning_mgpu.ray.pipeline import RayPipelineStrategy
     from lightning_mgpu.ray.session import close, keep_warm
     from lightning_mgpu.ray.sharded import RayShardedStrategy
     from lightning_mgpu.ray.strategy import RayStrategy
+    from lightning_mgpu.ray.train import fit
 
-__all__ = ["RayPipelineStrategy", "RayShardedStrategy", "RayStrategy", "close", "keep_warm"]
+__all__ = [
+    "RayPipelineStrategy",
+    "RayShardedStrategy",
+    "RayStrategy",
+    "close",
+    "fit",
+    "keep_warm",
+    "prepare_trainer",
+]
 
 _PUBLIC = {
     "RayPipelineStrategy": "lightning_mgpu.ray.pipeline",
     "RayShardedStrategy": "lightning_mgpu.ray.sharded",
     "RayStrategy": "lightning_mgpu.ray.strategy",
     "close": "lightning_mgpu.ray.session",
+    "fit": "lightning_mgpu.ray.train",
     "keep_warm": "lightning_mgpu.ray.session",
+    "prepare_trainer": "lightning_mgpu.ray.inside",
 }
 _HOROVOD = (
     "Horovod has left Lightning. `RayStrategy` takes the same arguments and reduces the gradients"

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Ray's sockets lie some 70 characters further down, and a socket's path ends at 107.
 _LONGEST_DIRECTORY = 30
 
+_CONNECT_SECONDS = 10.0
 # How long resources may take to become free, or a cluster to grow; a warning comes soon.
 _RESOURCES_SECONDS = 600.0
 _WARNING_SECONDS = 5.0
@@ -34,33 +36,67 @@ _OWN_CLUSTER_SECONDS = 20.0
 _SETTLE_SECONDS = 5.0
 _NEXT_SECONDS = 1.0
 
+_LOCAL = "local"
+
 _ours = False
+_asked: dict[str, Any] | None = None  # the options with which `connect` has connected
 
 
-def connect() -> None:
+def connect(options: Mapping[str, Any] | None = None) -> None:
     """See to it that Ray runs.
 
-    A connection that is there already is used, and an address that the user named in
-    ``RAY_ADDRESS``, as ``ray job submit`` does. Otherwise a cluster of our own is started, on this
-    machine and with Ray's token authentication: `ray.init` by itself would join whatever cluster
-    it finds here.
+    A connection that is there already is used, an address among the options, or one that the user
+    named in ``RAY_ADDRESS``, as ``ray job submit`` does. Otherwise a cluster of our own is started,
+    on this machine and with Ray's token authentication: `ray.init` by itself would join whatever
+    cluster it finds here.
+
+    Args:
+        options: Arguments of `ray.init`; those that are `None` do not count.
+
+    Raises:
+        LaunchError: There is no cluster at the address, or this process uses another one.
     """
-    global _ours
+    global _ours, _asked
+    given = {name: value for name, value in (options or {}).items() if value is not None}
     if ray.is_initialized():
+        _refuse_another(given)
         return
+    options = {"logging_level": logging.WARNING, **given}
+    address = options.pop("address", None) or os.environ.get(_ADDRESS) or _LOCAL
     with signal_handlers_kept():
-        if os.environ.get(_ADDRESS):
-            log.info("Joining the Ray cluster at %s=%s.", _ADDRESS, os.environ[_ADDRESS])
-            ray.init(logging_level=logging.WARNING)
-            return
-        turn_authentication_on()
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            _temp_dir=_short_directory(),
+        if address == _LOCAL:
+            turn_authentication_on()
+            own = {"include_dashboard": False, "_temp_dir": _short_directory()}
+            ray.init(address, **{**own, **options})
+        else:
+            _join(address, options)
+    _ours, _asked = address == _LOCAL, given
+
+
+def _join(address: str, options: Mapping[str, Any]) -> None:
+    log.info("Joining the Ray cluster at %s.", address)
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():
+            # Ray would try for minutes.
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        ray.init(address, **options)
+    except OSError as error:  # Ray's own is a ConnectionError
+        raise LaunchError(
+            f"There is no Ray cluster at {address} ({' '.join(str(error).split())[:300]}). Start"
+            " one with `ray start --head`; set RAY_AUTH_MODE=token if it wants a token."
+        ) from error
+
+
+def _refuse_another(given: Mapping[str, Any]) -> None:
+    """A program has one connection: where we have made it, another cannot be asked for."""
+    if _asked is None:
+        return
+    wanted = {name: value for name, value in given.items() if _asked.get(name) != value}
+    if wanted:
+        raise LaunchError(
+            f"This process uses Ray already, but not with {wanted}. Call `ray.shutdown()` first."
         )
-        _ours = True
 
 
 def is_ours() -> bool:

@@ -19,7 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_mgpu.ray import asked, session, trial
+from lightning_mgpu.ray import asked, inside, session, trial
 from lightning_mgpu.ray.autosave import DriverKeeper, Keeper
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
@@ -178,15 +178,14 @@ class OnRay(ParallelStrategy, ABC):
 
     @override
     def _configure_launcher(self) -> None:
-        self._launcher = RayLauncher(self)
+        # A worker of Ray Train is a rank already.
+        self._launcher = None if inside.take_place(self) else RayLauncher(self)
 
     def setup_distributed(self) -> None:
-        """Join the other ranks, unless they have been brought together from outside."""
+        """Join the other ranks."""
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
-        if not self.runs_elsewhere:
-            return
         self._environment.place.join_group(
             self._process_group_backend,
             self._timeout or default_pg_timeout,

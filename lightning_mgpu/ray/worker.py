@@ -87,7 +87,7 @@ class TrainWorker:
             with GroupGuard(), _as_file(resume) as path:
                 _current = self
                 rank_zero_only.rank = job.place.rank  # type: ignore[attr-defined]
-                _adopt(job)
+                adopt(job.state, job.machine)
                 return unpack(parcel)(job.place, path), None
         except BaseException as error:
             return None, RemoteFailure.of(error)
@@ -154,9 +154,14 @@ def _as_file(saved: "Saved | None") -> Iterator[str | None]:
         yield f"/proc/self/fd/{file.fileno()}" if there else None
 
 
-def _adopt(job: Job) -> None:
-    """Take over the driver's state as far as it means something here."""
-    state, here = job.state, job.machine == machine()
+def adopt(state: ProcessState, driver: str) -> None:
+    """Take over the driver's state as far as it means something here.
+
+    Args:
+        state: The driver's.
+        driver: The driver's `machine`.
+    """
+    here = driver == machine()
     given = {
         name: value
         for name, value in state.environment.items()

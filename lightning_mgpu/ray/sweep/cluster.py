@@ -22,12 +22,13 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
 
     Args:
         options: Arguments of `ray.init`. The address ``local`` is a private Ray, whatever else
-            runs on the machine; its files go with it.
+            runs on the machine; its files go with it. Without one: ``RAY_ADDRESS``, or ``local``.
     """
     if ray.is_initialized():
         yield
         return
     given = {name: value for name, value in options.items() if value is not None}
+    given.setdefault("address", os.environ.get("RAY_ADDRESS") or "local")
     directory = None
     if given.get("address") == "local":
         directory = _short_directory()
