@@ -106,7 +106,8 @@ def command(way: str, seed: int, seen: Path) -> list[str]:
         *(f"hydra.sweeper.search_alg.seed={seed}", "hydra.sweeper.num_samples=200"),
         *("hydra.sweeper.ray.num_cpus=4", *SPACE),
         *("trainer=cpu", f"trainer.max_epochs={MAX_EPOCHS}", "trainer.enable_progress_bar=false"),
-        *("hydra.sweep.dir=sweep", "+callbacks.epochs._target_=epochs_seen.EpochsSeen"),
+        *("hydra.sweep.dir=sweep", "hydra.sweeper.report=false"),
+        "+callbacks.epochs._target_=epochs_seen.EpochsSeen",
         f"+callbacks.epochs.path={seen}",
     ]
 

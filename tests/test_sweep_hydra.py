@@ -30,7 +30,12 @@ from omegaconf import OmegaConf
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster", "hydra_restore_singletons")]
 
-GRID = ("hydra/sweeper=ray_tune", "hydra/sweeper/search_alg=grid", "hydra/sweeper/scheduler=fifo")
+GRID = (
+    "hydra/sweeper=ray_tune",
+    "hydra/sweeper/search_alg=grid",
+    "hydra/sweeper/scheduler=fifo",
+    "hydra.sweeper.report=false",
+)
 
 
 class Sweep(SweepTaskFunction):
