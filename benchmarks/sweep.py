@@ -1,9 +1,11 @@
 """What a search costs beside its training: sixteen short trials, two at a time, in five ways.
 
 ``python benchmarks/sweep.py`` runs the same trials (one epoch of digits) with our sweeper, with a
-plain Lightning function under `ray.tune.Tuner` (its defaults, and with `reuse_actors`), and with
-Hydra's own sweeper, one after another. Every way is a process of its own, with its own Ray. Printed
-are medians over the rounds with their range, and the ratio to ours of the same round.
+plain Lightning function under `ray.tune.Tuner` (its defaults, and with `reuse_actors`), with
+Hydra's own sweeper, one after another, and with Hydra's launcher on joblib (pip install
+hydra-joblib-launcher; left out where it is not installed). Every way is a process of its own, with
+its own Ray. Printed are medians over the rounds with their range, and the ratio to ours of the same
+round.
 """
 
 import argparse
@@ -18,12 +20,26 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from rounds import interleaved, spread
 
 MODELS = Path(__file__).parent.absolute() / "models"
-WAYS = ("ours", "tuner", "tuner, reuse", "hydra basic")
+# What each way adds to the command line of the application in `models`.
+HYDRA = {
+    "ours": [
+        *(
+            "hydra/sweeper=ray_tune",
+            "hydra/sweeper/search_alg=grid",
+            "hydra/sweeper/scheduler=fifo",
+        ),
+        *("hydra.sweeper.ray.num_cpus=2", "hydra.sweeper.report=false"),  # the others draw nothing
+    ],
+    "hydra basic": [],
+    "hydra joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+}
+WAYS = ("ours", "tuner", "tuner, reuse", "hydra basic", "hydra joblib")
 RATES = [round(0.001 * (number + 1), 3) for number in range(16)]
 
 
@@ -39,9 +55,11 @@ def main() -> None:
             run(arguments.child)
             print(json.dumps(time.perf_counter() - started))
         return
-    found = interleaved(__file__, WAYS, arguments.rounds)
+    has_joblib = find_spec("hydra_plugins.hydra_joblib_launcher") is not None
+    ways = [way for way in WAYS if way != "hydra joblib" or has_joblib]
+    found = interleaved(__file__, ways, arguments.rounds)
     print(f"{len(RATES)} trials, {arguments.rounds} rounds; seconds, and the ratio to ours")
-    for way in WAYS:
+    for way in ways:
         ratios = [other / own for other, own in zip(found[way], found["ours"], strict=True)]
         print(f"  {way:14}{spread(found[way])}   {spread(ratios)}")
 
@@ -49,20 +67,16 @@ def main() -> None:
 def run(way: str) -> None:
     """All trials in one way, from a process that has imported nothing yet."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if way in ("ours", "hydra basic"):
-        hydra_sweep(ours=way == "ours")
+    if way in HYDRA:
+        hydra_sweep(way)
     else:
         tuner(reuse=way == "tuner, reuse")
 
 
-def hydra_sweep(*, ours: bool) -> None:
-    """The application in `models`, by our sweeper or by Hydra's."""
+def hydra_sweep(way: str) -> None:
+    """The application in `models`, by our sweeper or by what Hydra has."""
     rates = ",".join(map(str, RATES))
-    arguments = ["-m", f"lr=choice({rates})", "hydra.sweep.dir=sweep"]
-    if ours:
-        arguments += ["hydra/sweeper=ray_tune", "hydra/sweeper/search_alg=grid"]
-        arguments += ["hydra/sweeper/scheduler=fifo", "hydra.sweeper.ray.num_cpus=2"]
-        arguments += ["hydra.sweeper.report=false"]  # the others draw nothing
+    arguments = ["-m", f"lr=choice({rates})", "hydra.sweep.dir=sweep", *HYDRA[way]]
     application = str(MODELS / "sweep_app.py")
     subprocess.run([sys.executable, application, *arguments], check=True, stdout=sys.stderr)
 

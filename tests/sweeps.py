@@ -63,6 +63,38 @@ def cluster() -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@contextmanager
+def foreign_ray() -> Iterator[str]:
+    """Somebody else's Ray on this machine, without a CPU to run anything; its address."""
+    directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    options = ("--head", "--port=0", "--num-cpus=0", "--include-dashboard=false", "--block")
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), "start", *options, f"--temp-dir={directory}"],
+        env=_own_environment(TMPDIR=str(directory), RAY_AUTH_MODE="disabled"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    family: list[psutil.Process] = []
+    try:
+        assert process.stdout is not None
+        found = None
+        while found is None:
+            line = process.stdout.readline()
+            assert line, "Ray did not start"
+            found = re.search(r"--address='([\d.]+:\d+)'", line)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield found[1]
+        assert process.poll() is None  # nobody has stopped it
+    finally:
+        process.terminate()
+        process.communicate()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        for one in alive:
+            one.kill()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 @dataclass
 class Swept:
     """How a sweep ended."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sweeps import Swept, cluster, command, environment_for, interrupt, sweep
+from sweeps import Swept, cluster, command, environment_for, foreign_ray, interrupt, sweep
 
 from lightning_mgpu.report.sweep.journal import read
 from lightning_mgpu.report.sweep.lanes import timeline
@@ -126,6 +126,29 @@ def test_report_can_be_switched_off_and_drawn_later(failing: Swept) -> None:
     assert "its process died" in reasons["kill"]
 
 
+def test_application_from_a_template_is_searched_in_its_own_directories(ray_address: str) -> None:
+    done = sweep(
+        "template_app/blobs_net/train.py",
+        ray_address,
+        *("hparams_search=optimizer", "hydra/sweeper/search_alg=grid"),
+        *("hydra.sweeper.metric=val/acc", "hydra.sweeper.mode=max", "model.net.hidden=8"),
+        "hydra.sweeper.scheduler.reduction_factor=2",
+    )
+    assert done.code == 0, done.out + done.err
+    assert [trial["params"]["model.optimizer.lr"] for trial in done.trials] == [0.0001, 0.01, 0.1]
+    for number, trial in enumerate(done.trials):
+        directory = Path(trial["directory"])
+        assert directory == done.directory / f"lr_{trial['params']['model.optimizer.lr']}-{number}"
+        assert Path(trial["checkpoint"]).parent == directory / "checkpoints"
+        assert (directory / "checkpoints" / "last.ckpt").exists()
+        assert (directory / "csv" / "version_0" / "metrics.csv").exists()
+        assert (directory / ".hydra" / "config.yaml").exists()
+        assert (directory / "trial.log").exists()
+        assert trial["value"] == trial["metrics"]["val/acc_best"]
+    assert "hparams_search=optimizer" in done.results["best_command"]
+    assert done.results["best_command"].endswith("hydra.mode=RUN")
+
+
 @pytest.fixture(scope="module")
 def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     directory = tmp_path_factory.mktemp("failing")
@@ -225,7 +248,8 @@ def dirty(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     [
         *("environment", "argv", "cwd", "path", "umask", "log handlers", "log level"),
         *("warning filters", "default dtype", "deterministic", "matmul precision", "threads"),
-        *("process group", "resolver", "memory", "stdout", "seeded"),
+        *("process group", "resolver", "memory", "stdout", "cudnn"),
+        *("random", "torch random", "numpy random"),
     ],
 )
 def test_next_trial_finds_its_process_as_the_first_did(dirty: Swept, item: str) -> None:
@@ -387,14 +411,18 @@ def test_sweep_that_was_ended_in_the_middle_goes_on(
 
 
 def test_command_sweeps_by_itself_on_a_ray_of_its_own() -> None:
+    """Beside somebody else's, which is neither used nor disturbed."""
     short = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets lie there
-    done = sweep(
-        "lightning_mgpu",
-        None,
-        *("+search_space=lenet", "hydra.sweeper.num_samples=2", "data.batch_size=64"),
-        *("trainer=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"),
-        TMPDIR=str(short),
-    )
+    with foreign_ray() as foreign:
+        done = sweep(
+            "lightning_mgpu",
+            None,
+            *("+search_space=lenet", "hydra.sweeper.num_samples=2", "data.batch_size=64"),
+            *("trainer=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"),
+            TMPDIR=str(short),
+            RAY_ADDRESS=foreign,  # as the machine's owner may have set it
+        )
+        assert _jobs(foreign) == "0"
     left = [path.name for path in short.iterdir() if path.name.startswith("ray-")]
     shutil.rmtree(short)
     assert left == []
@@ -404,6 +432,18 @@ def test_command_sweeps_by_itself_on_a_ray_of_its_own() -> None:
     assert (done.directory / "0" / "metrics.csv").exists()
     assert "+search_space=lenet" in done.results["best_command"]
     assert "hydra.mode=RUN" in done.results["best_command"]
+
+
+def _jobs(address: str) -> str:
+    """How many programs have ever connected to a Ray."""
+    code = (
+        f"from ray._raylet import GcsClient; print(len(GcsClient('{address}').get_all_job_info()))"
+    )
+    environment = {**environment_for("sweep"), "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    return done.stdout.strip() or done.stderr
 
 
 def _is_saved(directory: Path, number: int) -> bool:

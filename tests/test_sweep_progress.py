@@ -165,16 +165,12 @@ def test_commands_can_be_pasted_into_a_shell() -> None:
     overrides = ["x='a b'", "y=[1,2]"]
     with patch.object(sys, "argv", arguments), patch.object(results, "program", lambda: ["p"]):
         alone = shlex.split(job_command(overrides))
-        assert alone == ["p", "--config-name", "other", *overrides]
+        # Without `-m`, and even if a config of the job has it sweep by itself.
+        assert alone == ["p", "--config-name", "other", *overrides, "hydra.mode=RUN"]
         again = shlex.split(resume_command(Path("/a b")))
         assert again == ["p", *arguments[1:], "hydra.sweeper.resume=/a b"]
         with patch.object(sys, "argv", again[0:]):
             assert shlex.split(resume_command(Path("/a b"))) == again
-
-
-def test_job_of_a_sweep_that_starts_by_itself_is_told_not_to() -> None:
-    with patch.object(sys, "argv", ["app.py", "+search_space=lenet"]):
-        assert job_command(["+search_space=lenet"]).endswith("+search_space=lenet hydra.mode=RUN")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The pickler of what goes to another process."""
 
 import importlib
+import io
 import sys
 from types import ModuleType
 from typing import Any, cast
@@ -22,6 +23,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if _is_special_module(obj):
             return importlib.import_module, (obj.__name__,)
         return super().reducer_override(obj)
+
+
+def dumps(obj: Any) -> bytes:
+    """The object, pickled."""
+    stream = io.BytesIO()
+    Pickler(stream).dump(obj)
+    return stream.getvalue()
 
 
 def _is_special_module(obj: Any) -> bool:

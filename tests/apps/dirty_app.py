@@ -38,13 +38,17 @@ def find() -> dict:
         "warning filters": any("dirt" in str(f[1]) for f in warnings.filters),
         "default dtype": str(torch.get_default_dtype()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": [torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark],
         "matmul precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "process group": torch.distributed.is_initialized(),
         "resolver": OmegaConf.has_resolver("dirt"),
         "memory": sum(isinstance(o, Ballast) for o in gc.get_objects()),
         "stdout": type(sys.stdout).__name__,
-        "seeded": random.random() == SEEDED[0] or float(torch.rand(1)) == SEEDED[1],
+        # Each by itself: one that was left seeded goes on with what follows.
+        "random": random.random() == SEEDED[0],
+        "torch random": float(torch.rand(1)) == SEEDED[1],
+        "numpy random": np.random.rand() == SEEDED[2],
     }
 
 
@@ -52,12 +56,13 @@ def seed() -> tuple:
     random.seed(5)
     torch.manual_seed(5)
     np.random.seed(5)
-    return random.random(), float(torch.rand(1))
+    return random.random(), float(torch.rand(1)), np.random.rand()
 
 
 SEEDED = seed()
 random.seed()
 torch.seed()
+np.random.seed()
 
 
 def soil() -> None:
@@ -81,7 +86,10 @@ def soil() -> None:
     gc.disable()
     Ballast()
     sys.stdout = io.StringIO()
-    seed()
+    torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = True
+    random.seed(5)
+    torch.manual_seed(5)
+    np.random.seed(5)
 
 
 @hydra.main(version_base="1.3", config_path="plain_conf", config_name="dirty")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, run_job, setup_globals
@@ -55,10 +54,6 @@ class Job:
             job_subdir_key="hydra.sweep.subdir",
         )
         return done.return_value  # or raises what the job raised
-
-    def dumps(self) -> bytes:
-        """Pickled for another process; what the user's script defines goes along by value."""
-        return bytes(cloudpickle.dumps(self))
 
 
 def program() -> list[str]:

@@ -65,10 +65,8 @@ def _front(records: Records) -> dict[str, Any]:
 
 def job_command(overrides: Sequence[str]) -> str:
     """The command line that runs one job outside the sweep."""
-    flags, is_multirun = _flags()
     # A search space that starts the sweep by itself would do so again.
-    more = [] if is_multirun else ["hydra.mode=RUN"]
-    return shlex.join([*program(), *flags, *overrides, *more])
+    return shlex.join([*program(), *_flags(), *overrides, "hydra.mode=RUN"])
 
 
 def resume_command(directory: Path) -> str:
@@ -106,15 +104,15 @@ def _value(records: Records, record: TrialRecord) -> Any:
     return records.value(record)
 
 
-def _flags() -> tuple[list[str], bool]:
-    """Hydra's flags that a single job needs too, and whether there was one for many."""
+def _flags() -> list[str]:
+    """Hydra's flags that a single job needs too."""
     given, _ = get_args_parser().parse_known_args(sys.argv[1:])
     flags = []
     for name in ("config_path", "config_name", "config_dir"):
         value = getattr(given, name, None)
         if value is not None:
             flags += [f"--{name.replace('_', '-')}", str(value)]
-    return flags, bool(given.multirun)
+    return flags
 
 
 def plain(value: Any) -> Any:

@@ -61,7 +61,8 @@ class Sweep:
         space = parse_space(options.params, arguments, job.config_loader)
         if options.custom_search_space is not None:
             add_custom(space, options.custom_search_space, job.config)
-        check_searchable(space)
+        if options.search_alg.name != "grid":  # a grid of nothing is one job, as in Hydra
+            check_searchable(space)
         check_space(options, space)
         directory = Path(options.resume or job.config.hydra.sweep.dir).absolute()
         first, *others = read_objectives(options)

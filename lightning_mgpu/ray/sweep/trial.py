@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 from ray.train._internal.session import get_session
 from ray.tune import Checkpoint, PlacementGroupFactory
 from ray.tune.result import RESULT_DUPLICATE
 from ray.tune.trainable.function_trainable import FunctionTrainable
 from typing_extensions import override
 
+from lightning_mgpu.launch.pickler import dumps
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray.sweep import reporter
 from lightning_mgpu.ray.sweep.failures import failures_in_words
@@ -60,7 +60,7 @@ class TrialPlan:
     def dumps(self) -> bytes:
         """Pickled with the state of this process, which comes first: it says where modules lie."""
         state = ProcessState.capture(self.threads)
-        return pickle.dumps((self.threads, state, bytes(cloudpickle.dumps(self))))
+        return pickle.dumps((self.threads, state, dumps(self)))
 
 
 class HydraTrial(FunctionTrainable):
