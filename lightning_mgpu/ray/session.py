@@ -53,6 +53,11 @@ class Group:
     placement: str = "PACK"
     trial: TrialBundles | None = None
 
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """What to reserve for all workers, as many as are enough."""
+        return [dict(self.resources)] * self.most
+
     def fits(self, count: int) -> bool:
         """Whether the cluster seems to have so many workers' resources free."""
         return cluster.fits([dict(self.resources)] * count, free=True)
