@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import ray
+from hydra.utils import instantiate
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from test_conf import config
 
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray import RayStrategy, close, cluster, session
@@ -93,7 +95,8 @@ def test_warm_workers_give_way_to_more(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_number_and_placement_of_workers_are_checked() -> None:
     group = RayStrategy(num_workers=[2, 5], placement_strategy="SPREAD").group()
     assert (group.least, group.most, group.placement) == (2, 5, "SPREAD")
-    assert RayStrategy(num_workers=(1, 4)).world_size == 4
+    composed = instantiate(config("+strategy=ray", "strategy.num_workers=[1,4]").strategy)
+    assert (composed.min_workers, composed.num_workers, composed.world_size) == (1, 4, 4)
     for wrong in ((1, 2, 3), "14", (1.5, 2)):
         with pytest.raises(ValueError, match=r"num_workers=.*a number, or least and most"):
             RayStrategy(num_workers=wrong)  # type: ignore[arg-type]

@@ -63,19 +63,21 @@ if __name__ == "__main__":
     ray.init(machines.address)
     placed = [nodes(2, placement) for placement in ("PACK", "SPREAD", "STRICT_SPREAD")]
 
-    facts, model, hook = Facts(), boring.Classifier(), disk_of_its_own(os.getcwd())
+    # The same workers serve all that follows, until a node is lost.
+    kwargs = {"num_workers": (1, 3), "init_hook": disk_of_its_own(os.getcwd())}
+    facts, model = Facts(), boring.Classifier()
     try:
-        strategy = RayStrategy(num_workers=3, init_hook=hook, storage_path="/dev/fd/200/states")
+        strategy = RayStrategy(**kwargs, storage_path="/dev/fd/200/states")
         boring.trainer(strategy, "auto").fit(model, datamodule=boring.Blobs())
     except ValueError as error:
         refused = str(error)
-    strategy = RayStrategy(num_workers=3, init_hook=hook, find_unused_parameters=False)
+    strategy = RayStrategy(**kwargs, find_unused_parameters=False)
     trainer = boring.trainer(strategy, "auto", callbacks=[facts])
     trainer.fit(model, datamodule=boring.Blobs())
     predictions = torch.cat(trainer.predict(model, datamodule=boring.Blobs()))
     in_order = torch.allclose(predictions, model(boring.blobs()[:][0]))
 
-    strategy = RayStrategy(num_workers=(1, 4), max_failures=1, storage_path="states")
+    strategy = RayStrategy(**kwargs, max_failures=1, storage_path="states")
     survivor = boring.trainer(strategy, "auto", callbacks=[Worlds(), Leaves()], max_epochs=3)
     survivor.fit(boring.Classifier(), datamodule=boring.Blobs())
     worlds = [pathlib.Path(f"epoch-{epoch}").read_text() for epoch in range(3)]
@@ -132,7 +134,7 @@ def test_several_nodes_one_that_is_lost_and_a_client(tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=400,
         )
     assert done.returncode == 0, done.stdout + done.stderr
     seen = json.loads((tmp_path / "facts.json").read_text())

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def test_storage_that_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rank 1 on another node cannot see.*leave"):
         StorageKeeper(f"{tmp_path}/mine").check(_Workers())  # type: ignore[arg-type]
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_directory_of_a_training_comes_before_the_options_of_a_uri() -> None:
+    path = StorageKeeper("s3://bucket/runs/?region=here")._directory.path
+    assert re.fullmatch(r"s3://bucket/runs/fit-\d{8}-\d{6}-\w{8}\?region=here", path)
 
 
 def test_what_stays_of_a_training_that_failed_is_said(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from pyarrow import ArrowInvalid
+from pyarrow import ArrowInvalid, ArrowNotImplementedError
 from pyarrow.fs import (
     FileSelector,
     FileSystem,
@@ -120,7 +120,7 @@ class Directory:
             return LocalFileSystem(), self.path
         try:
             system, path = FileSystem.from_uri(self.path)
-        except ArrowInvalid:  # a scheme that only fsspec may know
+        except (ArrowInvalid, ArrowNotImplementedError):  # a scheme that only fsspec may know
             import fsspec
 
             system, path = fsspec.core.url_to_fs(self.path)
@@ -138,7 +138,9 @@ class StorageKeeper(Keeper):
     def __init__(self, path: str) -> None:
         self._asked = path
         own = f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
-        self._directory = Directory(f"{path.rstrip('/')}/{own}")
+        # A URI may end with options, as `s3://bucket/runs?endpoint_override=...`.
+        base, mark, options = path.partition("?") if "://" in path else (path, "", "")
+        self._directory = Directory(f"{base.rstrip('/')}/{own}{mark}{options}")
         self.has_some = False
         self.save = _Write(self._directory)
 
