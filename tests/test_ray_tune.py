@@ -94,6 +94,20 @@ def test_tune_run_stops_a_trial(tmp_path: Path) -> None:
     assert analysis.best_result["training_iteration"] == 2
 
 
+def test_example_of_ray_lightning(tmp_path: Path) -> None:
+    import ray_lightning_example as example
+
+    values = {"layer_1": 32, "layer_2": 32, "lr": 0.01, "batch_size": 32}
+    trainer = example.train(values)
+    assert float(trainer.callback_metrics["ptl/val_accuracy"]) > 0.8
+    assert trainer.lightning_module.accuracy.num_classes == 10
+    assert Path(trainer.checkpoint_callback.best_model_path).exists()
+    analysis = example.tune_mnist(num_samples=1, storage_path=str(tmp_path))
+    assert analysis.best_config.keys() == example.SPACE.keys()
+    assert analysis.best_result["training_iteration"] == 4
+    assert analysis.best_result["acc"] > 0.3
+
+
 def test_resources_of_a_trial() -> None:
     factory = get_tune_resources(2, num_cpus_per_worker=3, use_gpu=True)
     assert factory.required_resources == {"CPU": 6.0, "GPU": 2.0}

@@ -35,7 +35,7 @@ def place() -> TrainPlace | None:
         return None
     try:
         context = train.get_context()
-    except RuntimeError:
+    except (RuntimeError, DeprecationWarning):  # the latter in a trial of Ray Tune
         return None
     world_size, local = context.get_world_size(), context.get_local_world_size()
     node = context.get_node_rank()

@@ -1,0 +1,58 @@
+"""What users of `ray_lightning` relied on, beside what other tests of `RayStrategy` show."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import boring
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_mgpu.ray import RayStrategy
+
+
+@pytest.mark.parametrize("name", ["RayStrategy", "lightning_mgpu.ray.RayStrategy"])
+def test_lightning_cli_instantiates_the_strategy(name: str) -> None:
+    given = {
+        "num_workers": 4,
+        "use_gpu": False,
+        "bucket_cap_mb": 50,  # of torch's DistributedDataParallel
+        "find_unused_parameters": True,
+    }
+    arguments = [f"--trainer.strategy={name}", "--trainer.accelerator=cpu"]
+    arguments += [f"--trainer.strategy.{key}={value}" for key, value in given.items()]
+    with patch("sys.argv", ["any.py", *arguments]):
+        cli = LightningCLI(
+            boring.Classifier, boring.Blobs, run=False, seed_everything_default=False
+        )
+    strategy = cli.trainer.strategy
+    assert isinstance(strategy, RayStrategy)
+    assert (strategy.num_workers, strategy.use_gpu) == (4, False)
+    assert strategy._ddp_kwargs["bucket_cap_mb"] == 50
+    assert strategy._ddp_kwargs["find_unused_parameters"] is True
+    written = cli.config["trainer"]["strategy"]["init_args"]
+    assert {key: written[key] for key in given} == given
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_train_load_and_predict(num_workers: int, tmp_path: Path) -> None:
+    model = boring.Classifier("adam")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer = boring.trainer(
+        RayStrategy(num_workers=num_workers),
+        "auto",
+        default_root_dir=tmp_path,
+        enable_checkpointing=True,
+        max_epochs=8,
+        callbacks=[EarlyStopping("val_loss", patience=2)],
+    )
+    trainer.fit(model, datamodule=boring.Blobs())
+    assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+    path = trainer.checkpoint_callback.best_model_path
+    boring.assert_same_weights(boring.Classifier.load_from_checkpoint(path), model)
+    predictions = torch.cat(trainer.predict(model, datamodule=boring.Blobs()))
+    accuracy = (predictions.argmax(1) == boring.blobs()[:][1]).double().mean()
+    assert accuracy >= 0.9
