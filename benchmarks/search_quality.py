@@ -3,9 +3,9 @@
 ``python benchmarks/search_quality.py`` searches a LeNet on digits until one trial has a validation
 accuracy of 0.98, and counts the epochs of all trials until then: random search without stopping,
 ASHA, Optuna with ASHA, BOHB; four trials at a time, of at most 50 epochs. The space is a wide one,
-as written by somebody who knows nothing: about one configuration in ten gets there. (In the shipped
-``+search_space=lenet`` every second one does, within 8 to 18 epochs; where anything will do, there
-is little to stop.) Only epochs count, so that the machine may be busy. A search that is done is a
+as written by somebody who knows nothing, so that fewer configurations get there. (In the shipped
+``+search_space=lenet`` nine of nineteen did, within 8 to 18 epochs; where so many will do, there is
+little to stop.) Only epochs count, so that the machine may be busy. A search that is done is a
 line of a file, and is not run again: ``--runs 3`` does three more and stops, ``--picture
 search.png`` draws what there is.
 """

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from sweeps import Swept, cluster, command, environment_for, foreign_ray, interrupt, sweep
 
+from lightning_mgpu.ray.sweep.searchers import RandomSearcher
+from lightning_mgpu.ray.sweep.space import parse_space
 from lightning_mgpu.report.sweep.journal import read
 from lightning_mgpu.report.sweep.lanes import timeline
 
@@ -51,6 +53,7 @@ def test_application_without_a_word_of_us_is_searched(plain: Swept) -> None:
         assert trial["params"]["model.l1"] in (16, 32)
         assert (trial["reports"] == 8) == (trial["status"] == "done")
         assert "val_loss" in trial["metrics"]
+        assert not list(Path(trial["directory"]).glob("checkpoint_*"))  # nobody needs them
 
 
 def test_each_trial_is_a_job_in_a_directory_of_its_number(plain: Swept) -> None:
@@ -408,6 +411,30 @@ def test_sweep_that_was_ended_in_the_middle_goes_on(
     assert [trial["value"] for trial in resumed.trials] == [1.0, 2.0, 3.0, 4.0]
     runs = [Path(f"began-{number}").read_text() for number in (1, 2, 3, 4)]
     assert runs == ["x", "xx", "x", "x"]  # the second one was cut short, the first was not
+
+
+def test_sweep_that_has_ended_goes_on_with_more_trials(ray_address: str) -> None:
+    """Each in a process of its own, two on a CPU; some of their checkpoints are kept."""
+    given = (
+        *("model.lr=tag(log,interval(1e-4,1e-1))", "hydra.sweeper.search_alg.seed=0"),
+        *("hydra.sweeper.metric=val_acc", "hydra.sweeper.mode=max", "epochs=4"),
+        *("hydra.sweeper.keep_checkpoints=2", "hydra.sweeper.reuse_actors=false"),
+        *("hydra.sweeper.resources_per_trial.cpu=0.5", "hydra/sweeper/scheduler=fifo"),
+    )
+    first = sweep("plain_app.py", ray_address, *given, "hydra.sweeper.num_samples=2")
+    assert first.code == 0, first.err
+    before = first.trials
+    more = ("hydra.sweeper.num_samples=3", "hydra.sweeper.resume=sweep")
+    done = sweep("plain_app.py", ray_address, *given, *more)
+    assert done.code == 0, done.err
+    searcher = RandomSearcher("val_acc", parse_space({}, given[:1]), seed=0)
+    drawn = [searcher.suggest(str(number)) for number in range(3)]
+    assert [trial["params"] for trial in done.trials] == drawn  # as if it had never ended
+    assert done.trials[:2] == before  # these were not run again
+    for trial in done.trials:
+        assert len(list(Path(trial["directory"]).glob("checkpoint_*"))) == 2
+    stretches = [trial.stretches for trial in read(done.directory).trials]
+    assert len({stretch.worker for own in stretches for stretch in own}) == 3
 
 
 def test_command_sweeps_by_itself_on_a_ray_of_its_own() -> None:
