@@ -1,6 +1,7 @@
 # Every target sets itself up in .venv and does nothing twice. `make` alone lists them.
 #   make test PYTHON=python3.12            another Python (after `make clean`)
 #   make test PYTEST_ARGS="-k pipeline"    only some tests
+#   make test WORKERS=0                    all tests in one process
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,8 +11,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# A file's tests stay together: they share fixtures, a running Ray above all.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SETUP := pyproject.toml setup.py constraints.txt
 
 # The stamps go first, so that an interrupted install leaves none.
@@ -32,10 +36,10 @@ demo: $(VENV)/.demo ## Train the default model with distributed data parallel
 	$(BIN)/python -m lightning_mgpu +strategy=ddp
 
 test: lint ## Lint, types and every test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.test ## The tests that take a few seconds
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## Ruff (rules, format) and mypy
 	$(BIN)/ruff check
