@@ -5,11 +5,12 @@ from unittest.mock import patch
 
 import boring
 import pytest
+import ray.train
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_mgpu.ray import RayStrategy
+from lightning_mgpu.ray import RayStrategy, inside
 
 
 @pytest.mark.parametrize("name", ["RayStrategy", "lightning_mgpu.ray.RayStrategy"])
@@ -33,6 +34,17 @@ def test_lightning_cli_instantiates_the_strategy(name: str) -> None:
     assert strategy._ddp_kwargs["find_unused_parameters"] is True
     written = cli.config["trainer"]["strategy"]["init_args"]
     assert {key: written[key] for key in given} == given
+
+
+def test_trial_of_ray_tune_is_no_worker_of_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There Ray answers by raising a deprecation warning, which ended every trial."""
+
+    def get_context() -> None:
+        raise DeprecationWarning("use the equivalent `ray.tune` API")
+
+    monkeypatch.setattr(ray.train, "get_context", get_context)
+    assert inside.place() is None
+    assert boring.trainer(RayStrategy(), "auto").strategy.launcher is not None
 
 
 @pytest.mark.slow
