@@ -72,6 +72,13 @@ def no_process_left() -> Iterator[None]:
     assert not alive, f"processes left behind: {alive}"
 
 
+@pytest.fixture(scope="module")
+def short_directory() -> Iterator[Path]:
+    """A temporary directory whose path leaves room for that of a socket in it."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="mgpu-") as directory:
+        yield Path(directory)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray instance for all tests, in a directory whose path is short enough for sockets."""

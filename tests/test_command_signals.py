@@ -241,13 +241,11 @@ def test_signal_from_outside(
 @pytest.mark.slow
 @_DEVICES
 def test_ctrl_c_reaches_loader_processes_too(
-    devices: tuple[str, ...], eventually: Eventually
+    devices: tuple[str, ...], eventually: Eventually, short_directory: Path
 ) -> None:
     """A terminal signals the whole group: whoever else is in it must not speak or stay."""
-    # A loader process that is ended leaves multiprocessing's temporary directory.
-    temporary = Path("temporary")
-    temporary.mkdir()
-    with started(*_LONG, "data.num_workers=1", *devices, TMPDIR=str(temporary)) as process:
+    # A loader process that is ended leaves multiprocessing's temporary directory, with a socket.
+    with started(*_LONG, "data.num_workers=1", *devices, TMPDIR=str(short_directory)) as process:
         eventually(lambda: process.reaches(_FIRST_CHECKPOINT), _START_SECONDS)
         process.signal(signal.SIGINT, group=True)
         done = process.wait()

@@ -51,9 +51,10 @@ SCRIPTS = [b for b in BLOCKS if b.language == "python" and not (b.name and _is_r
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(short_directory: Path) -> Path:
     """A user's project: the files that the pages show, and our package installed."""
-    directory = tmp_path_factory.mktemp("project")
+    directory = short_directory / "project"
+    directory.mkdir()
     for block in BLOCKS:
         if block.name:
             path = directory / block.name

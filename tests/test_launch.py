@@ -378,7 +378,7 @@ def test_signal_handling_is_put_back() -> None:
 
 
 @pytest.mark.slow
-def test_many_launches_leave_nothing_behind() -> None:
+def test_many_launches_leave_nothing_behind(eventually: Callable[..., None]) -> None:
     def step(rank: Rank) -> torch.Tensor:
         rank.join_group("gloo", _TIMEOUT)
         value = torch.ones(100_000) * rank.rank
@@ -395,12 +395,16 @@ def test_many_launches_leave_nothing_behind() -> None:
     before = measure()
     for _ in range(50):
         launch(step)
-    for (threads, files, memory), (threads_after, files_after, memory_after) in zip(
-        before, measure(), strict=True
-    ):
-        assert threads_after <= threads
-        assert files_after <= files
-        assert memory_after - memory < 50 * 2**20
+
+    def has_not_grown() -> bool:  # a thread of the last launch may be on its way out
+        return all(
+            threads_after <= threads and files_after <= files and memory_after - memory < 50 * 2**20
+            for (threads, files, memory), (threads_after, files_after, memory_after) in zip(
+                before, measure(), strict=True
+            )
+        )
+
+    eventually(has_not_grown)
 
 
 def test_forked_child_leaves_the_workers_alone() -> None:

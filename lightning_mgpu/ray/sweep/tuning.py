@@ -20,6 +20,7 @@ from lightning_mgpu.ray.sweep.progress import Progress
 from lightning_mgpu.ray.sweep.resources import requests_of
 from lightning_mgpu.ray.sweep.schedulers import build_scheduler
 from lightning_mgpu.ray.sweep.searchers import Trials, build_searcher, trial_number
+from lightning_mgpu.ray.sweep.state import StateKeeper
 from lightning_mgpu.ray.sweep.trial import HydraTrial, TrialPlan
 from lightning_mgpu.ray.sweep.watcher import TooManyFailures, Watcher
 
@@ -87,6 +88,9 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         saves=options.keep_checkpoints > 0 or needs_checkpoints(options),
         threads=max(1, int(options.resources_per_trial.cpu)),
     )
+    keeper = StateKeeper(sweep.directory)
+    if options.resume is not None:
+        keeper.put_back()
     ray.tune.run(
         HydraTrial.of(plan),
         name=sweep.directory.name,
@@ -103,11 +107,12 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         checkpoint_config=CheckpointConfig(num_to_keep=_checkpoints_kept(options)),
         trial_name_creator=_name,
         trial_dirname_creator=_name,
-        callbacks=[watcher],
+        callbacks=[watcher, keeper],
         resume_config=ResumeConfig() if options.resume is not None else None,
         raise_on_failed_trial=False,
         verbose=0,
     )
+    keeper.take()
 
 
 def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:
