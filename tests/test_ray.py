@@ -265,6 +265,8 @@ def test_idle_workers_end() -> None:
 def test_arguments_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_workers=0"):
         RayStrategy(num_workers=0)
+    with pytest.raises(ValueError, match=r"`RayStrategy` reserve nothing"):
+        RayStrategy(num_cpus_per_worker=0)
     with pytest.raises(ValueError, match=r"trains on 1 GPU"):
         RayStrategy(resources_per_worker={"GPU": 2})
     with pytest.raises(MisconfigurationException, match=r"num_nodes=2.*num_workers=2"):

@@ -34,11 +34,17 @@ def resources(strategy: str, devices: int, wanted: dict[str, float]) -> dict[str
         wanted: Resources by name, ``GPU`` among them.
 
     Raises:
-        ValueError: An amount is negative, or the GPUs are not those that a worker trains on.
+        ValueError: An amount is negative, all are zero, or the GPUs are not those that a worker
+            trains on.
     """
     for name, amount in wanted.items():
         if amount < 0:
             raise ValueError(f"Resource {name}={amount} of each worker: expected 0 or more.")
+    if not any(wanted.values()):
+        raise ValueError(
+            f"Workers of `{strategy}` reserve nothing, so that Ray cannot place them: expected"
+            " `num_cpus_per_worker` (a fraction will do), `use_gpu` or `resources_per_worker`."
+        )
     gpus = wanted["GPU"]
     if gpus > devices or (devices > 1 and gpus not in (0, devices)):
         raise ValueError(
