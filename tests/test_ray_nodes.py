@@ -32,8 +32,12 @@ class Worlds(pl.Callback):
         pathlib.Path(f"epoch-{trainer.current_epoch}").write_text(str(sampler.num_replicas))
 
 class Leaves(pl.Callback):
+    def __init__(self, node_id):
+        self.node_id = node_id
+
     def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == 1 and trainer.node_rank == 1 and trainer.ckpt_path is None:
+        here = ray.get_runtime_context().get_node_id() == self.node_id
+        if trainer.current_epoch == 1 and here and trainer.ckpt_path is None:
             import psutil
             raylet = psutil.Process(os.getppid())
             assert raylet.name() == "raylet"
@@ -59,7 +63,7 @@ if __name__ == "__main__":
         port = listener.getsockname()[1]
     machines = Cluster()
     machines.add_node(num_cpus=2, include_dashboard=False, ray_client_server_port=port)
-    machines.add_node(num_cpus=1)
+    second = machines.add_node(num_cpus=1)
     ray.init(machines.address)
     placed = [nodes(2, placement) for placement in ("PACK", "SPREAD", "STRICT_SPREAD")]
 
@@ -78,9 +82,12 @@ if __name__ == "__main__":
     in_order = torch.allclose(predictions, model(boring.blobs()[:][0]))
 
     strategy = RayStrategy(**kwargs, max_failures=1, storage_path="states")
-    survivor = boring.trainer(strategy, "auto", callbacks=[Worlds(), Leaves()], max_epochs=3)
+    survivor = boring.trainer(strategy, "auto", max_epochs=3,
+                             callbacks=[Worlds(), Leaves(second.node_id)])
     survivor.fit(boring.Classifier(), datamodule=boring.Blobs())
     worlds = [pathlib.Path(f"epoch-{epoch}").read_text() for epoch in range(3)]
+    while sum(node["Alive"] for node in ray.nodes()) > 1:
+        time.sleep(0.1)  # or the client's server looks for it
     ray.shutdown()
     subprocess.run([sys.executable, "client.py", str(port)], check=True)
     command = ["-m", "lightning_mgpu", "+strategy=ray", f"ray.address=ray://127.0.0.1:{port}",
@@ -147,8 +154,8 @@ def test_several_nodes_one_that_is_lost_and_a_client(tmp_path: Path) -> None:
     assert "storage_path='/dev/fd/200/states'`: what rank 0 writes there, rank" in seen["refused"]
     # Three workers until a node is lost in the second epoch, then the two that there is room for.
     assert seen["epochs"] == 3
-    assert seen["worlds"] in (["3", "2", "2"], ["3", "1", "1"])
-    assert seen["steps"] == 4 + 2 * 12 // int(seen["worlds"][2])
+    assert seen["worlds"] == ["3", "2", "2"]
+    assert seen["steps"] == 4 + 2 * 6
     assert list((tmp_path / "states").iterdir()) == []
     assert (tmp_path / "laptop" / "metrics.csv").exists()
     assert (tmp_path / "laptop" / "checkpoints" / "last.ckpt").exists()

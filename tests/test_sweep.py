@@ -142,6 +142,7 @@ def test_application_from_a_template_is_searched_in_its_own_directories(ray_addr
     )
     assert done.code == 0, done.out + done.err
     assert [trial["params"]["model.optimizer.lr"] for trial in done.trials] == [0.0001, 0.01, 0.1]
+    assert {trial["status"] for trial in done.trials} <= {"done", "stopped"}
     for number, trial in enumerate(done.trials):
         directory = Path(trial["directory"])
         assert directory == done.directory / f"lr_{trial['params']['model.optimizer.lr']}-{number}"

@@ -34,9 +34,13 @@ class StateKeeper(Callback):
 
     def put_back(self) -> None:
         """Have the directory hold the copy, for Ray to go on from."""
-        if self._path.exists():
-            with tarfile.open(self._path) as archive:
-                archive.extractall(self._path.parent, filter="data")
+        if not self._path.exists():
+            return
+        with tarfile.open(self._path) as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                assert file is not None, "not a file"
+                (self._path.parent / Path(member.name).name).write_bytes(file.read())
 
     @override
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:

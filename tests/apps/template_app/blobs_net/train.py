@@ -32,7 +32,9 @@ def train(cfg: DictConfig) -> dict:
     trainer.fit(model, datamodule=datamodule, ckpt_path=cfg.get("ckpt_path"))
     metrics = dict(trainer.callback_metrics)
     if cfg.test:
-        trainer.test(model, datamodule, ckpt_path=trainer.checkpoint_callback.best_model_path)
+        best = trainer.checkpoint_callback.best_model_path
+        # The hyperparameters in it are more than tensors.
+        trainer.test(model, datamodule, ckpt_path=best, weights_only=False)
         metrics |= trainer.callback_metrics
     return metrics
 
