@@ -24,7 +24,7 @@ def rendered(page: Path, picture: Path, height: int = 1200) -> tuple[str, str]:
     """
     browser = next(filter(None, map(shutil.which, _NAMES)), None)
     if browser is None:
-        pytest.skip("needs Chromium")
+        pytest.skip(f"needs one of {', '.join(_NAMES)}")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         done = subprocess.run(
             [

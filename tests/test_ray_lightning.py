@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_mgpu.ray import RayStrategy, inside
+from lightning_mgpu.ray import RayStrategy, train_worker
 
 
 @pytest.mark.parametrize("name", ["RayStrategy", "lightning_mgpu.ray.RayStrategy"])
@@ -43,7 +43,7 @@ def test_trial_of_ray_tune_is_no_worker_of_ray_train(monkeypatch: pytest.MonkeyP
         raise DeprecationWarning("use the equivalent `ray.tune` API")
 
     monkeypatch.setattr(ray.train, "get_context", get_context)
-    assert inside.place() is None
+    assert train_worker.place() is None
     assert boring.trainer(RayStrategy(), "auto").strategy.launcher is not None
 
 

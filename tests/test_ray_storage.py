@@ -70,6 +70,8 @@ def test_storage_that_cannot_do_is_refused(tmp_path: Path) -> None:
         StorageKeeper(f"{tmp_path}/file").check(_Workers())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rank 0 cannot write there: .*nowhere"):
         StorageKeeper("nowhere://bucket").check(_Workers())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Unexpected query parameter in S3 URI: 'bad'"):
+        StorageKeeper("s3://bucket/runs?bad=1").check(_Workers())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rank 1 on another node cannot see.*leave"):
         StorageKeeper(f"{tmp_path}/mine").check(_Workers())  # type: ignore[arg-type]
     assert list((tmp_path / "mine").iterdir()) == []

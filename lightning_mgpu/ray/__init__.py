@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mgpu.ray.inside import prepare_trainer
     from lightning_mgpu.ray.pipeline import RayPipelineStrategy
     from lightning_mgpu.ray.session import close, keep_warm
     from lightning_mgpu.ray.sharded import RayShardedStrategy
     from lightning_mgpu.ray.strategy import RayStrategy
     from lightning_mgpu.ray.train import fit
+    from lightning_mgpu.ray.train_worker import prepare_trainer
 
 __all__ = [
     "RayPipelineStrategy",
@@ -28,7 +28,7 @@ _PUBLIC = {
     "close": "lightning_mgpu.ray.session",
     "fit": "lightning_mgpu.ray.train",
     "keep_warm": "lightning_mgpu.ray.session",
-    "prepare_trainer": "lightning_mgpu.ray.inside",
+    "prepare_trainer": "lightning_mgpu.ray.train_worker",
 }
 _HOROVOD = (
     "Horovod has left Lightning. `RayStrategy` takes the same arguments and reduces the gradients"

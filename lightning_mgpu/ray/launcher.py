@@ -30,7 +30,7 @@ from lightning_mgpu.strategies.launcher import names_of_parts, set_live_state_as
 from lightning_mgpu.strategies.predictions import RankPredictions, merge_predictions
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
 
     from lightning_mgpu.ray.strategy import OnRay
 
@@ -175,10 +175,10 @@ class _Entry:
 
     def __call__(self, place: Place, resume: str | None = None) -> list[Parcel]:
         trainer = self.trainer
-        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-        args = self.args
+        attached: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks, args = list(attached), self.args
         if self.save is not None:
-            trainer.callbacks.append(Autosave(self.save))  # type: ignore[attr-defined]
+            attached.append(Autosave(self.save))
         if resume is not None:
             # `Trainer._fit_impl(..., ckpt_path, weights_only)`; the file is our own.
             args = (*args[:-2], resume, False)

@@ -1,7 +1,6 @@
 """Pipelines on the workers of a Ray cluster, and DDP between them."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from typing_extensions import override
@@ -41,25 +40,14 @@ class RayPipelineStrategy(OnRay, PipelineDDPStrategy):
         self,
         num_workers: int | Sequence[int] = 1,
         num_cpus_per_worker: float | None = None,
-        use_gpu: bool = False,
-        init_hook: Callable[[], Any] | None = None,
-        resources_per_worker: Mapping[str, float] | None = None,
-        max_failures: int = 0,
-        storage_path: str | os.PathLike[str] | None = None,
-        placement_strategy: str = "PACK",
-        *,
+        *args: Any,
         stages: int = 2,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             num_workers,
             stages if num_cpus_per_worker is None else num_cpus_per_worker,
-            use_gpu,
-            init_hook,
-            resources_per_worker,
-            max_failures,
-            storage_path,
-            placement_strategy,
+            *args,
             stages=stages,
             **kwargs,
         )

@@ -1,7 +1,6 @@
 """Fully sharded data parallel on the workers of a Ray cluster."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -58,24 +57,10 @@ class RayShardedStrategy(OnRay, FSDPStrategy):
         num_workers: int | Sequence[int] = 1,
         num_cpus_per_worker: float = 1,
         use_gpu: bool = True,
-        init_hook: Callable[[], Any] | None = None,
-        resources_per_worker: Mapping[str, float] | None = None,
-        max_failures: int = 0,
-        storage_path: str | os.PathLike[str] | None = None,
-        placement_strategy: str = "PACK",
+        *args: Any,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_workers,
-            num_cpus_per_worker,
-            use_gpu,
-            init_hook,
-            resources_per_worker,
-            max_failures,
-            storage_path,
-            placement_strategy,
-            **kwargs,
-        )
+        super().__init__(num_workers, num_cpus_per_worker, use_gpu, *args, **kwargs)
         if not self.use_gpu:
             raise ValueError(
                 f"`RayShardedStrategy(use_gpu={use_gpu})`: FSDP shards a model over GPUs, and these"
@@ -167,6 +152,7 @@ class RayShardedStrategy(OnRay, FSDPStrategy):
 
     def _optimizer_states(self) -> list[dict[str, Any]]:
         assert self.model is not None
+        # Annotated as the generator beneath its `contextmanager`.
         with _get_full_state_dict_context(self.model, self.world_size):  # type: ignore[attr-defined]
             states = [
                 FullyShardedDataParallel.optim_state_dict(self.model, optimizer)

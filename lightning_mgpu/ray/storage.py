@@ -95,7 +95,7 @@ class Directory:
             system.create_dir(path.rpartition("/")[0], recursive=True)
             with system.open_output_stream(path + _MARK) as file:
                 file.write(b"seen")
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError) as error:
             return " ".join(str(error).split())
         return None
 
@@ -120,10 +120,13 @@ class Directory:
             return LocalFileSystem(), self.path
         try:
             system, path = FileSystem.from_uri(self.path)
-        except (ArrowInvalid, ArrowNotImplementedError):  # a scheme that only fsspec may know
+        except (ArrowInvalid, ArrowNotImplementedError) as error:
             import fsspec
 
-            system, path = fsspec.core.url_to_fs(self.path)
+            try:  # a scheme that only fsspec may know
+                system, path = fsspec.core.url_to_fs(self.path)
+            except (ImportError, ValueError) as missing:
+                raise ValueError(f"{error}, and {missing}") from error
             system = PyFileSystem(FSSpecHandler(system))
         return system, path
 

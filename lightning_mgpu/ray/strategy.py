@@ -19,7 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_mgpu.ray import asked, inside, session, trial
+from lightning_mgpu.ray import asked, session, train_worker, trial
 from lightning_mgpu.ray.autosave import DriverKeeper, Keeper
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
@@ -179,7 +179,7 @@ class OnRay(ParallelStrategy, ABC):
     @override
     def _configure_launcher(self) -> None:
         # A worker of Ray Train is a rank already.
-        self._launcher = None if inside.take_place(self) else RayLauncher(self)
+        self._launcher = None if train_worker.take_place(self) else RayLauncher(self)
 
     def setup_distributed(self) -> None:
         """Join the other ranks."""

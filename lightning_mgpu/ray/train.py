@@ -19,8 +19,8 @@ from lightning_mgpu.build import build, build_node
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray import cluster
-from lightning_mgpu.ray.inside import prepare_trainer
 from lightning_mgpu.ray.place import machine
+from lightning_mgpu.ray.train_worker import prepare_trainer
 from lightning_mgpu.ray.worker import adopt
 
 __all__ = ["fit"]
@@ -71,11 +71,11 @@ def fit(
     run_config = copy.copy(run_config) if run_config else RunConfig(storage_path=storage)
     if not run_config.name or run_config.name.startswith(_RAYS_NAME):
         run_config.name = f"lightning_mgpu-{uuid.uuid4().hex[:12]}"
-    resources: Mapping[str, Any] = given.resources_per_worker or {}  # type: ignore[assignment]
-    threads = int(resources.get("CPU", 1))
+    resources = given.resources_per_worker  # or, under Ray Tune, what it is drawn from
+    cpus: Any = resources.get("CPU", 1) if isinstance(resources, dict) else 1
     cluster.connect()
     loop = _Loop(
-        ProcessState.capture(max(1, threads)), machine(), bytes(cloudpickle.dumps(factory))
+        ProcessState.capture(max(1, int(cpus))), machine(), bytes(cloudpickle.dumps(factory))
     )
     with cluster.signal_handlers_kept():
         return TorchTrainer(loop, scaling_config=given, run_config=run_config).fit()

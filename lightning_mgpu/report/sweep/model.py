@@ -125,8 +125,8 @@ class Sweep:
     def best(self) -> Trial | None:
         """The best trial; of equal ones the first."""
         sign = -1 if self.mode == "max" else 1
-        found = [(sign * value, trial.number) for trial, value in self.valued()]
-        return next((t for t in self.trials if t.number == min(found)[1]), None) if found else None
+        found = min(self.valued(), key=lambda pair: (sign * pair[1], pair[0].number), default=None)
+        return None if found is None else found[0]
 
     @cached_property
     def has_epochs(self) -> bool:

@@ -60,6 +60,12 @@ def counts(sweep: Sweep) -> dict[str, int]:
     return {status: number for status, number in found.items() if number}
 
 
+def longest_first(sweep: Sweep) -> list[Trial]:
+    """The trials that have reported, those with most epochs first."""
+    reported = [trial for trial in sweep.trials if trial.reports]
+    return sorted(reported, key=lambda trial: (-sweep.epochs(trial), trial.number))
+
+
 def saving(sweep: Sweep) -> str:
     """In words what early stopping has saved."""
     trained = sum(map(sweep.epochs, sweep.trials))

@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 
 from lightning_mgpu.report.sweep.html.style import about, styled
 from lightning_mgpu.report.sweep.model import STATUSES, Sweep
-from lightning_mgpu.report.sweep.views import COLOURS
+from lightning_mgpu.report.sweep.views import COLOURS, longest_first
 
 __all__: list[str] = []
 
@@ -15,9 +15,7 @@ def epochs(sweep: Sweep) -> go.Figure | None:
     """What each trial was given, and what stopping it has saved; `None` with nothing to see."""
     if not sweep.has_epochs or sweep.longest <= 1:
         return None
-    trials = [trial for trial in sweep.trials if trial.reports]
-    trials.sort(key=lambda trial: (-sweep.epochs(trial), trial.number))
-    order = {trial.number: place for place, trial in enumerate(trials)}
+    order = {trial.number: place for place, trial in enumerate(longest_first(sweep))}
     figure = go.Figure()
     _trained(figure, sweep, order)
     _saved(figure, sweep, order)

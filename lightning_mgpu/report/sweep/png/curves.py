@@ -1,4 +1,4 @@
-"""Learning curves, and how many epochs each trial was given."""
+"""Learning curves."""
 
 from typing import Any
 
@@ -14,7 +14,6 @@ from lightning_mgpu.report.sweep.views import (
     best_so_far,
     curves,
     has_curves,
-    saving,
 )
 
 __all__: list[str] = []
@@ -78,44 +77,5 @@ def _results(sweep: Sweep) -> Figure:
     describe_y(axes, metric_axis(sweep))
     axes.set_xlabel("trial")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    drawn.legend(loc="outside upper left", ncols=5, frameon=False)
-    return drawn
-
-
-def epochs(sweep: Sweep) -> Figure | None:
-    """What each trial was given, and what stopping it has saved; `None` with nothing to see."""
-    trials = [trial for trial in sweep.trials if trial.reports]
-    if not sweep.has_epochs or sweep.longest <= 1:
-        return None
-    trials.sort(key=lambda trial: (-sweep.epochs(trial), trial.number))
-    drawn = figure(4)
-    axes = drawn.add_subplot()
-    places = range(len(trials))
-    for status in STATUSES:
-        members = [place for place in places if trials[place].status == status]
-        if members:
-            heights = [sweep.epochs(trials[place]) for place in members]
-            label = f"trained, {status}"
-            axes.bar(members, heights, width=0.85, color=COLOURS[status], label=label)
-    cut = [place for place in places if sweep.saved(trials[place])]
-    if cut:
-        axes.bar(
-            cut,
-            [sweep.saved(trials[place]) for place in cut],
-            bottom=[sweep.epochs(trials[place]) for place in cut],
-            width=0.85,
-            color="#f6f7f9",
-            edgecolor="#c9ced6",
-            linewidth=0,
-            hatch="///",
-            label="saved",
-        )
-    every = 1 if len(trials) <= 40 else len(trials) // 20
-    axes.set_xticks(places[::every], [str(trial.number) for trial in trials[::every]])
-    plain(axes)
-    axes.grid(False, axis="x")
-    axes.set_xlabel("trial, the longest first")
-    axes.set_ylabel("epochs")
-    axes.set_title(saving(sweep), fontsize=9.5, loc="left", wrap=True)
     drawn.legend(loc="outside upper left", ncols=5, frameon=False)
     return drawn

@@ -1,6 +1,7 @@
 """The values that were searched, and what they did to the metric."""
 
 import math
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -75,11 +76,11 @@ def scatter(sweep: Sweep) -> Figure | None:
 
 
 def _points(
-    axes: Axes, axis: Axis, members: list[tuple[Trial, float]], name: str, look: dict[str, object]
+    axes: Axes, axis: Axis, members: list[tuple[Trial, float]], name: str, look: dict[str, Any]
 ) -> None:
     members = [(trial, value) for trial, value in members if axis.name in trial.params]
     if members:
         apart = 0 if name == "best" else 1
         x = [axis.place(t.params[axis.name]) + apart * jitter(axis, t) for t, _ in members]
         y = [value for _, value in members]
-        axes.scatter(x, y, label=name, **{"s": 30, "alpha": 0.8, **look})  # type: ignore[arg-type]
+        axes.scatter(x, y, label=name, **{"s": 30, "alpha": 0.8, **look})

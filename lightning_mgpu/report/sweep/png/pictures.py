@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from lightning_mgpu.report.sweep.importance import Importance
 from lightning_mgpu.report.sweep.model import Sweep
-from lightning_mgpu.report.sweep.png.curves import epochs, learning_curves
+from lightning_mgpu.report.sweep.png.curves import learning_curves
+from lightning_mgpu.report.sweep.png.epochs import epochs
 from lightning_mgpu.report.sweep.png.parallel import parallel
 from lightning_mgpu.report.sweep.png.parameters import importances, scatter
 from lightning_mgpu.report.sweep.png.workers import workers

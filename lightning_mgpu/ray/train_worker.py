@@ -117,7 +117,7 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
         )
     from ray.train.lightning import RayTrainReportCallback
 
-    from lightning_mgpu.ray.report import ReportCallback
+    from lightning_mgpu.ray.train_report import ReportCallback
 
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(callback, RayTrainReportCallback) for callback in callbacks):
