@@ -12,7 +12,8 @@ from statistics import median
 
 COMMANDS = {
     "import lightning": ["-c", "import lightning"],
-    "import lightning_mgpu": ["-c", "import lightning_mgpu"],
+    "and lightning_mgpu": ["-c", "import lightning_mgpu, lightning"],  # which registers us
+    "lightning_mgpu alone": ["-c", "import lightning_mgpu"],
     "lightning_mgpu --help": ["-m", "lightning_mgpu", "--help"],
     "lightning_mgpu --cfg job": ["-m", "lightning_mgpu", "--cfg", "job"],
 }

@@ -51,8 +51,27 @@ def test_engine_shares_nothing_but_its_own_files() -> None:
             assert not forbidden & set(module.split(".")), f"{file.name} imports {module}"
 
 
-# As it looks while `python -m lightning_mgpu` imports the package.
-_AS_COMMAND = "import sys; sys.argv = ['-m']; sys.orig_argv = ['python', '-m', 'lightning_mgpu']"
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import lightning_mgpu; import lightning",
+        "import lightning; import lightning_mgpu",
+        "import lightning_mgpu; import lightning.pytorch.utilities",
+        "import lightning_mgpu.strategies",
+        "import lightning_mgpu; lightning_mgpu.DDPStrategy",
+        "import lightning_mgpu as m, threading as t; i = t.Thread(target=__import__,"
+        " args=['lightning']); i.start(); i.join()",
+        "import lightning_mgpu, importlib; importlib.reload(lightning_mgpu); import lightning",
+    ],
+)
+def test_strategies_are_registered_whenever_lightning_is_there(imports: str) -> None:
+    code = (
+        f"{imports}\nfrom lightning.pytorch.strategies import StrategyRegistry as registry\n"
+        "import sys; names = ('dp', 'mgpu_ddp', 'pipeline', 'pipeline_ddp')\n"
+        "ours = [type(f).__name__ for f in sys.meta_path if 'mgpu' in type(f).__module__]\n"
+        "print(all(name in registry for name in names), ours)"
+    )
+    assert _python(code) == "True []"  # and nobody listens any longer
 
 
 def test_other_modules_run_with_m_register_the_strategies(tmp_path: Path) -> None:
@@ -73,31 +92,43 @@ def test_other_modules_run_with_m_register_the_strategies(tmp_path: Path) -> Non
 
 
 def test_import_needs_neither_ray_nor_hydra() -> None:
-    code = "import lightning_mgpu, sys; print({'ray', 'hydra'} & set(sys.modules))"
-    assert _python(code) == "set()"
+    code = (
+        "import lightning_mgpu, sys; print({'ray', 'hydra', 'torch'} & set(sys.modules));"
+        " import lightning; print({'ray', 'hydra'} & set(sys.modules))"
+    )
+    assert _python(code) == "set()\nset()"
 
 
 def test_command_module_needs_no_torch() -> None:
-    code = (
-        f"{_AS_COMMAND}; import lightning_mgpu.__main__;"
-        " print({'torch', 'lightning'} & set(sys.modules))"
-    )
+    code = "import lightning_mgpu.__main__, sys; print({'torch', 'lightning'} & set(sys.modules))"
     assert _python(code) == "set()"
+
+
+def test_driver_of_a_sweep_needs_no_torch() -> None:
+    """Seconds, and hundreds of megabytes, of which its trials have use and it has none."""
+    code = (
+        "import sys, lightning_mgpu.ray.sweep.sweep, lightning_mgpu.ray.sweep.tuning;"
+        " from lightning_mgpu.launch.state import ProcessState; state = ProcessState.capture(1);"
+        " print(state.torch, state.random, {'torch', 'lightning'} & set(sys.modules))"
+    )
+    assert _python(code) == "None None set()"
 
 
 def test_public_names_load_on_first_use() -> None:
     code = (
-        f"{_AS_COMMAND}; import lightning_mgpu; before = 'torch' in sys.modules;"
+        "import lightning_mgpu, sys; before = 'torch' in sys.modules;"
         " print(before, lightning_mgpu.DDPStrategy.__name__, 'DDPStrategy' in dir(lightning_mgpu))"
     )
     assert _python(code) == "False DDPStrategy True"
 
 
 def test_unknown_public_name_is_refused() -> None:
-    import lightning_mgpu
+    import lightning_mgpu.launch
 
     with pytest.raises(AttributeError, match="has no attribute 'DPStrategy'"):
         _ = lightning_mgpu.DPStrategy
+    with pytest.raises(AttributeError, match="has no attribute 'Worker'"):
+        _ = lightning_mgpu.launch.Worker
 
 
 def _imported(file: Path) -> Iterator[str]:

@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from sweeps import Swept, cluster, command, environment_for, foreign_ray, interrupt, sweep
+from sweeps import (
+    Swept,
+    cluster,
+    command,
+    environment_for,
+    foreign_ray,
+    interrupt,
+    resume_argument,
+    sweep,
+)
 
 from lightning_mgpu.ray.sweep.searchers import RandomSearcher
 from lightning_mgpu.ray.sweep.space import parse_space
@@ -77,6 +86,22 @@ def test_trial_that_was_stopped_is_complete(plain: Swept) -> None:
         assert len([line for line in lines[1:] if line.split(",")[column]]) == trial["reports"]
         assert Path(trial["checkpoint"]).parent == directory / "checkpoints"
         assert Path(trial["checkpoint"]).exists()
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_trial_that_was_stopped_may_take_its_time_to_end(ray_address: str, reuse: bool) -> None:
+    """The last ones of a sweep, too: Ray by itself kills them after ten seconds, or at once."""
+    done = sweep(
+        "lingering_app.py",
+        ray_address,
+        *("+x=1,2", "seconds=16", "hydra/sweeper/search_alg=grid"),
+        *("hydra.sweeper.metric=val_loss", "hydra.sweeper.scheduler.max_t=1"),
+        *("hydra.sweeper.scheduler.grace_period=1", f"hydra.sweeper.reuse_actors={reuse}"),
+    )
+    assert done.code == 0, done.err
+    for trial in done.trials:
+        assert trial["status"] == "stopped"
+        assert (Path(trial["directory"]) / "ended").read_text() == "0"
 
 
 def test_best_trial_is_the_best_and_its_command_runs_it_again(plain: Swept) -> None:
@@ -237,6 +262,7 @@ def test_sweep_of_which_all_trials_fail_ends_early_and_with_an_error(ray_address
     assert done.code == 1
     assert "No trial has a result" in done.err
     assert 3 <= len(done.trials) < 12
+    assert "max_failure_rate=0.5 have failed" in done.out
 
 
 @pytest.fixture(scope="module")
@@ -418,6 +444,30 @@ def test_sweep_that_was_ended_in_the_middle_goes_on(
     assert [trial["value"] for trial in resumed.trials] == [1.0, 2.0, 3.0, 4.0]
     runs = [Path(f"began-{number}").read_text() for number in (1, 2, 3, 4)]
     assert runs == ["x", "xx", "x", "x"]  # the second one was cut short, the first was not
+
+
+def test_sweep_whose_time_is_over_ends_in_order_and_goes_on(ray_address: str) -> None:
+    """The trial under way ends with its epoch, and with all its files."""
+    given = (
+        *("epochs=1000000,1,2", "hydra/sweeper/search_alg=grid"),
+        *("hydra.sweeper.metric=val_acc", "hydra.sweeper.mode=max"),
+        *("hydra.sweeper.max_concurrent_trials=1", "hydra/sweeper/scheduler=fifo"),
+        "hydra.sweeper.time_budget_s=15",
+    )
+    done = sweep("plain_app.py", ray_address, *given)
+    assert done.code == 0, done.err
+    assert "time_budget_s=15.0 is over: 1 trials unfinished, 2 not begun" in done.out
+    (trial,) = done.trials
+    assert trial["status"] == "unfinished"
+    assert trial["reports"] > 0
+    assert done.results["best_trial"] == 0
+    rows = (Path(trial["directory"]) / "metrics.csv").read_text().splitlines()
+    assert len(rows) > trial["reports"]
+    assert list(Path(trial["directory"]).rglob("*.ckpt"))
+    assert read(done.directory).trials[0].status == "unfinished"
+    resumed = sweep("plain_app.py", ray_address, *given[:-1], resume_argument(done.out))
+    assert resumed.code == 0, resumed.err
+    assert [one["status"] for one in resumed.trials] == ["unfinished", "done", "done"]
 
 
 def test_sweep_that_has_ended_goes_on_with_more_trials(ray_address: str) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import pickle
 import shlex
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from lightning_mgpu.ray.sweep.objectives import Objective
 from lightning_mgpu.ray.sweep.progress import Progress
 from lightning_mgpu.ray.sweep.records import Records, TrialRecord
 from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
-from lightning_mgpu.ray.sweep.watcher import TooManyFailures
+from lightning_mgpu.ray.sweep.stopper import SweepStopper
 
 
 def record(number: int, status: str = "done", *history: float, **given: Any) -> TrialRecord:
@@ -184,4 +185,24 @@ def test_commands_can_be_pasted_into_a_shell() -> None:
 )
 def test_sweep_ends_when_too_many_fail(statuses: list[str], rate: float, ends: bool) -> None:
     trials = [record(number, status) for number, status in enumerate(statuses)]
-    assert TooManyFailures(records(*trials), rate).stop_all() is ends
+    assert SweepStopper(records(*trials), rate, None).stop_all() is ends
+
+
+def test_sweep_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stopper = SweepStopper(records(), 1.0, 5.0)
+    now = 200.0
+    assert not stopper.stop_all()  # the first step: Ray has started
+    now = 204.9
+    assert not stopper.stop_all()
+    now = 205.0
+    assert stopper.stop_all()
+
+
+def test_sweep_that_is_resumed_does_not_end_by_the_rules_of_before() -> None:
+    """Ray keeps the stopper in its state, and puts it in the place of the new one."""
+    trials = [record(number, "failed") for number in range(3)]
+    saved = pickle.dumps(SweepStopper(records(*trials), 0.5, 1.0))
+    now = SweepStopper(records(), 0.5, None)
+    assert pickle.loads(saved) is now

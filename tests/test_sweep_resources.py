@@ -29,7 +29,7 @@ def _requests(
 
     sweep: Any = SimpleNamespace(
         space=space,
-        job=SimpleNamespace(compose=compose),
+        job=SimpleNamespace(compose_ahead=compose),
         directory=Path(),
         options=SimpleNamespace(
             resources_per_trial=SimpleNamespace(cpu=3, gpu=0),
@@ -48,8 +48,32 @@ def test_workers_on_ray_are_all_that_a_trial_reserves(monkeypatch: pytest.Monkey
         assert requests.of({"strategy": other}).required_resources == {"CPU": 3.0}
 
 
+def test_trials_reserve_as_many_workers_as_each_of_them_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = _requests(monkeypatch, **{"strategy": [_RAY], "strategy.num_workers": [1, 2]})
+    requests.check()
+    for workers in (1, 2):
+        wanted = requests.of({"strategy": _RAY, "strategy.num_workers": workers})
+        assert wanted.bundles == [{"CPU": 2.0}] * workers
+
+
+def test_number_of_workers_that_some_trial_would_wait_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"strategy": [_RAY], "strategy.num_workers": [1, 2, 3], "lr": [0.1, 0.2]}
+    with pytest.raises(ConfigError, match=r"a trial ask for CPU: 6, and there are CPU: 4"):
+        _requests(monkeypatch, **given).check()
+
+
+def test_strategy_that_cannot_be_built_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"strategy": [_RAY], "strategy.num_workers": [1, -1]}
+    with pytest.raises(ConfigError, match="num_workers"):
+        _requests(monkeypatch, **given).check()
+
+
 def test_more_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"each trial ask for CPU: 6, and there are CPU: 4"):
+    with pytest.raises(ConfigError, match=r"a trial ask for CPU: 6, and there are CPU: 4"):
         _requests(monkeypatch, strategy=[{**_RAY, "num_workers": 3}]).check()
 
 

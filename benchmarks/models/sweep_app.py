@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 def main(cfg: DictConfig) -> float:
     from sweep_training import fit
 
-    return fit(cfg.lr, HydraConfig.get().runtime.output_dir)
+    return fit(cfg.lr, cfg.epochs, HydraConfig.get().runtime.output_dir)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import pickle
 import signal
+import sys
 import traceback
 from dataclasses import dataclass
 
 import cloudpickle
-import torch.distributed as dist
 
 # Gloo reports a lost or silent peer as a plain `RuntimeError`; only its words tell it apart.
 _COLLECTIVE_WORDS = ("gloo/", "NCCL")
@@ -106,7 +106,8 @@ class RemoteFailure:
 
 def is_collective_error(error: BaseException) -> bool:
     """Whether `error` reports a lost or silent peer rather than a fault of its own rank."""
-    if isinstance(error, dist.DistError):
+    distributed = sys.modules.get("torch.distributed")  # without it there are no collectives
+    if distributed is not None and isinstance(error, distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _COLLECTIVE_WORDS)
 

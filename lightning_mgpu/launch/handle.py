@@ -41,7 +41,9 @@ class WorkerHandle:
         # `-P`-like safety without needing Python 3.11: the path is set before the first import.
         # Collecting garbage while importing costs a third of the start and finds none.
         entries = [entry for entry in path if isinstance(entry, str)]  # Python skips others too
-        boot = f"import gc, sys; gc.disable(); sys.path[:] = {entries!r}; {boot}"
+        # Slow to import, and if the caller has use for it, so has a worker.
+        preload = "import lightning.pytorch; " if "lightning.pytorch" in sys.modules else ""
+        boot = f"import gc, sys; gc.disable(); sys.path[:] = {entries!r}; {preload}{boot}"
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", boot],

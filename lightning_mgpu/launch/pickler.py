@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import Any, cast
 
 import cloudpickle
-from torch.utils.data import DataLoader
 
 __all__: list[str] = []
 
@@ -16,7 +15,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles what `pickle` cannot: lambdas, `__main__`, a `DataLoader` in the middle of use."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, DataLoader) and obj._iterator is not None:
+        if _is_loader(obj) and obj._iterator is not None:
             # Persistent DataLoader workers belong to this process.
             function, arguments, state, *rest = cast("tuple[Any, ...]", obj.__reduce_ex__(2))
             return function, arguments, {**state, "_iterator": None}, *rest
@@ -30,6 +29,11 @@ def dumps(obj: Any) -> bytes:
     stream = io.BytesIO()
     Pickler(stream).dump(obj)
     return stream.getvalue()
+
+
+def _is_loader(obj: Any) -> bool:
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and isinstance(obj, data.DataLoader)
 
 
 def _is_special_module(obj: Any) -> bool:

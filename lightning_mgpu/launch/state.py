@@ -7,11 +7,12 @@ import random
 import sys
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-import torch
-import torch.multiprocessing
+
+if TYPE_CHECKING:
+    from lightning_mgpu.launch.torch_state import TorchState
 
 __all__: list[str] = []
 
@@ -31,9 +32,6 @@ _FROZEN_PREFIXES = (
 )
 
 
-_CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
-
-
 @dataclass(frozen=True)
 class ProcessState:
     """What code can tell one process from another by, apart from its objects.
@@ -41,6 +39,7 @@ class ProcessState:
     Attributes:
         environment: `os.environ` without the variables that say which rank a process is.
         threads: Intra-op threads for each rank.
+        torch: torch's settings; `None` if the caller has not imported it.
         random: Generator states, or `None` if the caller is not seeded: then each rank draws its
             own numbers.
         hydra: Pickled singletons and resolvers of Hydra and OmegaConf; `None` if not in use.
@@ -52,12 +51,7 @@ class ProcessState:
     argv: list[str]
     umask: int
     threads: int
-    default_dtype: torch.dtype
-    default_device: str
-    deterministic: tuple[bool, bool]
-    cudnn: dict[str, bool]
-    sharing_strategy: str
-    matmul_precision: str
+    torch: "TorchState | None"
     random: dict[str, Any] | None
     log_levels: dict[str, int]
     warning_filters: bytes | None
@@ -73,16 +67,7 @@ class ProcessState:
             argv=list(sys.argv),
             umask=_umask(),
             threads=threads,
-            default_dtype=torch.get_default_dtype(),
-            # Without an index: each rank has a current device of its own.
-            default_device=torch.get_default_device().type,
-            deterministic=(
-                torch.are_deterministic_algorithms_enabled(),
-                torch.is_deterministic_algorithms_warn_only_enabled(),
-            ),
-            cudnn={name: getattr(torch.backends.cudnn, name) for name in _CUDNN_FLAGS},
-            sharing_strategy=torch.multiprocessing.get_sharing_strategy(),  # type: ignore[no-untyped-call]
-            matmul_precision=torch.get_float32_matmul_precision(),
+            torch=_torch_state(),
             random=_random_states() if _is_seeded() else None,
             log_levels=_log_levels(),
             warning_filters=_dump_or_none(warnings.filters),
@@ -97,16 +82,8 @@ class ProcessState:
         sys.path[:] = self.path
         sys.argv[:] = self.argv
         os.umask(self.umask)
-        torch.set_num_threads(self.threads)
-        torch.set_default_dtype(self.default_dtype)
-        # Setting the CPU, too, would slow down every tensor factory from then on.
-        torch.set_default_device(None if self.default_device == "cpu" else self.default_device)
-        torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
-        for name, value in self.cudnn.items():
-            setattr(torch.backends.cudnn, name, value)
-        set_sharing = torch.multiprocessing.set_sharing_strategy
-        set_sharing(self.sharing_strategy)  # type: ignore[no-untyped-call]
-        torch.set_float32_matmul_precision(self.matmul_precision)
+        if self.torch is not None:
+            self.torch.apply(self.threads)
         for name, level in self.log_levels.items():
             logger = logging.getLogger(name)
             if logger.level != level:  # setting a level takes a walk over all loggers
@@ -129,6 +106,8 @@ def threads_per_rank(world_size: int) -> int:
 
     The caller's own setting is kept where it is lower, or where ``OMP_NUM_THREADS`` made it.
     """
+    import torch
+
     current = torch.get_num_threads()
     if "OMP_NUM_THREADS" in os.environ:
         return current
@@ -147,16 +126,30 @@ def _umask() -> int:
     return mask
 
 
+def _torch_state() -> "TorchState | None":
+    if "torch" not in sys.modules:
+        return None
+    from lightning_mgpu.launch.torch_state import TorchState
+
+    return TorchState.capture()
+
+
 def _is_seeded() -> bool:
     """Whether somebody seeded torch.
 
     An unseeded generator starts from 53 random bits, so a seed below 2**32 was chosen by a person
     (wrong once in two million unseeded runs, which then draw the same numbers on each rank).
     """
+    if "torch" not in sys.modules:
+        return False
+    import torch
+
     return torch.initial_seed() < 2**32
 
 
 def _random_states() -> dict[str, Any]:
+    import torch
+
     states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
         states["numpy"] = sys.modules["numpy"].random.get_state()
@@ -166,6 +159,8 @@ def _random_states() -> dict[str, Any]:
 
 
 def _set_random_states(states: dict[str, Any] | None) -> None:
+    import torch
+
     if states is None:
         torch.seed()
         random.seed()
@@ -209,12 +204,20 @@ def _hydra_state() -> bytes | None:
     return _dump_or_none((Singleton.get_state(), resolvers))
 
 
+_plugins: tuple[list[str], Any] | None = None  # of Hydra, and the path where they were found
+
+
 def _restore_hydra(state: bytes) -> None:
+    from hydra.core.plugins import Plugins
     from hydra.core.singleton import Singleton
     from omegaconf.basecontainer import BaseContainer
 
+    global _plugins
     singletons, resolvers = pickle.loads(state)
+    if _plugins is not None and _plugins[0] == sys.path:
+        singletons["instances"][Plugins] = _plugins[1]  # or they are searched for again
     Singleton.set_state(singletons)
+    _plugins = (list(sys.path), Plugins.instance())
     BaseContainer._resolvers.clear()
     BaseContainer._resolvers.update({k: pickle.loads(v) for k, v in resolvers.items()})
 

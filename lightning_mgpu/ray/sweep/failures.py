@@ -1,12 +1,11 @@
 """Why trials fail, and which of them run again."""
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities.memory import is_oom_error
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 from typing_extensions import override
@@ -22,7 +21,7 @@ class TrialOutOfMemoryError(TrialFailedError):
     """A trial failed, and a smaller one might not have."""
 
 
-_OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError, OutOfMemoryError, TrialOutOfMemoryError)
+_OUT_OF_MEMORY = (MemoryError, OutOfMemoryError, TrialOutOfMemoryError)
 
 
 @contextlib.contextmanager
@@ -43,10 +42,19 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(getattr(error, "cause", error), _OUT_OF_MEMORY):  # Ray's keep the first one
             return True
-        if isinstance(error.args[0] if error.args else None, str) and is_oom_error(error):
+        if "torch" in sys.modules and _is_of_torch(error):
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
+
+
+def _is_of_torch(error: BaseException) -> bool:
+    import torch
+    from lightning.pytorch.utilities.memory import is_oom_error
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error.args[0] if error.args else None, str) and is_oom_error(error)
 
 
 def reason(error: BaseException | None) -> str:

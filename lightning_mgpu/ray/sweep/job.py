@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from omegaconf import DictConfig, open_dict
 
 __all__: list[str] = []
 
+_MOST_AHEAD = 64  # configs; as many as trials may wait, and more
+
 
 @dataclass
 class Job:
@@ -22,6 +24,10 @@ class Job:
     context: HydraContext
     task_function: TaskFunction
     config: DictConfig
+    _ahead: dict[tuple[str, ...], DictConfig] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": {}}  # a trial composes its own
 
     @property
     def config_loader(self) -> ConfigLoader:
@@ -30,11 +36,20 @@ class Job:
 
     def compose(self, overrides: Sequence[str], number: int, sweep_dir: Path) -> DictConfig:
         """The config of job `number`."""
-        cfg = self.config_loader.load_sweep_config(self.config, list(overrides))
+        cfg = self._ahead.pop(tuple(overrides), None)
+        if cfg is None:
+            cfg = self.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(cfg):
             cfg.hydra.job.id = f"{cfg.hydra.job.name}_{number}"
             cfg.hydra.job.num = number
             cfg.hydra.sweep.dir = str(sweep_dir)  # as resolved once, with the time of the start
+        return cfg
+
+    def compose_ahead(self, overrides: Sequence[str], sweep_dir: Path) -> DictConfig:
+        """The config of a job that has no number yet; `compose` will not need to compose it."""
+        cfg = self.compose(overrides, 0, sweep_dir)
+        if len(self._ahead) < _MOST_AHEAD:
+            self._ahead[tuple(overrides)] = cfg
         return cfg
 
     def output_dir(self, cfg: DictConfig) -> Path:

@@ -7,13 +7,18 @@ from lightning_mgpu.ray.sweep.objectives import Objective, dominates
 
 __all__: list[str] = []
 
+BEST_CHECKPOINT = "best_checkpoint"
+"""Among what a trial reports: where the best checkpoint lies that its job has saved."""
+_AT_LEAST = 3  # ended trials, to say anything about a rate
+
 
 @dataclass
 class TrialRecord:
     """One trial, as the driver sees it.
 
     Attributes:
-        status: waiting, running, done, stopped (by the scheduler) or failed.
+        status: waiting, running, done, stopped (by the scheduler), failed, or unfinished when the
+            sweep ended.
         history: The metric, report by report.
         metrics: All metrics of the latest report.
         checkpoint: The best one that the job itself has saved.
@@ -104,6 +109,12 @@ class Records:
     def count(self, *statuses: str) -> int:
         """How many trials have one of these statuses."""
         return sum(record.status in statuses for record in self.trials.values())
+
+    def too_many_failed(self, rate: float) -> bool:
+        """Whether more than this share of the ended trials have failed."""
+        failed = self.count("failed")
+        ended = failed + self.count("done", "stopped")
+        return ended >= _AT_LEAST and failed / ended > rate
 
     def ordered(self) -> list[TrialRecord]:
         """By number."""

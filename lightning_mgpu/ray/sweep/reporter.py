@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_mgpu.ray.sweep import mutation
+from lightning_mgpu.ray.sweep.records import BEST_CHECKPOINT
 
 __all__: list[str] = []
 
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.ckpt"
 _GROUPS = "param_groups.json"
-BEST_CHECKPOINT = "best_checkpoint"
 
 
 class NotFiniteError(ArithmeticError):
@@ -77,6 +77,11 @@ def end() -> None:
     """The trial is over."""
     global _current
     _current = None
+
+
+def is_stopped() -> bool:
+    """Whether the trial of this process has been told to end."""
+    return _current is not None and _current.stopped
 
 
 def callbacks() -> list[Checkpoint]:

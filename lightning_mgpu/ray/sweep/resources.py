@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from ray.tune import PlacementGroupFactory
 from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 
-from lightning_mgpu.build import build_node
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.cluster import describe
 
@@ -36,22 +35,26 @@ class Requests:
 
     def of(self, values: Mapping[str, Any]) -> PlacementGroupFactory:
         """Of the trial that has these values."""
-        return self._of(self._sweep.space.overrides(values))
+        return self._factory(self._bundles(self._sweep.space.overrides(values)))
 
     def check(self) -> None:
-        """See whether some trial can ever start.
+        """See whether every trial can start, whatever its strategy and its number of workers.
 
         Raises:
-            ConfigError: There is too little for it, or trials would outgrow what they reserve.
+            ConfigError: There is too little for it, its strategy cannot be built, or trials would
+                outgrow what they reserve.
         """
-        overrides = self._sweep.space.example()
-        wanted = self._of(overrides).required_resources
         there = ray.cluster_resources()
-        on_ray = bool(self._bundles(overrides))
+        for overrides in self._sweep.space.examples(_STRATEGY):
+            self._check(overrides, there)
+
+    def _check(self, overrides: list[str], there: Mapping[str, float]) -> None:
+        bundles = self._bundles(overrides)
+        wanted, on_ray = self._factory(bundles).required_resources, bool(bundles)
         for name, amount in wanted.items():
             if amount > there.get(name, 0):
                 raise ConfigError(
-                    f"strategy: the workers of each trial ask for {describe(wanted)}, and there are"
+                    f"strategy: the workers of a trial ask for {describe(wanted)}, and there are"
                     f" {describe(there)}. Ask for fewer or smaller ones (strategy.num_workers,"
                     " strategy.num_cpus_per_worker), or join a cluster by"
                     " hydra.sweeper.ray.address."
@@ -77,8 +80,7 @@ class Requests:
                     " hydra.sweeper.scheduler.hyperparam_mutations=[model.lr]."
                 )
 
-    def _of(self, overrides: list[str]) -> PlacementGroupFactory:
-        bundles = self._bundles(overrides)
+    def _factory(self, bundles: list[dict[str, float]]) -> PlacementGroupFactory:
         if not bundles:
             factory: PlacementGroupFactory = resource_dict_to_pg_factory(self._own)
             return factory
@@ -87,9 +89,11 @@ class Requests:
 
     def _bundles(self, overrides: list[str]) -> list[dict[str, float]]:
         """What the strategy of a trial reserves for its workers; none if it has none on Ray."""
-        cfg = self._sweep.job.compose(overrides, 0, self._sweep.directory)
+        cfg = self._sweep.job.compose_ahead(overrides, self._sweep.directory)
         if not _runs_on_ray(cfg.get(_STRATEGY)):
             return []
+        from lightning_mgpu.build import build_node  # Lightning, which is loaded now
+
         bundles: list[dict[str, float]] = build_node(cfg, _STRATEGY).group().bundles
         return bundles
 

@@ -4,13 +4,18 @@ import dataclasses
 import gc
 import logging
 import os
+import pickle
 import sys
 import threading
+import warnings
 
+import cloudpickle
+import lightning.pytorch  # noqa: F401  (so that its loggers are there before the first trial)
 import torch
 import torch.distributed
 
 from lightning_mgpu.launch.state import ProcessState
+from lightning_mgpu.launch.torch_state import TorchState
 
 __all__: list[str] = []
 
@@ -29,7 +34,19 @@ def adopt(state: ProcessState, threads: int) -> ProcessState:
     environment = {**state.environment, **kept, "OMP_NUM_THREADS": str(threads)}
     # On another machine there may be no such directory.
     directory = state.directory if os.path.isdir(state.directory) else os.getcwd()
-    return dataclasses.replace(state, environment=environment, directory=directory, threads=threads)
+    state = dataclasses.replace(
+        state, environment=environment, directory=directory, threads=threads
+    )
+    return state if state.torch is not None else _with_torch(state)
+
+
+def _with_torch(state: ProcessState) -> ProcessState:
+    """With what importing torch and Lightning has set, if the program has not imported them."""
+    filters = None
+    if state.warning_filters is not None:
+        given = pickle.loads(state.warning_filters)
+        filters = cloudpickle.dumps([*(f for f in warnings.filters if f not in given), *given])
+    return dataclasses.replace(state, torch=TorchState.capture(), warning_filters=filters)
 
 
 class Scrubber:
@@ -45,6 +62,8 @@ class Scrubber:
         self._excepthook = sys.excepthook
         self._handlers = {name: _config(logger) for name, logger in _loggers().items()}
         self._threads: set[threading.Thread] = set()
+        self._has_served = False
+        gc.freeze()  # torch and Lightning stay, and need not be looked at after each trial
 
     def before(self) -> None:
         """A trial begins, on its own thread."""
@@ -61,6 +80,9 @@ class Scrubber:
         self._state.apply()
         gc.enable()
         gc.collect()
+        if not self._has_served:
+            gc.freeze()  # neither need the libraries that it has loaded
+            self._has_served = True
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
@@ -74,21 +96,22 @@ class Scrubber:
 
     def _put_loggers_back(self) -> None:
         for name, logger in _loggers().items():
-            handlers, filters, propagate, disabled = self._handlers.get(name, ([], [], True, False))
+            handlers, filters, propagate, disabled, level = self._handlers.get(name, _UNTOUCHED)
             for handler in logger.handlers:
                 if handler not in handlers:
                     handler.close()
-            if name not in self._handlers:
-                logger.setLevel(logging.NOTSET)
+            if logger.level != level:  # setting a level takes a walk over all loggers
+                logger.setLevel(level)
             logger.handlers[:], logger.filters[:] = handlers, filters
             logger.propagate, logger.disabled = propagate, disabled
 
 
-_LoggerConfig = tuple[list[logging.Handler], "list[logging._FilterType]", bool, bool]
+_LoggerConfig = tuple[list[logging.Handler], "list[logging._FilterType]", bool, bool, int]
+_UNTOUCHED: _LoggerConfig = ([], [], True, False, logging.NOTSET)
 
 
 def _config(logger: logging.Logger) -> _LoggerConfig:
-    return (logger.handlers[:], logger.filters[:], logger.propagate, logger.disabled)
+    return (logger.handlers[:], logger.filters[:], logger.propagate, logger.disabled, logger.level)
 
 
 def _loggers() -> dict[str, logging.Logger]:

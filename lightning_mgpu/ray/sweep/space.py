@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,12 +100,16 @@ class Space:
 
     def example(self) -> list[str]:
         """The overrides of some trial, to see whether they compose."""
-        return self.overrides(
-            {
-                name: d.values[0] if isinstance(d, Choice) else _number(d.low, d)
-                for name, d in self.dimensions.items()
-            }
-        )
+        return next(self.examples())
+
+    def examples(self, node: str = "") -> Iterator[list[str]]:
+        """Those of some trials: with every choice, and the ends of every interval, in `node`."""
+        axes = [
+            _extremes(d)[: None if name.split(".")[0] == node else 1]
+            for name, d in self.dimensions.items()
+        ]
+        for point in itertools.product(*axes):
+            yield self.overrides(dict(zip(self.dimensions, point, strict=True)))
 
     def __str__(self) -> str:
         """A line for each key; what a resumed sweep is compared by."""
@@ -236,6 +240,12 @@ def _is_consecutive(sweep: RangeSweep) -> bool:
         and sweep.step in (None, 1)
         and (len(list(sweep.range())) > 1)
     )
+
+
+def _extremes(dimension: Dimension) -> list[Any]:
+    if isinstance(dimension, Choice):
+        return list(dimension.values)
+    return [_number(dimension.low, dimension), _number(dimension.high, dimension)]
 
 
 def _number(value: float, dimension: Interval) -> float:

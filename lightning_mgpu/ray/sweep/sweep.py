@@ -139,6 +139,7 @@ def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> No
         )
         sys.exit(128 + signal.SIGINT)
     page = _draw(sweep) if options.report is not False else None
+    _say_if_early(sweep)
     _conclude(sweep.records, path, page)
 
 
@@ -163,6 +164,25 @@ def _draw(sweep: Sweep) -> Path | None:
             again,
         )
         return None
+
+
+def _say_if_early(sweep: Sweep) -> None:
+    """Why there are fewer results than asked for, if Ray was told to end the sweep."""
+    records, options = sweep.records, sweep.options
+    unfinished = records.count("unfinished")
+    missing = sweep.num_samples - len(records.trials)
+    if not unfinished and not missing:
+        return
+    why = f"hydra.sweeper.time_budget_s={options.time_budget_s} is over"
+    if records.too_many_failed(options.max_failure_rate):
+        why = f"more than hydra.sweeper.max_failure_rate={options.max_failure_rate} have failed"
+    log.warning(
+        "Ended early, since %s: %d trials unfinished, %d not begun.%s",
+        why,
+        unfinished,
+        missing,
+        f" Begin these with: {resume_command(sweep.directory)}" if missing else "",
+    )
 
 
 def _conclude(records: Records, path: Path, page: Path | None) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu.ray.sweep.cluster import connected
@@ -21,8 +22,9 @@ from lightning_mgpu.ray.sweep.resources import requests_of
 from lightning_mgpu.ray.sweep.schedulers import build_scheduler
 from lightning_mgpu.ray.sweep.searchers import Trials, build_searcher, trial_number
 from lightning_mgpu.ray.sweep.state import StateKeeper
-from lightning_mgpu.ray.sweep.trial import HydraTrial, TrialPlan
-from lightning_mgpu.ray.sweep.watcher import TooManyFailures, Watcher
+from lightning_mgpu.ray.sweep.stopper import SweepStopper
+from lightning_mgpu.ray.sweep.trial import END_SECONDS, HydraTrial, TrialPlan
+from lightning_mgpu.ray.sweep.watcher import Watcher
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
@@ -72,12 +74,14 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
     # Ray itself compares by one metric only, and has nothing to compare for several.
     metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
     scheduler = build_scheduler(options, sweep.space)
-    watcher.watch(scheduler)
+    _await_trials(scheduler)
     searcher = build_searcher(options, sweep.space, objectives)
     if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
         options.max_concurrent_trials
     ):
         searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
+    search = Trials(searcher, sweep.num_samples, objectives, sweep.records.takes_best)
+    watcher.watch(scheduler, search)
     plan = TrialPlan(
         job=sweep.job,
         space=sweep.space,
@@ -98,10 +102,9 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         metric=metric,
         mode=mode,
         num_samples=sweep.num_samples,
-        search_alg=Trials(searcher, sweep.num_samples, objectives, sweep.records.takes_best),
+        search_alg=search,
         scheduler=scheduler,
-        stop=TooManyFailures(sweep.records, options.max_failure_rate),
-        time_budget_s=options.time_budget_s,
+        stop=SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s),
         reuse_actors=options.reuse_actors,
         max_failures=options.max_failures,
         checkpoint_config=CheckpointConfig(num_to_keep=_checkpoints_kept(options)),
@@ -113,6 +116,17 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         verbose=0,
     )
     keeper.take()
+
+
+def _await_trials(scheduler: TrialScheduler) -> None:
+    """Let the last trials end when the sweep does; Ray gives them ten seconds."""
+    add = scheduler.on_trial_add
+
+    def on_trial_add(controller: Any, trial: Any) -> None:
+        controller._tune_controller._actor_force_cleanup_timeout = END_SECONDS
+        add(controller, trial)
+
+    scheduler.on_trial_add = on_trial_add  # type: ignore[method-assign, assignment]
 
 
 def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:

@@ -11,14 +11,13 @@ from typing import Any
 import ray
 from ray.tune import Callback
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.stopper import Stopper
+from ray.tune.search.search_algorithm import SearchAlgorithm
 from typing_extensions import override
 
 from lightning_mgpu.ray.sweep.failures import SweepTrial
 from lightning_mgpu.ray.sweep.journal import Journal
 from lightning_mgpu.ray.sweep.memory import HALVINGS
-from lightning_mgpu.ray.sweep.records import Records, TrialRecord
-from lightning_mgpu.ray.sweep.reporter import BEST_CHECKPOINT
+from lightning_mgpu.ray.sweep.records import BEST_CHECKPOINT, Records, TrialRecord
 from lightning_mgpu.ray.sweep.searchers import trial_number
 
 __all__: list[str] = []
@@ -56,12 +55,14 @@ class Watcher(Callback):
         self._listener = listener
         self._journal = journal
         self._kind = kind
+        self._search: SearchAlgorithm | None = None
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
         self._started: dict[int, float] = {}
 
-    def watch(self, scheduler: TrialScheduler) -> None:
-        """See which trials the scheduler stops."""
+    def watch(self, scheduler: TrialScheduler, search: SearchAlgorithm) -> None:
+        """See which trials the scheduler stops, and tell the search of those that nobody ends."""
+        self._search = search
         decide = scheduler.on_trial_result
 
         def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -100,6 +101,8 @@ class Watcher(Callback):
             elif self.interrupted and trial.temporary_state.ray_actor is not None:
                 # Ray would ask the actors to end, and wait; what it saves next is not changed.
                 ray.kill(trial.temporary_state.ray_actor)
+            elif trial.status == "TERMINATED" and not self.interrupted:
+                self._cut_short(trial)
         self._listener(None)
 
     @override
@@ -157,6 +160,15 @@ class Watcher(Callback):
             if record.status == "running":
                 record.status = "waiting"
 
+    def _cut_short(self, trial: Any) -> None:
+        """Ray says nothing of trials that end because the sweep does."""
+        record = self.records.trials.get(trial_number(trial))
+        if record is not None and record.status in ("running", "waiting"):
+            self._end(record, "unfinished")
+            # Or it would wait for this trial when the sweep goes on.
+            assert self._search is not None
+            self._search.on_trial_complete(trial.trial_id, error=True)
+
     def _end(self, record: TrialRecord, status: str) -> None:
         record.status = status
         started = self._started.pop(record.number, None)
@@ -178,30 +190,6 @@ class Watcher(Callback):
                 return record
             record = self.records.trials[number] = new
         return record
-
-
-class TooManyFailures(Stopper):
-    """Ends a sweep of which too many trials have failed.
-
-    Args:
-        records: The trials so far.
-        rate: Which share of the ended trials may fail.
-    """
-
-    _AT_LEAST = 3  # ended trials, to say anything about a rate
-
-    def __init__(self, records: Records, rate: float) -> None:
-        self._records, self._rate = records, rate
-
-    @override
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    @override
-    def stop_all(self) -> bool:
-        failed = self._records.count("failed")
-        ended = failed + self._records.count("done", "stopped")
-        return ended >= self._AT_LEAST and failed / ended > self._rate
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,48 @@
+"""Registers the strategies with Lightning when Lightning is there, and not before.
+
+It takes seconds to import, which programs that train nothing should not wait for: the command's
+``--help``, the driver of a sweep, a process that reads a checkpoint's config.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__: list[str] = []
+
+_LIGHTNING = "lightning.pytorch"
+_STRATEGIES = "lightning_mgpu.strategies"
+
+
+def register() -> None:
+    """Register the strategies now, or as soon as Lightning has been imported."""
+    if _LIGHTNING in sys.modules:
+        importlib.import_module(_STRATEGIES)
+    elif not any(isinstance(finder, _AfterLightning) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterLightning())
+
+
+class _AfterLightning(MetaPathFinder):
+    """Finds Lightning as everybody does, once, and has it call us at the end of its import."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _LIGHTNING:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            importlib.import_module(_STRATEGIES)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
