@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--epochs", type=int, default=1, help="of each trial (default 1)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="default: all")
     parser.add_argument("--child", nargs=2, metavar=("WAY", "EPOCHS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -68,7 +69,8 @@ def main() -> None:
         left_out.add("hydra joblib")
     if arguments.epochs == 1:  # nothing to stop
         left_out.add(ASHA)
-    ways = [way for way in WAYS if way not in left_out]
+    # Ratios are to ours.
+    ways = [way for way in WAYS if way in {"ours", *arguments.ways} - left_out]
     found = interleaved(__file__, ways, arguments.rounds, str(arguments.epochs))
     print(
         f"{len(RATES)} trials of {arguments.epochs} epochs, {arguments.rounds} rounds;"

@@ -1,11 +1,10 @@
 """Registers the strategies with Lightning when Lightning is there, and not before.
 
 It takes seconds to import, which programs that train nothing should not wait for: the command's
-``--help``, the driver of a sweep, a process that reads a checkpoint's config.
+``--help``, the driver of a sweep.
 """
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -27,21 +26,24 @@ def register() -> None:
 
 
 class _AfterLightning(MetaPathFinder):
-    """Finds Lightning as everybody does, once, and has it call us at the end of its import."""
+    """Finds Lightning as the others do, and has its loader call us when it has been imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != _LIGHTNING:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             load(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             importlib.import_module(_STRATEGIES)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

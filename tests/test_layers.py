@@ -57,6 +57,7 @@ def test_engine_shares_nothing_but_its_own_files() -> None:
         "import lightning_mgpu; import lightning",
         "import lightning; import lightning_mgpu",
         "import lightning_mgpu; import lightning.pytorch.utilities",
+        "import lightning_mgpu, importlib.util as util; util.find_spec('lightning.pytorch')",
         "import lightning_mgpu.strategies",
         "import lightning_mgpu; lightning_mgpu.DDPStrategy",
         "import lightning_mgpu as m, threading as t; i = t.Thread(target=__import__,"

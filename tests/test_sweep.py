@@ -104,6 +104,34 @@ def test_trial_that_was_stopped_may_take_its_time_to_end(ray_address: str, reuse
         assert (Path(trial["directory"]) / "ended").read_text() == "0"
 
 
+def test_interrupt_does_not_wait_for_trials_that_take_their_time(
+    ray_address: str, eventually: Callable[..., None]
+) -> None:
+    given = (
+        *("+x=1,2", "seconds=300", "hydra/sweeper/search_alg=grid"),
+        *("hydra.sweeper.metric=val_loss", "hydra.sweeper.scheduler.max_t=1"),
+        "hydra.sweeper.scheduler.grace_period=1",
+    )
+    process = subprocess.Popen(
+        command("lingering_app.py", ray_address, *given),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment_for("sweep"),
+    )
+    try:
+        journal = Path("sweep/journal.jsonl")
+        ended = '"event": "end"'
+        eventually(lambda: journal.exists() and journal.read_text().count(ended) == 2, 120)
+        seconds, out, _ = interrupt(process, signal.SIGINT)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out
+    assert seconds < 10
+    saved = yaml.safe_load(Path("sweep/optimization_results.yaml").read_text())
+    assert [trial["status"] for trial in saved["trials"]] == ["stopped", "stopped"]
+
+
 def test_best_trial_is_the_best_and_its_command_runs_it_again(plain: Swept) -> None:
     results = plain.results
     assert results["best_value"] == max(trial["value"] for trial in plain.trials)

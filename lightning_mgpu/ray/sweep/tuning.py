@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
-from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu.ray.sweep.cluster import connected
@@ -23,7 +22,7 @@ from lightning_mgpu.ray.sweep.schedulers import build_scheduler
 from lightning_mgpu.ray.sweep.searchers import Trials, build_searcher, trial_number
 from lightning_mgpu.ray.sweep.state import StateKeeper
 from lightning_mgpu.ray.sweep.stopper import SweepStopper
-from lightning_mgpu.ray.sweep.trial import END_SECONDS, HydraTrial, TrialPlan
+from lightning_mgpu.ray.sweep.trial import HydraTrial, TrialPlan
 from lightning_mgpu.ray.sweep.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -74,7 +73,6 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
     # Ray itself compares by one metric only, and has nothing to compare for several.
     metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
     scheduler = build_scheduler(options, sweep.space)
-    _await_trials(scheduler)
     searcher = build_searcher(options, sweep.space, objectives)
     if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
         options.max_concurrent_trials
@@ -116,17 +114,6 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         verbose=0,
     )
     keeper.take()
-
-
-def _await_trials(scheduler: TrialScheduler) -> None:
-    """Let the last trials end when the sweep does; Ray gives them ten seconds."""
-    add = scheduler.on_trial_add
-
-    def on_trial_add(controller: Any, trial: Any) -> None:
-        controller._tune_controller._actor_force_cleanup_timeout = END_SECONDS
-        add(controller, trial)
-
-    scheduler.on_trial_add = on_trial_add  # type: ignore[method-assign, assignment]
 
 
 def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:

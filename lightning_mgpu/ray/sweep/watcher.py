@@ -19,6 +19,7 @@ from lightning_mgpu.ray.sweep.journal import Journal
 from lightning_mgpu.ray.sweep.memory import HALVINGS
 from lightning_mgpu.ray.sweep.records import BEST_CHECKPOINT, Records, TrialRecord
 from lightning_mgpu.ray.sweep.searchers import trial_number
+from lightning_mgpu.ray.sweep.trial import END_SECONDS
 
 __all__: list[str] = []
 
@@ -56,6 +57,7 @@ class Watcher(Callback):
         self._journal = journal
         self._kind = kind
         self._search: SearchAlgorithm | None = None
+        self._controller: Any = None  # Ray's
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
         self._started: dict[int, float] = {}
@@ -63,7 +65,12 @@ class Watcher(Callback):
     def watch(self, scheduler: TrialScheduler, search: SearchAlgorithm) -> None:
         """See which trials the scheduler stops, and tell the search of those that nobody ends."""
         self._search = search
-        decide = scheduler.on_trial_result
+        add, decide = scheduler.on_trial_add, scheduler.on_trial_result
+
+        def on_trial_add(controller: Any, trial: Any) -> None:
+            self._controller = controller._tune_controller
+            self._set_patience(END_SECONDS)
+            add(controller, trial)
 
         def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
             decision = str(decide(controller, trial, result))
@@ -71,6 +78,7 @@ class Watcher(Callback):
                 self._stopped.add(trial.trial_id)
             return decision
 
+        scheduler.on_trial_add = on_trial_add  # type: ignore[method-assign, assignment]
         scheduler.on_trial_result = on_trial_result  # type: ignore[method-assign, assignment]
 
     @override
@@ -81,6 +89,7 @@ class Watcher(Callback):
 
         def interrupt(signum: int, frame: FrameType | None) -> None:
             self.interrupted = True
+            self._set_patience(0)
             if callable(handler):
                 handler(signum, frame)
 
@@ -159,6 +168,11 @@ class Watcher(Callback):
         for record in self.records.trials.values():
             if record.status == "running":
                 record.status = "waiting"
+
+    def _set_patience(self, seconds: float) -> None:
+        """How long trials may take to end when the sweep does; Ray by itself gives them ten."""
+        if self._controller is not None:
+            self._controller._actor_force_cleanup_timeout = seconds
 
     def _cut_short(self, trial: Any) -> None:
         """Ray says nothing of trials that end because the sweep does."""
