@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from ray.tune.experiment import Trial
+from ray.tune.trainable.function_trainable import FunctionTrainable
 
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.state import ProcessState
@@ -22,6 +23,7 @@ from lightning_mgpu.ray.sweep.failures import (
 )
 from lightning_mgpu.ray.sweep.memory import check_shrinkable, shrink
 from lightning_mgpu.ray.sweep.scrub import adopt
+from lightning_mgpu.ray.sweep.trial import HydraTrial
 
 
 def caused(cause: BaseException) -> Exception:
@@ -72,6 +74,12 @@ def test_error_in_words_says_that_memory_was_short() -> None:
 )
 def test_reason_is_a_line(error: Any, expected: str) -> None:
     assert reason(error).startswith(expected)
+
+
+def test_trial_says_so_that_cannot_follow_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FunctionTrainable, "reset_config", lambda self, config: False)
+    with pytest.raises(TrialFailedError, match=r"had not ended 600 s after.*reuse_actors=false"):
+        HydraTrial.reset_config(object.__new__(HydraTrial), {})
 
 
 def trial(max_failures: int = 0) -> Trial:

@@ -185,7 +185,9 @@ def test_commands_can_be_pasted_into_a_shell() -> None:
 )
 def test_sweep_ends_when_too_many_fail(statuses: list[str], rate: float, ends: bool) -> None:
     trials = [record(number, status) for number, status in enumerate(statuses)]
-    assert SweepStopper(records(*trials), rate, None).stop_all() is ends
+    stopper = SweepStopper(records(*trials), rate, None)
+    assert stopper.stop_all() is ends
+    assert ("max_failure_rate" in (stopper.why or "")) is ends
 
 
 def test_sweep_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +200,7 @@ def test_sweep_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> No
     assert not stopper.stop_all()
     now = 205.0
     assert stopper.stop_all()
+    assert stopper.why == "hydra.sweeper.time_budget_s=5.0 is over"
 
 
 def test_sweep_that_is_resumed_does_not_end_by_the_rules_of_before() -> None:

@@ -1,4 +1,7 @@
-"""A Hydra application whose training takes `seconds` to end when it is stopped."""
+"""A Hydra application whose training takes `seconds` to end when it is stopped.
+
+It lasts five epochs, or until there is a file `until`.
+"""
 
 import time
 from pathlib import Path
@@ -13,8 +16,12 @@ from omegaconf import DictConfig
 class Lingers(Callback):
     """As a logger does that uploads what it has."""
 
-    def __init__(self, seconds: float, output: Path) -> None:
-        self.seconds, self.output = seconds, output
+    def __init__(self, seconds: float, output: Path, until: str | None) -> None:
+        self.seconds, self.output, self.until = seconds, output, until
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.until is not None and Path(self.until).exists():
+            trainer.should_stop = True
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -34,9 +41,9 @@ def main(cfg: DictConfig) -> None:
     output = Path(HydraConfig.get().runtime.output_dir)
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=5,
+        max_epochs=5 if cfg.until is None else -1,
         logger=False,
-        callbacks=[Lingers(cfg.seconds, output)],
+        callbacks=[Lingers(cfg.seconds, output, cfg.until)],
         default_root_dir=output,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -23,12 +23,16 @@ class SweepStopper(Stopper):
         records: The trials so far.
         rate: Which share of the ended trials may fail.
         seconds: How long this run of the sweep may take, from its first step; `None`: any time.
+
+    Attributes:
+        why: Why the sweep ended early, if it did.
     """
 
     def __init__(self, records: Records, rate: float, seconds: float | None) -> None:
         global _latest
         self._records, self._rate, self._seconds = records, rate, seconds
         self._started: float | None = None
+        self.why: str | None = None
         _latest = self
 
     @override
@@ -40,8 +44,11 @@ class SweepStopper(Stopper):
         now = time.monotonic()
         if self._started is None:
             self._started = now
-        is_over = self._seconds is not None and now - self._started >= self._seconds
-        return is_over or self._records.too_many_failed(self._rate)
+        if self._records.too_many_failed(self._rate):
+            self.why = f"more than hydra.sweeper.max_failure_rate={self._rate} have failed"
+        elif self._seconds is not None and now - self._started >= self._seconds:
+            self.why = f"hydra.sweeper.time_budget_s={self._seconds} is over"
+        return self.why is not None
 
     @override
     def __reduce__(self) -> tuple[Callable[[], Stopper | None], tuple[()]]:

@@ -129,7 +129,7 @@ def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> No
     sweep = Sweep.prepare(job, options, arguments)
     from lightning_mgpu.ray.sweep.tuning import tune  # Ray, now that there is something to run
 
-    was_interrupted = tune(sweep)
+    was_interrupted, why_early = tune(sweep)
     path = write_results(sweep.records, sweep.directory)
     if was_interrupted:
         log.warning(
@@ -139,7 +139,8 @@ def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> No
         )
         sys.exit(128 + signal.SIGINT)
     page = _draw(sweep) if options.report is not False else None
-    _say_if_early(sweep)
+    if why_early is not None:
+        _say_that_early(sweep, why_early)
     _conclude(sweep.records, path, page)
 
 
@@ -166,22 +167,16 @@ def _draw(sweep: Sweep) -> Path | None:
         return None
 
 
-def _say_if_early(sweep: Sweep) -> None:
-    """Why there are fewer results than asked for, if Ray was told to end the sweep."""
-    records, options = sweep.records, sweep.options
-    unfinished = records.count("unfinished")
-    missing = sweep.num_samples - len(records.trials)
-    if not unfinished and not missing:
-        return
-    why = f"hydra.sweeper.time_budget_s={options.time_budget_s} is over"
-    if records.too_many_failed(options.max_failure_rate):
-        why = f"more than hydra.sweeper.max_failure_rate={options.max_failure_rate} have failed"
+def _say_that_early(sweep: Sweep, why: str) -> None:
+    """Why there may be fewer results than were asked for."""
+    unfinished = sweep.records.count("unfinished")
+    missing = sweep.num_samples - len(sweep.records.trials)
     log.warning(
-        "Ended early, since %s: %d trials unfinished, %d not begun.%s",
+        "Ended early, since %s: %d trials unfinished, %d not begun. Go on with: %s",
         why,
         unfinished,
         missing,
-        f" Begin these with: {resume_command(sweep.directory)}" if missing else "",
+        resume_command(sweep.directory),
     )
 
 

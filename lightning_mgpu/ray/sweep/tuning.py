@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
@@ -44,8 +44,15 @@ _VARIABLES = {
 _CHECKPOINT_SECONDS = "2"  # what a SIGKILL of the driver may cost
 
 
-def tune(sweep: "Sweep") -> bool:
-    """Run the trials that are left; whether Ctrl-C has ended it before they were."""
+class Ended(NamedTuple):
+    """How a sweep ended: by Ctrl-C, or before all its trials were done, and why."""
+
+    was_interrupted: bool
+    why_early: str | None
+
+
+def tune(sweep: "Sweep") -> Ended:
+    """Run the trials that are left."""
     options = sweep.options
     if options.metric is None and stops_early(options):
         log.info(
@@ -64,11 +71,12 @@ def tune(sweep: "Sweep") -> bool:
         kind = retrying(sweep.smaller) if retries else SweepTrial
         journal.begin(options, sweep.space, sweep.records)
         watcher = Watcher(sweep.records, sweep.describe, show, journal, kind)
-        _run(sweep, watcher)
-    return watcher.interrupted
+        stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
+        _run(sweep, watcher, stopper)
+    return Ended(watcher.interrupted, stopper.why)
 
 
-def _run(sweep: "Sweep", watcher: Watcher) -> None:
+def _run(sweep: "Sweep", watcher: Watcher, stopper: SweepStopper) -> None:
     options, objectives = sweep.options, sweep.records.objectives
     # Ray itself compares by one metric only, and has nothing to compare for several.
     metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
@@ -78,8 +86,7 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         options.max_concurrent_trials
     ):
         searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
-    search = Trials(searcher, sweep.num_samples, objectives, sweep.records.takes_best)
-    watcher.watch(scheduler, search)
+    watcher.watch(scheduler)
     plan = TrialPlan(
         job=sweep.job,
         space=sweep.space,
@@ -100,9 +107,9 @@ def _run(sweep: "Sweep", watcher: Watcher) -> None:
         metric=metric,
         mode=mode,
         num_samples=sweep.num_samples,
-        search_alg=search,
+        search_alg=Trials(searcher, sweep.num_samples, objectives, sweep.records.takes_best),
         scheduler=scheduler,
-        stop=SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s),
+        stop=stopper,
         reuse_actors=options.reuse_actors,
         max_failures=options.max_failures,
         checkpoint_config=CheckpointConfig(num_to_keep=_checkpoints_kept(options)),

@@ -11,7 +11,6 @@ from typing import Any
 import ray
 from ray.tune import Callback
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.search.search_algorithm import SearchAlgorithm
 from typing_extensions import override
 
 from lightning_mgpu.ray.sweep.failures import SweepTrial
@@ -56,20 +55,21 @@ class Watcher(Callback):
         self._listener = listener
         self._journal = journal
         self._kind = kind
-        self._search: SearchAlgorithm | None = None
         self._controller: Any = None  # Ray's
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
         self._started: dict[int, float] = {}
 
-    def watch(self, scheduler: TrialScheduler, search: SearchAlgorithm) -> None:
-        """See which trials the scheduler stops, and tell the search of those that nobody ends."""
-        self._search = search
+    def watch(self, scheduler: TrialScheduler) -> None:
+        """See which trials the scheduler stops; those that the sweep has cut short run again."""
         add, decide = scheduler.on_trial_add, scheduler.on_trial_result
 
         def on_trial_add(controller: Any, trial: Any) -> None:
             self._controller = controller._tune_controller
             self._set_patience(END_SECONDS)
+            if trial.status == "TERMINATED" and not self._has_ended(trial):
+                trial.set_status("PENDING")
+                self._controller._live_trials.add(trial)
             add(controller, trial)
 
         def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -118,6 +118,8 @@ class Watcher(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         record = self._record(trial)
         record.status = "running"
+        if not trial.has_checkpoint():  # it starts, perhaps once more
+            record.history.clear()
         self._paused.discard(trial.trial_id)
         self._started[record.number] = time.monotonic()
         self._journal.start(record, trial)
@@ -174,14 +176,15 @@ class Watcher(Callback):
         if self._controller is not None:
             self._controller._actor_force_cleanup_timeout = seconds
 
+    def _has_ended(self, trial: Any) -> bool:
+        record = self.records.trials.get(trial_number(trial))
+        return record is not None and record.status in ("done", "stopped", "failed")
+
     def _cut_short(self, trial: Any) -> None:
         """Ray says nothing of trials that end because the sweep does."""
         record = self.records.trials.get(trial_number(trial))
         if record is not None and record.status in ("running", "waiting"):
             self._end(record, "unfinished")
-            # Or it would wait for this trial when the sweep goes on.
-            assert self._search is not None
-            self._search.on_trial_complete(trial.trial_id, error=True)
 
     def _end(self, record: TrialRecord, status: str) -> None:
         record.status = status
