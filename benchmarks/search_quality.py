@@ -119,17 +119,18 @@ def count(seen: Path) -> int | None:
 
 
 def show(found: Counts) -> None:
-    """A table; ratios are to the random search of the same seed."""
-    print(f"epochs trained until {GOAL} validation accuracy; median (range), and share of random's")
+    """A table: medians, their share of random search's, and the median share of the same seed's."""
+    print(f"epochs trained until {GOAL} validation accuracy; median (range), share of random's")
+    random = found["random"]
     for way, counts in found.items():
-        if not counts:
+        if not counts or not random:
             continue
         values = list(counts.values())
-        shares = [
-            epochs / found["random"][s] for s, epochs in counts.items() if s in found["random"]
-        ]
-        row = f"{median(values):5.0f} ({min(values)} to {max(values)}), {len(values)} seeds"
-        print(f"  {way:14}{row}   {median(shares):.2f}" if shares else f"  {way:14}{row}")
+        shares = [epochs / random[seed] for seed, epochs in counts.items() if seed in random]
+        print(
+            f"  {way:14}{median(values):5.0f} ({min(values)} to {max(values)}), {len(values)} seeds"
+            f"   {median(values) / median(random.values()):.2f}, by seed {median(shares):.2f}"
+        )
 
 
 def draw(found: Counts, path: Path) -> None:

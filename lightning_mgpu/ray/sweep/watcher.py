@@ -69,7 +69,7 @@ class Watcher(Callback):
             self._set_patience(END_SECONDS)
             if trial.status == "TERMINATED" and not self._has_ended(trial):
                 trial.set_status("PENDING")
-                self._controller._live_trials.add(trial)
+                self._controller._live_trials.add(trial)  # as Ray does with others, before this
             add(controller, trial)
 
         def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
