@@ -84,7 +84,7 @@ def watch_growth(launches: int) -> None:
     """Print threads, descriptors and memory before and after many launches."""
     import psutil
 
-    from lightning_mgpu.launch import default_pool
+    from lightning_mgpu.launch.pool import default_pool
 
     def state() -> tuple[int, int, float]:
         family = [psutil.Process(), *map(psutil.Process, default_pool().pids)]

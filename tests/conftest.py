@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_mgpu.launch import default_pool
+from lightning_mgpu.launch.pool import default_pool
 
 with suppress(ImportError):
     import ray  # sets a variable and `sys.excepthook`, once and for all

@@ -25,7 +25,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mgpu import DDPStrategy
-from lightning_mgpu.launch import LaunchError, UnpicklableError, default_pool
+from lightning_mgpu.launch.errors import LaunchError, UnpicklableError
+from lightning_mgpu.launch.pool import default_pool
 
 
 def test_entry_points_in_any_order_repeatedly() -> None:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_mgpu import DDPStrategy
-from lightning_mgpu.launch import LaunchError, RankHungError, WorkerDiedError, default_pool
+from lightning_mgpu.launch.errors import LaunchError, RankHungError, WorkerDiedError
+from lightning_mgpu.launch.pool import default_pool
 
 FAR = 60.0  # seconds; the default timeout is half an hour
 

@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
-from lightning_mgpu.launch import LaunchError, Rank, WorkerPool, default_pool
+from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.payload import Payload
-from lightning_mgpu.launch.pool import _Conditions
+from lightning_mgpu.launch.pool import WorkerPool, _Conditions, default_pool
+from lightning_mgpu.launch.rank import Rank
 from lightning_mgpu.launch.state import RANK_VARIABLES, threads_per_rank
 
 _TIMEOUT = timedelta(minutes=30)
@@ -37,7 +38,7 @@ import os
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from lightning_mgpu.launch import default_pool
+from lightning_mgpu.launch.pool import default_pool
 from lightning_mgpu.launch.payload import Payload
 
 def launch(function, world_size=2):

@@ -19,15 +19,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_mgpu.launch import (
-    Rank,
+from lightning_mgpu.launch.errors import (
     RankHungError,
+    RemoteFailure,
     UnpicklableError,
     WorkerDiedError,
-    default_pool,
+    is_collective_error,
 )
-from lightning_mgpu.launch.errors import RemoteFailure, is_collective_error
 from lightning_mgpu.launch.payload import Payload
+from lightning_mgpu.launch.pool import default_pool
+from lightning_mgpu.launch.rank import Rank
 
 _TIMEOUT = timedelta(minutes=30)
 _SHORT = timedelta(seconds=2)
@@ -450,7 +451,7 @@ _PROGRAM = """
 import os, signal, subprocess, sys, threading, time
 from datetime import timedelta
 import torch.distributed as dist
-from lightning_mgpu.launch import default_pool
+from lightning_mgpu.launch.pool import default_pool
 from lightning_mgpu.launch.payload import Payload
 
 def launch(function):

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mgpu.launch import LaunchError, UnpicklableError
 from lightning_mgpu.launch import payload as payload_module
 from lightning_mgpu.launch.channel import Channel
+from lightning_mgpu.launch.errors import LaunchError, UnpicklableError
 from lightning_mgpu.launch.payload import Payload, load
 
 # From <linux/fcntl.h>; Python's `fcntl` does not know them everywhere.

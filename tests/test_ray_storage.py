@@ -67,13 +67,15 @@ def test_storage_that_cannot_do_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = r"storage_path='.*/file'`: rank 0 cannot write there: .*non-directory"
     with pytest.raises(ValueError, match=words):
-        StorageKeeper(f"{tmp_path}/file").check(_Workers())  # type: ignore[arg-type]
+        StorageKeeper(f"{tmp_path}/file").check(_Workers())
     with pytest.raises(ValueError, match=r"rank 0 cannot write there: .*nowhere"):
-        StorageKeeper("nowhere://bucket").check(_Workers())  # type: ignore[arg-type]
+        StorageKeeper("nowhere://bucket").check(_Workers())
     with pytest.raises(ValueError, match=r"Unexpected query parameter in S3 URI: 'bad'"):
-        StorageKeeper("s3://bucket/runs?bad=1").check(_Workers())  # type: ignore[arg-type]
+        StorageKeeper("s3://bucket/runs?bad=1").check(_Workers())
+    with pytest.raises(ValueError, match=r"Unrecognized filesystem type"):  # `?` is no name
+        StorageKeeper("memory://bucket?bad=1").check(_Workers())
     with pytest.raises(ValueError, match=r"rank 1 on another node cannot see.*leave"):
-        StorageKeeper(f"{tmp_path}/mine").check(_Workers())  # type: ignore[arg-type]
+        StorageKeeper(f"{tmp_path}/mine").check(_Workers())
     assert list((tmp_path / "mine").iterdir()) == []
 
 
@@ -86,7 +88,7 @@ def test_what_stays_of_a_training_that_failed_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), StorageKeeper(str(tmp_path)) as keeper:
-        keeper.finish(_Workers())  # type: ignore[arg-type]
+        keeper.finish(_Workers())
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING), StorageKeeper(str(tmp_path)) as keeper:
         keeper.has_some = True

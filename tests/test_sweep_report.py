@@ -217,7 +217,10 @@ def test_lanes_of_several_machines_are_named_after_them() -> None:
     assert timeline(read(HERE)).lanes == ["left, 1", "right, 2"]
 
 
-def test_journal_is_what_the_sweep_has_seen(tmp_path: Path) -> None:
+def test_journal_is_what_the_sweep_has_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["app.py", "-m"])  # of which commands are made
     space = Space()
     space.add("+model.lr", Interval(1e-4, 1e-1, log=True))
     space.add("act", Choice(("relu", None, [1, 2])))

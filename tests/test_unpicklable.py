@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mgpu.launch import UnpicklableError
+from lightning_mgpu.launch.errors import UnpicklableError
 from lightning_mgpu.launch.payload import Payload
 from lightning_mgpu.launch.unpicklable import find
 

@@ -26,11 +26,12 @@ from lightning_mgpu.ray.parcel import Parcel, pack, unpack
 from lightning_mgpu.ray.place import Place
 from lightning_mgpu.ray.returned import Returned, weights_of
 from lightning_mgpu.ray.worker import is_worker
+from lightning_mgpu.strategies.attached import callbacks_of
 from lightning_mgpu.strategies.launcher import names_of_parts, set_live_state_aside
 from lightning_mgpu.strategies.predictions import RankPredictions, merge_predictions
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch import Trainer
 
     from lightning_mgpu.ray.strategy import OnRay
 
@@ -175,7 +176,7 @@ class _Entry:
 
     def __call__(self, place: Place, resume: str | None = None) -> list[Parcel]:
         trainer = self.trainer
-        attached: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        attached = callbacks_of(trainer)
         callbacks, args = list(attached), self.args
         if self.save is not None:
             attached.append(Autosave(self.save))

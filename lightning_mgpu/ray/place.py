@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from lightning_mgpu.launch import Rank
+from lightning_mgpu.launch.rank import Rank
 from lightning_mgpu.strategies.environment import LaunchedEnvironment
 
 __all__: list[str] = []

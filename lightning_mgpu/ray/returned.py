@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 
 from lightning_mgpu.launch.pickler import Pickler
 from lightning_mgpu.ray.whole import Whole, plain_name, tensors_of
+from lightning_mgpu.strategies.attached import callbacks_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -91,7 +92,7 @@ class Returned:
     def restore(self, trainer: "Trainer") -> Any:
         """Make the driver's `trainer` what rank 0's was; the run's result."""
         model = trainer.lightning_module
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         trainer.strategy.connect(model)
         model.trainer = trainer
         if self.whole.weights is not None:

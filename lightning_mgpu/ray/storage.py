@@ -121,6 +121,8 @@ class Directory:
         try:
             system, path = FileSystem.from_uri(self.path)
         except (ArrowInvalid, ArrowNotImplementedError) as error:
+            if "?" in self.path:  # options are Arrow's; fsspec would take them for a name
+                raise ValueError(str(error)) from error
             import fsspec
 
             try:  # a scheme that only fsspec may know

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_mgpu.ray.place import Place
+from lightning_mgpu.strategies.attached import callbacks_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -119,7 +120,7 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
 
     from lightning_mgpu.ray.train_report import ReportCallback
 
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     if not any(isinstance(callback, RayTrainReportCallback) for callback in callbacks):
         callbacks.append(ReportCallback())
     return trainer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-import lightning.pytorch  # noqa: F401  (while the driver packs what to run)
+import lightning.pytorch  # noqa: F401  (before `gc.freeze` keeps collections off it)
 import ray
 from lightning_utilities.core.rank_zero import rank_zero_only
 

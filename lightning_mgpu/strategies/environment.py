@@ -5,8 +5,7 @@ from abc import ABC
 from lightning.fabric.plugins import ClusterEnvironment
 from typing_extensions import override
 
-from lightning_mgpu.launch import Rank
-from lightning_mgpu.launch.rank import LOOPBACK
+from lightning_mgpu.launch.rank import LOOPBACK, Rank
 
 __all__: list[str] = []
 

@@ -15,14 +15,16 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_mgpu.launch import Rank, default_pool
 from lightning_mgpu.launch.payload import Payload
+from lightning_mgpu.launch.pool import default_pool
+from lightning_mgpu.launch.rank import Rank
+from lightning_mgpu.strategies.attached import callbacks_of
 from lightning_mgpu.strategies.environment import PoolEnvironment
 from lightning_mgpu.strategies.predictions import RankPredictions, merge_predictions
 
 if TYPE_CHECKING:
     import torch
-    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 __all__: list[str] = []
@@ -152,9 +154,10 @@ def names_of_parts(
     """The parts of a launch under the names their user knows them by."""
     if trainer is None:
         return {"function": function, "arguments": (args, kwargs)}
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     names: dict[str, Any] = {"model": trainer.lightning_module}
-    names |= {f"trainer.callbacks[{i}]": callback for i, callback in enumerate(callbacks)}
+    names |= {
+        f"trainer.callbacks[{i}]": callback for i, callback in enumerate(callbacks_of(trainer))
+    }
     names |= {f"trainer.loggers[{i}]": logger for i, logger in enumerate(trainer.loggers)}
     names |= {"trainer.strategy": strategy}
     names |= {type(argument).__name__: argument for argument in args}

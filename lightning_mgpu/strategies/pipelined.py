@@ -16,6 +16,7 @@ from lightning_mgpu.engine.pipelining.cutter import Balance, Cut, Cutter
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.stage_work import Checkpoint
 from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.strategies.attached import callbacks_of
 from lightning_mgpu.strategies.in_parts import InParts
 from lightning_mgpu.strategies.model_summary import StagesInSummary
 from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
@@ -84,7 +85,7 @@ class Pipelined(InParts):
         state_to_parameters(self.optimizers)
         if self._placed:
             stages, devices = self._placed[0], self.stage_devices
-            self._in_summary = StagesInSummary(trainer.callbacks, stages, devices)  # type: ignore[attr-defined]
+            self._in_summary = StagesInSummary(callbacks_of(trainer), stages, devices)
         if self._trace_dir and trainer.state.fn == TrainerFn.FITTING and self.global_rank == 0:
             assert self._pipeline is not None
             self._trace = StepTrace(self._trace_dir, self._pipeline)
