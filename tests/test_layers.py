@@ -108,7 +108,7 @@ def test_command_module_needs_no_torch() -> None:
 def test_driver_of_a_sweep_needs_no_torch() -> None:
     """Seconds, and hundreds of megabytes, of which its trials have use and it has none."""
     code = (
-        "import sys, lightning_mgpu.ray.sweep.sweep, lightning_mgpu.ray.sweep.tuning;"
+        "import sys, lightning_mgpu.ray.sweep.run, lightning_mgpu.ray.sweep.tuning;"
         " from lightning_mgpu.launch.state import ProcessState; state = ProcessState.capture(1);"
         " print(state.torch, state.random, {'torch', 'lightning'} & set(sys.modules))"
     )

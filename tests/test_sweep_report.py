@@ -19,7 +19,7 @@ from journals import ACT, DEPTH, DROP, FLAG, FOUR, L1, LR
 
 from hydra_plugins.ray_tune_sweeper.config import AshaConf, RandomConf, RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
-from lightning_mgpu.ray.sweep import sweep as sweeping
+from lightning_mgpu.ray.sweep import run as running
 from lightning_mgpu.ray.sweep.journal import Journal
 from lightning_mgpu.ray.sweep.records import Records, TrialRecord
 from lightning_mgpu.ray.sweep.space import Choice, Interval, Space
@@ -486,7 +486,7 @@ def test_report_that_cannot_be_drawn_costs_no_sweep(
     if goes_wrong == "extra":
         without(monkeypatch, "plotly")
     sweep: Any = SimpleNamespace(directory=Path("/nowhere"))
-    assert sweeping._draw(sweep) is None
+    assert running._draw(sweep) is None
     (line,) = caplog.messages
     assert "mode=report sweep=/nowhere" in line
     expected = {"extra": "pip install 'lightning_mgpu[report]'", "drawing": "no such directory"}

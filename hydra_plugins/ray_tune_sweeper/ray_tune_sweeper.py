@@ -26,7 +26,7 @@ class RayTuneSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Search, and leave the results in ``hydra.sweep.dir``."""
         from lightning_mgpu.ray.sweep.job import Job
-        from lightning_mgpu.ray.sweep.sweep import run
+        from lightning_mgpu.ray.sweep.run import run
 
         job = Job(*self._given)
         options = OmegaConf.to_object(job.config.hydra.sweeper)

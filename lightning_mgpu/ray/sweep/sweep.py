@@ -1,9 +1,5 @@
-"""A sweep: from options and overrides to the best trial."""
+"""A sweep before it starts: its options and its search space, checked, and its directory."""
 
-import logging
-import os
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from omegaconf import OmegaConf
 
-from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.sweep.custom import add_custom
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.memory import HALVINGS, batch_size, check_shrinkable, compose
 from lightning_mgpu.ray.sweep.objectives import read_objectives
 from lightning_mgpu.ray.sweep.options import check_options, check_space
-from lightning_mgpu.ray.sweep.records import Records, TrialRecord
-from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
+from lightning_mgpu.ray.sweep.records import Records
 from lightning_mgpu.ray.sweep.space import (
     Space,
     check_searchable,
@@ -31,8 +26,6 @@ if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 __all__: list[str] = []
-
-log = logging.getLogger(__name__)
 
 _SPACE = "search_space.yaml"
 _SAMPLES = 10
@@ -119,109 +112,8 @@ class Sweep:
                 )
 
 
-def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
-    """Search, show how it goes, and write the results to ``hydra.sweep.dir``.
-
-    Raises:
-        ConfigError: The options ask for what cannot be; nothing was started.
-        SweepFailedError: Not one trial has a result.
-    """
-    sweep = Sweep.prepare(job, options, arguments)
-    from lightning_mgpu.ray.sweep.tuning import tune  # Ray, now that there is something to run
-
-    was_interrupted, why_early = tune(sweep)
-    path = write_results(sweep.records, sweep.directory)
-    if was_interrupted:
-        log.warning(
-            "Interrupted. Results so far: %s\nGo on with: %s",
-            _relative(path),
-            resume_command(sweep.directory),
-        )
-        sys.exit(128 + signal.SIGINT)
-    page = _draw(sweep) if options.report is not False else None
-    if why_early is not None:
-        _say_that_early(sweep, why_early)
-    _conclude(sweep.records, path, page)
-
-
-def _draw(sweep: Sweep) -> Path | None:
-    """The report's page, if it can be drawn; a sweep is worth more than its pictures."""
-    from lightning_mgpu.report.sweep.command import draw, missing
-
-    again = f"python -m lightning_mgpu mode=report sweep={sweep.directory}"
-    if missing():
-        log.info(
-            "For a report with pictures: pip install 'lightning_mgpu[report]', then\n  %s", again
-        )
-        return None
-    try:
-        return draw(sweep.directory)[0]
-    except Exception as error:
-        line = " ".join(str(error).split())
-        log.warning(
-            "The report could not be drawn (%s: %s). Try again by: %s",
-            type(error).__name__,
-            line,
-            again,
-        )
-        return None
-
-
-def _say_that_early(sweep: Sweep, why: str) -> None:
-    """Why there may be fewer results than were asked for."""
-    unfinished = sweep.records.count("unfinished")
-    missing = sweep.num_samples - len(sweep.records.trials)
-    log.warning(
-        "Ended early, since %s: %d trials unfinished, %d not begun. Go on with: %s",
-        why,
-        unfinished,
-        missing,
-        resume_command(sweep.directory),
-    )
-
-
-def _conclude(records: Records, path: Path, page: Path | None) -> None:
-    """The last lines: the best trial, and how to run it again."""
-    failed = [record for record in records.ordered() if record.status == "failed"]
-    if failed:
-        log.warning(
-            "%d of %d trials failed; the first: trial %d, %s (see %s).",
-            len(failed),
-            len(records.trials),
-            failed[0].number,
-            failed[0].reason,
-            _relative(Path(failed[0].directory)),
-        )
-    files = " and ".join(_relative(file) for file in (path, page) if file is not None)
-    best = records.front()
-    if not best:
-        raise SweepFailedError(
-            f"No trial has a result: {len(failed)} of {len(records.trials)} failed. The first"
-            f" reason: {failed[0].reason if failed else 'none was run'}. See {files}."
-        )
-    lines = [line for record in best for line in _praise(records, record)]
-    lines.append(f"  all results: {_relative(path)}")
-    if page is not None:
-        lines.append(f"  report: {_relative(page)}")
-    log.info("\n".join(lines))
-
-
-def _praise(records: Records, record: TrialRecord) -> list[str]:
-    values = (records.values(record) or {}).items()
-    worth = " ".join(f"{name}={value:.6g}" for name, value in values)
-    lines = [f"Best: trial {record.number}, {worth}"]
-    lines.append(f"  run it alone: {job_command(record.overrides)}")
-    if record.checkpoint is not None:
-        lines.append(f"  checkpoint: {_relative(Path(record.checkpoint))}")
-    return lines
-
-
 def _num_samples(options: "RayTuneSweeperConf", space: Space) -> int:
     if options.search_alg.name != "grid":
         return options.num_samples or _SAMPLES
     points = len(enumerate_grid(space))
     return min(options.num_samples or points, points)
-
-
-def _relative(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -6,8 +6,6 @@ The driver of a sweep imports this as well; what needs torch is imported by the 
 import gc
 import os
 import pickle
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray.train._internal.session import get_session
@@ -16,12 +14,9 @@ from ray.tune.result import RESULT_DUPLICATE
 from ray.tune.trainable.function_trainable import FunctionTrainable
 from typing_extensions import override
 
-from lightning_mgpu.launch.pickler import dumps
-from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray.sweep.failures import TrialFailedError
-from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.resources import request
-from lightning_mgpu.ray.sweep.space import Space
+from lightning_mgpu.ray.sweep.trial_plan import TrialPlan
 
 __all__: list[str] = []
 
@@ -29,30 +24,6 @@ __all__: list[str] = []
 END_SECONDS = 600
 # How long one may train on to its next report, which tells it to stop, when the sweep ends.
 _REPORT_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class TrialPlan:
-    """What every trial of a sweep has in common.
-
-    Attributes:
-        objectives: Names of what is optimised.
-        are_logged: Whether these are metrics that the job logs, or stand for what it returns.
-    """
-
-    job: Job
-    space: Space
-    sweep_dir: Path
-    objectives: tuple[str, ...]
-    are_logged: bool
-    every_n_epochs: int
-    saves: bool
-    threads: int
-
-    def dumps(self) -> bytes:
-        """Pickled with the state of this process, which comes first: it says where modules lie."""
-        state = ProcessState.capture(self.threads)
-        return pickle.dumps((self.threads, state, dumps(self)))
 
 
 class HydraTrial(FunctionTrainable):

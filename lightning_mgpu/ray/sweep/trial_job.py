@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray.train._internal.session import get_session
 from ray.tune import Checkpoint
@@ -14,9 +14,7 @@ from lightning_mgpu.ray.sweep.failures import failures_in_words
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.memory import compose
 from lightning_mgpu.ray.sweep.output import output_to
-
-if TYPE_CHECKING:
-    from lightning_mgpu.ray.sweep.trial import TrialPlan
+from lightning_mgpu.ray.sweep.trial_plan import TrialPlan
 
 __all__: list[str] = []
 
@@ -30,7 +28,7 @@ class MetricMissingError(RuntimeError):
 
 
 def run_trial(
-    plan: "TrialPlan",
+    plan: TrialPlan,
     config: Mapping[str, Any],
     number: int,
     threads_left: Callable[[], list[str]],
@@ -87,7 +85,7 @@ def _send(metrics: dict[str, Any], directory: Path | None) -> None:
     session.report(metrics, checkpoint=checkpoint)
 
 
-def _report_end(plan: "TrialPlan", reporting: reporter.Reporting, value: Any) -> None:
+def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> None:
     """Report what the job returned, where that is its result."""
     if plan.are_logged and reporting.sent:
         return
@@ -108,7 +106,7 @@ def _report_end(plan: "TrialPlan", reporting: reporter.Reporting, value: Any) ->
     _send({**values, **reporting.best_checkpoint}, None)
 
 
-def _by_objective(plan: "TrialPlan", value: Any) -> dict[str, float]:
+def _by_objective(plan: TrialPlan, value: Any) -> dict[str, float]:
     """What a job returns: a number, or several by name or in the order of the objectives."""
     names = plan.objectives
     if isinstance(value, dict):

@@ -22,7 +22,8 @@ from lightning_mgpu.ray.sweep.schedulers import build_scheduler
 from lightning_mgpu.ray.sweep.searchers import Trials, build_searcher, trial_number
 from lightning_mgpu.ray.sweep.state import StateKeeper
 from lightning_mgpu.ray.sweep.stopper import SweepStopper
-from lightning_mgpu.ray.sweep.trial import HydraTrial, TrialPlan
+from lightning_mgpu.ray.sweep.trial import END_SECONDS, HydraTrial
+from lightning_mgpu.ray.sweep.trial_plan import TrialPlan
 from lightning_mgpu.ray.sweep.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _run(sweep: "Sweep", watcher: Watcher, stopper: SweepStopper) -> None:
         options.max_concurrent_trials
     ):
         searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
-    watcher.watch(scheduler)
+    watcher.watch(scheduler, END_SECONDS)
     plan = TrialPlan(
         job=sweep.job,
         space=sweep.space,

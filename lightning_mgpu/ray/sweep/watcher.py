@@ -18,7 +18,6 @@ from lightning_mgpu.ray.sweep.journal import Journal
 from lightning_mgpu.ray.sweep.memory import HALVINGS
 from lightning_mgpu.ray.sweep.records import BEST_CHECKPOINT, Records, TrialRecord
 from lightning_mgpu.ray.sweep.searchers import trial_number
-from lightning_mgpu.ray.sweep.trial import END_SECONDS
 
 __all__: list[str] = []
 
@@ -60,13 +59,16 @@ class Watcher(Callback):
         self._paused: set[str] = set()
         self._started: dict[int, float] = {}
 
-    def watch(self, scheduler: TrialScheduler) -> None:
-        """See which trials the scheduler stops; those that the sweep has cut short run again."""
+    def watch(self, scheduler: TrialScheduler, patience: float) -> None:
+        """See which trials the scheduler stops; those that the sweep has cut short run again.
+
+        The last ones have `patience` seconds to end when the sweep does.
+        """
         add, decide = scheduler.on_trial_add, scheduler.on_trial_result
 
         def on_trial_add(controller: Any, trial: Any) -> None:
             self._controller = controller._tune_controller
-            self._set_patience(END_SECONDS)
+            self._set_patience(patience)
             if trial.status == "TERMINATED" and not self._has_ended(trial):
                 trial.set_status("PENDING")
                 self._controller._live_trials.add(trial)  # as Ray does with others, before this
