@@ -26,6 +26,11 @@ class Facts(pl.Callback):
                              trainer.train_dataloader.sampler.num_replicas])
         self.facts = pl_module.all_gather(mine).tolist()
 
+class Prepared(boring.Blobs):
+    def prepare_data(self):
+        with open(f"prepared-{ray.get_runtime_context().get_node_id()}", "a") as file:
+            file.write("x")
+
 class Worlds(pl.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         sampler = trainer.train_dataloader.sampler
@@ -77,7 +82,7 @@ if __name__ == "__main__":
         refused = str(error)
     strategy = RayStrategy(**kwargs, find_unused_parameters=False)
     trainer = boring.trainer(strategy, "auto", callbacks=[facts])
-    trainer.fit(model, datamodule=boring.Blobs())
+    trainer.fit(model, datamodule=Prepared())
     predictions = torch.cat(trainer.predict(model, datamodule=boring.Blobs()))
     in_order = torch.allclose(predictions, model(boring.blobs()[:][0]))
 
@@ -149,6 +154,7 @@ def test_several_nodes_one_that_is_lost_and_a_client(tmp_path: Path) -> None:
     two_first = [[0, 0, 0, 2, 3, 3], [1, 0, 1, 2, 3, 3], [2, 1, 0, 2, 3, 3]]
     one_first = [[0, 0, 0, 2, 3, 3], [1, 1, 0, 2, 3, 3], [2, 1, 1, 2, 3, 3]]
     assert seen["facts"] in (two_first, one_first)
+    assert [path.read_text() for path in tmp_path.glob("prepared-*")] == ["x", "x"]  # once a node
     assert seen["in order"]
     assert seen["placed"] == [1, 2, 2]
     assert "storage_path='/dev/fd/200/states'`: what rank 0 writes there, rank" in seen["refused"]

@@ -70,6 +70,38 @@ def test_script_has_a_cluster_of_its_own(environment: dict[str, str], tmp_path: 
     assert "refused: The workers ask for 500 × (CPU: 1), and the cluster has 1 node" in done.stdout
 
 
+_CELLS = (
+    "import boring, torch\nfrom lightning_mgpu.ray import RayStrategy",
+    """class Net(boring.Classifier):
+    factor = 2.0
+
+    def training_step(self, *args):
+        return self.factor * super().training_step(*args)
+""",
+    """model = Net()
+before = model.net[0].weight.detach().clone()
+trainer = boring.trainer(RayStrategy(num_workers=2, num_cpus_per_worker=0.5), "auto")
+trainer.fit(model, datamodule=boring.Blobs())
+""",
+    "print('trained:', trainer.global_step, not torch.equal(before, model.net[0].weight))",
+)
+
+
+def test_notebook_trains_what_its_cells_define(environment: dict[str, str]) -> None:
+    """There is no script that a worker could import `Net` from."""
+    cells = f"for cell in {_CELLS!r}: exec(compile(cell, '<cell>', 'exec'), globals())"
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=cells,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trained: 6 True" in done.stdout
+
+
 _ENDLESS = """
 import pathlib, time
 import boring, ray
