@@ -7,13 +7,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray.address import given
 
 _RAY_TUNE = "ray_tune_sweeper"  # in the sweeper's `_target_`
 
 
 def is_laptop(cfg: DictConfig) -> bool:
     """Whether the run is on a cluster that this machine is no part of."""
-    return str((cfg.get("ray") or {}).get("address")).startswith("ray://")
+    # A trial is there already.
+    return not _is_trial() and str((cfg.get("ray") or {}).get("address")).startswith("ray://")
 
 
 def connect(strategy: Any, cfg: DictConfig) -> None:
@@ -26,20 +28,19 @@ def connect(strategy: Any, cfg: DictConfig) -> None:
     Raises:
         ConfigError: There is no such cluster, or nothing that would run on it.
     """
-    node = cfg.get("ray") or DictConfig({})
-    given = {str(name): value for name, value in node.items() if value is not None}
-    sweeper = HydraConfig.get().sweeper if HydraConfig.initialized() else DictConfig({})
-    if _RAY_TUNE in str(sweeper.get("_target_")) and HydraConfig.get().mode == RunMode.MULTIRUN:
-        wrong = [name for name in given if sweeper.ray.get(name) != given[name]]
+    options = _options(cfg.get("ray"))
+    if _is_trial():
+        there = _options(HydraConfig.get().sweeper.ray)
+        wrong = [name for name in options if there.get(name) != options[name]]
         if wrong:
             raise ConfigError(
-                f"ray.{wrong[0]}={given[wrong[0]]}: trials run on the Ray of their sweep. Set"
+                f"ray.{wrong[0]}={options[wrong[0]]}: trials run on the Ray of their sweep. Set"
                 f" hydra.sweeper.ray.{wrong[0]} instead."
             )
         return
     if not getattr(strategy, "runs_elsewhere", False):
-        if given:
-            name, value = next(iter(given.items()))
+        if options:
+            name, value = next(iter(options.items()))
             raise ConfigError(
                 f"ray.{name}={value}: nothing of this run would be on Ray. Add `+strategy=ray`."
             )
@@ -47,10 +48,18 @@ def connect(strategy: Any, cfg: DictConfig) -> None:
     from lightning_mgpu.ray import cluster
 
     try:
-        cluster.connect({name: _plain(value) for name, value in given.items()})
+        cluster.connect(options)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"ray: {' '.join(str(error).split())}") from error
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+def _is_trial() -> bool:
+    """Whether this run is a trial of a sweep on Ray."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return False
+    return _RAY_TUNE in str(HydraConfig.get().sweeper.get("_target_"))
+
+
+def _options(node: Any) -> dict[str, Any]:
+    options: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else {}
+    return given(options)

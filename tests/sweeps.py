@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,55 @@ import yaml
 APPS = Path(__file__).parent / "apps"
 
 # Ray in a process that is nobody's child here: its workers come and go while tests look for leaks.
-_CLUSTER = """
-import os, sys
+_DAEMON = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 if os.fork():
     os._exit(0)
 os.setsid()
+%s
+with open(sys.argv[2] + ".new", "w") as file:
+    file.write(f"{os.getpid()} {address}")
+os.rename(sys.argv[2] + ".new", sys.argv[2])
+signal.sigwait({signal.SIGTERM})
+%s
+"""
+
+_CLUSTER = """
 import ray
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
          logging_level="ERROR", _temp_dir=sys.argv[1])
-with open(sys.argv[2] + ".new", "w") as file:
-    file.write(f"{os.getpid()} {ray.get_runtime_context().gcs_address}")
-os.rename(sys.argv[2] + ".new", sys.argv[2])
-import signal
-signal.sigwait({signal.SIGTERM})
-ray.shutdown()
+address = ray.get_runtime_context().gcs_address
+"""
+
+_TWO_NODES = """
+import socket
+from ray.cluster_utils import Cluster
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    port = listener.getsockname()[1]
+machines = Cluster()
+machines.add_node(num_cpus=1, include_dashboard=False, ray_client_server_port=port)
+machines.add_node(num_cpus=1)
+address = f"127.0.0.1:{port}"
 """
 
 
-@contextmanager
-def cluster() -> Iterator[str]:
+def cluster() -> AbstractContextManager[str]:
     """Ray with two CPUs; its address."""
+    return _daemon(_DAEMON % (_CLUSTER, "ray.shutdown()"))
+
+
+def remote_cluster(home: Path) -> AbstractContextManager[str]:
+    """Two nodes with a CPU each, to be used from a laptop; their address for that."""
+    program = _DAEMON % (_TWO_NODES, "machines.shutdown()")
+    return _daemon(program, HOME=str(home), RAY_AUTH_MODE="disabled")
+
+
+@contextmanager
+def _daemon(program: str, **variables: str) -> Iterator[str]:
     directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it holds sockets
     ready = directory / "ready"
-    program = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})" + _CLUSTER
-    environment = _own_environment(TMPDIR=str(directory))
+    environment = _own_environment(TMPDIR=str(directory), RAY_TMPDIR=str(directory), **variables)
     subprocess.run([sys.executable, "-c", program, directory, ready], check=True, env=environment)
     deadline = time.monotonic() + 60
     while not ready.exists():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import ray
+from command import run
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -66,6 +67,12 @@ def test_options_reach_ray(inits: Inits, listener: str) -> None:
     assert type(options["runtime_env"]) is dict
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not cluster.is_ours()
+
+
+def test_options_that_say_nothing_do_not_reach_ray(inits: Inits) -> None:
+    connect(ON_RAY, config(runtime_env={"working_dir": None, "env_vars": {}}))
+    ((_, options),) = inits.calls
+    assert options.keys().isdisjoint({"runtime_env", "address"})
 
 
 def test_without_an_address_the_cluster_is_ours(inits: Inits) -> None:
@@ -136,3 +143,13 @@ def test_trial_runs_where_its_sweep_does(inits: Inits) -> None:
 )
 def test_client_shares_no_files_with_its_cluster(node: dict[str, Any], expected: bool) -> None:
     assert is_laptop(OmegaConf.create(node)) is expected
+
+
+@pytest.mark.usefixtures("trial")
+def test_trial_of_a_laptop_is_on_the_cluster() -> None:
+    assert not is_laptop(config(address="ray://a:1"))
+
+
+def test_command_sends_the_project_along() -> None:
+    done = run("ray.runtime_env.working_dir=.", "--cfg", "job", "-p", "ray")
+    assert "working_dir: ." in done.out

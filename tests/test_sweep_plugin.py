@@ -50,7 +50,11 @@ print(json.dumps([ours, sorted(heavy & set(sys.modules))]))
         (("hydra/sweeper/search_alg=grid",), "model.lr: an interval of real numbers has no grid"),
         (("model.lrr=1,2",), "Could not override 'model.lrr'"),
         (("hydra.sweeper.resume=nowhere",), "hydra.sweeper.resume=nowhere: holds no sweep"),
-        (("hydra.sweeper.ray.address='ray://x:1'",), "a sweep runs on a machine of the cluster"),
+        (("hydra.sweeper.ray.address='127.0.0.1:1'",), "127.0.0.1:1: no such cluster"),
+        (
+            ("hydra.sweeper.ray.address='ray://127.0.0.1:1'",),
+            "There is no Ray cluster at ray://127",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_line(arguments: tuple[str, ...], message: str) -> None:
@@ -58,6 +62,25 @@ def test_what_cannot_work_is_refused_in_a_line(arguments: tuple[str, ...], messa
     assert done.code == 2, done.err
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_cluster_may_be_named_in_the_environment(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    done = run(*SWEEP)
+    assert done.code == 2, done.err
+    assert address in done.err
+
+
+def test_any_application_shows_what_is_wrong_without_a_traceback() -> None:
+    app = Path(__file__).parent / "apps" / "slow_app.py"
+    arguments = ("-m", "hydra/sweeper=ray_tune", "x=1,2", "hydra.sweeper.mode=most")
+    done = subprocess.run([sys.executable, app, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("hydra.sweeper.mode=most: expected one of min, max")
+    assert "Traceback" not in done.stderr
 
 
 def test_sweep_with_nothing_to_search_is_refused() -> None:

@@ -176,9 +176,15 @@ class RayTuneSweeperConf:
     keep_checkpoints: int = 0  # for each trial, beside those of the job itself
 
     resume: str | None = None  # the directory of a sweep that was interrupted
-    # Arguments of ray.init; address=auto or host:port joins a cluster.
+    # Arguments of ray.init; address=auto or host:port joins a cluster, ray://host:port sends the
+    # sweep to one. null: RAY_ADDRESS, or a private Ray (local).
     ray: dict[str, Any] = field(
-        default_factory=lambda: {"address": "local", "num_cpus": None, "num_gpus": None}
+        default_factory=lambda: {
+            "address": None,
+            "runtime_env": {"working_dir": None},
+            "num_cpus": None,
+            "num_gpus": None,
+        }
     )
 
 

@@ -15,12 +15,12 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from lightning_mgpu.launch.errors import LaunchError
+from lightning_mgpu.ray.address import LOCAL, address_of, given
 
 __all__: list[str] = []
 
 log = logging.getLogger(__name__)
 
-_ADDRESS = "RAY_ADDRESS"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Ray's sockets lie some 70 characters further down, and a socket's path ends at 107.
 _LONGEST_DIRECTORY = 30
@@ -35,8 +35,6 @@ _OWN_CLUSTER_SECONDS = 20.0
 # a moment to become free. And then, for each number less.
 _SETTLE_SECONDS = 5.0
 _NEXT_SECONDS = 1.0
-
-_LOCAL = "local"
 
 _ours = False
 _asked: dict[str, Any] | None = None  # the options with which `connect` has connected
@@ -57,29 +55,27 @@ def connect(options: Mapping[str, Any] | None = None) -> None:
         LaunchError: There is no cluster at the address, or this process uses another one.
     """
     global _ours, _asked
-    given = {name: value for name, value in (options or {}).items() if value is not None}
+    asked = given(options or {})
     if ray.is_initialized():
-        _refuse_another(given)
+        _refuse_another(asked)
         return
-    options = {"logging_level": logging.WARNING, **given}
-    address = options.pop("address", None) or os.environ.get(_ADDRESS) or _LOCAL
+    address = address_of(asked)
+    options = {"logging_level": logging.WARNING, **asked}
+    options.pop("address", None)
     with signal_handlers_kept():
-        if address == _LOCAL:
+        if address == LOCAL:
             turn_authentication_on()
             own = {"include_dashboard": False, "_temp_dir": _short_directory()}
             ray.init(address, **{**own, **options})
         else:
             _join(address, options)
-    _ours, _asked = address == _LOCAL, given
+    _ours, _asked = address == LOCAL, asked
 
 
 def _join(address: str, options: Mapping[str, Any]) -> None:
     log.info("Joining the Ray cluster at %s.", address)
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        if host and port.isdigit():
-            # Ray would try for minutes.
-            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        reach(address)
         ray.init(address, **options)
     except OSError as error:  # Ray's own is a ConnectionError
         raise LaunchError(
@@ -88,11 +84,22 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _refuse_another(given: Mapping[str, Any]) -> None:
+def reach(address: str) -> None:
+    """See whether somebody listens at an address, where Ray would try for minutes.
+
+    Raises:
+        OSError: Nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+
+
+def _refuse_another(asked: Mapping[str, Any]) -> None:
     """A program has one connection: where we have made it, another cannot be asked for."""
     if _asked is None:
         return
-    wanted = {name: value for name, value in given.items() if _asked.get(name) != value}
+    wanted = {name: value for name, value in asked.items() if _asked.get(name) != value}
     if wanted:
         raise LaunchError(
             f"This process uses Ray already, but not with {wanted}. Call `ray.shutdown()` first."

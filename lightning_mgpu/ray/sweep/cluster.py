@@ -11,9 +11,12 @@ from typing import Any
 import ray
 
 from lightning_mgpu.errors import ConfigError
-from lightning_mgpu.ray.cluster import turn_authentication_on
+from lightning_mgpu.ray.address import LOCAL, address_of, given
+from lightning_mgpu.ray.cluster import reach, turn_authentication_on
 
 __all__: list[str] = []
+
+QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 @contextlib.contextmanager
@@ -27,39 +30,45 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    given = {name: value for name, value in options.items() if value is not None}
-    given.setdefault("address", os.environ.get("RAY_ADDRESS") or "local")
-    directory = None
-    if given.get("address") == "local":
+    address, directory = address_of(options), None
+    arguments = {**QUIET, **given(options), "address": address}
+    if address == LOCAL:
         directory = _short_directory()
-        given = {"include_dashboard": False, "_temp_dir": str(directory), **given}
+        arguments = {"include_dashboard": False, "_temp_dir": str(directory), **arguments}
     else:
-        _refuse_resources(given)
+        refuse_resources(options)
     try:
         with _environment():
             if directory is not None:
                 turn_authentication_on()
-            ray.init(**{"log_to_driver": False, "logging_level": "ERROR", **given})
+            _init(address, arguments)
             try:
                 yield
             finally:
                 ray.shutdown()
-    except ConnectionError as error:
-        raise ConfigError(
-            f"hydra.sweeper.ray.address={given.get('address')}: no such cluster ({error})."
-            " Start one with `ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or"
-            " leave the address away for a private Ray."
-        ) from error
     finally:
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _refuse_resources(given: Mapping[str, Any]) -> None:
+def _init(address: str, arguments: Mapping[str, Any]) -> None:
+    try:
+        reach(address)
+        ray.init(**arguments)
+    except OSError as error:  # Ray's own is a ConnectionError
+        raise ConfigError(
+            f"hydra.sweeper.ray.address={address}: no such cluster ({error})."
+            " Start one with `ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or"
+            " leave the address away for a private Ray."
+        ) from error
+
+
+def refuse_resources(options: Mapping[str, Any]) -> None:
+    """Refuse to say what a cluster has that runs already."""
     for name in ("num_cpus", "num_gpus"):
-        if name in given:
+        if options.get(name) is not None:
             raise ConfigError(
-                f"hydra.sweeper.ray.{name}={given[name]}: what a cluster has is fixed where it is"
+                f"hydra.sweeper.ray.{name}={options[name]}: what a cluster has is fixed where it is"
                 " started. Leave it out, or the address."
             )
 

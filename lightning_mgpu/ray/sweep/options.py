@@ -44,12 +44,6 @@ def check_options(options: "RayTuneSweeperConf") -> None:
             raise _wrong(options, name, "0 or more")
     if not 0 <= options.max_failure_rate <= 1:
         raise _wrong(options, "max_failure_rate", "a share from 0 to 1")
-    address = options.ray.get("address")
-    if str(address).startswith("ray://"):
-        raise ConfigError(
-            f"hydra.sweeper.ray.address={address}: a sweep runs on a machine of the cluster, not on"
-            " a client. Start it there, with hydra.sweeper.ray.address=auto."
-        )
     _check_pair(options)
     if len(objectives) > 1:
         _check_several(options)

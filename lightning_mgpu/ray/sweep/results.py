@@ -11,6 +11,7 @@ from hydra._internal.utils import get_args_parser
 
 from lightning_mgpu.ray.sweep.job import program
 from lightning_mgpu.ray.sweep.records import Records, TrialRecord
+from lightning_mgpu.ray.sweep.sent import name_of
 
 __all__: list[str] = []
 
@@ -72,7 +73,7 @@ def job_command(overrides: Sequence[str]) -> str:
 def resume_command(directory: Path) -> str:
     """The command line that goes on with the sweep."""
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(_RESUME)]
-    return shlex.join([*program(), *arguments, f"{_RESUME}{directory}"])
+    return shlex.join([*program(), *arguments, f"{_RESUME}{name_of(directory)}"])
 
 
 def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_mgpu.errors import SweepFailedError
+from hydra.errors import CompactHydraException
+
+from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.ray.address import address_of, is_client
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.records import Records, TrialRecord
 from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
+from lightning_mgpu.ray.sweep.sent import receive
 from lightning_mgpu.ray.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -22,14 +26,41 @@ __all__: list[str] = []
 log = logging.getLogger(__name__)
 
 
+class RefusedError(ConfigError, CompactHydraException):
+    """A `ConfigError` that Hydra shows without a traceback, in any application."""
+
+
+class FailedError(SweepFailedError, CompactHydraException):
+    """A `SweepFailedError` that Hydra shows without a traceback, in any application."""
+
+
 def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
     """Search, show how it goes, and write the results to ``hydra.sweep.dir``.
 
     Raises:
-        ConfigError: The options ask for what cannot be; nothing was started.
-        SweepFailedError: Not one trial has a result.
+        RefusedError: The options ask for what cannot be; nothing was started.
+        FailedError: Not one trial has a result, or the cluster was lost.
     """
+    try:
+        _run(job, options, arguments)
+    except ConfigError as error:
+        raise RefusedError(str(error)) from error
+    except SweepFailedError as error:
+        raise FailedError(str(error)) from error
+
+
+def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
+    sent = receive()
+    if sent is not None:
+        options.ray, options.resume = sent.adopt(job, options.ray, options.resume)
     sweep = Sweep.prepare(job, options, arguments)
+    address = address_of(options.ray)
+    if is_client(address):
+        from lightning_mgpu.ray.sweep.client import run_on_cluster
+
+        run_on_cluster(sweep, address)
+        return
+    sweep.claim_directory()
     from lightning_mgpu.ray.sweep.tuning import tune  # Ray, now that there is something to run
 
     was_interrupted, why_early = tune(sweep)

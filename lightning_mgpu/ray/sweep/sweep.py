@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-_SPACE = "search_space.yaml"
+SPACE = "search_space.yaml"
+"""What is searched, in the directory of a sweep."""
 _SAMPLES = 10
 
 
@@ -49,7 +50,7 @@ class Sweep:
 
     @classmethod
     def prepare(cls, job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> "Sweep":
-        """Read the search space, and see that a trial can be composed and its files written."""
+        """Read the search space, and see that a trial can be composed."""
         check_options(options)
         space = parse_space(options.params, arguments, job.config_loader)
         if options.custom_search_space is not None:
@@ -65,7 +66,6 @@ class Sweep:
         cfg = job.compose(space.example(), 0, directory)  # raises what Hydra has against it
         if options.on_oom == "retry_smaller":
             check_shrinkable(cfg)
-        sweep._claim_directory()
         return sweep
 
     def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
@@ -80,9 +80,13 @@ class Sweep:
             return None
         return {**values, HALVINGS: values.get(HALVINGS, 0) + 1}
 
-    def _claim_directory(self) -> None:
-        """Write down what is searched; a resumed sweep must search the same."""
-        path = self.directory / _SPACE
+    def claim_directory(self) -> None:
+        """Write down what is searched; a resumed sweep must search the same.
+
+        Raises:
+            ConfigError: The directory holds a sweep that is not resumed, or another one.
+        """
+        path = self.directory / SPACE
         identity = {
             "metric": self.options.metric,
             "mode": self.options.mode,
@@ -91,7 +95,7 @@ class Sweep:
             "search": str(self.space).splitlines(),
         }
         if self.options.resume is None:
-            if path.exists():
+            if holds_sweep(self.directory):
                 raise ConfigError(
                     f"hydra.sweep.dir={self.directory}: holds a sweep already. Go on with it by"
                     f" hydra.sweeper.resume={self.directory}, or choose another directory."
@@ -110,6 +114,11 @@ class Sweep:
                     f" {before[name]}, now it is {value}. Give the same arguments as before, or"
                     " start a new sweep."
                 )
+
+
+def holds_sweep(directory: Path) -> bool:
+    """Whether a directory is that of a sweep."""
+    return (directory / SPACE).exists()
 
 
 def _num_samples(options: "RayTuneSweeperConf", space: Space) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from ray.train._internal.session import get_session
 from ray.tune import Checkpoint
 
 from lightning_mgpu.ray.sweep import reporter
-from lightning_mgpu.ray.sweep.failures import failures_in_words
+from lightning_mgpu.ray.sweep.failures import TrialFailedError, failures_in_words
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.memory import compose
 from lightning_mgpu.ray.sweep.output import output_to
+from lightning_mgpu.ray.sweep.sweep import holds_sweep
 from lightning_mgpu.ray.sweep.trial_plan import TrialPlan
 
 __all__: list[str] = []
@@ -43,6 +45,7 @@ def run_trial(
     """
     session = get_session()
     assert session is not None
+    check_storage(plan.sweep_dir)
     restored = session.loaded_checkpoint
     reporting = reporter.Reporting(
         send=_send,
@@ -67,6 +70,19 @@ def run_trial(
                 " hydra.sweeper.reuse_actors=false each trial has a process of its own.",
                 ", ".join(threads),
             )
+
+
+def check_storage(sweep_dir: Path) -> None:
+    """See whether this machine has the directory that the sweep was begun in.
+
+    Raises:
+        TrialFailedError: It has not; files of the trial would not be found where they belong.
+    """
+    if not holds_sweep(sweep_dir):
+        raise TrialFailedError(
+            f"{sweep_dir} of this machine, {platform.node()}, is not the sweep's. Set"
+            " hydra.sweep.dir to a directory on storage that all machines of the cluster share."
+        )
 
 
 def _run(job: Job, cfg: Any, reporting: reporter.Reporting) -> Any:

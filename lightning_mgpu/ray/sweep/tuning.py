@@ -3,9 +3,11 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray.tune
@@ -115,7 +117,7 @@ def _run(sweep: "Sweep", watcher: Watcher, stopper: SweepStopper) -> None:
         max_failures=options.max_failures,
         checkpoint_config=CheckpointConfig(num_to_keep=_checkpoints_kept(options)),
         trial_name_creator=_name,
-        trial_dirname_creator=_name,
+        trial_dirname_creator=_directory_name,
         callbacks=[watcher, keeper],
         resume_config=ResumeConfig() if options.resume is not None else None,
         raise_on_failed_trial=False,
@@ -132,6 +134,14 @@ def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:
 
 def _name(trial: Any) -> str:
     return str(trial_number(trial))
+
+
+def _directory_name(trial: Any) -> str:
+    """The number of a new trial, also if one of a driver that was killed has begun under it."""
+    name = _name(trial)
+    # Where that one left its directory, on the same Ray, this one would get another name.
+    shutil.rmtree(Path(trial.local_experiment_path) / name, ignore_errors=True)
+    return name
 
 
 @contextlib.contextmanager

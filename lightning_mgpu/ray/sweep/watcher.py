@@ -55,6 +55,7 @@ class Watcher(Callback):
         self._journal = journal
         self._kind = kind
         self._controller: Any = None  # Ray's
+        self._has_ended_any = False  # since the last step
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
         self._started: dict[int, float] = {}
@@ -114,6 +115,10 @@ class Watcher(Callback):
                 ray.kill(trial.temporary_state.ray_actor)
             elif trial.status == "TERMINATED" and not self.interrupted:
                 self._cut_short(trial)
+        if self._has_ended_any:
+            # Ray itself saves every few seconds. A trial that has ended must not run once more.
+            self._controller.checkpoint(force=True)
+            self._has_ended_any = False
         self._listener(None)
 
     @override
@@ -190,6 +195,7 @@ class Watcher(Callback):
 
     def _end(self, record: TrialRecord, status: str) -> None:
         record.status = status
+        self._has_ended_any = True
         started = self._started.pop(record.number, None)
         record.seconds += time.monotonic() - started if started is not None else 0.0
         self._journal.end(record)
