@@ -62,7 +62,9 @@ def cluster() -> AbstractContextManager[str]:
 def remote_cluster(home: Path) -> AbstractContextManager[str]:
     """Two nodes with a CPU each, to be used from a laptop; their address for that."""
     program = _DAEMON % (_TWO_NODES, "machines.shutdown()")
-    return _daemon(program, HOME=str(home), RAY_AUTH_MODE="disabled")
+    # Else Ray's server for clients may fail where it forks, in the first seconds above all.
+    forks = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+    return _daemon(program, HOME=str(home), RAY_AUTH_MODE="disabled", **forks)
 
 
 @contextmanager

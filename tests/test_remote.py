@@ -108,6 +108,18 @@ def test_no_cluster_at_the_address(inits: Inits, listener: str, prefix: str) -> 
     assert inits.calls == []
 
 
+def test_cluster_that_does_not_take_the_client(
+    inits: Inits, listener: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def abort(*_: Any, **__: Any) -> None:
+        raise ConnectionAbortedError("Initialization failure from server:\n no server")
+
+    monkeypatch.setattr(ray, "init", abort)
+    expected = rf"ray: The Ray cluster at ray://{listener} .*: no server\)\. Try"
+    with pytest.raises(ConfigError, match=expected):
+        connect(ON_RAY, config(address=f"ray://{listener}"))
+
+
 def test_cluster_for_a_run_that_is_not_on_ray_is_refused(inits: Inits) -> None:
     connect(SimpleNamespace(), config())
     with pytest.raises(ConfigError, match=r"ray\.address=auto: nothing .* Add `\+strategy=ray`"):

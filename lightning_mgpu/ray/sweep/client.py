@@ -18,8 +18,8 @@ from ray.exceptions import RayError
 from lightning_mgpu.errors import ConfigError, SweepFailedError
 from lightning_mgpu.ray.cluster import connect
 from lightning_mgpu.ray.sweep.cluster import QUIET, refuse_resources
+from lightning_mgpu.ray.sweep.download import download
 from lightning_mgpu.ray.sweep.head import HEAD, Command, Head
-from lightning_mgpu.ray.sweep.homecoming import bring_home
 from lightning_mgpu.ray.sweep.job import program
 from lightning_mgpu.ray.sweep.results import resume_command
 from lightning_mgpu.ray.sweep.sweep import Sweep, holds_sweep
@@ -39,7 +39,7 @@ def run_on_cluster(sweep: Sweep, address: str) -> None:
 
     Raises:
         ConfigError: The cluster cannot be reached, or lacks something.
-        SweepFailedError: The connection was lost.
+        SweepFailedError: The connection was lost, or the sweep was killed.
         SystemExit: The sweep did not end well; it has said why.
     """
     named = _directory(sweep)
@@ -53,12 +53,17 @@ def run_on_cluster(sweep: Sweep, address: str) -> None:
         head = _start(_command(named, sweep.options.ray), address)
         try:
             code = _follow(head)
-            bring_home(head, home)
+            download(head, home)
         except _LOST as error:
             raise SweepFailedError(
                 f"The cluster at {address} was lost ({_in_a_line(error)}). The"
                 f" sweep ends there and keeps its files. Go on with: {resume_command(Path(named))}"
             ) from error
+    if code < 0:
+        raise SweepFailedError(
+            f"The sweep's own process on the cluster was killed (signal {-code}). Go on with:"
+            f" {resume_command(Path(named))}"
+        )
     if code:
         sys.exit(code)
 

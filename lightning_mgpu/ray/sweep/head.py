@@ -81,8 +81,9 @@ class Head:
         )
         for number, outer, inner in streams:
             os.close(inner)
-            self._readers.append(threading.Thread(target=self._read_from, args=(number, outer)))
-            self._readers[-1].start()
+            reader = threading.Thread(target=self._read_from, args=(number, outer), daemon=True)
+            reader.start()
+            self._readers.append(reader)
         return None
 
     def output(self) -> tuple[list[tuple[int, bytes]], int | None]:

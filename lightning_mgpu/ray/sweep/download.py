@@ -17,7 +17,7 @@ __all__: list[str] = []
 log = logging.getLogger(__name__)
 
 
-def bring_home(head: Any, home: Path) -> None:
+def download(head: Any, home: Path) -> None:
     """Copy the files of a sweep, all checkpoints but the best left where they are.
 
     Args:

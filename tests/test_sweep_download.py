@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lightning_mgpu.ray.sweep import homecoming
+from lightning_mgpu.ray.sweep import download as module
+from lightning_mgpu.ray.sweep.download import download
 from lightning_mgpu.ray.sweep.failures import TrialFailedError
 from lightning_mgpu.ray.sweep.files import SweepFiles
-from lightning_mgpu.ray.sweep.homecoming import bring_home
 from lightning_mgpu.ray.sweep.trial_job import check_storage
 
 
@@ -32,7 +32,7 @@ class Afar:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(homecoming, "ray", SimpleNamespace(get=lambda answer: answer))
+    monkeypatch.setattr(module, "ray", SimpleNamespace(get=lambda answer: answer))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ EXPECTED = {
 
 
 def test_all_but_checkpoints_comes_home_and_the_best_one(afar: Afar) -> None:
-    bring_home(afar, Path("home"))
+    download(afar, Path("home"))
     assert _names(Path("home")) == EXPECTED
     for name in EXPECTED:
         there, here = Path("cluster/swept", name), Path("home", name)
@@ -78,17 +78,17 @@ def test_every_checkpoint_of_a_pareto_front_comes_home(afar: Afar) -> None:
     place = Path("cluster/swept").absolute()
     solutions = f"solutions: [{{checkpoint: {place}/0/sharded.ckpt}}, {{checkpoint: null}}]\n"
     (place / "optimization_results.yaml").write_text(solutions)
-    bring_home(afar, Path("home"))
+    download(afar, Path("home"))
     assert _names(Path("home")) == EXPECTED - {"1/best.ckpt"} | {"0/sharded.ckpt/part"}
 
 
 def test_only_what_is_new_is_copied(afar: Afar, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Path("home")
-    bring_home(afar, home)
+    download(afar, home)
     first = (home / "0/trial.log").stat().st_ino
     Path("cluster/swept/journal.jsonl").write_text("{}\n{}\n")
     os.truncate(home / "1/best.ckpt", 1)  # as a copy that was cut short
-    bring_home(afar, home)
+    download(afar, home)
     assert (home / "journal.jsonl").read_text() == "{}\n{}\n"
     assert (home / "1/best.ckpt").read_text() == "one"
     assert (home / "0/trial.log").stat().st_ino == first
@@ -96,20 +96,20 @@ def test_only_what_is_new_is_copied(afar: Afar, monkeypatch: pytest.MonkeyPatch)
 
 def test_storage_that_is_shared_needs_no_copy(afar: Afar, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    bring_home(afar, Path("cluster/swept"))
+    download(afar, Path("cluster/swept"))
     assert caplog.messages == []
 
 
 def test_large_files_come_in_parts(afar: Afar, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_mgpu.ray.sweep.files._CHUNK", 2)
-    bring_home(afar, Path("home"))
+    download(afar, Path("home"))
     assert Path("home/1/best.ckpt").read_text() == "one"
 
 
 def test_another_sweep_at_home_is_left_alone(afar: Afar, caplog: pytest.LogCaptureFixture) -> None:
     Path("home").mkdir()
     Path("home/search_space.yaml").write_text("search: [y]\n")
-    bring_home(afar, Path("home"))
+    download(afar, Path("home"))
     assert _names(Path("home")) == {"search_space.yaml"}
     assert "home holds another sweep. This one is on the cluster: " in caplog.text
 
@@ -121,7 +121,7 @@ def test_disk_that_is_full_says_where_the_files_are(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "utime", fail)
-    bring_home(afar, Path("home"))
+    download(afar, Path("home"))
     assert "Not all could be copied ([Errno 28] No space left on device)" in caplog.text
     assert f"It is on the cluster: {Path('cluster/swept').absolute()}" in caplog.text
     assert _names(Path("home")) == set()
@@ -130,7 +130,7 @@ def test_disk_that_is_full_says_where_the_files_are(
 def test_nothing_comes_home_of_a_sweep_that_was_refused(afar: Afar) -> None:
     """What lies in its directory is another one's."""
     refused = Afar(SweepFiles(Path("cluster/swept")))
-    bring_home(refused, Path("home"))
+    download(refused, Path("home"))
     assert not Path("home").exists()
 
 
