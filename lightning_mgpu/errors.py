@@ -6,4 +6,4 @@ class ConfigError(ValueError):
 
 
 class SweepFailedError(RuntimeError):
-    """A hyperparameter search ended without a single result."""
+    """A hyperparameter search ended without a single result, or was lost."""

@@ -7,15 +7,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mgpu.errors import ConfigError
-from lightning_mgpu.ray.address import given
+from lightning_mgpu.ray.address import address_of, given, is_client
 
 _RAY_TUNE = "ray_tune_sweeper"  # in the sweeper's `_target_`
 
 
 def is_laptop(cfg: DictConfig) -> bool:
     """Whether the run is on a cluster that this machine is no part of."""
-    # A trial is there already.
-    return not _is_trial() and str((cfg.get("ray") or {}).get("address")).startswith("ray://")
+    options = _options(cfg.get("ray"))
+    if _is_trial():  # which is there already
+        return False
+    return is_client(address_of(options)) if _is_on_ray(cfg, options) else False
 
 
 def connect(strategy: Any, cfg: DictConfig) -> None:
@@ -51,6 +53,13 @@ def connect(strategy: Any, cfg: DictConfig) -> None:
         cluster.connect(options)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"ray: {' '.join(str(error).split())}") from error
+
+
+def _is_on_ray(cfg: DictConfig, options: dict[str, Any]) -> bool:
+    """Whether the run is on Ray, as far as can be told before its strategy is built."""
+    strategy = cfg.get("strategy")
+    target = strategy.get("_target_") if OmegaConf.is_dict(strategy) else strategy
+    return "address" in options or str(target).startswith("lightning_mgpu.ray.")
 
 
 def _is_trial() -> bool:

@@ -157,6 +157,26 @@ def test_client_shares_no_files_with_its_cluster(node: dict[str, Any], expected:
     assert is_laptop(OmegaConf.create(node)) is expected
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("lightning_mgpu.ray.RayStrategy", True), ("lightning_mgpu.DDPStrategy", False)],
+)
+def test_client_may_be_one_by_the_environment(
+    target: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://a:1")
+    cfg = OmegaConf.create({"strategy": {"_target_": target}})
+    assert is_laptop(cfg) is expected
+
+
+def test_address_of_a_dashboard_is_no_cluster(
+    inits: Inits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    connect(ON_RAY, config())
+    assert [address for address, _ in inits.calls] == ["local"]
+
+
 @pytest.mark.usefixtures("trial")
 def test_trial_of_a_laptop_is_on_the_cluster() -> None:
     assert not is_laptop(config(address="ray://a:1"))

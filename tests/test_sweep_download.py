@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lightning_mgpu.ray.sweep import download as module
-from lightning_mgpu.ray.sweep.download import download
+from lightning_mgpu.ray.sweep.client import download as module
+from lightning_mgpu.ray.sweep.client.download import download
+from lightning_mgpu.ray.sweep.client.files import SweepFiles
 from lightning_mgpu.ray.sweep.failures import TrialFailedError
-from lightning_mgpu.ray.sweep.files import SweepFiles
 from lightning_mgpu.ray.sweep.trial_job import check_storage
 
 
@@ -82,7 +82,20 @@ def test_every_checkpoint_of_a_pareto_front_comes_home(afar: Afar) -> None:
     assert _names(Path("home")) == EXPECTED - {"1/best.ckpt"} | {"0/sharded.ckpt/part"}
 
 
-def test_only_what_is_new_is_copied(afar: Afar, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_checkpoint_is_known_through_a_link(afar: Afar) -> None:
+    """Lightning resolves the links in its path."""
+    Path("link").symlink_to("cluster")
+    place = Path("link/swept").absolute()
+    journal = place / "journal.jsonl"
+    text = journal.read_text()
+    journal.unlink()
+    files = SweepFiles(place)
+    journal.write_text(text)
+    download(Afar(files), Path("home"))
+    assert _names(Path("home")) == EXPECTED
+
+
+def test_only_what_is_new_is_copied(afar: Afar) -> None:
     home = Path("home")
     download(afar, home)
     first = (home / "0/trial.log").stat().st_ino
@@ -101,7 +114,7 @@ def test_storage_that_is_shared_needs_no_copy(afar: Afar, caplog: pytest.LogCapt
 
 
 def test_large_files_come_in_parts(afar: Afar, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_mgpu.ray.sweep.files._CHUNK", 2)
+    monkeypatch.setattr("lightning_mgpu.ray.sweep.client.files._CHUNK", 2)
     download(afar, Path("home"))
     assert Path("home/1/best.ckpt").read_text() == "one"
 

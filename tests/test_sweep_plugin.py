@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 from command import run
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
 from hydra_plugins.ray_tune_sweeper.ray_tune_sweeper import RayTuneSweeper
+from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray.sweep.lock import locked
 
 SWEEP = ("-m", "hydra/sweeper=ray_tune", "hydra.sweep.dir=sweep", "model.lr=interval(0.1,1)")
 
@@ -71,7 +74,7 @@ def test_cluster_may_be_named_in_the_environment(
     monkeypatch.setenv("RAY_ADDRESS", address)
     done = run(*SWEEP)
     assert done.code == 2, done.err
-    assert address in done.err
+    assert f"RAY_ADDRESS={address}: no such" in done.err or f"cluster at {address}" in done.err
 
 
 def test_any_application_shows_what_is_wrong_without_a_traceback() -> None:
@@ -103,6 +106,30 @@ def test_resumed_sweep_with_another_space_is_refused() -> None:
     done = run(*SWEEP, "hydra.sweeper.resume=sweep")
     assert done.code == 2
     assert "hydra.sweeper.resume=sweep: was a sweep with search ['model.lr: 5'], now" in done.err
+
+
+def test_sweep_goes_on_at_another_address() -> None:
+    """It is the same sweep, though our command has the address among its own keys."""
+    given = ("+search_space=lenet", "hydra.sweep.dir=sweep")
+    for port, more in (1, ()), (2, ("hydra.sweeper.resume=sweep",)):
+        done = run(*given, f"ray.address='127.0.0.1:{port}'", *more)
+        assert f"127.0.0.1:{port}: no such cluster" in done.err
+
+
+def test_sweep_runs_in_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_mgpu.ray.sweep.lock._PATIENCE_SECONDS", 0.0)
+    path = Path("search_space.yaml")
+    path.touch()
+    for _ in range(2):  # the second time, the first one has given it back
+        with locked(path), pytest.raises(ConfigError, match="still runs this sweep"), locked(path):
+            pytest.fail("twice at once")
+
+
+def test_cluster_is_refused_where_another_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    done = run(*SWEEP, "hydra.sweeper.ray.address='ray://127.0.0.1:1'")
+    assert done.code == 2, done.err
+    assert "address=ray://127.0.0.1:1: this process uses another Ray already" in done.err
 
 
 @pytest.mark.parametrize("space", ["lenet", "lenet_pbt", "strategies"])

@@ -9,6 +9,7 @@ __all__: list[str] = []
 
 LOCAL = "local"
 _CLIENT = "ray://"
+_VARIABLE = "RAY_ADDRESS"
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,12 +26,29 @@ def address_of(options: Mapping[str, Any]) -> str:
 
     ``local`` is a Ray that is started on this machine, whatever else runs there.
     """
-    return str(options.get("address") or os.environ.get("RAY_ADDRESS") or LOCAL)
+    return str(options.get("address") or _in_environment() or LOCAL)
+
+
+def source_of(options: Mapping[str, Any], key: str) -> str:
+    """What has named that address: ``key=address``, or the variable."""
+    where = key if options.get("address") or not _in_environment() else _VARIABLE
+    return f"{where}={address_of(options)}"
+
+
+def _in_environment() -> str | None:
+    address = os.environ.get(_VARIABLE)
+    # That of a dashboard is for `ray job submit` itself.
+    return None if address is None or address.startswith("http") else address
 
 
 def is_client(address: str) -> bool:
-    """Whether this machine is no part of the cluster, but uses it through Ray Client."""
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():  # then that connection is used
-        return bool(ray.util.client.ray.is_connected())
+    """Whether it is used through Ray Client, by a machine that is no part of the cluster."""
     return address.startswith(_CLIENT)
+
+
+def is_connected_as_client() -> bool | None:
+    """Whether the connection that this process has is such a one; `None` if it has none."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    return bool(ray.util.client.ray.is_connected())

@@ -81,17 +81,18 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
         # Where it forks for that among the threads of gRPC, the fork may fail.
         raise LaunchError(
             f"The Ray cluster at {address} could not start its server for this client"
-            f" ({_in_a_line(error)}). Try again; its ray_client_server*.err say more. If they end"
+            f" ({in_a_line(error)}). Try again; its ray_client_server*.err say more. If they end"
             " with a fork, start the head with GRPC_ENABLE_FORK_SUPPORT=0 in its environment."
         ) from error
     except OSError as error:  # Ray's own is a ConnectionError
         raise LaunchError(
-            f"There is no Ray cluster at {address} ({_in_a_line(error)}). Start"
+            f"There is no Ray cluster at {address} ({in_a_line(error)}). Start"
             " one with `ray start --head`; set RAY_AUTH_MODE=token if it wants a token."
         ) from error
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """The beginning of what an error says."""
     return " ".join(str(error).split())[:300]
 
 

@@ -3,6 +3,6 @@
 `space` says what is searched, `searchers` and `schedulers` how; `trial` is the actor that runs one
 trial after another, `trial_job` what it does for each, `reporter` sends metrics from within
 Lightning's Trainer. `sweep` is checked before anything starts, `tuning` gives it to Ray, `run` does
-it all and says what has come of it. From a laptop, `client` has the `head` of a cluster run the
-same command, and `download` copies its `files`.
+it all and says what has come of it. `client` has
+it run on a cluster, for a laptop.
 """

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from lightning_mgpu.errors import ConfigError
-from lightning_mgpu.ray.address import LOCAL, address_of, given
+from lightning_mgpu.ray.address import LOCAL, address_of, given, source_of
 from lightning_mgpu.ray.cluster import reach, turn_authentication_on
 
 __all__: list[str] = []
@@ -41,7 +41,7 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
         with _environment():
             if directory is not None:
                 turn_authentication_on()
-            _init(address, arguments)
+            _init(source_of(options, "hydra.sweeper.ray.address"), arguments)
             try:
                 yield
             finally:
@@ -51,15 +51,15 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _init(address: str, arguments: Mapping[str, Any]) -> None:
+def _init(where: str, arguments: Mapping[str, Any]) -> None:
     try:
-        reach(address)
+        reach(arguments["address"])
         ray.init(**arguments)
     except OSError as error:  # Ray's own is a ConnectionError
         raise ConfigError(
-            f"hydra.sweeper.ray.address={address}: no such cluster ({error})."
+            f"{where}: no such cluster ({error})."
             " Start one with `ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or"
-            " leave the address away for a private Ray."
+            " have a private Ray by hydra.sweeper.ray.address=local."
         ) from error
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 
+from lightning_mgpu.ray.sweep.client.sent import name_of
 from lightning_mgpu.ray.sweep.job import program
 from lightning_mgpu.ray.sweep.records import Records, TrialRecord
-from lightning_mgpu.ray.sweep.sent import name_of
 
 __all__: list[str] = []
 
@@ -66,8 +66,16 @@ def _front(records: Records) -> dict[str, Any]:
 
 def job_command(overrides: Sequence[str]) -> str:
     """The command line that runs one job outside the sweep."""
+    if not any(override.lstrip("+").startswith("strategy=ray") for override in overrides):
+        # Only the sweep was on a cluster.
+        overrides = [override for override in overrides if not of_the_cluster(override)]
     # A search space that starts the sweep by itself would do so again.
     return shlex.join([*program(), *_flags(), *overrides, "hydra.mode=RUN"])
+
+
+def of_the_cluster(override: str) -> bool:
+    """Whether an override of our own command says on which cluster a run, or a sweep, is."""
+    return override.lstrip("+").startswith(("ray.address=", "ray.runtime_env"))
 
 
 def resume_command(directory: Path) -> str:

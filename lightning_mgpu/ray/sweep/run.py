@@ -4,19 +4,25 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.errors import CompactHydraException
 
 from lightning_mgpu.errors import ConfigError, SweepFailedError
-from lightning_mgpu.ray.address import address_of, is_client
+from lightning_mgpu.ray.address import (
+    address_of,
+    is_client,
+    is_connected_as_client,
+    source_of,
+)
+from lightning_mgpu.ray.sweep.client.sent import receive
 from lightning_mgpu.ray.sweep.job import Job
+from lightning_mgpu.ray.sweep.lock import locked
 from lightning_mgpu.ray.sweep.records import Records, TrialRecord
 from lightning_mgpu.ray.sweep.results import job_command, resume_command, write_results
-from lightning_mgpu.ray.sweep.sent import receive
-from lightning_mgpu.ray.sweep.sweep import Sweep
+from lightning_mgpu.ray.sweep.sweep import SPACE, Sweep
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
@@ -54,13 +60,29 @@ def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> N
     if sent is not None:
         options.ray, options.resume = sent.adopt(job, options.ray, options.resume)
     sweep = Sweep.prepare(job, options, arguments)
-    address = address_of(options.ray)
-    if is_client(address):
-        from lightning_mgpu.ray.sweep.client import run_on_cluster
+    if _is_on_laptop(options.ray):
+        from lightning_mgpu.ray.sweep.client.laptop import run_on_cluster
 
-        run_on_cluster(sweep, address)
+        run_on_cluster(sweep)
         return
     sweep.claim_directory()
+    with locked(sweep.directory / SPACE):
+        _search(sweep)
+
+
+def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
+    """Whether the sweep is to be sent to a cluster; a connection that is there is used."""
+    wanted, there = is_client(address_of(ray)), is_connected_as_client()
+    if wanted and there is False:
+        raise ConfigError(
+            f"{source_of(ray, 'hydra.sweeper.ray.address')}: this process uses another Ray"
+            " already. Call `ray.shutdown()` first, or leave the address away."
+        )
+    return wanted if there is None else there
+
+
+def _search(sweep: Sweep) -> None:
+    options = sweep.options
     from lightning_mgpu.ray.sweep.tuning import tune  # Ray, now that there is something to run
 
     was_interrupted, why_early = tune(sweep)

@@ -9,12 +9,14 @@ import yaml
 from omegaconf import OmegaConf
 
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray.sweep.client.sent import name_of
 from lightning_mgpu.ray.sweep.custom import add_custom
 from lightning_mgpu.ray.sweep.job import Job
 from lightning_mgpu.ray.sweep.memory import HALVINGS, batch_size, check_shrinkable, compose
 from lightning_mgpu.ray.sweep.objectives import read_objectives
 from lightning_mgpu.ray.sweep.options import check_options, check_space
 from lightning_mgpu.ray.sweep.records import Records
+from lightning_mgpu.ray.sweep.results import of_the_cluster
 from lightning_mgpu.ray.sweep.space import (
     Space,
     check_searchable,
@@ -91,14 +93,15 @@ class Sweep:
             "metric": self.options.metric,
             "mode": self.options.mode,
             "search_alg": self.options.search_alg.name,
-            "fixed": self.space.fixed,
+            "fixed": [given for given in self.space.fixed if not of_the_cluster(given)],
             "search": str(self.space).splitlines(),
         }
         if self.options.resume is None:
             if holds_sweep(self.directory):
                 raise ConfigError(
-                    f"hydra.sweep.dir={self.directory}: holds a sweep already. Go on with it by"
-                    f" hydra.sweeper.resume={self.directory}, or choose another directory."
+                    f"hydra.sweep.dir={name_of(self.directory)}: holds a sweep already. Go on with"
+                    f" it by hydra.sweeper.resume={name_of(self.directory)}, or choose another"
+                    " directory."
                 )
             self.directory.mkdir(parents=True, exist_ok=True)
             path.write_text(yaml.safe_dump(identity, sort_keys=False))

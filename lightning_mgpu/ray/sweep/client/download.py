@@ -9,7 +9,7 @@ import ray
 from rich.console import Console
 from rich.progress import Progress
 
-from lightning_mgpu.ray.sweep.files import File
+from lightning_mgpu.ray.sweep.client.files import File
 from lightning_mgpu.ray.sweep.sweep import SPACE
 
 __all__: list[str] = []

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import ray
 
-from lightning_mgpu.ray.sweep.files import File, SweepFiles
-from lightning_mgpu.ray.sweep.sent import Sent
+from lightning_mgpu.ray.sweep.client.files import File, SweepFiles
+from lightning_mgpu.ray.sweep.client.sent import Sent
 
 __all__: list[str] = []
 
@@ -35,13 +35,15 @@ class Command:
 
     Attributes:
         module: As after ``python -m``; `None`: it is the script.
-        script: A path relative to the working directory that is sent.
+        script: A path, absolute or relative to `inside`.
+        inside: Where it is started, within the working directory that is sent.
         directory: The sweep's, absolute or relative to the home directory.
         terminal: Its kind, lines and columns; `None` if the output goes elsewhere.
     """
 
     module: str | None
     script: str
+    inside: str
     arguments: list[str]
     directory: str
     terminal: tuple[str, int, int] | None
@@ -58,8 +60,9 @@ class Head:
         """Start it; what is missing for that, if something is."""
         context = ray.get_runtime_context()
         runtime_env = dict(context.runtime_env)
-        directory = os.getcwd() if "working_dir" in runtime_env else str(Path.home())
-        program = _program(command, Path(directory))
+        root = Path.cwd() if "working_dir" in runtime_env else Path.home()
+        directory = root / command.inside
+        program = _program(command, directory)
         if program is None:
             return f"{command.module or command.script} is not there ({directory})"
         sent = Sent(context.gcs_address, runtime_env, command.directory)

@@ -73,4 +73,8 @@ def _watch_sender() -> None:
     # The other end of the pipe is closed with the process that holds it, however that ends.
     while os.read(0, 1):  # not by `sys.stdin`, whose lock this thread would hold at the end
         pass
+    # Nobody reads its output any more: a table that cannot be drawn must not end the sweep.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     os.kill(os.getpid(), signal.SIGINT)

@@ -61,14 +61,15 @@ def _best_checkpoints(results: Path) -> list[Path]:
     content = yaml.safe_load(results.read_text())
     found = [content.get("best_checkpoint")]
     found += [solution.get("checkpoint") for solution in content.get("solutions", ())]
-    return [Path(path) for path in found if path is not None]
+    return [Path(path).resolve() for path in found if path is not None]
 
 
 def _files(directory: Path, kept: list[Path]) -> Iterator[File]:
     for path in sorted(directory.rglob("*")):
         parts = path.relative_to(directory).parts
         is_checkpoint = any(part.endswith(_CHECKPOINT) for part in parts)
-        if is_checkpoint and not any(path.is_relative_to(one) for one in kept):
+        # (Lightning resolves links in the paths of its checkpoints.)
+        if is_checkpoint and not any(path.resolve().is_relative_to(one) for one in kept):
             continue
         with suppress(OSError):  # somebody has just removed it
             if path.is_file():
