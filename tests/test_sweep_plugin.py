@@ -18,6 +18,12 @@ from lightning_mgpu.ray.sweep.lock import locked
 SWEEP = ("-m", "hydra/sweeper=ray_tune", "hydra.sweep.dir=sweep", "model.lr=interval(0.1,1)")
 
 
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if other tests had not started one in this process."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
 def test_discovery_finds_the_sweeper() -> None:
     assert RayTuneSweeper.__name__ in [cls.__name__ for cls in Plugins.instance().discover(Sweeper)]
 
@@ -60,6 +66,7 @@ print(json.dumps([ours, sorted(heavy & set(sys.modules))]))
         ),
     ],
 )
+@pytest.mark.usefixtures("no_ray")
 def test_what_cannot_work_is_refused_in_a_line(arguments: tuple[str, ...], message: str) -> None:
     done = run(*SWEEP, *arguments)
     assert done.code == 2, done.err
@@ -68,6 +75,7 @@ def test_what_cannot_work_is_refused_in_a_line(arguments: tuple[str, ...], messa
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+@pytest.mark.usefixtures("no_ray")
 def test_cluster_may_be_named_in_the_environment(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +116,7 @@ def test_resumed_sweep_with_another_space_is_refused() -> None:
     assert "hydra.sweeper.resume=sweep: was a sweep with search ['model.lr: 5'], now" in done.err
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_sweep_goes_on_at_another_address() -> None:
     """It is the same sweep, though our command has the address among its own keys."""
     given = ("+search_space=lenet", "hydra.sweep.dir=sweep")
