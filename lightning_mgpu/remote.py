@@ -52,7 +52,7 @@ def connect(strategy: Any, cfg: DictConfig) -> None:
     try:
         cluster.connect(options)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"ray: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"ray: {cluster.in_a_line(error)}") from error
 
 
 def _is_on_ray(cfg: DictConfig, options: dict[str, Any]) -> bool:

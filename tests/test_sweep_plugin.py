@@ -1,6 +1,7 @@
 """The plugin as every Hydra application meets it, and refusals before anything starts."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,36 @@ def test_cluster_is_refused_where_another_is_in_use(monkeypatch: pytest.MonkeyPa
     done = run(*SWEEP, "hydra.sweeper.ray.address='ray://127.0.0.1:1'")
     assert done.code == 2, done.err
     assert "address=ray://127.0.0.1:1: this process uses another Ray already" in done.err
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_cluster_that_does_not_take_the_client_is_told_of_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def abort(*_: object, **__: object) -> None:
+        raise ConnectionAbortedError("Initialization failure from server: " + 500 * "long ")
+
+    monkeypatch.setattr(ray, "init", abort)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        done = run(*SWEEP, f"hydra.sweeper.ray.address='{address}'")
+    assert done.code == 2, done.err
+    assert "start the head with GRPC_ENABLE_FORK_SUPPORT=0" in done.err
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_cluster_without_this_package_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unpickle(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'lightning_mgpu'")
+
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "remote", unpickle)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        done = run(*SWEEP, f"hydra.sweeper.ray.address='{address}'")
+    assert done.code == 2, done.err
+    assert "No module named 'lightning_mgpu'). Every machine needs the same versions" in done.err
 
 
 @pytest.mark.parametrize("space", ["lenet", "lenet_pbt", "strategies"])

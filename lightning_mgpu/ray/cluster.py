@@ -81,19 +81,19 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
         # Where it forks for that among the threads of gRPC, the fork may fail.
         raise LaunchError(
             f"The Ray cluster at {address} could not start its server for this client"
-            f" ({in_a_line(error)}). Try again; its ray_client_server*.err say more. If they end"
-            " with a fork, start the head with GRPC_ENABLE_FORK_SUPPORT=0 in its environment."
+            f" ({in_a_line(error)[:300]}). Try again; its ray_client_server*.err say more. If they"
+            " end with a fork, start the head with GRPC_ENABLE_FORK_SUPPORT=0 in its environment."
         ) from error
     except OSError as error:  # Ray's own is a ConnectionError
         raise LaunchError(
-            f"There is no Ray cluster at {address} ({in_a_line(error)}). Start"
+            f"There is no Ray cluster at {address} ({in_a_line(error)[:300]}). Start"
             " one with `ray start --head`; set RAY_AUTH_MODE=token if it wants a token."
         ) from error
 
 
 def in_a_line(error: Exception) -> str:
-    """The beginning of what an error says."""
-    return " ".join(str(error).split())[:300]
+    """What an error says."""
+    return " ".join(str(error).split())
 
 
 def reach(address: str) -> None:

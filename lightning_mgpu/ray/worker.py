@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-import lightning.pytorch  # noqa: F401  (before `gc.freeze` keeps collections off it)
 import ray
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -57,7 +56,8 @@ class TrainWorker:
         self._rendezvous: Rendezvous | None = None
         if hook is not None:
             cloudpickle.loads(hook)()
-        # Never garbage: the modules imported so far. Keep every later collection off them.
+        # Never garbage: the modules imported so far, Lightning (by `place`) and torch among them.
+        # Keep every later collection off them.
         gc.freeze()
 
     def node(self) -> tuple[str, str]:

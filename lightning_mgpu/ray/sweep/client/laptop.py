@@ -58,8 +58,8 @@ def run_on_cluster(sweep: Sweep) -> None:
         except (ConnectionError, RayError) as error:
             _show_cursor()
             raise SweepFailedError(
-                f"{where}: the cluster was lost ({in_a_line(error)}). The sweep ends there and"
-                f" keeps its files. Go on with: {resume_command(Path(named))}"
+                f"{where}: the cluster was lost ({in_a_line(error)[:300]}). The sweep ends there"
+                f" and keeps its files. Go on with: {resume_command(Path(named))}"
             ) from error
     if code == -signal.SIGINT:  # before it could save anything
         code = 128 + signal.SIGINT
@@ -107,7 +107,7 @@ def _start(command: Command, where: str) -> Any:
         missing = ray.get(head.start.remote(command))
     except (ImportError, AttributeError, ConnectionError, RayError) as error:
         raise ConfigError(
-            f"{where}: the sweep cannot start there ({in_a_line(error)}). Every machine needs"
+            f"{where}: the sweep cannot start there ({in_a_line(error)[:300]}). Every machine needs"
             " the same versions of Python, Ray and this package."
         ) from error
     if missing is not None:
