@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ SWEEP = ("-m", "hydra/sweeper=ray_tune", "hydra.sweep.dir=sweep", "model.lr=inte
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if other tests had not started one in this process."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+@pytest.fixture
+def listener() -> Iterator[str]:
+    """The address of something that could be a cluster, for a laptop."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"ray://127.0.0.1:{server.getsockname()[1]}"
 
 
 def test_discovery_finds_the_sweeper() -> None:
@@ -144,30 +152,28 @@ def test_cluster_is_refused_where_another_is_in_use(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("no_ray")
 def test_cluster_that_does_not_take_the_client_is_told_of_whole(
-    monkeypatch: pytest.MonkeyPatch,
+    listener: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def abort(*_: object, **__: object) -> None:
         raise ConnectionAbortedError("Initialization failure from server: " + 500 * "long ")
 
     monkeypatch.setattr(ray, "init", abort)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
-        done = run(*SWEEP, f"hydra.sweeper.ray.address='{address}'")
+    done = run(*SWEEP, f"hydra.sweeper.ray.address='{listener}'")
     assert done.code == 2, done.err
     assert "start the head with GRPC_ENABLE_FORK_SUPPORT=0" in done.err
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_cluster_without_this_package_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_without_this_package_is_told_of(
+    listener: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unpickle(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'lightning_mgpu'")
 
     monkeypatch.setattr(ray, "init", lambda *_, **__: None)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "remote", unpickle)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
-        done = run(*SWEEP, f"hydra.sweeper.ray.address='{address}'")
+    done = run(*SWEEP, f"hydra.sweeper.ray.address='{listener}'")
     assert done.code == 2, done.err
     assert "No module named 'lightning_mgpu'). Every machine needs the same versions" in done.err
 
