@@ -11,7 +11,7 @@ from lightning_mgpu._registration import register
 from lightning_mgpu._version import __version__
 
 if TYPE_CHECKING:
-    from lightning_mgpu.engine.batch import Shard
+    from lightning_mgpu.engine.batch import Shard, gather, scatter
     from lightning_mgpu.strategies import (
         DataParallelStrategy,
         DDPStrategy,
@@ -26,6 +26,8 @@ __all__ = [
     "PipelineStrategy",
     "Shard",
     "__version__",
+    "gather",
+    "scatter",
 ]
 
 _PUBLIC = {
@@ -34,6 +36,8 @@ _PUBLIC = {
     "PipelineDDPStrategy": "lightning_mgpu.strategies",
     "PipelineStrategy": "lightning_mgpu.strategies",
     "Shard": "lightning_mgpu.engine.batch",
+    "gather": "lightning_mgpu.engine.batch",
+    "scatter": "lightning_mgpu.engine.batch",
 }
 
 

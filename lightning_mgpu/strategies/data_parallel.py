@@ -13,11 +13,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_mgpu.engine import batch_norm as engine_batch_norm
-from lightning_mgpu.engine.batch import Shard, join, split
+from lightning_mgpu.engine.batch import JoinMemory, Layout, Shard, join, split
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.replication.loss import joint_loss
 from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
+from lightning_mgpu.strategies.loader_hint import loader_hint
 from lightning_mgpu.strategies.manual import ManualOptimization
 from lightning_mgpu.strategies.metrics import is_metric, replica_of
 from lightning_mgpu.strategies.replica_step import Step
@@ -89,6 +90,9 @@ class DataParallelStrategy(SingleProcessStrategy):
         self._replicas: Replicas | None = None
         self._workers: Workers | None = None
         self._streams = RandomStreams()
+        # What batches and outputs of each kind of step and loader look like.
+        self._layouts: dict[tuple[str, int], Layout] = {}
+        self._outputs: dict[tuple[str, int], JoinMemory] = {}
 
     @override
     def model_to_device(self) -> None:
@@ -137,7 +141,13 @@ class DataParallelStrategy(SingleProcessStrategy):
 
     def __getstate__(self) -> dict[str, Any]:
         # Replicas and threads are made anew by the first step.
-        return {**self.__dict__, "_replicas": None, "_workers": None}
+        return {
+            **self.__dict__,
+            "_replicas": None,
+            "_workers": None,
+            "_layouts": {},
+            "_outputs": {},
+        }
 
     @override
     def _release(self) -> None:
@@ -145,6 +155,7 @@ class DataParallelStrategy(SingleProcessStrategy):
             self._streams.finish()
             self._workers.close()
         self._replicas = self._workers = None
+        self._layouts, self._outputs = {}, {}
 
     def _prepared(self) -> tuple[Replicas, Workers]:
         """The replicas and their threads, made when first needed."""
@@ -169,16 +180,16 @@ class DataParallelStrategy(SingleProcessStrategy):
         assert model is not None
         replicas, workers = self._prepared()
         training = name == "training_step"
-        shards = self._scatter(batch, training)
+        shards = self._scatter(name, batch)
         step = Step(name, shards, args, kwargs, self._dataloader_idx, replicas.devices)
         with self._streams.step(name, len(shards)) as streams:
             manual = self._manual(step, streams) if training else None
             outputs = step.run(model, replicas, workers, streams, manual)
         if not training or manual is not None:
-            return self._gather(outputs, step.sizes)
+            return self._gather(name, outputs, step.sizes)
         losses = [_loss_of(output) for output in outputs]
         loss = joint_loss(losses, step.sizes, streams, replicas, workers, step.describe)
-        return self._training_output(outputs, step.sizes, loss)
+        return self._training_output(name, outputs, step.sizes, loss)
 
     def _manual(self, step: Step, streams: Sequence[Stream]) -> ManualOptimization | None:
         model = self.lightning_module
@@ -199,7 +210,16 @@ class DataParallelStrategy(SingleProcessStrategy):
 
         return ManualOptimization(model, step.sizes, joint, run_closures)
 
-    def _scatter(self, batch: Any, training: bool) -> list[Shard]:
+    def _layout(self, name: str) -> Layout:
+        """What is known of the batches of a step, of the loader that this one comes from."""
+        key = name, self._dataloader_idx
+        if key not in self._layouts:
+            module = self.lightning_module
+            assert module is not None
+            self._layouts[key] = Layout(lambda: loader_hint(module.trainer, name))
+        return self._layouts[key]
+
+    def _scatter(self, name: str, batch: Any) -> list[Shard]:
         count = len(self.devices)
         if self._scatter_fn is not None:
             shards = list(self._scatter_fn(batch, count))
@@ -215,9 +235,9 @@ class DataParallelStrategy(SingleProcessStrategy):
                 )
             return shards
         # Batch normalisation cannot be trained on a single sample.
-        least = 2 if training and self._trains_batch_norm() else 1
+        least = 2 if name == "training_step" and self._trains_batch_norm() else 1
         try:
-            return split(batch, count, least)
+            return split(batch, count, least, self._layout(name))
         except ValueError as error:
             raise ValueError(
                 f"The batch cannot be split over {count} devices: {error} Give"
@@ -229,13 +249,14 @@ class DataParallelStrategy(SingleProcessStrategy):
         layers = engine_batch_norm.layers_of(self.lightning_module.modules())
         return any(layer.training for layer in layers)
 
-    def _gather(self, outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    def _gather(self, name: str, outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
         if all(output is None for output in outputs):
             return None
         if self._gather_fn is not None:
             return self._gather_fn(outputs, sizes)
         try:
-            return join(outputs, sizes, self.root_device)
+            memory = self._outputs.setdefault((name, self._dataloader_idx), JoinMemory())
+            return join(outputs, sizes, self.root_device, memory)
         except ValueError as error:
             raise ValueError(
                 f"The outputs of the replicas cannot be put together: {error} Give"
@@ -243,7 +264,7 @@ class DataParallelStrategy(SingleProcessStrategy):
             ) from error
 
     def _training_output(
-        self, outputs: Sequence[Any], sizes: Sequence[int], loss: Tensor | None
+        self, name: str, outputs: Sequence[Any], sizes: Sequence[int], loss: Tensor | None
     ) -> Any:
         if loss is None:
             return None
@@ -251,7 +272,7 @@ class DataParallelStrategy(SingleProcessStrategy):
         if not mappings:
             return loss
         others = [{key: o[key] for key in o if key != "loss"} for o, _ in mappings]
-        return {"loss": loss, **self._gather(others, [size for _, size in mappings])}
+        return {"loss": loss, **self._gather(name, others, [size for _, size in mappings])}
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Bring every rank's predictions together in the order of the dataset."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 
-from lightning_mgpu.engine.batch import are_per_sample, rebuild_sequence
+from lightning_mgpu.engine.batch import join_samples
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -79,10 +79,10 @@ def merge_predictions(ranks: Sequence[RankPredictions]) -> Any:
 
 def join_batches(batches: Sequence[Any]) -> Any:
     """Batched outputs joined along the batch; the list itself where they cannot be."""
-    sizes = [_batch_size(batch) for batch in batches]
-    if not batches or None in sizes or not _can_join(batches, sizes):
-        return list(batches)
-    return _join(batches, sizes)
+    sizes = [size for batch in batches if (size := _batch_size(batch)) is not None]
+    complete = batches and len(sizes) == len(batches)
+    samples = join_samples(batches, sizes) if complete else None
+    return list(batches) if samples is None else samples.joined
 
 
 def _merge(outputs: list[list[Any]], indices: list[list[list[int]]]) -> list[Any]:
@@ -93,7 +93,8 @@ def _merge(outputs: list[list[Any]], indices: list[list[list[int]]]) -> list[Any
     batches = [batch for rank in outputs for batch in rank]
     samples = [batch for rank in indices for batch in rank]
     sizes = [len(batch) for batch in samples]
-    if not _can_join(batches, sizes):
+    joined = join_samples(batches, sizes)
+    if joined is None:
         rank_zero_warn(
             "`predict_step` returns something that cannot be taken apart by sample (its first"
             " dimension is not the batch, or batches differ in shape), so the predictions of the"
@@ -103,9 +104,8 @@ def _merge(outputs: list[list[Any]], indices: list[list[list[int]]]) -> list[Any
         return [batches[i] for i in by_first_sample]
     # A sampler that pads repeats samples; the first of each is as good as the others.
     _, order = np.unique(np.concatenate([np.asarray(b, np.int64) for b in samples]), True)
-    joined = _join(batches, sizes)
     size = len(indices[0][0])
-    return [_take(joined, order[start : start + size]) for start in range(0, len(order), size)]
+    return [joined.take(order[start : start + size]) for start in range(0, len(order), size)]
 
 
 def _in_turns(outputs: list[list[Any]]) -> list[Any]:
@@ -117,58 +117,3 @@ def _batch_size(output: Any) -> int | None:
     """The first dimension of an output's first array; `None` if it has none."""
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, _ARRAYS)]
     return len(leaves[0]) if leaves and leaves[0].ndim > 0 else None
-
-
-class _SampleList(list[Any]):
-    """A list with one entry per sample (texts, boxes), rather than a list of batched arrays."""
-
-
-def _can_join(batches: Sequence[Any], sizes: Sequence[Any]) -> bool:
-    """Whether all outputs have one structure, with the batch as every array's first dimension."""
-    first = batches[0]
-    if not all(type(batch) is type(first) for batch in batches):
-        return False
-    if isinstance(first, _ARRAYS):
-        return all(b.ndim > 0 and len(b) == n for b, n in zip(batches, sizes, strict=True)) and all(
-            b.shape[1:] == first.shape[1:] and b.dtype == first.dtype for b in batches
-        )
-    if isinstance(first, Mapping):
-        return all(batch.keys() == first.keys() for batch in batches) and all(
-            _can_join([batch[key] for batch in batches], sizes) for key in first
-        )
-    if isinstance(first, (list, tuple)):
-        return are_per_sample(batches, sizes) or (
-            all(len(batch) == len(first) for batch in batches)
-            and len(first) > 0
-            and all(_can_join(column, sizes) for column in zip(*batches, strict=True))
-        )
-    return first is None
-
-
-def _join(batches: Sequence[Any], sizes: Sequence[Any]) -> Any:
-    first = batches[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(list(batches))
-    if isinstance(first, np.ndarray):
-        return np.concatenate(list(batches))
-    if isinstance(first, Mapping):
-        return {key: _join([batch[key] for batch in batches], sizes) for key in first}
-    if first is None:
-        return None
-    if are_per_sample(batches, sizes):
-        return _SampleList(sample for batch in batches for sample in batch)
-    return rebuild_sequence(first, [_join(column, sizes) for column in zip(*batches, strict=True)])
-
-
-def _take(joined: Any, order: Any) -> Any:
-    if isinstance(joined, torch.Tensor):
-        return joined[torch.from_numpy(order)]
-    if isinstance(joined, np.ndarray):
-        return joined[order]
-    if isinstance(joined, Mapping):
-        return {key: _take(value, order) for key, value in joined.items()}
-    if joined is None:
-        return None
-    if isinstance(joined, _SampleList):
-        return [joined[i] for i in order]
-    return rebuild_sequence(joined, [_take(value, order) for value in joined])

@@ -263,4 +263,4 @@ def _users_line(trace: TracebackType | None) -> str | None:
 
 
 def _is_machinery(filename: str) -> bool:
-    return any(part in filename for part in _MACHINERY) or filename.endswith("engine/batch.py")
+    return any(part in filename for part in _MACHINERY) or "engine/batch/" in filename

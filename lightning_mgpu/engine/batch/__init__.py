@@ -1,0 +1,32 @@
+"""What a batch is: the only place that splits batches and joins outputs.
+
+`containers` knows the structures, `layout` decides which parts of a batch have an entry per sample,
+`splitting` and `joining` act on that. `docs/batches.md` has the rules as a table.
+"""
+
+from lightning_mgpu.engine.batch.containers import leaves, map_leaves
+from lightning_mgpu.engine.batch.joining import (
+    JoinMemory,
+    gather,
+    join,
+    join_samples,
+    weighted_mean,
+)
+from lightning_mgpu.engine.batch.layout import Hint, Layout
+from lightning_mgpu.engine.batch.splitting import Shard, batch_size, scatter, split
+
+__all__ = [
+    "Hint",
+    "JoinMemory",
+    "Layout",
+    "Shard",
+    "batch_size",
+    "gather",
+    "join",
+    "join_samples",
+    "leaves",
+    "map_leaves",
+    "scatter",
+    "split",
+    "weighted_mean",
+]

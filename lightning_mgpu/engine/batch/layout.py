@@ -1,0 +1,370 @@
+"""Which parts of a batch have an entry per sample.
+
+Arrays are told by their batch dimension. A list or tuple can be either of two things: *columns*, an
+array per input, or *samples*, an entry per sample, whatever the entries are. Which of them is
+decided by the rest of the batch, by earlier batches of the same structure and by what is known of
+the DataLoader; what cannot be decided is an error. `docs/batches.md` has the rules as a table.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_mgpu.engine.batch.containers import (
+    holds_tensors,
+    is_array,
+    is_container,
+    is_sequence,
+    keeps_derived,
+    leaves,
+    parts,
+    rebuild,
+)
+
+Kind = Literal["columns", "samples", "whole"]
+Dimensions = int | Mapping[Any, int]
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What is known of a batch from elsewhere.
+
+    Attributes:
+        sizes: The batch sizes of the DataLoaders that it may come from; the last batch of an epoch
+            may be smaller.
+        collated: Whether it was made by torch's own collation, which leaves no lists with a tensor
+            per sample.
+    """
+
+    sizes: frozenset[int] = frozenset()
+    collated: bool = False
+
+
+class Layout:
+    """How batches of one kind are laid out; remembers what it has decided.
+
+    Args:
+        hint: Tells what else is known; called where a batch leaves a choice.
+        dim: The batch dimension of arrays with that many dimensions, for all of them or by the key
+            or position of the batch's parts; others have it first.
+
+    Attributes:
+        doubts: In words, what went whole to every part of the last batch though it may depend on
+            the number of samples.
+    """
+
+    def __init__(self, hint: Callable[[], Hint] = Hint, dim: Dimensions = 0) -> None:
+        self._hint = hint
+        self._dim = dim
+        self._known: dict[str, Kind] = {}
+        self._kinds: dict[str, Kind] = {}
+        self._measure = "batch"
+        self.doubts: list[str] = []
+
+    def read(self, batch: Any) -> int:
+        """Decide for each part of a batch, and return the number of samples.
+
+        Raises:
+            ValueError: Nothing tells the number of samples, two parts disagree about it, something
+                cannot be split, or it cannot be decided whether a list has an entry per sample.
+        """
+        self._kinds, self.doubts = {}, []
+        size = self._size(batch)
+        self._decide(batch, size, "batch", None)
+        return size
+
+    def cut(self, batch: Any, start: int, stop: int) -> Any:
+        """Samples `start` to `stop` of the batch that was read last; arrays are views."""
+        return self._cut(batch, start, stop, "batch", None)
+
+    def _dimension(self, value: Any, top: Any) -> int:
+        """The batch dimension of an array below the part `top` of the batch."""
+        dim = self._dim if isinstance(self._dim, int) else self._dim.get(top, 0)
+        return dim if dim < len(value.shape) else 0
+
+    def _length(self, value: Any, top: Any) -> int:
+        return int(value.shape[self._dimension(value, top)])
+
+    def _arrays(self, value: Any, path: str, top: Any) -> Iterator[tuple[str, int]]:
+        """Every array with its length along the batch dimension."""
+        if is_array(value):
+            yield path, self._length(value, top)
+        for name, part, below in _parts_below(value, top):
+            yield from self._arrays(part, path + name, below)
+
+    # The number of samples
+
+    def _size(self, batch: Any) -> int:
+        sure = list(self._sure(batch, "batch", None))
+        if sure:
+            self._measure, size = sure[0]
+            for path, length in sure:
+                if length != size:
+                    raise ValueError(self._disagree(size, path, length))
+            return size
+        for path, leaf in leaves(batch):
+            if isinstance(leaf, PackedSequence):
+                _check_leaf(leaf, path)
+        arrays = list(self._arrays(batch, "batch", None))
+        candidates = dict.fromkeys([n for _, n in arrays] + list(_lengths_of_sequences(batch)))
+        fitting = [n for n in candidates if self._fits(batch, n, "batch", None)]
+        size = self._chosen(batch, fitting, arrays)
+        self._measure = next((path for path, length in arrays if length == size), "batch")
+        return size
+
+    def _sure(self, value: Any, path: str, top: Any) -> Iterator[tuple[str, int]]:
+        """Lengths that are the batch's for certain: nothing on the way to them leaves a choice."""
+        if is_sequence(value):
+            kind = self._known.get(path)
+            if kind == "samples":
+                yield path, len(value)
+            if kind != "columns":
+                return
+        elif not is_container(value):
+            _check_leaf(value, path)
+            if is_array(value):
+                yield path, self._length(value, top)
+        for name, part, below in _parts_below(value, top):
+            yield from self._sure(part, path + name, below)
+
+    def _fits(self, value: Any, size: int, path: str, top: Any) -> bool:
+        """Whether a batch of `size` samples may look like this."""
+        if is_array(value):
+            return self._length(value, top) == size
+        if is_sequence(value):
+            known = self._known.get(path)
+            if known == "whole" or (known != "columns" and _may_be_samples(value, size)):
+                return True
+            if known == "samples":
+                return False
+        return all(
+            self._fits(part, size, path + name, below)
+            for name, part, below in _parts_below(value, top)
+        )
+
+    def _chosen(self, batch: Any, fitting: list[int], arrays: list[tuple[str, int]]) -> int:
+        """One of the sizes that a batch may have."""
+        pure = [n for n in fitting if arrays and all(length == n for _, length in arrays)]
+        if len(fitting) == 1 and fitting == pure:
+            return fitting[0]
+        hint = self._hint()
+        if hint.collated:
+            fitting = [n for n in fitting if self._fits_collated(batch, n, None)] or fitting
+        expected = [n for n in fitting if n in hint.sizes]
+        if len(expected) == 1:
+            return expected[0]
+        fitting = expected or fitting
+        for n in pure:
+            if n in fitting:
+                return n
+        # A batch whose outermost lists have an entry per sample is the rarer one.
+        outermost = set(_lengths_of_outermost(batch))
+        inner = [n for n in fitting if n not in outermost]
+        if len(inner) == 1:
+            return inner[0]
+        if not arrays and len(fitting) == 1:
+            return fitting[0]
+        self._refuse(batch, fitting, arrays)
+
+    def _fits_collated(self, value: Any, size: int, top: Any) -> bool:
+        if is_array(value):
+            return self._length(value, top) == size
+        if is_sequence(value) and value and all(isinstance(e, (str, bytes)) for e in value):
+            return len(value) == size
+        return all(
+            self._fits_collated(part, size, below) for _, part, below in _parts_below(value, top)
+        )
+
+    def _refuse(self, batch: Any, fitting: list[int], arrays: list[tuple[str, int]]) -> NoReturn:
+        for path, leaf in leaves(batch):
+            _check_leaf(leaf, path)
+        for path, length in arrays:
+            if length != arrays[0][1]:
+                self._measure = arrays[0][0]
+                raise ValueError(self._disagree(arrays[0][1], path, length))
+        if fitting:
+            raise ValueError(
+                f"it may have {' or '.join(map(str, fitting))} samples: lists in it may have an"
+                " entry per sample, or an array per input."
+            )
+        raise ValueError(f"there is no tensor in it (a `{type(batch).__name__}`).")
+
+    def _disagree(self, size: int, path: str, length: int) -> str:
+        return (
+            f"`{self._measure}` has {size} samples (its batch dimension), but `{path}` has"
+            f" {length}."
+        )
+
+    # What each part is
+
+    def _decide(self, value: Any, size: int, path: str, top: Any) -> None:
+        if not is_container(value):
+            self._check_array(value, size, path, top)
+            return
+        if keeps_derived(value):
+            raise ValueError(
+                f"`{path}` is a `{type(value).__name__}` that computes values from the whole batch"
+                " when it is made, and cannot be made again from a part of its fields."
+            )
+        if is_sequence(value):
+            kind = self._kinds[path] = self._kind(value, size, path, top)
+            if kind == "samples":
+                self._check_samples(value, size, path)
+            elif kind == "whole" and value:
+                self.doubts.append(f"`{path}` has {len(value)} entries for {size} samples")
+            if kind != "columns":
+                return
+        for name, part, below in _parts_below(value, top):
+            self._decide(part, size, path + name, below)
+
+    def _check_array(self, value: Any, size: int, path: str, top: Any) -> None:
+        _check_leaf(value, path)
+        if is_array(value):
+            length = self._length(value, top)
+            if length != size:
+                raise ValueError(self._disagree(size, path, length))
+        elif type(value) is int and value == size > 1:
+            self.doubts.append(f"`{path}` is {size}, as many as there are samples")
+
+    def _check_samples(self, value: Any, size: int, path: str) -> None:
+        if len(value) != size:
+            raise ValueError(
+                f"`{path}` had an entry per sample so far, but has {len(value)} entries in a batch"
+                f" of {size} samples."
+            )
+        if size == 1 and not is_container(entry := next(iter(value))):
+            _check_leaf(entry, f"{path}[0]")
+
+    def _kind(self, value: Any, size: int, path: str, top: Any) -> Kind:
+        known = self._known.get(path)
+        if known is not None:
+            return known
+        has_arrays = any(True for _ in self._arrays(value, path, top))
+        samples = _may_be_samples(value, size)
+        if has_arrays:
+            below = _parts_below(value, top)
+            columns = all(self._fits(part, size, path + name, key) for name, part, key in below)
+        elif samples:  # texts for each input, or for each sample
+            columns = size > 1 and all(is_sequence(part) and len(part) == size for part in value)
+        else:
+            columns = any(size in _lengths_of_sequences(part) for part in value)
+        if columns and samples:
+            return self._ambiguous(value, path)
+        if not columns and not samples:
+            if has_arrays:
+                return "columns"  # and the array that does not fit is named
+            return self._remember(path, "whole") if value else "whole"
+        return self._remember(path, "columns" if columns else "samples")
+
+    def _remember(self, path: str, kind: Kind) -> Kind:
+        self._known[path] = kind
+        return kind
+
+    def _ambiguous(self, value: Any, path: str) -> Kind:
+        """What a list is that has as many entries as samples, each of which is as long as that."""
+        targets = path != "batch" and all(isinstance(entry, Mapping) for entry in value)
+        if len(value) == 1:  # it makes no difference, as there is one shard
+            return "samples" if targets else "columns"
+        if self._hint().collated or len({signature(entry) for entry in value}) > 1:
+            return "columns"
+        if targets:  # such as those beside a batch of images
+            return "samples"
+        if path == "batch" and len(value) == 2 and all(map(is_array, value)):
+            return "columns"  # input and target
+        raise ValueError(
+            f"`{path}` has {len(value)} entries, as many as there are samples, and each entry is as"
+            " long. It cannot be told whether that is an entry per sample or an array per input:"
+            " stack it to a tensor, or make it a dict of columns."
+        )
+
+    # Cutting
+
+    def _cut(self, value: Any, start: int, stop: int, path: str, top: Any) -> Any:
+        kind = self._kinds.get(path)
+        if kind == "samples":
+            return rebuild(value, list(value)[start:stop])
+        if kind == "whole":
+            return value
+        if is_array(value):
+            return cut_array(value, self._dimension(value, top), start, stop)
+        if not is_container(value):
+            return value
+        below = _parts_below(value, top)
+        return rebuild(value, [self._cut(p, start, stop, path + n, key) for n, p, key in below])
+
+
+def cut_array(value: Any, dim: int, start: int, stop: int) -> Any:
+    """Entries `start` to `stop` of an array along a dimension; a view."""
+    return value[(slice(None),) * dim + (slice(start, stop),)] if dim else value[start:stop]
+
+
+def signature(value: Any) -> Any:
+    """What entries of one kind have in common: types, keys, numbers of dimensions and dtypes."""
+    if isinstance(value, Tensor) or is_array(value):
+        return type(value), len(value.shape), getattr(value, "dtype", None)
+    if isinstance(value, Mapping):
+        return type(value), tuple((key, signature(part)) for key, part in value.items())
+    if is_sequence(value):
+        return type(value), frozenset(signature(part) for part in value)
+    return type(value), tuple(signature(part) for _, part in parts(value))
+
+
+def _parts_below(value: Any, top: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The parts of a container: how to get there, the part, and the batch's part that it is in."""
+    found = parts(value)
+    if top is not None or not found:
+        yield from ((name, part, top) for name, part in found)
+        return
+    keys: Any = value if isinstance(value, Mapping) else range(len(found))
+    yield from ((name, part, key) for key, (name, part) in zip(keys, found, strict=True))
+
+
+def _may_be_samples(value: Any, size: int) -> bool:
+    """Whether a list may have an entry for each of `size` samples: its tensors are of one kind."""
+    if len(value) != size:
+        return False
+    arrays = [entry for entry in value if is_array(entry)]
+    dtypes = {entry.dtype for entry in arrays if hasattr(entry, "dtype") and 0 not in entry.shape}
+    return len({len(entry.shape) for entry in arrays}) <= 1 and len(dtypes) <= 1
+
+
+def _lengths_of_outermost(value: Any) -> Iterator[int]:
+    if is_sequence(value):
+        yield len(value)
+        return
+    for _, part in parts(value):
+        yield from _lengths_of_outermost(part)
+
+
+def _lengths_of_sequences(value: Any) -> Iterator[int]:
+    for _, part in parts(value):
+        yield from _lengths_of_sequences(part)
+    if is_sequence(value) and value:
+        yield len(value)
+
+
+def _check_leaf(value: Any, path: str) -> None:
+    """Refuse what has samples, but not in a way that they can be taken apart.
+
+    Raises:
+        ValueError: Names the place, and what else to use if there is a way.
+    """
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_nested:
+            layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            raise ValueError(f"`{path}` is a {layout} tensor, which torch cannot slice.")
+    elif isinstance(value, PackedSequence):
+        raise ValueError(f"`{path}` is a `PackedSequence`, whose samples do not lie in a row.")
+    elif isinstance(value, Iterator):
+        raise ValueError(
+            f"`{path}` is a `{type(value).__name__}`, which can be read only once. Make it a list."
+        )
+    elif not is_array(value) and holds_tensors(value):
+        raise ValueError(
+            f"`{path}` is a `{type(value).__name__}` that holds tensors, and how its samples lie in"
+            " it is not known. Make it a dataclass, or a dict of tensors."
+        )
