@@ -25,6 +25,7 @@ from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
 from lightning_mgpu.ray.returned import weights_of
 from lightning_mgpu.ray.whole import Whole
+from lightning_mgpu.strategies.rank_data import process_loader
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -172,6 +173,13 @@ class OnRay(ParallelStrategy, ABC):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # Nodes may hold different numbers of workers.
         return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        if self._launcher is not None:  # a worker of Ray Train runs a program of its own
+            process_loader(self, dataloader)
+        return dataloader
 
     def set_world_ranks(self) -> None:
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
