@@ -2,8 +2,9 @@
 
 import dataclasses
 import numbers
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ _RELATIVE_HALF = 2e-2
 _FLOOR = 0.1
 # In a large tensor of integers a few may be the index of the larger of two equal numbers.
 _LARGE, _TIES = 1000, 1e-3
+# How many entries of a list are looked at for its structure.
+_ENTRIES = 32
+
+
+class ParityError(RuntimeError):
+    """Computing a batch in parts gives something else than computing it whole."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,24 @@ def compare(
     return list(_differences(whole, joined, path, computed_in))
 
 
+def signature(value: Any) -> Hashable:
+    """The structure of a batch without its sizes: types, keys, dimensions and dtypes."""
+    if isinstance(value, Tensor):
+        return (type(value), value.dtype, value.dim())
+    parts = parts_of(value)
+    if parts is None:
+        return (type(value), str(getattr(value, "dtype", "")), len(getattr(value, "shape", ())))
+    if not isinstance(value, (list, tuple)) or hasattr(value, "_fields"):
+        return (type(value), *((name, signature(part)) for name, part in parts.items()))
+    # Entries per sample are as many as there are samples.
+    kinds = [signature(part) for part in value[:_ENTRIES]]
+    return (type(value), *(kind for kind, _ in groupby(kinds)))
+
+
 def _differences(
     whole: Any, joined: Any, path: str, coarse: torch.dtype | None
 ) -> Iterator[Difference]:
-    parts, others = _parts(whole), _parts(joined)
+    parts, others = parts_of(whole), parts_of(joined)
     if parts is not None and others is not None:
         yield from _of_containers(parts, others, path, coarse)
         return
@@ -192,10 +213,10 @@ def _is_known(value: Any) -> bool:
         return True
     if isinstance(value, Set):
         return all(isinstance(entry, (str, bytes, bool, int)) for entry in value)
-    return _parts(value) is not None or hasattr(value, "__array__")
+    return parts_of(value) is not None or hasattr(value, "__array__")
 
 
-def _parts(value: Any) -> dict[str, Any] | None:
+def parts_of(value: Any) -> dict[str, Any] | None:
     """What a container holds by how to get there; `None` if it is no container."""
     if isinstance(value, Mapping):
         return {f"[{key!r}]": part for key, part in value.items()}
