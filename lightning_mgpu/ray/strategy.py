@@ -11,7 +11,7 @@ import cloudpickle
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_mgpu.ray import asked, session, train_worker, trial
+from lightning_mgpu.ray import asked, prepared, session, train_worker, trial
 from lightning_mgpu.ray.autosave import DriverKeeper, Keeper
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
@@ -60,6 +60,8 @@ class OnRay(ParallelStrategy, ABC):
         placement_strategy: str = "PACK",
         **kwargs: Any,
     ) -> None:
+        self._has_trainer = False
+        self._trainers_accelerator: Accelerator | None = None
         self.min_workers, self.num_workers = asked.least_and_most(num_workers)
         asked.check_failures(max_failures)
         asked.check_placement(placement_strategy)
@@ -78,6 +80,20 @@ class OnRay(ParallelStrategy, ABC):
             },
         )
         self.use_gpu = "GPU" in self._resources
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        """That of the Trainer.
+
+        Not kept where Lightning does, which takes that for an argument of the strategy when a
+        second Trainer comes, and complains about it.
+        """
+        return self._trainers_accelerator or self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self._trainers_accelerator = accelerator
 
     @property
     def devices_per_worker(self) -> int:
@@ -186,6 +202,12 @@ class OnRay(ParallelStrategy, ABC):
 
     @override
     def _configure_launcher(self) -> None:
+        if self._has_trainer:
+            raise MisconfigurationException(
+                f"This `{type(self).__name__}` belongs to another Trainer already, whose model it"
+                " holds. Create one for each Trainer: workers stay warm, whoever asks for them."
+            )
+        self._has_trainer = True
         # A worker of Ray Train is a rank already.
         self._launcher = None if train_worker.take_place(self) else RayLauncher(self)
 
@@ -199,6 +221,8 @@ class OnRay(ParallelStrategy, ABC):
             self._timeout or default_pg_timeout,
             device_id=self.bound_device,
         )
+        if self.lightning_module is not None:
+            prepared.share_next(self.lightning_module.trainer)
 
 
 class RayStrategy(OnRay, _LightningDDPStrategy):
