@@ -25,14 +25,12 @@ class Conditions:
 
     Attributes:
         grad: With gradients, which some steps need (a gradient penalty, for instance).
-        autocast: In the Trainer's precision rather than that of the parameters.
         evaluation: With all modules in evaluation mode, rather than only those that are known to
             draw random numbers or to mix samples.
-        double: In double precision.
+        double: In double precision, whatever the Trainer's is.
     """
 
     grad: bool = False
-    autocast: bool = False
     evaluation: bool = False
     double: bool = False
 
@@ -92,7 +90,7 @@ def _conditions(how: Conditions, device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         if not torch.is_inference_mode_enabled():
             stack.enter_context(torch.set_grad_enabled(how.grad))
-        if not how.autocast and torch.is_autocast_enabled(device.type):
+        if how.double and torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         if "torch._dynamo" in sys.modules:  # compiled for these shapes, it would stay so
             stack.enter_context(torch.compiler.set_stance("force_eager"))

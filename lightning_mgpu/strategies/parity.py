@@ -137,6 +137,7 @@ class _Comparison:
     def __init__(self, step: Step, batch: Any, parts: Parts, replicas: Replicas) -> None:
         self._step, self._batch, self._parts = step, batch, parts
         self._master = replicas.master
+        self._device = replicas.devices[0]
         self._make = replicas.sandboxes()
 
     def run(self) -> Findings | None:
@@ -145,25 +146,21 @@ class _Comparison:
         if found is None:
             return None
         how, whole, parts = found
-        differences = self._differences(whole, parts, self._precision(how))
+        differences = self._differences(whole, parts, self._precision())
         if not differences or self._is_rounding(how):
             return None
         return Findings(self._step, self._batch, self._master, whole, parts, differences)
 
     def _tried(self) -> tuple[Conditions, Result, list[Result]] | None:
         """The runs under the first conditions that the step can do with."""
-        failure: Exception | None = None
-        training = self._step.name == "training_step"
-        for autocast in (False, True):
-            for grad in (False, True) if training else (False,):
-                try:
-                    return self._without_draws(Conditions(grad=grad, autocast=autocast))
-                except (UnsafeError, torch.OutOfMemoryError):
-                    raise
-                except Exception as error:
-                    failure = error
-        assert failure is not None
-        raise failure
+        try:
+            return self._without_draws(Conditions())
+        except (UnsafeError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            if self._step.name != "training_step":
+                raise
+            return self._without_draws(Conditions(grad=True))
 
     def _without_draws(self, how: Conditions) -> tuple[Conditions, Result, list[Result]] | None:
         for evaluation in (False, True):
@@ -184,16 +181,18 @@ class _Comparison:
 
     def _is_rounding(self, how: Conditions) -> bool:
         """Whether the differences are gone in double precision, where the step can do with that."""
-        how = replace(how, double=True, autocast=False)
+        how = replace(how, double=True)
         try:
             return not self._differences(self._whole(how), self._shards(how), torch.float32)
         except Exception:
             return False
 
-    def _precision(self, how: Conditions) -> torch.dtype | None:
+    def _precision(self) -> torch.dtype | None:
+        """The least precise dtype that the step computes in."""
         dtypes = {p.dtype for p in self._master.parameters() if p.is_floating_point()}
-        if how.autocast:
-            dtypes.add(torch.get_autocast_dtype(self._make().device.type))
+        kind = self._device.type
+        if torch.is_autocast_enabled(kind):
+            dtypes.add(torch.get_autocast_dtype(kind))
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
     def _differences(

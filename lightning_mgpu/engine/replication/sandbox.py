@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine.batch import rebuild_sequence
 from lightning_mgpu.engine.replication.copies import Copy
 from lightning_mgpu.engine.replication.isolation import Isolation
 
@@ -37,12 +38,19 @@ class Sandbox(Copy):
             own = self.own_attributes - {"_hparams"} if isinstance(original, nn.Module) else set()
             state, originals = vars(copied), vars(original)
             for key, value in list(state.items()):
-                if key not in own and value is originals.get(key):
-                    state[key] = self.isolation(value)
+                if key not in own and key in originals:
+                    state[key] = self._isolated(value, originals[key])
         for source, container, _, _ in list(self.remap.containers.values()):
             for (key, value), (_, other) in zip(_entries(container), _entries(source), strict=True):
-                if value is other:
-                    container[key] = self.isolation(value)
+                container[key] = self._isolated(value, other)
+
+    def _isolated(self, value: Any, original: Any) -> Any:
+        """What stands for a value, copied where it is the original's."""
+        if value is original:
+            return self.isolation(value)
+        if isinstance(value, tuple):
+            return rebuild_sequence(value, list(map(self._isolated, value, original)))
+        return value
 
     @property
     def modules(self) -> list[nn.Module]:
