@@ -88,8 +88,7 @@ class Parity:
                 whether the arguments may be split like this, and nothing shows that they may.
         """
         root = next(iter(modules.values()))
-        dims = tuple(sorted(splitting.dims.items()))
-        key = (root.training, torch.is_grad_enabled(), call.kind, dims)
+        key = (root.training, torch.is_grad_enabled(), call.kind, _way(call, splitting))
         found = self._known.get(key)
         if found is None:
             found = _Found()
@@ -242,6 +241,13 @@ class _Comparison:
                 if place not in proven:
                     raise SplitError(joining.unordered(place, tensors[0], self._total))
                 layouts[place] = proven[place]
+
+
+def _way(call: Call, splitting: Splitting) -> Hashable:
+    """How each argument is split, or whether one entry of it is for all samples."""
+    whole = (name for name, t in call.tensors.items() if t.dim() and name not in splitting.dims)
+    single = tuple(name for name in whole if call.tensors[name].shape[0] == 1)
+    return tuple(sorted(splitting.dims.items())), single, bool(splitting.doubts)
 
 
 def _least_precise(cut: Cut, devices: Sequence[torch.device]) -> torch.dtype | None:
