@@ -367,6 +367,7 @@ def test_conditions_that_the_step_sets_are_refused_by_name(shape: tuple[int, ...
         module.middle.function.cond = data(*shape)
         with pytest.raises(SplitError, match=r"`Inside.cond` \(in `middle.function`\).*argument"):
             run(data(8, 6))
+        module.unread = data(8, 6)
         module.middle.function.cond = data(1, 8)  # one for all samples
         torch.testing.assert_close(run(data(8, 6)), module.forward(data(8, 6)))
 

@@ -99,6 +99,40 @@ class Parity:
             raise SplitError(" ".join(splitting.doubts)) from found.error
         return found.layouts
 
+    def uses(
+        self,
+        call: Call,
+        cut: Cut,
+        splitting: Splitting,
+        modules: Mapping[str, nn.Module],
+        holder: dict[str, Any],
+        key: str,
+    ) -> bool:
+        """Whether a call reads an attribute; taken for granted if nothing is to be compared.
+
+        Args:
+            call: The call.
+            cut: Its stages.
+            splitting: How its arguments are split.
+            modules: All modules that stages run, by name.
+            holder: A module's attributes or buffers.
+            key: The name of one.
+        """
+        if self._mode == "off":
+            return True
+        trial = Trial(cut.partition, self._devices, call.tensors, splitting.dims)
+        with self._muted(), calm(modules.values(), self._devices):
+            start, before = Held(dict(modules)), holder[key]
+            holder[key] = object()  # which nothing can be computed with
+            try:
+                trial.run(0, 1)
+            except Exception:
+                return True
+            finally:
+                holder[key] = before
+                start.restore()
+        return False
+
     def _examine(
         self, call: Call, cut: Cut, splitting: Splitting, modules: dict[str, nn.Module]
     ) -> _Found:
