@@ -67,8 +67,8 @@ class Pipelined(InParts):
         self._balance: Balance = "parameters" if balance is None else balance
         self._chunks = chunks
         self._checkpoint: Checkpoint = checkpoint
-        self._split_args: SplitArgs = split_args
-        self._broadcast_args = broadcast_args
+        self._split_args: SplitArgs = _plain(split_args)
+        self._broadcast_args: str | int | Sequence[str | int] | None = _plain(broadcast_args)
         Splitter(self._split_args, self._broadcast_args)  # refuses contradictions
         self._deferred_batch_norm = deferred_batch_norm
         self._parity_check: ParityCheck = parity_check
@@ -230,6 +230,13 @@ class Pipelined(InParts):
             self._in_summary.remove()
         self._pipeline = self._override = self._trace = self._in_summary = self._uncalled = None
         self._placed = []
+
+
+def _plain(given: Any) -> Any:
+    """The same without containers of a config's own."""
+    if given is None or isinstance(given, (str, int)):
+        return given
+    return dict(given) if isinstance(given, Mapping) else list(given)
 
 
 def _check_choice(strategy: str, option: str, given: Any, choices: Sequence[str]) -> None:

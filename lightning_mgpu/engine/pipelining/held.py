@@ -4,6 +4,7 @@ import functools
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ __all__: list[str] = []
 
 _MISSING = object()
 _DEPTH = 4
+# Larger tensors and longer lists are data rather than state.
+_MAX_BYTES, _MAX_ENTRIES = 2**28, 1000
 # Objects of these packages are taken for parts of the machinery, not of the model.
 _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_mgpu.", "numpy.", "builtins.")
 _OWN = frozenset(vars(nn.Module()))
@@ -98,6 +101,8 @@ class Held:
     def _add_tensor(self, title: str, value: Tensor) -> None:
         if value.layout is not torch.strided or value.is_nested or value.is_meta:
             return
+        if value.nbytes > _MAX_BYTES:
+            return
         earlier = self._since.leaves.get(title, (None, False))[0] if self._since else None
         copy = earlier if isinstance(earlier, Tensor) and _is_equal(value, earlier) else None
         copy = value.detach().clone() if copy is None else copy
@@ -139,10 +144,10 @@ def differing(one: Held, other: Held, coarse: torch.dtype | None = None) -> Iter
 
 def _entries(value: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(value, dict):
-        return [(f"[{key!r}]", part) for key, part in list(value.items())]
+        return [(f"[{key!r}]", part) for key, part in islice(list(value.items()), _MAX_ENTRIES)]
     if isinstance(value, (set, frozenset)):
         return []
-    return [(f"[{index}]", part) for index, part in enumerate(value)]
+    return [(f"[{index}]", part) for index, part in enumerate(islice(value, _MAX_ENTRIES))]
 
 
 def _is_container(value: Any) -> bool:

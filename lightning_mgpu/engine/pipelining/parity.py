@@ -88,8 +88,7 @@ class Parity:
                 whether the arguments may be split like this, and nothing shows that they may.
         """
         root = next(iter(modules.values()))
-        dims = tuple(sorted(splitting.dims.items()))
-        key = (root.training, torch.is_grad_enabled(), call.kind, dims)
+        key = (root.training, torch.is_grad_enabled(), call.kind, _way(call, splitting))
         found = self._known.get(key)
         if found is None:
             found = _Found()
@@ -99,6 +98,40 @@ class Parity:
         if splitting.doubts and not found.proven:
             raise SplitError(" ".join(splitting.doubts)) from found.error
         return found.layouts
+
+    def uses(
+        self,
+        call: Call,
+        cut: Cut,
+        splitting: Splitting,
+        modules: Mapping[str, nn.Module],
+        holder: dict[str, Any],
+        key: str,
+    ) -> bool:
+        """Whether a call reads an attribute; taken for granted if nothing is to be compared.
+
+        Args:
+            call: The call.
+            cut: Its stages.
+            splitting: How its arguments are split.
+            modules: All modules that stages run, by name.
+            holder: A module's attributes or buffers.
+            key: The name of one.
+        """
+        if self._mode == "off":
+            return True
+        trial = Trial(cut.partition, self._devices, call.tensors, splitting.dims)
+        with self._muted(), calm(modules.values(), self._devices):
+            start, before = Held(dict(modules)), holder[key]
+            holder[key] = object()  # which nothing can be computed with
+            try:
+                trial.run(0, 1)
+            except Exception:
+                return True
+            finally:
+                holder[key] = before
+                start.restore()
+        return False
 
     def _examine(
         self, call: Call, cut: Cut, splitting: Splitting, modules: dict[str, nn.Module]
@@ -242,6 +275,13 @@ class _Comparison:
                 if place not in proven:
                     raise SplitError(joining.unordered(place, tensors[0], self._total))
                 layouts[place] = proven[place]
+
+
+def _way(call: Call, splitting: Splitting) -> Hashable:
+    """How each argument is split, or whether one entry of it is for all samples."""
+    whole = (name for name, t in call.tensors.items() if t.dim() and name not in splitting.dims)
+    single = tuple(name for name in whole if call.tensors[name].shape[0] == 1)
+    return tuple(sorted(splitting.dims.items())), single, bool(splitting.doubts)
 
 
 def _least_precise(cut: Cut, devices: Sequence[torch.device]) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -119,7 +119,8 @@ class Pipeline:
         if self._parity is None:
             return {}
         modules = self._modules()
-        self._assigned.check(modules, splitting.size, self._step_batch())
+        is_used = partial(self._parity.uses, call, cut, splitting, modules)
+        self._assigned.check(modules, splitting.size, self._step_batch(), is_used)
         return self._parity.layouts(call, cut, splitting, modules)
 
     def _modules(self) -> dict[str, nn.Module]:

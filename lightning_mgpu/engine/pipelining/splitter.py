@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
-from lightning_mgpu.engine.pipelining.origin import StepBatch, is_wrapped, storages, tensors_of
+from lightning_mgpu.engine.pipelining.origin import StepBatch, storages
+from lightning_mgpu.engine.pipelining.refused import argument_of, check_kinds, check_lists
 
 __all__: list[str] = []
 
@@ -103,10 +104,10 @@ class Splitter:
         names = list(inspect.signature(forward).parameters)
         given = {_named(entry, names): dim for entry, dim in self._split.items()}
         whole = {_named(entry, names) for entry in self._broadcast}
-        _check_kinds(call, whole)
-        tensors = {n: t for n, t in call.tensors.items() if t.dim() and _argument(n) not in whole}
+        check_kinds(call, whole)
+        tensors = {n: t for n, t in call.tensors.items() if t.dim() and argument_of(n) not in whole}
         sharing = _Sharing(tensors, given, StepBatch(batch))
-        _check_lists(call, sharing.size, whole)
+        check_lists(call, sharing.size, whole)
         dims, rest = sharing.certain()
         self._split_rest(sharing, dims, rest, fixed)
         doubts = sharing.doubts(dims)
@@ -141,8 +142,8 @@ class Splitter:
             shapes = ", ".join(f"`{n}` of shape {tuple(others[n].shape)}" for n in unclear)
             raise SplitError(
                 f"As long as the batch ({size}), which may be chance: {shapes}. Name"
-                f" `{_argument(unclear[0])}` in `split_args` if it has an entry per sample, else in"
-                " `broadcast_args`."
+                f" `{argument_of(unclear[0])}` in `split_args` if it has an entry per sample, else"
+                " in `broadcast_args`."
             )
         dims.update(dict.fromkeys(split, 0))
 
@@ -156,9 +157,9 @@ class _Sharing:
         self.batch = batch
         self._tensors = tensors
         self._named = {
-            name: _checked(name, tensor, given[_argument(name)])
+            name: _checked(name, tensor, given[argument_of(name)])
             for name, tensor in tensors.items()
-            if _argument(name) in given
+            if argument_of(name) in given
         }
         found = {n: batch.dimension(t) for n, t in tensors.items() if n not in self._named}
         self._seen = {name: dim for name, dim in found.items() if dim}
@@ -189,7 +190,7 @@ class _Sharing:
 
     def suspect(self, name: str, tensor: Tensor, reason: str) -> None:
         """Note that a tensor goes whole, though it is as long as the batch."""
-        argument = _argument(name)
+        argument = argument_of(name)
         self._suspected.append(
             f"`{name}` of shape {tuple(tensor.shape)} is as long as the batch ({self.size}), but"
             f" {reason}. Name `{argument}` in `split_args` if it has an entry per sample, else in"
@@ -201,7 +202,7 @@ class _Sharing:
         samples = self.batch.size
         doubts = list(self._suspected)
         for name, tensor in self._tensors.items():
-            rows, argument = tensor.shape[0], _argument(name)
+            rows, argument = tensor.shape[0], argument_of(name)
             about = f"`{name}` of shape {tuple(tensor.shape)}"
             options = [d for d in range(1, tensor.dim()) if tensor.shape[d] == samples != 1]
             advice = "".join(
@@ -279,45 +280,5 @@ def _checked(name: str, tensor: Tensor, dim: int) -> int:
     return dim % tensor.dim()
 
 
-def _check_kinds(call: Call, whole: set[str]) -> None:
-    """Refuse what cannot be taken apart."""
-    for name, tensor in call.tensors.items():
-        reason = is_wrapped(tensor)
-        if reason == "functorch":
-            raise SplitError(
-                f"`{name}` is a tensor of `torch.func` (vmap, grad, jvp), which cannot go to other"
-                " threads. Call the module outside of the transformation, or take"
-                " `strategy='dp'`, where each replica computes the step whole."
-            )
-        if reason is not None and _argument(name) not in whole:
-            raise SplitError(
-                f"`{name}` is a {reason} tensor, which cannot be split by sample. Hand on strided"
-                f" tensors, or name `{_argument(name)}` in `broadcast_args` if every sample needs"
-                " all of it."
-            )
-    for name, value in call.objects.items():
-        held = tensors_of(value)
-        if held and _argument(name) not in whole:
-            raise SplitError(
-                f"`{name}` is a `{type(value).__name__}`, which holds tensors ({held}) and would"
-                " go to every micro-batch whole. Hand on its tensors, or a dict or dataclass of"
-                f" them; or name `{_argument(name)}` in `broadcast_args`."
-            )
-
-
-def _check_lists(call: Call, size: int, whole: set[str]) -> None:
-    for name, value in call.lists.items():
-        if len(value) == size > 1 and _argument(name) not in whole:
-            raise SplitError(
-                f"`{name}` is a list as long as the batch ({size}), and lists are not split. Make"
-                f" it a tensor, or name `{_argument(name)}` in `broadcast_args`."
-            )
-
-
 def _named(entry: str | int, names: Sequence[str]) -> str:
     return names[entry] if isinstance(entry, int) else entry
-
-
-def _argument(name: str) -> str:
-    """The parameter of `forward` that a tensor's name begins with."""
-    return name.partition("[")[0].partition(".")[0]

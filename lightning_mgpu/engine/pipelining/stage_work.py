@@ -74,6 +74,7 @@ class StageWork:
     def forget(self) -> None:
         """Have no backward any more."""
         self._kept.clear()
+        self._moments.clear()
 
     def forward(self, chunk: int, inputs: list[Any]) -> Sequence[Any]:
         """Compute a micro-batch's outputs from leaves of their own."""
