@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_mgpu.engine.graphs import is_graph_batch
+
 __all__: list[str] = []
 
 _DEEPEST_OBJECT = 3
@@ -50,6 +52,11 @@ def is_array(value: Any) -> bool:
     if is_tensor_like(value) or hasattr(value, "__array__"):
         return len(getattr(value, "shape", ())) > 0
     return False
+
+
+def has_rows(value: Any) -> bool:
+    """Whether it is no container and has samples to be taken from it: an array, a graph batch."""
+    return is_array(value) or is_graph_batch(value)
 
 
 def parts(value: Any) -> list[tuple[str, Any]]:

@@ -26,6 +26,7 @@ from lightning_mgpu.engine.batch.containers import (
     rebuild,
 )
 from lightning_mgpu.engine.batch.layout import Dimensions, signature
+from lightning_mgpu.engine.graphs import is_graph_batch, join_graphs
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +173,8 @@ class _Join:
             raise ValueError(f"`{path}` is {names} on different replicas.")
         if is_array(first):
             return self._arrays(values, path, top)
+        if is_graph_batch(first):
+            return join_graphs([self.moved(value) for value in values])
         if is_sequence(first) and self._are_entries(values, path, inside):
             self._note(path, "entries")
             return rebuild(first, [self.moved(entry) for value in values for entry in value])
@@ -188,7 +191,7 @@ class _Join:
         """A value, its tensors without a graph and on the device."""
 
         def move(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, Tensor) and not is_graph_batch(leaf):
                 return leaf
             leaf = leaf.detach()
             return leaf if self._device is None else leaf.to(self._device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_mgpu.engine.batch.containers import (
+    has_rows,
     holds_tensors,
     is_array,
     is_container,
@@ -24,6 +25,7 @@ from lightning_mgpu.engine.batch.containers import (
     parts,
     rebuild,
 )
+from lightning_mgpu.engine.graphs import graph_count, is_graph_batch, take_graphs
 
 Kind = Literal["columns", "samples", "whole"]
 Dimensions = int | Mapping[Any, int]
@@ -84,14 +86,16 @@ class Layout:
     def _dimension(self, value: Any, top: Any) -> int:
         """The batch dimension of an array below the part `top` of the batch."""
         dim = self._dim if isinstance(self._dim, int) else self._dim.get(top, 0)
-        return dim if dim < len(value.shape) else 0
+        return dim if is_array(value) and dim < len(value.shape) else 0
 
     def _length(self, value: Any, top: Any) -> int:
+        if is_graph_batch(value):
+            return graph_count(value)
         return int(value.shape[self._dimension(value, top)])
 
     def _arrays(self, value: Any, path: str, top: Any) -> Iterator[tuple[str, int]]:
         """Every array with its length along the batch dimension."""
-        if is_array(value):
+        if has_rows(value):
             yield path, self._length(value, top)
         for name, part, below in _parts_below(value, top):
             yield from self._arrays(part, path + name, below)
@@ -126,14 +130,14 @@ class Layout:
                 return
         elif not is_container(value):
             _check_leaf(value, path)
-            if is_array(value):
+            if has_rows(value):
                 yield path, self._length(value, top)
         for name, part, below in _parts_below(value, top):
             yield from self._sure(part, path + name, below)
 
     def _fits(self, value: Any, size: int, path: str, top: Any) -> bool:
         """Whether a batch of `size` samples may look like this."""
-        if is_array(value):
+        if has_rows(value):
             return self._length(value, top) == size
         if is_sequence(value):
             known = self._known.get(path)
@@ -171,7 +175,7 @@ class Layout:
         self._refuse(batch, fitting, arrays)
 
     def _fits_collated(self, value: Any, size: int, top: Any) -> bool:
-        if is_array(value):
+        if has_rows(value):
             return self._length(value, top) == size
         if is_sequence(value) and value and all(isinstance(e, (str, bytes)) for e in value):
             return len(value) == size
@@ -223,7 +227,7 @@ class Layout:
 
     def _check_array(self, value: Any, size: int, path: str, top: Any) -> None:
         _check_leaf(value, path)
-        if is_array(value):
+        if has_rows(value):
             length = self._length(value, top)
             if length != size:
                 raise ValueError(self._disagree(size, path, length))
@@ -289,16 +293,18 @@ class Layout:
             return rebuild(value, list(value)[start:stop])
         if kind == "whole":
             return value
-        if is_array(value):
-            return cut_array(value, self._dimension(value, top), start, stop)
+        if has_rows(value):
+            return _cut_rows(value, self._dimension(value, top), start, stop)
         if not is_container(value):
             return value
         below = _parts_below(value, top)
         return rebuild(value, [self._cut(p, start, stop, path + n, key) for n, p, key in below])
 
 
-def cut_array(value: Any, dim: int, start: int, stop: int) -> Any:
-    """Entries `start` to `stop` of an array along a dimension; a view."""
+def _cut_rows(value: Any, dim: int, start: int, stop: int) -> Any:
+    """Entries `start` to `stop` along a dimension, a view; of graphs, those graphs."""
+    if is_graph_batch(value):
+        return take_graphs(value, start, stop)
     return value[(slice(None),) * dim + (slice(start, stop),)] if dim else value[start:stop]
 
 
@@ -363,7 +369,7 @@ def _check_leaf(value: Any, path: str) -> None:
         raise ValueError(
             f"`{path}` is a `{type(value).__name__}`, which can be read only once. Make it a list."
         )
-    elif not is_array(value) and holds_tensors(value):
+    elif not has_rows(value) and holds_tensors(value):
         raise ValueError(
             f"`{path}` is a `{type(value).__name__}` that holds tensors, and how its samples lie in"
             " it is not known. Make it a dataclass, or a dict of tensors."
