@@ -120,12 +120,18 @@ class Samples(pl.LightningDataModule):
             sampler = DistributedSampler(
                 self.case.samples, RANKS, self.trainer.global_rank, shuffle=False
             )
-        return DataLoader(
-            self.case.samples, self.batch_size, sampler=sampler, collate_fn=self.case.collate
-        )
+        return self._loader_of(sampler)
 
     def _plain_loader(self) -> DataLoader[Any]:
-        return DataLoader(self.case.samples, self.batch_size, collate_fn=self.case.collate)
+        return self._loader_of(None)
+
+    def _loader_of(self, sampler: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset=self.case.samples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=self.case.collate,
+        )
 
     train_dataloader = val_dataloader = _loader
     predict_dataloader = _plain_loader
