@@ -319,3 +319,19 @@ def test_caches_of_layers_are_joined_by_layer() -> None:
     assert [key.flatten().tolist() for key in joined.keys] == [[0, 0, 0, 1, 1, 1]] * 3
     assert joined.seen == 5
     assert len(caches[0].keys[0]) == 3
+
+
+def test_dimension_of_outputs_is_remembered() -> None:
+    memory = JoinMemory()
+    for sizes in ([4, 3], [2, 2]):  # two layers, and two samples a shard
+        states = [torch.full((2, n, 5), float(n)) for n in sizes]
+        assert tuple(join(states, sizes, CPU, memory).shape) == (2, sum(sizes), 5)
+
+
+def test_sequence_first_batches_are_told() -> None:
+    layout = Layout(lambda: Hint(frozenset({8})))
+    split(torch.zeros(12, 8, 3), 2, 1, layout)
+    assert "split along its first dimension" in layout.doubts[0]
+    layout = Layout(lambda: Hint(frozenset({8})))
+    split(torch.zeros(8, 12, 3), 2, 1, layout)
+    assert layout.doubts == []

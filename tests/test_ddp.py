@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from unittest.mock import patch
 
 import boring
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,6 +29,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_mgpu import DDPStrategy
 from lightning_mgpu.launch.errors import LaunchError, UnpicklableError
 from lightning_mgpu.launch.pool import default_pool
+from lightning_mgpu.launch.rank import Rank
+from lightning_mgpu.launch.variables import of_rank
+from lightning_mgpu.strategies.launcher import PoolLauncher
 
 
 def test_entry_points_in_any_order_repeatedly() -> None:
@@ -97,16 +102,96 @@ class _Worlds(boring.Classifier):
         self.world = self.trainer.world_size
 
 
-def test_environment_is_untouched_during_the_run() -> None:
+_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK")
+
+
+def _place() -> list[int]:
+    return [int(os.environ.get(name, -1)) for name in _PLACE]
+
+
+class _ByEnvironment(IterableDataset[Any]):
+    """Takes its share of the data by environment variables, with the first row for its own."""
+
+    def __init__(self, rank: str = "LOCAL_RANK") -> None:
+        self.rank = rank
+
+    def __iter__(self) -> Any:
+        rank, size = int(os.environ.get(self.rank, 0)), int(os.environ.get("WORLD_SIZE", 1))
+        x, y = boring.blobs(16)[:]
+        yield from ((x[i], y[i], i) for i in range(rank, 16, size))
+
+
+class _Sees(boring.Classifier):
+    """Keeps which samples each rank was given, and what place its environment gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self.shares: list[list[int]] = []
+        self.places: list[list[int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.seen += batch[2].tolist()
+        return self._loss(batch)
+
+    def on_train_end(self) -> None:
+        self.shares = self.all_gather(torch.tensor(self.seen)).tolist()
+        self.places = self.all_gather(torch.tensor(_place())).tolist()
+
+
+@pytest.mark.parametrize(("rank", "num_workers"), [("LOCAL_RANK", 0), ("RANK", 1)])
+def test_data_sharded_by_the_environment_is_shared_out(rank: str, num_workers: int) -> None:
     before = dict(os.environ)
+    model = _Sees()
+    loader = DataLoader(
+        _ByEnvironment(rank), 4, num_workers=num_workers, persistent_workers=num_workers > 0
+    )
+    boring.trainer().fit(model, loader)
+    assert model.shares == [list(range(0, 16, 2)), list(range(1, 16, 2))]
+    assert model.places == [[0, 0, 2, 2, 0, 0], [1, 1, 2, 2, 0, 0]]
+    assert dict(os.environ) == before
+    alone = _Sees()  # no worker process of the loader stays behind that has a share only
+    boring.trainer("auto", 1).fit(alone, loader)
+    assert alone.seen == list(range(16))
 
-    class Look(pl.Callback):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            assert dict(os.environ) == before or trainer.global_rank > 0
-            names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-            assert not set(names) & set(os.environ)
 
-    boring.trainer(callbacks=[Look()]).fit(boring.Classifier(), datamodule=boring.Blobs())
+def test_environment_of_a_failed_run_is_put_back() -> None:
+    class Fails(_Sees):
+        def on_train_start(self) -> None:
+            assert _place()[2] == 2
+            raise ArithmeticError
+
+    before = dict(os.environ)
+    with pytest.raises(ArithmeticError):
+        boring.trainer().fit(Fails(), DataLoader(_ByEnvironment(), 4))
+    assert dict(os.environ) == before
+
+
+def test_trainer_of_one_device_within_a_run_and_the_next_run_see_no_ranks_from_outside() -> None:
+    class Nested(boring.Classifier):
+        def on_train_end(self) -> None:
+            inner = boring.Classifier()
+            trainer = boring.trainer("auto", 1)
+            trainer.fit(inner, datamodule=boring.Blobs())
+            assert trainer.world_size == 1
+            assert _place()[:3] == [self.global_rank, self.global_rank, 2]
+
+    for _ in range(2):
+        trainer = boring.trainer()
+        trainer.fit(Nested(), datamodule=boring.Blobs())
+        assert isinstance(trainer.strategy.launcher, PoolLauncher)
+
+
+def test_program_started_within_a_run_launches_its_own_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It inherits the variables, as of a rank that somebody has started from outside."""
+    with monkeypatch.context() as patched:
+        for name, value in of_rank(Rank(0, 2)).items():
+            patched.setenv(name, value)
+        model = _Worlds()
+        boring.trainer().fit(model, datamodule=boring.Blobs())
+    assert model.world == 2
 
 
 def test_dataloaders_given_by_hand_with_workers() -> None:
@@ -201,6 +286,36 @@ def test_unseeded_ranks_draw_different_numbers() -> None:
     model = _Draws()
     boring.trainer().fit(model, datamodule=boring.Blobs())
     assert model.drawn[0] != model.drawn[1]
+
+
+@pytest.mark.parametrize("seed", [np.random.seed, random.seed])
+def test_seed_of_another_generator_alone_holds_for_all_ranks(seed: Any) -> None:
+    """Otherwise ranks that split the data in `setup` train on each other's validation data."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    class Splits(_Draws):
+        def setup(self, stage: str) -> None:
+            self.split = [int(np.random.permutation(1000)[0]), random.randrange(1000)]
+
+        def on_train_start(self) -> None:
+            super().on_train_start()
+            self.splits = self.all_gather(torch.tensor(self.split)).tolist()
+
+    try:
+        torch.seed()
+        for _ in range(2):
+            seed(1)
+            expected = [int(np.random.permutation(1000)[0]), random.randrange(1000)]
+            seed(1)
+            model = Splits()
+            boring.trainer().fit(model, datamodule=boring.Blobs())
+            assert model.splits[0] == model.splits[1]
+            assert model.splits[0][seed is random.seed] == expected[seed is random.seed]
+            assert model.drawn[0] != model.drawn[1]
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
 
 
 def test_seeded_ranks_draw_the_same_numbers() -> None:

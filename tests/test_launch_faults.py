@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from lightning_mgpu.launch.errors import (
     UnpicklableError,
     WorkerDiedError,
     is_collective_error,
+    is_timeout_error,
 )
 from lightning_mgpu.launch.payload import Payload
 from lightning_mgpu.launch.pool import default_pool
@@ -305,13 +307,36 @@ def test_class_that_the_worker_cannot_import_is_named() -> None:
         (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
         (dist.DistBackendError("NCCL error"), True),
         (dist.DistNetworkError("failed to recv"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("Socket closed "), True),
+        (RuntimeError("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 2000 ms"), True),
         (RuntimeError("shape mismatch"), False),
+        (RuntimeError("DataLoader timed out after 5 seconds"), False),
         (ValueError("NCCL is my favourite"), False),
     ],
-    ids=["gloo", "nccl", "store", "other", "other type"],
+    ids=[
+        *("gloo", "nccl", "store", "closed pair", "closed socket", "monitored barrier"),
+        *("other", "other timeout", "other type"),
+    ],
 )
 def test_collective_errors_are_told_apart(error: Exception, expected: bool) -> None:
     assert is_collective_error(error) is expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 2000ms"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 2000 ms"), True),
+        (dist.DistBackendError("Watchdog caught collective operation timeout: ran for 9 ms"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), False),
+        (RuntimeError("DataLoader timed out after 5 seconds"), False),
+    ],
+    ids=["gloo", "closed pair", "monitored barrier", "nccl", "lost peer", "other"],
+)
+def test_timeouts_of_collectives_are_told_apart(error: Exception, expected: bool) -> None:
+    assert is_timeout_error(error) is expected
 
 
 # Deaths
@@ -442,6 +467,28 @@ def test_hang_of_all_ranks_blames_the_sequence() -> None:
     with soon(), pytest.raises(RankHungError, match="same sequence of collectives") as info:
         launch(cross, timeout=_SHORT)
     assert info.value.ranks == ()
+    for rank in range(2):
+        assert re.search(rf"(?s)Python stack of rank {rank}:.*in cross", str(info.value))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("recovers")
+def test_rank_that_comes_too_late_is_named() -> None:
+    """It finds the connection closed by the rank that gave up."""
+
+    def late(rank: Rank) -> None:
+        rank.join_group("gloo", _SHORT)
+        dist.barrier()
+        if rank.rank == 1:
+            time.sleep(3.0)
+        dist.barrier()
+        if rank.rank == 0:
+            sleep_in_this_function()
+
+    with soon(), pytest.raises(RankHungError, match="for rank 1") as info:
+        launch(late, timeout=_SHORT)
+    assert info.value.ranks == (1,)
+    assert "in late" in str(info.value)
 
 
 # The caller's own end

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import pytest
 import torch
 
 from lightning_mgpu.launch import state as state_module
+from lightning_mgpu.launch.rank import Rank
 from lightning_mgpu.launch.state import (
-    RANK_VARIABLES,
     ProcessState,
     _is_seeded,
     frozen_environment,
     threads_per_rank,
 )
+from lightning_mgpu.launch.variables import RANK_VARIABLES, come_from_a_launch, of_rank, shown
 
 
 @pytest.fixture
@@ -113,6 +115,23 @@ def test_captured_environment_has_no_rank(patch: pytest.MonkeyPatch) -> None:
     assert environment["MGPU_TEST"] == "kept"
 
 
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ArithmeticError])
+def test_variables_of_a_rank_are_put_back(
+    patch: pytest.MonkeyPatch, error: type[BaseException] | None
+) -> None:
+    patch.setenv("WORLD_SIZE", "of the user")
+    before = dict(os.environ)
+    rank = Rank(1, 3)
+    with pytest.raises(error) if error else nullcontext(), shown(rank):
+        assert {k: v for k, v in os.environ.items() if before.get(k) != v} == of_rank(rank)
+        assert come_from_a_launch()
+        del os.environ["WORLD_SIZE"]
+        if error:
+            raise error
+    assert dict(os.environ) == before
+    assert not come_from_a_launch()
+
+
 # Random numbers
 
 
@@ -142,6 +161,14 @@ def test_seed_stays_known_after_numbers_were_drawn() -> None:
 def test_unseeded_process_keeps_its_numbers_to_itself() -> None:
     torch.seed()
     assert ProcessState.capture(threads=1).random is None
+
+
+@pytest.mark.usefixtures("random_states")
+def test_unseeded_ranks_share_the_numbers_of_python_and_numpy() -> None:
+    torch.seed()
+    captured = ProcessState.capture(threads=1, for_ranks=True).random
+    assert captured is not None
+    assert set(captured) == {"python", "numpy"}
 
 
 # Capture and apply

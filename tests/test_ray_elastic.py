@@ -62,7 +62,7 @@ class _Workers:
     def __init__(self, group: session.Group) -> None:
         self.group, self.busy = group, True
         self.size = max(group.least, min(group.most, self.room))
-        self.is_alive = lambda: True
+        self.is_alive, self.is_stale = lambda: True, lambda: False
         self.wake = self.close = lambda: None
 
 

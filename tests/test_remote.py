@@ -40,8 +40,8 @@ def inits(monkeypatch: pytest.MonkeyPatch) -> Inits:
     inits = Inits()
     monkeypatch.setattr(ray, "init", inits)
     monkeypatch.setattr(ray, "is_initialized", inits.is_initialized)
-    monkeypatch.setattr(cluster, "_ours", False)
-    monkeypatch.setattr(cluster, "_asked", None)
+    monkeypatch.setattr(cluster, "_made", None)
+    monkeypatch.setattr(cluster, "connection", lambda: "some" if inits.calls else None)
     monkeypatch.setattr(cluster, "turn_authentication_on", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return inits

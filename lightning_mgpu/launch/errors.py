@@ -8,9 +8,17 @@ from dataclasses import dataclass
 
 import cloudpickle
 
-# Gloo reports a lost or silent peer as a plain `RuntimeError`; only its words tell it apart.
-_COLLECTIVE_WORDS = ("gloo/", "NCCL")
-_TIMEOUT_WORDS = ("Timed out waiting", "timed out", "timeout")
+# Gloo reports a lost or silent peer as a plain `RuntimeError`; only its words tell it apart. Most of
+# its messages begin with the place in its source; the others do not say where they come from.
+_COLLECTIVE_WORDS = (
+    *("gloo/", "NCCL", "monitoredBarrier", "Gloo connectFullMesh"),
+    # A pair of ranks whose connection gloo closed, by the first error and for every later call.
+    *("caused pair closure", "Connection closed by peer", "Connection reset by peer"),
+    *("Socket closed", "Socket unexpectedly closed", "Broken pipe"),
+    *("timed out connecting", "Connect timeout", "Operation timed out!"),
+)
+_NO_ANSWER = "  (no answer: it is probably in native code that holds the interpreter's lock)"
+_TIMEOUT_WORDS = ("timed out", "timeout", "timing out", "failed to pass monitoredbarrier")
 
 
 class LaunchError(RuntimeError):
@@ -48,6 +56,33 @@ class RankHungError(TimeoutError):
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         self.ranks = ranks
         super().__init__(message)
+
+    @classmethod
+    def of(cls, ranks: tuple[int, ...], stacks: dict[int, str], timeout: float) -> "RankHungError":
+        """The error for `ranks` that did not arrive.
+
+        Args:
+            ranks: Empty if every rank waited for the others.
+            stacks: Python stacks by rank, as far as they are known.
+            timeout: In seconds.
+        """
+        shown = "\n".join(
+            f"Python stack of rank {rank}:\n" + stacks.get(rank, _NO_ANSWER).rstrip()
+            for rank in ranks or sorted(stacks)
+        )
+        if not ranks:
+            return cls(
+                f"Every rank waited more than {timeout:g} s for the others: they do not run the"
+                " same sequence of collectives. Look for a branch that only some ranks take, or"
+                f" for a dataset that gives some ranks more batches.\n{shown}"
+            )
+        noun = "rank" if len(ranks) == 1 else "ranks"
+        return cls(
+            f"The other ranks waited more than {timeout:g} s for {noun}"
+            f" {', '.join(map(str, ranks))}. If that is only slow, raise the strategy's"
+            f" `timeout`.\n{shown}",
+            ranks,
+        )
 
     def __reduce__(self) -> tuple[type["RankHungError"], tuple[str, tuple[int, ...]]]:
         return type(self), (str(self), self.ranks)
@@ -114,7 +149,8 @@ def is_collective_error(error: BaseException) -> bool:
 
 def is_timeout_error(error: BaseException) -> bool:
     """Whether a collective gave up waiting."""
-    return is_collective_error(error) and any(word in str(error) for word in _TIMEOUT_WORDS)
+    words = str(error).lower()
+    return is_collective_error(error) and any(word in words for word in _TIMEOUT_WORDS)
 
 
 def _dump_or_none(error: BaseException) -> bytes | None:

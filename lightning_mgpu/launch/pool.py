@@ -20,12 +20,8 @@ from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.handle import Deliveries, WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupter
 from lightning_mgpu.launch.rank import GroupGuard, Rank, Rendezvous, abort_group, leave_group
-from lightning_mgpu.launch.state import (
-    RANK_VARIABLES,
-    ProcessState,
-    frozen_environment,
-    threads_per_rank,
-)
+from lightning_mgpu.launch.state import ProcessState, frozen_environment, threads_per_rank
+from lightning_mgpu.launch.variables import RANK_VARIABLES, shown
 from lightning_mgpu.launch.watch import Watch
 from lightning_mgpu.launch.worker import is_worker
 
@@ -90,7 +86,7 @@ class WorkerPool:
         """
         with self._exclusive(), ExitStack() as stack:
             threads = threads_per_rank(world_size)
-            state = ProcessState.capture(threads)
+            state = ProcessState.capture(threads, for_ranks=True)
             workers = dict(enumerate(self._take(world_size - 1), start=1))
             rendezvous = stack.enter_context(Rendezvous())
             stack.enter_context(GroupGuard())
@@ -124,7 +120,8 @@ class WorkerPool:
 
             result, ending = None, None
             try:
-                result = watch.rank_zero(lambda: local(ranks[0]))
+                with shown(ranks[0]):
+                    result = watch.rank_zero(lambda: local(ranks[0]))
             except normal_exit as error:
                 ending = error
             files = watch.collect(protocol.Done, seconds)

@@ -11,18 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
+from lightning_mgpu.launch.variables import RANK_VARIABLES
+
 if TYPE_CHECKING:
     from lightning_mgpu.launch.torch_state import TorchState
 
 __all__: list[str] = []
-
-# A rank's own place; a worker gets it from its `Rank`, never from the caller's environment.
-RANK_VARIABLES = frozenset(
-    {
-        *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-        *("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK"),
-    }
-)
 
 # Read when a process starts or a library loads: a worker that was started under other values has
 # to be replaced. Threads (OMP and its like) are set by call instead.
@@ -40,8 +34,8 @@ class ProcessState:
         environment: `os.environ` without the variables that say which rank a process is.
         threads: Intra-op threads for each rank.
         torch: torch's settings; `None` if the caller has not imported it.
-        random: Generator states, or `None` if the caller is not seeded: then each rank draws its
-            own numbers.
+        random: Generator states; `None` if the receiver is to draw numbers of its own. Those of
+            torch are left out if nobody seeded it: then each rank draws its own from there.
         hydra: Pickled singletons and resolvers of Hydra and OmegaConf; `None` if not in use.
     """
 
@@ -58,8 +52,15 @@ class ProcessState:
     hydra: bytes | None = field(repr=False)
 
     @classmethod
-    def capture(cls, threads: int) -> "ProcessState":
-        """The state of this process."""
+    def capture(cls, threads: int, *, for_ranks: bool = False) -> "ProcessState":
+        """The state of this process.
+
+        Args:
+            threads: Intra-op threads for each receiver.
+            for_ranks: The receivers run one program together, so they draw the same numbers of
+                Python and NumPy, whether or not somebody seeded these. Otherwise they do so only
+                where somebody seeded torch.
+        """
         return cls(
             environment={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES},
             directory=os.getcwd(),
@@ -68,7 +69,7 @@ class ProcessState:
             umask=_umask(),
             threads=threads,
             torch=_torch_state(),
-            random=_random_states() if _is_seeded() else None,
+            random=_random_states(for_ranks),
             log_levels=_log_levels(),
             warning_filters=_dump_or_none(warnings.filters),
             hydra=_hydra_state(),
@@ -147,32 +148,46 @@ def _is_seeded() -> bool:
     return torch.initial_seed() < 2**32
 
 
-def _random_states() -> dict[str, Any]:
-    import torch
-
-    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+def _random_states(for_ranks: bool) -> dict[str, Any] | None:
+    seeded = _is_seeded()
+    if not seeded and not for_ranks:
+        return None
+    # Whether somebody seeded Python's and NumPy's generators cannot be told, and a split of the
+    # data that ranks draw for themselves must be the same on all of them.
+    states: dict[str, Any] = {"python": random.getstate()}
     if "numpy" in sys.modules:
         states["numpy"] = sys.modules["numpy"].random.get_state()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    if seeded:
+        torch = sys.modules["torch"]
+        states["torch"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
 
 def _set_random_states(states: dict[str, Any] | None) -> None:
     import torch
 
-    if states is None:
+    if states is None or "torch" not in states:
         torch.seed()
+    if states is None:
         random.seed()
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()
         return
     random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
     if "numpy" in states:
         import numpy as np
 
         np.random.set_state(states["numpy"])
+    if "torch" in states:
+        _set_torch_states(states)
+
+
+def _set_torch_states(states: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
     elif torch.cuda.is_available():

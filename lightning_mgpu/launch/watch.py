@@ -241,31 +241,19 @@ class Watch:
 
     def _conclude_hang(self) -> None:
         with self._changed:
-            error = next((self._error_of(rank) for rank in sorted(self._failures)), None)
-            if error is not None and not RemoteFailure.of(error).is_timeout:
+            facts = {rank: _facts(failure) for rank, failure in sorted(self._failures.items())}
+            error = next((self._error_of(rank) for rank in facts), None)
+            if error is not None and not any(failure.is_timeout for failure in facts.values()):
                 # Somebody's connection broke, and everybody is still there: not a hang.
                 self._conclude(error)
                 return
-            hung = RankHungError(self._describe_hang(), self._missing)
+            # Who came when the others had given up finds closed connections.
+            late = tuple(rank for rank, failure in facts.items() if not failure.is_timeout)
+            ranks = self._missing or late
+            stacks = {rank: failure.traceback for rank, failure in facts.items()} | self._stacks
+            hung = RankHungError.of(ranks, stacks, self._timeout)
             hung.__cause__ = error
             self._conclude(hung)
-
-    def _describe_hang(self) -> str:
-        if not self._missing:
-            return (
-                f"Every rank waited more than {self._timeout:g} s for the others: they do not run"
-                " the same sequence of collectives. Look for a branch that only some ranks take."
-            )
-        ranks = ", ".join(map(str, self._missing))
-        noun = "rank" if len(self._missing) == 1 else "ranks"
-        stacks = [
-            f"Python stack of rank {rank}:\n" + self._stacks.get(rank, _NO_ANSWER).rstrip()
-            for rank in self._missing
-        ]
-        return (
-            f"The other ranks waited more than {self._timeout:g} s for {noun} {ranks}. If that is"
-            " only slow, raise the strategy's `timeout`.\n" + "\n".join(stacks)
-        )
 
     def _conclude(self, error: BaseException) -> None:
         if self._conclusion is not None:
@@ -330,4 +318,6 @@ class Watch:
             action()
 
 
-_NO_ANSWER = "  (no answer: it is probably in native code that holds the interpreter's lock)"
+def _facts(failure: RemoteFailure | BaseException) -> RemoteFailure:
+    return failure if isinstance(failure, RemoteFailure) else RemoteFailure.of(failure)
+

@@ -20,6 +20,7 @@ from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.channel import Channel
 from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.rank import GroupGuard
+from lightning_mgpu.launch.variables import of_rank
 
 __all__: list[str] = []
 
@@ -139,6 +140,7 @@ class _Worker:
 
     def _run(self, run: protocol.Run, file: int) -> Any:
         run.state.apply()
+        os.environ.update(of_rank(run.rank))
         if run.prepare is not None:
             run.prepare(run.rank)
         function = payload.load(file, self._inbox.expect(protocol.Buffers).buffers)

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,33 @@ _OWN_CLUSTER_SECONDS = 20.0
 _SETTLE_SECONDS = 5.0
 _NEXT_SECONDS = 1.0
 
-_ours = False
-_asked: dict[str, Any] | None = None  # the options with which `connect` has connected
+
+@dataclass(frozen=True)
+class _Made:
+    """A connection that `connect` has made. It is gone when the program shuts Ray down."""
+
+    connection: str
+    ours: bool
+    asked: dict[str, Any]
+
+
+_made: _Made | None = None
+
+
+def connection() -> str | None:
+    """Tells this process's connection to a cluster from all others; `None` if there is none.
+
+    Actors, placement groups and objects of another connection are gone, or nobody's.
+    """
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return f"{context.get_node_id()} {context.get_job_id()}"
+
+
+def _own() -> _Made | None:
+    """The connection if `connect` has made it, and nobody has shut it down since."""
+    return _made if _made is not None and _made.connection == connection() else None
 
 
 def connect(options: Mapping[str, Any] | None = None) -> None:
@@ -54,7 +80,7 @@ def connect(options: Mapping[str, Any] | None = None) -> None:
     Raises:
         LaunchError: There is no cluster at the address, or this process uses another one.
     """
-    global _ours, _asked
+    global _made
     asked = given(options or {})
     if ray.is_initialized():
         _refuse_another(asked)
@@ -69,7 +95,9 @@ def connect(options: Mapping[str, Any] | None = None) -> None:
             ray.init(address, **{**own, **options})
         else:
             _join(address, options)
-    _ours, _asked = address == LOCAL, asked
+    here = connection()
+    assert here is not None
+    _made = _Made(here, address == LOCAL, asked)
 
 
 def _join(address: str, options: Mapping[str, Any]) -> None:
@@ -109,9 +137,10 @@ def reach(address: str) -> None:
 
 def _refuse_another(asked: Mapping[str, Any]) -> None:
     """A program has one connection: where we have made it, another cannot be asked for."""
-    if _asked is None:
+    made = _own()
+    if made is None:
         return
-    wanted = {name: value for name, value in asked.items() if _asked.get(name) != value}
+    wanted = {name: value for name, value in asked.items() if made.asked.get(name) != value}
     if wanted:
         raise LaunchError(
             f"This process uses Ray already, but not with {wanted}. Call `ray.shutdown()` first."
@@ -120,7 +149,8 @@ def _refuse_another(asked: Mapping[str, Any]) -> None:
 
 def is_ours() -> bool:
     """Whether the cluster was started by `connect`, so that nobody will ever add nodes to it."""
-    return _ours and ray.is_initialized()
+    made = _own()
+    return made is not None and made.ours
 
 
 def fits(bundles: list[dict[str, float]], free: bool = False) -> bool:
@@ -131,8 +161,8 @@ def fits(bundles: list[dict[str, float]], free: bool = False) -> bool:
         free: Count what is free now, over the whole cluster, instead of what there is.
     """
     if free:
-        return _take(bundles, [dict(ray.available_resources())])
-    return _take(bundles, [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]])
+        return fit_on(bundles, [ray.available_resources()])
+    return fit_on(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def reserve(
@@ -216,8 +246,10 @@ def _too_little(asked: str) -> str:
     )
 
 
-def _take(bundles: list[dict[str, float]], nodes: list[dict[str, Any]]) -> bool:
-    return all(_take_one(bundle, nodes) for bundle in bundles)
+def fit_on(bundles: list[dict[str, float]], nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether nodes with these resources have room for all `bundles`, each on one node."""
+    left = [dict(node) for node in nodes]
+    return all(_take_one(bundle, left) for bundle in bundles)
 
 
 def _take_one(bundle: dict[str, float], nodes: list[dict[str, Any]]) -> bool:

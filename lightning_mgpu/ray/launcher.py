@@ -100,7 +100,7 @@ class RayLauncher(_Launcher):
         raise AssertionError
 
     def _run(self, parcel: Parcel, keeper: Keeper | None = None) -> list[list[Parcel]]:
-        state = ProcessState.capture(self._strategy.threads_per_worker)
+        state = ProcessState.capture(self._strategy.threads_per_worker, for_ranks=True)
         workers = self._take_workers(keeper)
         try:
             results = workers.run(parcel, state, keeper.latest() if keeper is not None else None)

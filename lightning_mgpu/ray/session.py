@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -20,6 +21,7 @@ from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray import cluster
 from lightning_mgpu.ray.parcel import Parcel
 from lightning_mgpu.ray.place import Place, machine, places
+from lightning_mgpu.ray.rest import Rest
 from lightning_mgpu.ray.trial import TrialBundles
 from lightning_mgpu.ray.watch import Watch
 from lightning_mgpu.ray.worker import Job, TrainWorker
@@ -58,6 +60,13 @@ class Group:
         """What to reserve for all workers, as many as are enough."""
         return [dict(self.resources)] * self.most
 
+    @property
+    def held(self) -> list[str]:
+        """Names of the resources that the workers keep from others."""
+        names = [name for name, _ in self.resources]
+        # A trial's bundles are for the trial's own tasks and actors, under names of their own.
+        return names if self.trial is None else [f"{n}_group_{self.trial.group}" for n in names]
+
     def fits(self, count: int) -> bool:
         """Whether the cluster seems to have so many workers' resources free."""
         return cluster.fits([dict(self.resources)] * count, free=True)
@@ -71,7 +80,9 @@ class Session:
         self.busy = True
         self._reservation: PlacementGroup | None = None
         self._workers: list[Any] = []
-        self._idle: threading.Timer | None = None
+        self._idle: Rest | None = None
+        self._calls = 0
+        self._connection = cluster.connection()
         try:
             self._start()
         except BaseException:
@@ -103,6 +114,7 @@ class Session:
             raise WorkerDiedError(0, None) from error
         sent = ray.put(parcel)
         checkpoint = ray.put(resume)
+        self._calls += 1
         runs = {}
         for worker, place in zip(self._workers, self._places, strict=True):
             job = Job(replace(place, host=host, port=port), state, machine())
@@ -126,17 +138,20 @@ class Session:
         return len(self._workers)
 
     def rest(self, seconds: float) -> None:
-        """Wait for the next call, at most `seconds`."""
-        self._idle = threading.Timer(seconds, close_if_idle, (self,))
-        self._idle.name, self._idle.daemon = "mgpu-ray-idle", True
+        """Wait for the next call, at most `seconds`, and until others wait for the resources."""
         self.busy = False
-        self._idle.start()
+        first, end = self._workers[0], partial(close_if_idle, self)
+        self._idle = Rest(first, self._calls, self.group.held, seconds, end)
 
     def wake(self) -> None:
         """The next call has come."""
         if self._idle is not None:
-            self._idle.cancel()
+            self._idle.stop()
         self.busy, self._idle = True, None
+
+    def is_stale(self) -> bool:
+        """Whether Ray has been shut down since the workers were started, which ended them."""
+        return self._connection != cluster.connection()
 
     def is_alive(self) -> bool:
         """Whether every worker still answers."""
@@ -150,10 +165,10 @@ class Session:
         """End the workers and give back what they hold. May be called twice."""
         self.busy = True  # nobody's any more
         if self._idle is not None:
-            self._idle.cancel()
-        if not ray.is_initialized():
-            return
+            self._idle.stop()
         workers, self._workers = self._workers, []
+        if self.is_stale():
+            return
         for worker in workers:
             with suppress(RayError):
                 ray.kill(worker)
@@ -181,7 +196,7 @@ class Session:
             "resources": resources,
         }
         # An option that Ray documents and does not declare.
-        groups: Any = {"concurrency_groups": {"messages": 1}}
+        groups: Any = {"concurrency_groups": {"messages": 1, "demand": 1}}
         actor = ray.remote(**groups)(TrainWorker)
         for index in range(first, first + size):
             strategy = PlacementGroupSchedulingStrategy(self._reservation, index)
@@ -204,7 +219,9 @@ def take(group: Group) -> Session:
     """A session that nobody uses: a warm one, or else a new one."""
     with _changing:
         for session in list(_sessions):
-            if session.group == group and not session.busy:
+            if session.is_stale():
+                discard(session)
+            elif session.group == group and not session.busy:
                 session.wake()
                 # More of them, if that is welcome by now?
                 enough = session.size >= group.most or not group.fits(1)

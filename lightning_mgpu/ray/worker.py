@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
 from lightning_mgpu.launch.state import ProcessState
+from lightning_mgpu.ray import demand
 from lightning_mgpu.ray.parcel import Parcel, unpack
 from lightning_mgpu.ray.place import Place, machine
 
@@ -54,6 +55,7 @@ class TrainWorker:
         self._messages: queue.Queue[bytes | None] = queue.Queue(_MESSAGES)
         self._answers: queue.Queue[bytes] = queue.Queue()
         self._rendezvous: Rendezvous | None = None
+        self._calls = 0
         if hook is not None:
             cloudpickle.loads(hook)()
         # Never garbage: the modules imported so far, Lightning (by `place`) and torch among them.
@@ -84,6 +86,7 @@ class TrainWorker:
             resume: The checkpoint that will lie at the path.
         """
         global _current
+        self._calls += 1
         try:
             with GroupGuard(), _as_file(resume) as path:
                 _current = self
@@ -111,6 +114,20 @@ class TrainWorker:
     def take_answer(self, answer: bytes) -> None:
         """What the driver says to a message that asks."""
         self._answers.put(answer)
+
+    @ray.method(concurrency_group="demand")
+    def watch_demand(self, calls: int, held: list[str], seconds: float) -> bool:
+        """Wait between runs until somebody else wants what the workers hold.
+
+        Args:
+            calls: The number of runs so far; with the next one, waiting is over.
+            held: Names of the resources.
+            seconds: How long to wait.
+
+        Returns:
+            Whether Ray says what others want.
+        """
+        return demand.wait(held, seconds, lambda: self._calls != calls)
 
     def post(self, message: bytes) -> None:
         """Leave a message for the driver."""

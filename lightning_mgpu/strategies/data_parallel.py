@@ -241,7 +241,9 @@ class DataParallelStrategy(SingleProcessStrategy):
         except ValueError as error:
             raise ValueError(
                 f"The batch cannot be split over {count} devices: {error} Give"
-                " `DataParallelStrategy(scatter_fn=...)` a function that splits it."
+                " `DataParallelStrategy(scatter_fn=...)` a function that splits it;"
+                " `functools.partial(lightning_mgpu.scatter, dim=1)` if the batch is the second"
+                " dimension."
             ) from error
 
     def _trains_batch_norm(self) -> bool:

@@ -15,6 +15,7 @@ from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from lightning_mgpu.launch.rank import leave_group
+from lightning_mgpu.launch.variables import come_from_a_launch
 from lightning_mgpu.strategies.environment import PoolEnvironment
 from lightning_mgpu.strategies.launcher import PoolLauncher
 
@@ -26,7 +27,8 @@ class DDPStrategy(_LightningDDPStrategy):
     multirun in every rank and cannot work in a notebook. Here rank 0 stays in the calling process
     and the others are persistent worker processes that receive the pickled trainer. They serve
     later `fit`, `validate`, `test` and `predict` calls, of this trainer and of others, without
-    being started again. Nothing stays behind in `os.environ`.
+    being started again. On all ranks, ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` are set for the
+    length of a call; nothing stays behind in `os.environ`.
 
     Where the ranks come from outside (``torchrun``, SLURM or any other cluster environment, or
     ``LOCAL_RANK`` set by hand) it behaves as Lightning's own.
@@ -54,9 +56,9 @@ class DDPStrategy(_LightningDDPStrategy):
 
     @cluster_environment.setter
     def cluster_environment(self, environment: ClusterEnvironment | None) -> None:
-        if (
-            type(environment) is LightningEnvironment
-            and not environment.creates_processes_externally
+        if type(environment) is LightningEnvironment and (
+            # Within a launch of ours the variables are set, and nobody else started this process.
+            not environment.creates_processes_externally or come_from_a_launch()
         ):
             environment = PoolEnvironment()
         self._cluster_environment = environment

@@ -59,34 +59,56 @@ def replay(
     sizes: Sequence[int],
     log: Callable[..., None],
     original: Callable[[Any], Any],
+    whole_sizes: dict[str, float] | None = None,
 ) -> None:
     """Log what the replicas have recorded, each name once.
 
     Means are weighted by `batch_size` where that was given and else by shard size; sums, minima and
-    maxima are what their `reduce_fx` says.
+    maxima are what their `reduce_fx` says. A `batch_size` that is that of the whole batch on each
+    replica stays it, and does not weigh.
 
     Args:
         recorders: One per replica.
         sizes: Samples in each replica's shard.
         log: The master's `log`.
         original: The master's own of a replica's metric object.
+        whole_sizes: By name, what earlier steps gave as the `batch_size` of the whole batch; 0 if
+            they gave that of each shard. Updated.
     """
+    whole_sizes = {} if whole_sizes is None else whole_sizes
     keys = dict.fromkeys(key for recorder in recorders for key in recorder.calls)
     for key in keys:
-        calls, weights = [], []
-        for recorder, size in zip(recorders, sizes, strict=True):
-            call = recorder.calls.get(key)
-            if call is not None:
-                given = call.options.get("batch_size")
-                calls.append(call)
-                weights.append(float(size if given is None else given))
+        having = [
+            (recorder.calls[key], size)
+            for recorder, size in zip(recorders, sizes, strict=True)
+            if key in recorder.calls
+        ]
+        calls = [call for call, _ in having]
+        shares = [size for _, size in having]
+        given = [call.options.get("batch_size") for call in calls]
+        whole = _whole_size(given, shares, whole_sizes.get(key[0]))
+        weights = [
+            float(size if n is None or whole is not None else n)
+            for n, size in zip(given, shares, strict=True)
+        ]
+        if whole is not None or len(set(given)) > 1:
+            whole_sizes[key[0]] = whole or 0
         args, kwargs = calls[0].args, dict(calls[0].kwargs)
-        if any(call.options.get("batch_size") is not None for call in calls):
+        if any(n is not None for n in given):
             args = args[:_BATCH_SIZE_POSITION]
-            kwargs["batch_size"] = round(sum(weights))
+            kwargs["batch_size"] = round(sum(weights) if whole is None else whole)
         how = _name(calls[0].options.get("reduce_fx", "mean"))
         value = _merge([call.value for call in calls], weights, how, original)
         log(key[0], value, *args, **kwargs)
+
+
+def _whole_size(given: Sequence[Any], sizes: Sequence[int], known: float | None) -> float | None:
+    """The `batch_size` of the whole batch, if all replicas have given that and not their own."""
+    first = given[0]
+    if first is None or known == 0 or any(n != first for n in given):
+        return None
+    uneven = len(set(sizes)) > 1
+    return float(first) if first in (sum(sizes), known) or uneven else None
 
 
 def _name(reduce_fx: Any) -> str:

@@ -257,17 +257,23 @@ class _Join:
         if len({len(shape) for shape in shapes}) > 1:
             raise ValueError(f"`{path}` has shapes {_listed(shapes)}, which cannot be joined.")
         exact = [d for d in range(len(shapes[0])) if self._is_batch(shapes, d, 1)]
+        known = self._memory.roles.get(path)
+        if known in exact:
+            return known
         if exact[:1] == [0]:
+            if len(exact) == 1:
+                self._memory.roles[path] = 0
             return 0
         rows = [shape[0] for shape in shapes]
         factor = rows[0] // self._sizes[0] if self._sizes[0] else 0
         flattened = factor > 1 and self._is_batch(shapes, 0, factor)
         if len(exact) == 1 and not flattened:
+            self._memory.roles[path] = exact[0]
             return exact[0]
         if flattened and not exact:
             return 0
         if not exact and _agree(shapes, 0):
-            if len(set(rows)) > 1 or self._memory.roles.get(path) == "ragged":
+            if len(set(rows)) > 1 or known == "ragged":
                 return "ragged"
             if all(_equal_arrays(value, values[0]) for value in values):
                 return "same"

@@ -65,6 +65,7 @@ class Layout:
         self._known: dict[str, Kind] = {}
         self._kinds: dict[str, Kind] = {}
         self._measure = "batch"
+        self._lasting: list[str] | None = None
         self.doubts: list[str] = []
 
     def read(self, batch: Any) -> int:
@@ -74,8 +75,11 @@ class Layout:
             ValueError: Nothing tells the number of samples, two parts disagree about it, something
                 cannot be split, or it cannot be decided whether a list has an entry per sample.
         """
-        self._kinds, self.doubts = {}, []
+        self._kinds = {}
         size = self._size(batch)
+        if self._lasting is None:
+            self._lasting = list(self._transposed(batch, size))
+        self.doubts = list(self._lasting)
         self._decide(batch, size, "batch", None)
         return size
 
@@ -202,6 +206,18 @@ class Layout:
             f"`{self._measure}` has {size} samples (its batch dimension), but `{path}` has"
             f" {length}."
         )
+
+    def _transposed(self, batch: Any, size: int) -> Iterator[str]:
+        """Arrays whose second dimension is what the DataLoader calls the batch, not the first."""
+        sizes = self._hint().sizes - {1}
+        if size in sizes or self._dim != 0:
+            return
+        for path, leaf in leaves(batch):
+            if is_array(leaf) and len(leaf.shape) > 1 and leaf.shape[1] in sizes:
+                yield (
+                    f"`{path}` of shape {tuple(leaf.shape)} was split along its first dimension,"
+                    f" but the DataLoader's batches have {leaf.shape[1]} samples"
+                )
 
     # What each part is
 

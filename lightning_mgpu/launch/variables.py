@@ -1,0 +1,63 @@
+"""Environment variables by which code tells which rank its process is."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_mgpu.launch.rank import Rank
+
+__all__: list[str] = []
+
+_MARK = "LIGHTNING_MGPU_LAUNCHED"
+
+# A rank's own place; a worker gets it from its `Rank`, never from the caller's environment.
+RANK_VARIABLES = frozenset(
+    {
+        *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+        *("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK"),
+        _MARK,
+    }
+)
+
+
+def of_rank(rank: "Rank") -> dict[str, str]:
+    """The variables of a rank on one machine, named and counted as by ``torchrun``.
+
+    They are for code that shards data by them. The ranks themselves find each other without, so
+    there is no address and no port.
+    """
+    return {
+        "RANK": str(rank.rank),
+        "LOCAL_RANK": str(rank.rank),
+        "WORLD_SIZE": str(rank.world_size),
+        "LOCAL_WORLD_SIZE": str(rank.world_size),
+        "NODE_RANK": "0",
+        "GROUP_RANK": "0",
+        _MARK: "1",
+    }
+
+
+def come_from_a_launch() -> bool:
+    """Whether a launch of ours has set the variables: here, or in the program that started this one.
+
+    If not, somebody has started this process as one of several ranks.
+    """
+    return _MARK in os.environ
+
+
+@contextmanager
+def shown(rank: "Rank") -> Iterator[None]:
+    """Set the variables in this process until the block ends, however it does."""
+    ours = of_rank(rank)
+    before = {name: os.environ.get(name) for name in ours}
+    try:
+        os.environ.update(ours)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
