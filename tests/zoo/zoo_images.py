@@ -177,7 +177,13 @@ def _detector(net: Callable[..., nn.Module], channels: int, side: int) -> Case:
         anchors = AnchorGenerator(((side,),), ((1.0,),))
         options = {"min_size": 32, "max_size": 64, "detections_per_img": 4}
         return Detects(
-            net(_Backbone(channels), CLASSES, anchor_generator=anchors, topk_candidates=10, **options)
+            net(
+                _Backbone(channels),
+                CLASSES,
+                anchor_generator=anchors,
+                topk_candidates=10,
+                **options,
+            )
         )
 
     return Case(build, _photographs(), lists)

@@ -136,9 +136,7 @@ def gpt2() -> Case:
 
 def gpt2_padded() -> Case:
     advice = {"scatter_fn": by_tokens}
-    return Case(
-        lambda: CountsTokens(_gpt2()), _padded_texts(), advice=advice, tolerance=_FLOAT32
-    )
+    return Case(lambda: CountsTokens(_gpt2()), _padded_texts(), advice=advice, tolerance=_FLOAT32)
 
 
 def t5() -> Case:
@@ -249,9 +247,7 @@ def x_encoder() -> Case:
     def build() -> Model:
         layers = xt.Encoder(dim=16, depth=2, heads=2, attn_dim_head=8, alibi_pos_bias=True)
         return Pooled(
-            xt.ContinuousTransformerWrapper(
-                dim_in=4, dim_out=3, max_seq_len=16, attn_layers=layers
-            )
+            xt.ContinuousTransformerWrapper(dim_in=4, dim_out=3, max_seq_len=16, attn_layers=layers)
         )
 
     return Case(build, samples)
