@@ -149,9 +149,12 @@ class _Snapshot:
             "process group": dist.is_initialized(),
             "files in the repository": {path.name for path in ROOT.iterdir()},
             # `multiprocessing` keeps a directory for each process that has shared a tensor, and
-            # cannot take it away when a loader's process is terminated.
+            # cannot take it away when a loader's process is terminated. torch_geometric keeps the
+            # code that it generates.
             "temporary files": {
-                path.name for path in temporary_files.iterdir() if not path.name.startswith("pymp-")
+                path.name
+                for path in temporary_files.iterdir()
+                if not path.name.startswith(("pymp-", "torch_geometric."))
             },
             "sys.excepthook": sys.excepthook,
             "signal handlers": {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_mgpu import DataParallelStrategy, gather, scatter
+from lightning_mgpu import DataParallelStrategy, Shard, gather, scatter
 
 SIZE = 8
 X, Y = boring.blobs(SIZE).tensors
@@ -207,6 +207,37 @@ def test_sequence_first_batches_are_split_along_a_dimension() -> None:
     (one, first), (many, second) = results
     torch.testing.assert_close(many, one, rtol=0, atol=1e-9)
     torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_shards_may_weigh_by_tokens_and_outputs_have_a_row_per_sample(devices: int) -> None:
+    counts = torch.arange(SIZE) % 4 + 1
+
+    def step(net: Callable[[Tensor], Tensor], batch: Any) -> Any:
+        losses = F.cross_entropy(net(batch["x"]), batch["y"], reduction="none")
+        return (losses * batch["n"]).sum() / batch["n"].sum()
+
+    class ReturnsRows(Model):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = self.net(batch["x"])
+            return {"logits": logits, "texts": batch["id"], "loss": self.step(self.net, batch)}
+
+    def by_tokens(batch: Any, count: int) -> list[Shard]:
+        return [Shard(part.batch, int(part.batch["n"].sum())) for part in scatter(batch, count)]
+
+    def collate(ids: list[int]) -> Any:
+        return {"x": X[ids], "y": Y[ids], "n": counts[ids], "id": [str(i) for i in ids]}
+
+    results = []
+    strategy = DataParallelStrategy(scatter_fn=by_tokens)
+    for trainer in (boring.trainer("auto", 1), boring.trainer(strategy, devices)):
+        model = ReturnsRows(step)
+        trainer.fit(model, _loader(collate))
+        results.append((trainer.predict(model, _loader(collate))[0], model))
+    (one, first), (many, second) = results
+    boring.assert_same_weights(first, second)
+    assert many.pop("texts") == one.pop("texts") == [str(i) for i in range(SIZE)]
+    torch.testing.assert_close(many, one, rtol=0, atol=1e-9)
 
 
 class Bag:

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_mgpu.engine import batch_norm as engine_batch_norm
-from lightning_mgpu.engine.batch import JoinMemory, Layout, Shard, join, split
+from lightning_mgpu.engine.batch import JoinMemory, Layout, Shard, batch_size, join, split
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.replication.loss import joint_loss
 from lightning_mgpu.engine.replication.replicas import Replicas
@@ -96,6 +96,8 @@ class DataParallelStrategy(SingleProcessStrategy):
         self._batch_norm: engine_batch_norm.Statistics = batch_norm
         self._scatter_fn = scatter_fn
         self._gather_fn = gather_fn
+        # Of a step that `scatter_fn` has split, if the shards may weigh by something else.
+        self._samples: list[int] | None = None
         self._dataloader_idx = 0
         self._replicas: Replicas | None = None
         self._workers: Workers | None = None
@@ -247,6 +249,7 @@ class DataParallelStrategy(SingleProcessStrategy):
                     f"`scatter_fn` has made {len(shards)} shards for {count} devices; return at"
                     " least one and at most as many as there are devices."
                 )
+            self._samples = _samples_of(shards, batch)
             return shards
         # Batch normalisation cannot be trained on a single sample.
         least = 2 if name == "training_step" and self._trains_batch_norm() else 1
@@ -272,7 +275,8 @@ class DataParallelStrategy(SingleProcessStrategy):
             return self._gather_fn(outputs, sizes)
         try:
             memory = self._outputs.setdefault((name, self._dataloader_idx), JoinMemory())
-            return join(outputs, sizes, self.root_device, memory)
+            samples = self._samples if len(self._samples or ()) == len(sizes) else None
+            return join(outputs, sizes, self.root_device, memory, samples=samples)
         except ValueError as error:
             raise ValueError(
                 f"The outputs of the replicas cannot be put together: {error} Give"
@@ -289,6 +293,15 @@ class DataParallelStrategy(SingleProcessStrategy):
             return loss
         others = [{key: o[key] for key in o if key != "loss"} for o, _ in mappings]
         return {"loss": loss, **self._gather(name, others, [size for _, size in mappings])}
+
+
+def _samples_of(shards: Sequence[Shard], batch: Any) -> list[int] | None:
+    """Samples in the shards of a user's function, which may weigh by something else."""
+    try:
+        samples = [batch_size(shard.batch) for shard in shards]
+        return samples if sum(samples) == batch_size(batch) else None  # or split otherwise
+    except ValueError:
+        return None
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -58,21 +58,23 @@ def join(
     device: torch.device,
     memory: JoinMemory | None = None,
     dim: Dimensions | None = None,
+    samples: Sequence[int] | None = None,
 ) -> Any:
     """Put the shards' outputs together as one step on the whole batch would have returned them.
 
     Args:
         outputs: One per shard, of the same structure.
-        sizes: The number of samples of each shard.
+        sizes: The number of samples of each shard; or what else they weigh by in means.
         device: Where the joined tensors lie.
         memory: What is known of outputs of this kind; default: nothing.
         dim: The batch dimension of the tensors, if it is not to be found out; for all or by the key
             or position of the output's parts.
+        samples: The number of samples of each shard, if `sizes` is something else.
 
     Raises:
         ValueError: Structures differ, or something does not fit; the message names the place.
     """
-    joiner = _Join(sizes, device, memory or JoinMemory(), dim)
+    joiner = _Join(sizes, device, memory or JoinMemory(), dim, samples)
     return joiner.moved(outputs[0]) if len(outputs) == 1 else joiner.join(outputs, "output", None)
 
 
@@ -148,8 +150,10 @@ class _Join:
         device: torch.device | None,
         memory: JoinMemory,
         dim: Dimensions | None,
+        samples: Sequence[int] | None = None,
     ) -> None:
-        self._sizes = sizes
+        self._weights = sizes
+        self._sizes = list(sizes if samples is None else samples)
         self._device = device
         self._memory = memory
         self._dim = dim
@@ -205,11 +209,11 @@ class _Join:
             return self._counts(values, path)
         self._note(path, "mean")
         if all(isinstance(value, Tensor) for value in values):
-            return weighted_mean([self.moved(value) for value in values], self._sizes)
+            return weighted_mean([self.moved(value) for value in values], self._weights)
         numbers = [float(value) for value in values]
         if all(number == numbers[0] for number in numbers):
             return values[0]
-        pairs = [(n, size) for n, size in zip(numbers, self._sizes, strict=True) if size]
+        pairs = [(n, size) for n, size in zip(numbers, self._weights, strict=True) if size]
         return sum(n * size for n, size in pairs) / sum(size for _, size in pairs)
 
     def _counts(self, values: Sequence[Any], path: str) -> Any:
@@ -226,7 +230,7 @@ class _Join:
                 return first
         elif isinstance(first, bool) or (isinstance(first, Tensor) and first.dtype == torch.bool):
             return self._first_of(values, path)
-        elif numbers != list(self._sizes):
+        elif numbers not in (list(self._sizes), list(self._weights)):
             self._memory.tell(
                 path,
                 f"is another whole number for each part of the batch ({_listed(numbers)}); they are"
@@ -270,8 +274,8 @@ class _Join:
         if len(exact) == 1 and not flattened:
             self._memory.roles[path] = exact[0]
             return exact[0]
-        if flattened and not exact:
-            return 0
+        if not exact and (flattened or (rows == list(self._weights) and _agree(shapes, 0))):
+            return 0  # tokens, or what shards weigh by, such as nodes of graphs
         if not exact and _agree(shapes, 0):
             if len(set(rows)) > 1 or known == "ragged":
                 return "ragged"
