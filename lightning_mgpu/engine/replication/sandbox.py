@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mgpu.engine.batch import rebuild_sequence
+from lightning_mgpu.engine.batch.containers import rebuild
 from lightning_mgpu.engine.replication.copies import Copy
 from lightning_mgpu.engine.replication.isolation import Isolation
 
@@ -49,7 +49,7 @@ class Sandbox(Copy):
         if value is original:
             return self.isolation(value)
         if isinstance(value, tuple):
-            return rebuild_sequence(value, list(map(self._isolated, value, original)))
+            return rebuild(value, list(map(self._isolated, value, original)))
         return value
 
     @property
