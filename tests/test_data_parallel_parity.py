@@ -204,13 +204,20 @@ def confusion(self: Any, batch: Any) -> Tensor:
 
 
 def test_output_whose_rows_are_no_samples_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    strategy = DataParallelStrategy()
-    boring.trainer(strategy, 2).predict(Net(loss_of, predict_step=confusion), loader())
+    def gram(self: Any, batch: Any) -> Tensor:
+        return batch[0][:, :4].T @ batch[0][:, :4]  # as many rows as a shard has samples
+
+    boring.trainer(DataParallelStrategy(), 2).predict(Net(loss_of, predict_step=gram), loader())
     (text,) = warnings_of(caplog)
     assert "`predict_step` gives something else" in text
-    assert "`output`: shape (6, 3) instead of (3, 3)" in text
-    assert "`output` has 3 rows for 8 samples" in text
+    assert "`output`: shape (8, 4) instead of (4, 4)" in text
+    assert "`output` has 4 rows for 8 samples" in text
     assert "gather_fn" in text
+
+
+def test_output_without_a_batch_dimension_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"shapes \(3, 3\) and \(3, 3\).*gather_fn"):
+        boring.trainer("dp", 2).predict(Net(loss_of, predict_step=confusion), loader())
 
 
 def test_gather_fn_that_puts_outputs_right_is_no_difference(
