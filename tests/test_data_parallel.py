@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_mgpu import DataParallelStrategy, Shard
 
-
 # The check of the first batch calls its step, too.
 UNCHECKED = partial(DataParallelStrategy, parity_check="off")
 

@@ -248,6 +248,18 @@ def test_outputs_of_a_training_step_are_compared(caplog: pytest.LogCaptureFixtur
     assert "`output['spread']`" in text
 
 
+def test_output_of_another_length_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def step(self: Any, batch: Any) -> Any:
+        return ["a", "b", "c"]
+
+    strategy = DataParallelStrategy(gather_fn=lambda outputs, _: [x for o in outputs for x in o])
+    boring.trainer(strategy, 2).predict(Net(loss_of, predict_step=step), loader())
+    (text,) = warnings_of(caplog)
+    assert "`output`: 6 entries instead of 3" in text
+    assert "an entry of a list, for each sample" in text
+    assert "class weights" not in text
+
+
 def test_list_that_went_whole_is_named(caplog: pytest.LogCaptureFixture) -> None:
     def collate(samples: Any) -> Any:
         x, y = (torch.stack(column) for column in zip(*samples, strict=True))
@@ -354,7 +366,10 @@ def test_parametrised_models_are_no_difference(kind: Any, caplog: pytest.LogCapt
     assert not [text for text in warnings_of(caplog) if "gives something else" in text]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize(
+    "precision",
+    ["32-true", *(pytest.param(p, marks=pytest.mark.slow) for p in ("bf16-mixed", "bf16-true"))],
+)
 @pytest.mark.parametrize("name", ["lenet", "mlp", "resnet", "transformer"])
 def test_demo_models_are_no_difference(name: str, precision: Any) -> None:
     torch.manual_seed(0)
