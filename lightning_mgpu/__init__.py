@@ -12,6 +12,7 @@ from lightning_mgpu._version import __version__
 
 if TYPE_CHECKING:
     from lightning_mgpu.engine.batch import Shard, gather, scatter
+    from lightning_mgpu.engine.compare import ParityError
     from lightning_mgpu.strategies import (
         DataParallelStrategy,
         DDPStrategy,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DDPStrategy",
     "DataParallelStrategy",
+    "ParityError",
     "PipelineDDPStrategy",
     "PipelineStrategy",
     "Shard",
@@ -33,6 +35,7 @@ __all__ = [
 _PUBLIC = {
     "DDPStrategy": "lightning_mgpu.strategies",
     "DataParallelStrategy": "lightning_mgpu.strategies",
+    "ParityError": "lightning_mgpu.engine.compare",
     "PipelineDDPStrategy": "lightning_mgpu.strategies",
     "PipelineStrategy": "lightning_mgpu.strategies",
     "Shard": "lightning_mgpu.engine.batch",

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mgpu.engine.pipelining.arguments import Call, Splitter
+from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.cutter import Cutter
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.partition import PartitionError
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
+from lightning_mgpu.engine.pipelining.splitter import Splitter
 from lightning_mgpu.engine.pipelining.trace import UntraceableError
 from lightning_mgpu.engine.pipelining.tuning import Chunks
 
@@ -240,8 +241,8 @@ def _split(batch: Any, *args: Any, model: Any = (), **options: Any) -> tuple[int
     def forward(x: Any = None, mask: Any = None, *more: Any, key: Any = None) -> None: ...
 
     call = Call.of(forward, args, kwargs)
-    size, names = Splitter(**options).split(call, forward, batch, lambda: model)
-    return size, set(names)
+    splitting = Splitter(**options).split(call, forward, batch, lambda: model)
+    return splitting.size, set(splitting.dims)
 
 
 X, MASK = torch.randn(6, 3), torch.randn(6, 6)
@@ -295,7 +296,8 @@ def test_what_once_was_of_another_length_is_known() -> None:
     splitter = Splitter()
     for length in (8, 6):
         call = Call.of(forward, (torch.ones(length, 3), MASK), {})
-        assert splitter.split(call, forward, [], list) == (length, {"x"})
+        splitting = splitter.split(call, forward, [], list)
+        assert (splitting.size, splitting.dims) == (length, {"x": 0})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_mgpu.strategies.dealing import LoaderOrder, chunks
 from lightning_mgpu.strategies.predictions import (
     RankPredictions,
     join_batches,
@@ -13,7 +14,7 @@ from lightning_mgpu.strategies.predictions import (
 )
 
 # Two ranks, five samples, batches of two: as a distributed sampler deals them.
-INDICES = [[[0, 2], [4]], [[1, 3]]]
+PLACES = [[[0, 2], [4]], [[1, 3]]]
 
 
 class Pair(NamedTuple):
@@ -21,9 +22,19 @@ class Pair(NamedTuple):
     y: Any
 
 
-def _merge(make: Any, indices: list[list[list[int]]] = INDICES) -> Any:
+def _merge(
+    make: Any,
+    places: list[list[list[int]]] = PLACES,
+    known_by: Any = "position",
+    sizes: list[int] | None = None,
+) -> Any:
     ranks = [
-        RankPredictions([[make(batch) for batch in rank]], [rank], nested=False) for rank in indices
+        RankPredictions(
+            [[make(batch) for batch in rank]],
+            [LoaderOrder(known_by, rank, chunks(5, 2) if sizes is None else sizes)],
+            nested=False,
+        )
+        for rank in places
     ]
     return merge_predictions(ranks)
 
@@ -52,13 +63,35 @@ def _plain(output: Any) -> Any:
         (lambda b: (_column(b), -_column(b)), [[[0, 1], [0, -1]], [[2, 3], [-2, -3]], [[4], [-4]]]),
         (lambda b: Pair(_column(b), _column(b)), [[i, i] for i in ([0, 1], [2, 3], [4])]),
         (lambda b: [str(i) for i in b], [["0", "1"], ["2", "3"], ["4"]]),
+        (lambda b: tuple(str(i) for i in b), [["0", "1"], ["2", "3"], ["4"]]),
+        (
+            lambda b: (_column(b), tuple(str(i) for i in b)),
+            [[[0, 1], ["0", "1"]], [[2, 3], ["2", "3"]], [[4], ["4"]]],
+        ),
         (lambda b: [torch.full((i,), i) for i in b], [[[], [1]], [[2, 2], [3, 3, 3]], [[4] * 4]]),
     ],
-    ids=["tensor", "array", "dict", "tuple", "named tuple", "texts", "boxes"],
+    ids=[
+        *("tensor", "array", "dict", "tuple", "named tuple", "texts", "tuple of texts"),
+        *("texts in a tuple", "boxes"),
+    ],
 )
-def test_samples_come_in_dataset_order(make: Any, expected: Any) -> None:
+def test_samples_come_in_the_order_of_the_sampler(
+    make: Any, expected: Any, recwarn: pytest.WarningsRecorder
+) -> None:
     merged = _merge(make)
     assert [_plain(batch) for batch in merged] == expected
+    assert not recwarn
+
+
+def test_texts_keep_their_container() -> None:
+    assert type(_merge(lambda b: tuple(map(str, b)))[0]) is tuple
+    assert type(_merge(lambda b: list(map(str, b)))[0]) is list
+
+
+def test_two_numbers_for_each_batch_of_two_are_not_two_samples() -> None:
+    with pytest.warns(UserWarning, match="cannot be taken apart by sample"):
+        merged = _merge(lambda b: (0.5, float(len(b))), [[[0, 2]], [[1, 3]]])
+    assert merged == [(0.5, 2.0), (0.5, 2.0)]
 
 
 def test_named_tuples_keep_their_type() -> None:
@@ -85,13 +118,55 @@ def test_outputs_of_differing_structure_come_batch_by_batch() -> None:
     assert [_plain(batch) for batch in merged] == [{"a": [0, 2]}, None, None]
 
 
-def test_repeated_samples_of_a_padding_sampler_come_once() -> None:
-    merged = _merge(_column, [[[0, 2], [4]], [[1, 3], [0]]])
+def test_padding_is_dropped() -> None:
+    merged = _merge(_column, [[[0, 2], [4]], [[1, 3], [5]]])
     assert [_plain(batch) for batch in merged] == [[0, 1], [2, 3], [4]]
 
 
+def test_batch_of_nothing_but_padding_is_dropped_also_where_it_cannot_be_taken_apart() -> None:
+    with pytest.warns(UserWarning, match="cannot be taken apart by sample"):
+        merged = _merge(lambda b: torch.tensor(b[0]), [[[0, 2], [4]], [[1, 3], [5]]])
+    assert _plain(merged) == [0, 1, 4]
+
+
+def test_batches_have_the_sizes_of_one_process() -> None:
+    merged = _merge(_column, sizes=[1, 3, 1])
+    assert [_plain(batch) for batch in merged] == [[0], [1, 2, 3], [4]]
+
+
+def test_whole_batches_need_not_be_taken_apart(recwarn: pytest.WarningsRecorder) -> None:
+    merged = _merge(lambda b: f"{b}", [[[0, 1], [4]], [[2, 3]]])
+    assert merged == ["[0, 1]", "[2, 3]", "[4]"]
+    assert not recwarn
+
+
+def test_batches_that_a_limit_left_out_are_missing_at_the_end() -> None:
+    merged = _merge(_column, [[[0, 2]], [[1, 3]]], sizes=[2, 2, 2, 2])
+    assert [_plain(batch) for batch in merged] == [[0, 1], [2, 3]]
+
+
+def test_unknown_dealing_comes_in_the_order_of_the_dataset(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    merged = _merge(_column, [[[7, 1], [3]], [[0, 5]]], "dataset")
+    assert [_plain(batch) for batch in merged] == [[0, 1], [3, 5], [7]]
+    assert not recwarn
+
+
+def test_repetitions_of_unknown_dealing_are_kept_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="padding cannot be told from repetition"):
+        merged = _merge(_column, [[[0, 2], [4]], [[1, 3], [0]]], "dataset")
+    assert [_plain(batch) for batch in merged] == [[0, 0], [1, 2], [3, 4]]
+
+
 def test_ranks_that_saw_everything_count_once() -> None:
-    assert [_plain(b) for b in _merge(_column, [[[0, 1], [2]]] * 2)] == [[0, 1], [2]]
+    everything = [[[0, 1], [2]]] * 2
+    for known_by in ("dataset", "everything"):
+        assert [_plain(b) for b in _merge(_column, everything, known_by)] == [[0, 1], [2]]
+
+
+def test_batches_of_an_unknown_order_come_in_turns() -> None:
+    assert [_plain(b) for b in _merge(_column, known_by="nothing")] == [[0, 2], [1, 3], [4]]
 
 
 def test_predictions_that_nobody_kept_are_none() -> None:

@@ -11,8 +11,9 @@ import pytest
 import ray
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from lightning_mgpu.launch.errors import LaunchError, UnpicklableError, WorkerDiedError
@@ -139,10 +140,14 @@ def test_workers_stand_where_the_driver_stands(
     assert seen["sampler"] == (2, 0, True)
     assert (seen["cwd"], seen["variable"], seen["threads"]) == (str(tmp_path), "here", 1)
     assert seen["trainer"] is trainer, "what both sides have keeps its identity"
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(boring.Classifier(), datamodule=boring.Blobs())
+    assert facts.facts[-1]["variable"] is None, "left over from the call before"
 
 
-def test_resources_hook_and_ddp_arguments() -> None:
+def test_resources_hook_and_ddp_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = _Facts()
+    monkeypatch.setenv("MGPU_HOOK", "the driver's")
     strategy = RayStrategy(
         num_workers=1,
         num_cpus_per_worker=2,
@@ -153,6 +158,7 @@ def test_resources_hook_and_ddp_arguments() -> None:
     )
     model = _Unused()
     boring.trainer(strategy, "auto", callbacks=[facts]).fit(model, datamodule=boring.Blobs())
+    monkeypatch.undo()
     assert strategy._ddp_kwargs["find_unused_parameters"]
     assert facts.facts[0]["node"] == {"CPU": 0.5, "tape": 1.0}
     assert facts.facts[0]["hooked"] == "called"
@@ -172,6 +178,34 @@ def test_logger_writes_where_the_driver_says(tmp_path: Path) -> None:
     trainer.fit(boring.Classifier(), datamodule=boring.Blobs())
     assert "train_loss_step" in Path(logger.log_dir, "metrics.csv").read_text()
     assert trainer.log_dir == str(tmp_path / "logs" / "version_0")
+
+
+class _Tuned(boring.Classifier):
+    lr = 0.5
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_learning_rate_is_found_as_on_one_device(num_workers: int) -> None:
+    def tuned(trainer: pl.Trainer) -> tuple[Any, float]:
+        model = _Tuned()
+        data = DataLoader(boring.blobs(), batch_size=4)
+        found = Tuner(trainer).lr_find(model, data, num_training=20)
+        assert trainer.state.finished
+        assert not trainer.callbacks or not isinstance(trainer.callbacks[0], LearningRateFinder)
+        boring.assert_same_weights(model, _Tuned())
+        return found, model.lr
+
+    found, lr = tuned(_trainer(num_workers))
+    assert lr == found.suggestion() != 0.5
+    if num_workers == 1:
+        expected, theirs = tuned(boring.trainer("auto", 1))
+        assert lr == theirs
+        torch.testing.assert_close(found.results, expected.results, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="batch size is currently not supported with distributed"):
+        Tuner(_trainer(num_workers)).scale_batch_size(_Tuned())
 
 
 def test_dataloader_workers_and_predictions_of_several_loaders() -> None:

@@ -1,12 +1,16 @@
 """What users of `ray_lightning` relied on, beside what other tests of `RayStrategy` show."""
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import boring
+import numpy as np
 import pytest
 import ray.train
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
 
@@ -34,6 +38,39 @@ def test_lightning_cli_instantiates_the_strategy(name: str) -> None:
     assert strategy._ddp_kwargs["find_unused_parameters"] is True
     written = cli.config["trainer"]["strategy"]["init_args"]
     assert {key: written[key] for key in given} == given
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [
+        ("ddp_ray", "RayStrategy"),
+        ("fsdp_ray", "RayShardedStrategy"),
+        ("pipeline_ray", "RayPipelineStrategy"),
+    ],
+)
+def test_name_of_a_strategy_is_no_number_of_workers(name: str, class_name: str) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"{name}.*{class_name}\(num_workers="):
+        boring.trainer(name, 2)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+def test_strategy_of_another_trainer_is_refused(accelerator: str) -> None:
+    strategy = RayStrategy()
+    trainer = boring.trainer(strategy, "auto")
+    assert isinstance(trainer.accelerator, CPUAccelerator)
+    with pytest.raises(MisconfigurationException, match=r"`RayStrategy` belongs to another Train"):
+        boring.trainer(strategy, "auto", accelerator=accelerator)
+
+
+@pytest.mark.parametrize("number", [2.0, np.int64(2), (2.0, 2)])
+def test_number_of_workers_may_be_a_whole_number_of_any_type(number: Any) -> None:
+    assert RayStrategy(num_workers=number).num_workers == 2
+
+
+@pytest.mark.parametrize("number", [2.5, "2", True, None, float("inf"), float("nan"), {"a": 1}])
+def test_number_of_workers_of_another_kind_is_refused(number: Any) -> None:
+    with pytest.raises(ValueError, match=r"`num_workers=.*`: expected a number, or least and most"):
+        RayStrategy(num_workers=number)
 
 
 def test_trial_of_ray_tune_is_no_worker_of_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mgpu.engine.pipelining import microbatch, schedule
+from lightning_mgpu.engine.pipelining import joining, microbatch, schedule
 from lightning_mgpu.engine.pipelining.balance import balance
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.schedule import Task
@@ -100,11 +100,12 @@ def test_sizes_are_even_and_complete(total: int, count: int, least: int) -> None
 def test_join_undoes_cut(total: int, count: int, factor: int) -> None:
     tensors = {"x": torch.arange(total * 2).view(total, 2), "mask": torch.ones(3, 3)}
     counts = microbatch.sizes(total, count)
-    chunks = microbatch.cut(tensors, frozenset({"x"}), counts)
+    chunks = microbatch.cut(tensors, {"x": 0}, counts)
     assert [len(chunk["x"]) for chunk in chunks] == counts
     assert all(chunk["mask"] is tensors["mask"] for chunk in chunks)
     repeated = [{"a": (chunk["x"].repeat_interleave(factor, 0), None)} for chunk in chunks]
-    joined, (rows,) = microbatch.join(repeated, counts, whole=False)
+    layouts = {"output['a'][0]": joining.FIRST}
+    joined, (rows,) = joining.join(repeated, counts, whole=False, layouts=layouts)
     expected = tensors["x"].repeat_interleave(factor, 0)
     assert torch.equal(joined["a"][0], expected)
     assert joined["a"][1] is None
@@ -115,7 +116,7 @@ def test_join_undoes_cut(total: int, count: int, factor: int) -> None:
 
 def test_join_takes_what_does_not_depend_on_the_batch_once() -> None:
     table = torch.ones(5, 2)
-    joined, (rows,) = microbatch.join([table, table.clone()], [2, 2], whole=True)
+    joined, (rows,) = joining.join([table, table.clone()], [2, 2], whole=True)
     assert joined is table
     gradient = torch.ones(5, 2)
     assert rows.split(gradient, 2) == [gradient, None]
@@ -133,7 +134,7 @@ def test_join_takes_what_does_not_depend_on_the_batch_once() -> None:
 )
 def test_join_refuses_what_is_no_batch(parts: list[object], message: str) -> None:
     with pytest.raises(SplitError, match=message):
-        microbatch.join(parts, [2, 2], whole=False)
+        joining.join(parts, [2, 2], whole=False)
 
 
 def _ticks(timetable: object) -> dict[Task, int]:

@@ -30,13 +30,14 @@ def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backwar
             graph is to be kept for another time, returns the gradient of each input, or `None`.
 
     Returns:
-        The outputs. Those of floating point are part of the graph if any input requires gradients.
+        The outputs. Those of floating point, or complex, are part of the graph if any input
+        requires gradients.
 
     Raises:
         RuntimeError: In backward, if gradients of gradients are asked for (``create_graph=True``).
     """
     values = [output.detach() for output in outputs]
-    floating = [i for i, value in enumerate(values) if value.is_floating_point()]
+    floating = [i for i, v in enumerate(values) if v.is_floating_point() or v.is_complex()]
     if not torch.is_grad_enabled() or not floating or not any(x.requires_grad for x in inputs):
         return values
     link = _Link(backward, tuple(values[i] for i in floating))

@@ -10,11 +10,12 @@ from typing_extensions import override
 
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.pipelining import microbatch
-from lightning_mgpu.engine.pipelining.arguments import Call, Splitter
+from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipelining.graph_cut import layers, untied
 from lightning_mgpu.engine.pipelining.ledger import ObservedCutter
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
+from lightning_mgpu.engine.pipelining.splitter import Splitter
 from lightning_mgpu.engine.pipelining.timer import Timer
 from lightning_mgpu.engine.pipelining.trace import Trace, UntraceableError
 from lightning_mgpu.engine.pipelining.tuning import Chunks
@@ -43,7 +44,7 @@ class Bench:
         device: Where everything lies.
         threads: Intra-op threads.
         splitter: Tells which arguments carry the batch.
-        step_batch: Tells the tensors of the step's batch.
+        step_batch: Tells the step's batch.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Bench:
         device: torch.device,
         threads: int,
         splitter: Splitter,
-        step_batch: Callable[[], Sequence[Tensor]],
+        step_batch: Callable[[], Any],
     ) -> None:
         self._module, self._forward, self._made = module, forward, made
         self._device, self._splitter, self._step_batch = device, splitter, step_batch
@@ -137,7 +138,8 @@ class Bench:
     def _prepare(self, call: Call, chunks: Sequence[int], stages: int) -> None:
         fixed = (*self._module.parameters(), *self._module.buffers())
         step_batch = self._step_batch()
-        self.batch, _ = self._splitter.split(call, self._forward, step_batch, lambda: fixed)
+        splitting = self._splitter.split(call, self._forward, step_batch, lambda: fixed)
+        self.batch = splitting.size
         training = [m for m in batch_norm.layers_of(self._module.modules()) if m.training]
         self.least = 2 if training else 1
         possible = [n for n in sorted(set(chunks)) if len(self.sizes(n)) == n] or [1]

@@ -8,13 +8,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mgpu.engine.batch import leaves
-from lightning_mgpu.engine.pipelining.arguments import Splitter
 from lightning_mgpu.engine.pipelining.partition import PartitionError, canonical
+from lightning_mgpu.engine.pipelining.splitter import Splitter
 from lightning_mgpu.plan.bench import Bench, NothingMeasuredError
 from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.profile import Profile, Weights
 from lightning_mgpu.strategies import PipelineStrategy
-from lightning_mgpu.strategies.placement import Override, step_tensors
+from lightning_mgpu.strategies.placement import Override
 from lightning_mgpu.strategies.split_module import find_module, own_stages
 
 __all__: list[str] = []
@@ -64,7 +64,7 @@ class Rehearsal(PipelineStrategy):
             self.root_device,
             self._options.threads,
             Splitter(self._split_args, self._broadcast_args),
-            lambda: step_tensors(self._step_args),
+            lambda: self._step_batch,
         )
         self._override.install(self._forward)
 

@@ -1,20 +1,23 @@
 """Checks of what a strategy on Ray is asked for."""
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 __all__: list[str] = []
 
 _PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
-def least_and_most(num_workers: int | Sequence[int]) -> tuple[int, int]:
+def least_and_most(num_workers: float | Sequence[float]) -> tuple[int, int]:
     """The least and the most workers, where one number means both.
 
     Raises:
-        ValueError: It says neither one number nor two.
+        ValueError: It says neither one whole number nor two.
     """
-    both = (num_workers, num_workers) if isinstance(num_workers, int) else tuple(num_workers)
-    if len(both) != 2 or not all(isinstance(count, int) for count in both):
+    given = (num_workers, num_workers) if isinstance(num_workers, numbers.Number) else num_workers
+    both = [_whole(count) for count in given] if isinstance(given, Sequence) else []
+    if len(both) != 2 or both[0] is None or both[1] is None:
         raise ValueError(
             f"`num_workers={num_workers!r}`: expected a number, or least and most, as (1, 4)."
         )
@@ -22,7 +25,15 @@ def least_and_most(num_workers: int | Sequence[int]) -> tuple[int, int]:
         raise ValueError(
             f"`num_workers={num_workers!r}`: expected 1 or more, and the least before the most."
         )
-    return both
+    return both[0], both[1]
+
+
+def _whole(count: Any) -> int | None:
+    """The number if it is a whole one; searches and configs may have it as 2.0."""
+    if isinstance(count, bool) or not isinstance(count, numbers.Real):
+        return None
+    number = float(count)
+    return int(number) if number.is_integer() else None
 
 
 def resources(strategy: str, devices: int, wanted: dict[str, float]) -> dict[str, float]:

@@ -46,6 +46,8 @@ class Autosave(Checkpoint):
         checkpoint = strategy.dump_checkpoint(trainer)
         if trainer.is_global_zero:
             self._save(checkpoint)
+            for logger in trainer.loggers:
+                logger.save()  # whoever goes on from here does not log it again
 
 
 class Saved(Protocol):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.call import _call_teardown_hook
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
@@ -20,7 +21,7 @@ from lightning_mgpu.launch.errors import (
     is_timeout_error,
 )
 from lightning_mgpu.launch.state import ProcessState
-from lightning_mgpu.ray import cluster, session
+from lightning_mgpu.ray import cluster, loggers, session
 from lightning_mgpu.ray.autosave import Autosave, Keeper, Save
 from lightning_mgpu.ray.parcel import Parcel, pack, unpack
 from lightning_mgpu.ray.place import Place
@@ -77,16 +78,18 @@ class RayLauncher(_Launcher):
         entry = _Entry(self._strategy, trainer, function, args, kw)
         keeper = self._strategy.keeper() if trainer.state.fn == TrainerFn.FITTING else None
         if keeper is None:
-            return self._bring_home(trainer, self._run(entry.pack()))
+            return self._bring_home(trainer, self._run(trainer, entry.pack()))
         with keeper:
             parcel = replace(entry, save=keeper.save).pack()
-            return self._bring_home(trainer, self._run_until_done(parcel, keeper))
+            return self._bring_home(trainer, self._run_until_done(trainer, parcel, keeper))
 
-    def _run_until_done(self, parcel: Parcel, keeper: Keeper) -> list[list[Parcel]]:
+    def _run_until_done(
+        self, trainer: "Trainer", parcel: Parcel, keeper: Keeper
+    ) -> list[list[Parcel]]:
         """Start again from the latest checkpoint when workers are lost, as often as allowed."""
         for failures in itertools.count(1):
             try:
-                return self._run(parcel, keeper)
+                return self._run(trainer, parcel, keeper)
             except Exception as error:
                 if not _is_loss(error) or failures > self._strategy.max_failures:
                     raise
@@ -99,7 +102,9 @@ class RayLauncher(_Launcher):
                 )
         raise AssertionError
 
-    def _run(self, parcel: Parcel, keeper: Keeper | None = None) -> list[list[Parcel]]:
+    def _run(
+        self, trainer: "Trainer", parcel: Parcel, keeper: Keeper | None = None
+    ) -> list[list[Parcel]]:
         state = ProcessState.capture(self._strategy.threads_per_worker, for_ranks=True)
         workers = self._take_workers(keeper)
         try:
@@ -108,6 +113,8 @@ class RayLauncher(_Launcher):
                 keeper.finish(workers)
         except BaseException:
             session.discard(workers)
+            # What they have written so far is of use all the more.
+            loggers.go_on(trainer.loggers, began=True)
             raise
         workers.rest(session.idle_seconds())
         return results
@@ -133,9 +140,7 @@ class RayLauncher(_Launcher):
 
     def _bring_home(self, trainer: "Trainer", results: list[list[Parcel]]) -> Any:
         # Weights are copied into the model at once: they need no memory in between.
-        returned: Returned | None = unpack(results[0][0], copy=False)
-        if returned is None:
-            raise _TunerExitException
+        returned: Returned = unpack(results[0][0], copy=False)
         result = returned.restore(trainer)
         if trainer.state.fn == TrainerFn.PREDICTING:
             return merge_predictions([unpack(parcels[1]) for parcels in results])
@@ -165,10 +170,7 @@ class _Entry:
         Raises:
             UnpicklableError: Names the attribute at fault.
         """
-        for logger in self.trainer.loggers:
-            _ = (
-                logger.version
-            )  # found out on first use, and by then the workers' directory is there
+        loggers.send(self.trainer.loggers)
         names = names_of_parts(self.strategy, self.trainer, self.function, self.args, self.kwargs)
         with ExitStack() as stack:
             set_live_state_aside(self.trainer, stack)
@@ -184,10 +186,16 @@ class _Entry:
             # `Trainer._fit_impl(..., ckpt_path, weights_only)`; the file is our own.
             args = (*args[:-2], resume, False)
         self.strategy.take_place(place)
+        loggers.go_on(trainer.loggers, began=resume is not None)
         try:
             result = self.function(*args, **self.kwargs)
         except _TunerExitException:
-            return [pack(None, {})]
+            _end_search(trainer)
+            result = None
+        except BaseException:
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            raise
         finally:
             trainer._signal_connector.teardown()
         predictions = None
@@ -204,6 +212,13 @@ class _Entry:
             ),
             *([pack(predictions, {"predictions": predictions})] if predictions else []),
         ]
+
+
+def _end_search(trainer: "Trainer") -> None:
+    """What Lightning does where the `Tuner` stops a run that was for a search only."""
+    _call_teardown_hook(trainer)
+    trainer._teardown()
+    trainer.state.status, trainer.state.stage = TrainerStatus.FINISHED, None
 
 
 def _is_loss(error: Exception) -> bool:

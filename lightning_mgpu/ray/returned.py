@@ -5,14 +5,19 @@ import io
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
+from lightning.pytorch.tuner.lr_finder import _determine_lr_attr_name
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_setattr
 
 from lightning_mgpu.launch.pickler import Pickler
+from lightning_mgpu.ray import loggers
 from lightning_mgpu.ray.whole import Whole, plain_name, tensors_of
 from lightning_mgpu.strategies.attached import callbacks_of
 
@@ -41,6 +46,8 @@ class Returned:
         batches: How many training batches an epoch has.
         callbacks: Pickled attributes of each callback that the driver had sent, or its own
             `state_dict` where those cannot be pickled.
+        loggers: Pickled attributes of each logger.
+        found: Attributes of the model that a search has set, by name.
         optimizers: Pickled optimizers and schedulers; `None` if there are none to return.
         precision: State of the precision plugin.
         whole: The model's tensors, and what the pickled optimizers lack.
@@ -53,6 +60,8 @@ class Returned:
     loops: dict[str, dict[str, Any]]
     batches: int | float
     callbacks: list[bytes | dict[str, Any]]
+    loggers: list[dict[str, bytes]]
+    found: dict[str, Any]
     optimizers: bytes | None
     precision: dict[str, Any]
     whole: Whole
@@ -69,7 +78,7 @@ class Returned:
             callbacks: Those that the driver knows, in its order.
             whole: The model's tensors, gathered by all ranks.
         """
-        here = _own_objects(trainer, callbacks)
+        here = own_objects(trainer, callbacks)
         names = {id(obj): name for name, obj in here.items()}
         fitted = trainer.state.fn == TrainerFn.FITTING
         return cls(
@@ -80,6 +89,8 @@ class Returned:
             loops={name: getattr(trainer, name).state_dict() for name in _LOOPS},
             batches=trainer.fit_loop.max_batches,
             callbacks=[_callback_state(callback, names) for callback in callbacks],
+            loggers=loggers.states(trainer.loggers, partial(dump, names=names)),
+            found=_found(trainer, callbacks),
             optimizers=_optimizers(trainer, names, whole) if fitted else None,
             precision=trainer.precision_plugin.state_dict(),
             whole=whole,
@@ -97,14 +108,18 @@ class Returned:
         model.trainer = trainer
         if self.whole.weights is not None:
             _load_weights(model, self.whole.weights)
-        here = _own_objects(trainer, callbacks)
+        here = own_objects(trainer, callbacks)
         for callback, state in zip(callbacks, self.callbacks, strict=True):
             if isinstance(state, bytes):
-                vars(callback).update(_load(state, here))
+                vars(callback).update(load(state, here))
             elif state:
                 callback.load_state_dict(state)
+        for logger, attributes in zip(trainer.loggers, self.loggers, strict=True):
+            loggers.restore(logger, attributes, partial(load, here=here))
+        for name, value in self.found.items():
+            lightning_setattr(model, name, value)
         if self.optimizers is not None:
-            optimizers, schedulers = _load(self.optimizers, here)
+            optimizers, schedulers = load(self.optimizers, here)
             _load_states(model, optimizers, self.whole)
             trainer.strategy.optimizers = optimizers
             trainer.strategy.lr_scheduler_configs = schedulers
@@ -160,10 +175,22 @@ def _forget_restart(loop: _Loop) -> None:
 
 def _callback_state(callback: "Callback", names: dict[int, str]) -> bytes | dict[str, Any]:
     try:
-        return _dump(vars(callback), names)
+        return dump(vars(callback), names)
     except Exception as error:
         log.debug("%s: only its state_dict is returned (%s).", type(callback).__name__, error)
         return callback.state_dict()
+
+
+def _found(trainer: "Trainer", callbacks: "Iterable[Callback]") -> dict[str, Any]:
+    """What Lightning's search for a learning rate has set: it is the user's to read."""
+    model, found = trainer.lightning_module, {}
+    for callback in callbacks:
+        if not isinstance(callback, LearningRateFinder) or not callback._update_attr:
+            continue
+        if callback.optimal_lr is not None:
+            name = _determine_lr_attr_name(model, callback._attr_name)
+            found[name] = lightning_getattr(model, name)
+    return found
 
 
 def _optimizers(trainer: "Trainer", names: dict[int, str], whole: Whole) -> bytes | None:
@@ -172,13 +199,13 @@ def _optimizers(trainer: "Trainer", names: dict[int, str], whole: Whole) -> byte
         for optimizer in optimizers:
             optimizer.state.clear()  # a part only, and it has been gathered
     try:
-        return _dump((optimizers, trainer.strategy.lr_scheduler_configs), names)
+        return dump((optimizers, trainer.strategy.lr_scheduler_configs), names)
     except Exception as error:
         log.warning("The optimizers stay on the workers, since they cannot be pickled: %s", error)
         return None
 
 
-def _own_objects(trainer: "Trainer", callbacks: "Iterable[Callback]") -> dict[str, Any]:
+def own_objects(trainer: "Trainer", callbacks: "Iterable[Callback]") -> dict[str, Any]:
     """What both sides have, by name: it stays where it is, and references to it are kept."""
     model = trainer.lightning_module
     modules = model.named_modules()
@@ -198,7 +225,7 @@ def _own(name: str) -> Any:
     return _here.get().get(name)
 
 
-def _dump(obj: Any, names: dict[int, str]) -> bytes:
+def dump(obj: Any, names: dict[int, str]) -> bytes:
     """Pickle `obj`, where each object in `names` is a reference to the driver's own."""
 
     class References(Pickler):
@@ -211,7 +238,8 @@ def _dump(obj: Any, names: dict[int, str]) -> bytes:
     return stream.getvalue()
 
 
-def _load(data: bytes, here: dict[str, Any]) -> Any:
+def load(data: bytes, here: dict[str, Any]) -> Any:
+    """What `dump` has pickled, with the objects in `here` for the references."""
     token = _here.set(here)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)

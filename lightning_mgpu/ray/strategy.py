@@ -11,7 +11,7 @@ import cloudpickle
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,12 +19,13 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_mgpu.ray import asked, session, train_worker, trial
+from lightning_mgpu.ray import asked, prepared, session, train_worker, trial
 from lightning_mgpu.ray.autosave import DriverKeeper, Keeper
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.place import Place, RayEnvironment
 from lightning_mgpu.ray.returned import weights_of
 from lightning_mgpu.ray.whole import Whole
+from lightning_mgpu.strategies.rank_data import process_loader
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -59,6 +60,8 @@ class OnRay(ParallelStrategy, ABC):
         placement_strategy: str = "PACK",
         **kwargs: Any,
     ) -> None:
+        self._has_trainer = False
+        self._trainers_accelerator: Accelerator | None = None
         self.min_workers, self.num_workers = asked.least_and_most(num_workers)
         asked.check_failures(max_failures)
         asked.check_placement(placement_strategy)
@@ -77,6 +80,20 @@ class OnRay(ParallelStrategy, ABC):
             },
         )
         self.use_gpu = "GPU" in self._resources
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        """That of the Trainer.
+
+        Not kept where Lightning does, which takes that for an argument of the strategy when a
+        second Trainer comes, and complains about it.
+        """
+        return self._trainers_accelerator or self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self._trainers_accelerator = accelerator
 
     @property
     def devices_per_worker(self) -> int:
@@ -173,11 +190,24 @@ class OnRay(ParallelStrategy, ABC):
         # Nodes may hold different numbers of workers.
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        if self._launcher is not None:  # a worker of Ray Train runs a program of its own
+            process_loader(self, dataloader)
+        return dataloader
+
     def set_world_ranks(self) -> None:
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     @override
     def _configure_launcher(self) -> None:
+        if self._has_trainer:
+            raise MisconfigurationException(
+                f"This `{type(self).__name__}` belongs to another Trainer already, whose model it"
+                " holds. Create one for each Trainer: workers stay warm, whoever asks for them."
+            )
+        self._has_trainer = True
         # A worker of Ray Train is a rank already.
         self._launcher = None if train_worker.take_place(self) else RayLauncher(self)
 
@@ -191,6 +221,8 @@ class OnRay(ParallelStrategy, ABC):
             self._timeout or default_pg_timeout,
             device_id=self.bound_device,
         )
+        if self.lightning_module is not None:
+            prepared.share_next(self.lightning_module.trainer)
 
 
 class RayStrategy(OnRay, _LightningDDPStrategy):

@@ -1,6 +1,7 @@
 """`fit`: a config or a function of the user's, trained by Ray Train's `TorchTrainer`."""
 
 import copy
+import os
 import pickle
 import uuid
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from lightning_mgpu.launch.state import ProcessState
 from lightning_mgpu.ray import cluster
 from lightning_mgpu.ray.place import machine
 from lightning_mgpu.ray.train_worker import prepare_trainer
-from lightning_mgpu.ray.worker import adopt
+from lightning_mgpu.ray.worker import adopt, set_by_ray
 
 __all__ = ["fit"]
 
@@ -90,7 +91,7 @@ class _Loop:
     factory: bytes
 
     def __call__(self) -> None:
-        adopt(self.state, self.machine)
+        adopt(self.state, self.machine, os.environ, set_by_ray())
         trainer, model, *data = pickle.loads(self.factory)()
         assert isinstance(trainer, Trainer)
         prepare_trainer(trainer)

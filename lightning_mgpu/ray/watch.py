@@ -14,6 +14,8 @@ __all__: list[str] = []
 
 # How long to wait for somebody to name a cause when all that is known is that a peer was lost.
 _CAUSE_SECONDS = 10.0
+# How long rank 0 may take to notice that another rank has failed, and to close its files.
+_LAST_WORDS_SECONDS = 2.0
 
 
 class Watch:
@@ -76,7 +78,14 @@ class Watch:
             self._lost[rank] = failure.restore(rank)
             self._give_up = self._give_up or time.monotonic() + _CAUSE_SECONDS
         else:
+            self._let_first_finish()
             raise failure.restore(rank)
+
+    def _let_first_finish(self) -> None:
+        """Give rank 0 a moment to write what its loggers hold, before the workers are ended."""
+        first = next((run for run, rank in self._runs.items() if rank == 0), None)
+        if first is not None:
+            wait([first], _LAST_WORDS_SECONDS)
 
     def _seconds_left(self) -> float | None:
         if self._give_up is None:

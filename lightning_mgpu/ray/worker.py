@@ -6,7 +6,7 @@ import os
 import pickle
 import queue
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,8 +56,12 @@ class TrainWorker:
         self._answers: queue.Queue[bytes] = queue.Queue()
         self._rendezvous: Rendezvous | None = None
         self._calls = 0
+        before = dict(os.environ)
         if hook is not None:
             cloudpickle.loads(hook)()
+        self._environment = dict(os.environ)
+        self._own = {name for name, value in os.environ.items() if before.get(name) != value}
+        self._own |= set_by_ray()
         # Never garbage: the modules imported so far, Lightning (by `place`) and torch among them.
         # Keep every later collection off them.
         gc.freeze()
@@ -91,7 +95,7 @@ class TrainWorker:
             with GroupGuard(), _as_file(resume) as path:
                 _current = self
                 rank_zero_only.rank = job.place.rank  # type: ignore[attr-defined]
-                adopt(job.state, job.machine)
+                adopt(job.state, job.machine, self._environment, self._own)
                 return unpack(parcel)(job.place, path), None
         except BaseException as error:
             return None, RemoteFailure.of(error)
@@ -172,22 +176,33 @@ def _as_file(saved: "Saved | None") -> Iterator[str | None]:
         yield f"/proc/self/fd/{file.fileno()}" if there else None
 
 
-def adopt(state: ProcessState, driver: str) -> None:
+def set_by_ray() -> set[str]:
+    """Variables that a runtime environment has set for this worker."""
+    return set(ray.get_runtime_context().runtime_env.get("env_vars") or {})
+
+
+def adopt(
+    state: ProcessState, driver: str, environment: Mapping[str, str], own: Collection[str]
+) -> None:
     """Take over the driver's state as far as it means something here.
 
     Args:
         state: The driver's.
         driver: The driver's `machine`.
+        environment: Variables of this worker, as they are between runs.
+        own: Those that `init_hook` or a runtime environment has set for the workers, whatever the
+            driver's say.
     """
     here = driver == machine()
     given = {
         name: value
         for name, value in state.environment.items()
-        if (here and not name.startswith(_OWN)) or name.startswith(_EVERYWHERE)
+        if name not in own
+        and ((here and not name.startswith(_OWN)) or name.startswith(_EVERYWHERE))
     }
     dataclasses.replace(
         state,
-        environment={**os.environ, **given},
+        environment={**environment, **given},
         directory=state.directory if here else os.getcwd(),
         path=[*state.path, *(entry for entry in sys.path if entry not in state.path)]
         if here

@@ -21,6 +21,7 @@ from lightning_mgpu.engine.workers import Workers
 from lightning_mgpu.strategies.loader_hint import loader_hint
 from lightning_mgpu.strategies.manual import ManualOptimization
 from lightning_mgpu.strategies.metrics import is_metric, replica_of
+from lightning_mgpu.strategies.parity import ParityCheck, Parts
 from lightning_mgpu.strategies.replica_step import Step
 from lightning_mgpu.strategies.single_process import (
     OWN_ATTRIBUTES,
@@ -55,9 +56,12 @@ class DataParallelStrategy(SingleProcessStrategy):
             with the number of samples in each.
         gather_fn: Puts the outputs of a step together where tensors do not join along their first
             dimension: ``gather_fn(outputs, sizes)``. Does not see the loss of ``training_step``.
+        parity_check: Whether to compute the first batch of each kind of step both whole and in
+            shards, without lasting effects, and what to do where the results differ: ``"warn"``
+            (default), ``"error"``, which raises `ParityError` before weights change, or ``"off"``.
 
     Raises:
-        ValueError: `batch_norm` is neither of the two.
+        ValueError: `batch_norm` or `parity_check` is none of its choices.
         MisconfigurationException: More than one node or process.
     """
 
@@ -74,6 +78,7 @@ class DataParallelStrategy(SingleProcessStrategy):
         batch_norm: Literal["merge", "first"] = "merge",
         scatter_fn: Callable[[Any, int], Sequence[Shard]] | None = None,
         gather_fn: Callable[[Sequence[Any], Sequence[int]], Any] | None = None,
+        parity_check: Literal["warn", "error", "off"] = "warn",
     ) -> None:
         super().__init__(
             accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
@@ -82,6 +87,11 @@ class DataParallelStrategy(SingleProcessStrategy):
             raise ValueError(
                 f"`DataParallelStrategy(batch_norm={batch_norm!r})`: use 'merge' (running"
                 " statistics of the whole batch) or 'first' (of the first shard)."
+            )
+        if parity_check not in ("warn", "error", "off"):
+            raise ValueError(
+                f"`DataParallelStrategy(parity_check={parity_check!r})`: use 'warn', 'error', or"
+                " 'off' (no comparison of the first batch with its shards)."
             )
         self._batch_norm: engine_batch_norm.Statistics = batch_norm
         self._scatter_fn = scatter_fn
@@ -92,6 +102,7 @@ class DataParallelStrategy(SingleProcessStrategy):
         self._replicas: Replicas | None = None
         self._workers: Workers | None = None
         self._streams = RandomStreams()
+        self._parity = ParityCheck(parity_check)
         # What batches and outputs of each kind of step and loader look like.
         self._layouts: dict[tuple[str, int], Layout] = {}
         self._outputs: dict[tuple[str, int], JoinMemory] = {}
@@ -184,6 +195,8 @@ class DataParallelStrategy(SingleProcessStrategy):
         training = name == "training_step"
         shards = self._scatter(name, batch)
         step = Step(name, shards, args, kwargs, self._dataloader_idx, replicas.devices)
+        parts = Parts(partial(self._scatter, name), partial(self._gather, name), self._gather_fn)
+        self._parity.before(step, batch, parts, replicas, workers)
         with self._streams.step(name, len(shards)) as streams:
             manual = self._manual(step, streams) if training else None
             outputs = step.run(model, replicas, workers, streams, manual)
@@ -191,6 +204,7 @@ class DataParallelStrategy(SingleProcessStrategy):
             return self._gather(name, outputs, step.sizes)
         losses = [_loss_of(output) for output in outputs]
         loss = joint_loss(losses, step.sizes, streams, replicas, workers, step.describe)
+        self._parity.after(step, losses, loss)
         return self._training_output(name, outputs, step.sizes, loss)
 
     def _manual(self, step: Step, streams: Sequence[Stream]) -> ManualOptimization | None:

@@ -18,6 +18,7 @@ from lightning_mgpu.launch.rank import leave_group
 from lightning_mgpu.launch.variables import come_from_a_launch
 from lightning_mgpu.strategies.environment import PoolEnvironment
 from lightning_mgpu.strategies.launcher import PoolLauncher
+from lightning_mgpu.strategies.rank_data import process_loader
 
 
 class DDPStrategy(_LightningDDPStrategy):
@@ -102,6 +103,13 @@ class DDPStrategy(_LightningDDPStrategy):
             assert environment is not None
             _init_dist_connection(environment, backend, timeout=timeout, device_id=device)
             _leave_group_at_exit()
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        if isinstance(self.cluster_environment, PoolEnvironment):
+            process_loader(self, dataloader)
+        return dataloader
 
     @classmethod
     @override

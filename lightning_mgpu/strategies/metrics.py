@@ -74,6 +74,36 @@ class ReplicaMetrics:
                 _merge(master, [m for m in metrics if m._update_count])
 
 
+def seen(masters: Sequence[Any], replicas: Sequence[Sequence[Any]], sizes: Sequence[int]) -> Any:
+    """What metrics would make of a step, for comparison; the masters stay as they are.
+
+    Args:
+        masters: The master's metrics.
+        replicas: For each replica, its own of them after a step.
+        sizes: Samples in each replica's shard.
+
+    Returns:
+        For each metric its value, or what it would be updated with.
+    """
+    return [
+        _seen_by(master, [metrics[index] for metrics in replicas], sizes)
+        for index, master in enumerate(masters)
+    ]
+
+
+@torch.no_grad()
+def _seen_by(master: Any, metrics: Sequence[Any], sizes: Sequence[int]) -> Any:
+    if _guard(metrics[0]).records:
+        return list(_joined_calls(metrics, sizes, torch.device("cpu")))
+    updated = [metric for metric in metrics if metric._update_count]
+    if not updated:
+        return None
+    fresh = copy.deepcopy(master)
+    fresh.reset()
+    _merge(fresh, updated)
+    return fresh.compute()
+
+
 def _can_merge(metric: Any) -> bool:
     return (
         isinstance(metric, Metric)
@@ -173,11 +203,17 @@ def _reduced(states: Sequence[Any], reduce: Any, device: torch.device) -> Any:
 
 def _update(master: Any, metrics: Sequence[Any], sizes: Sequence[int]) -> None:
     """Update the master's metric with the whole batch, call by call."""
-    calls = [_guard(metric).calls for metric in metrics]
     device = next((m.device for m in master.modules() if isinstance(m, Metric)), None)
+    for args, kwargs in _joined_calls(metrics, sizes, device or torch.device("cpu")):
+        master.update(*args, **kwargs)
+
+
+def _joined_calls(
+    metrics: Sequence[Any], sizes: Sequence[int], device: torch.device
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the replicas have called a metric with, as the whole batch would have."""
+    calls = [_guard(metric).calls for metric in metrics]
     for number in range(max(map(len, calls))):
         made = [(c[number], size) for c, size in zip(calls, sizes, strict=True) if number < len(c)]
-        args, kwargs = batch.join(
-            [call for call, _ in made], [size for _, size in made], device or torch.device("cpu")
-        )
-        master.update(*args, **kwargs)
+        args, kwargs = batch.join([call for call, _ in made], [size for _, size in made], device)
+        yield args, kwargs

@@ -38,11 +38,16 @@ class PipelineStrategy(Pipelined, SingleProcessStrategy):
         checkpoint: Which micro-batches keep only their stages' inputs and are computed again in
             backward: ``"never"``, ``"except_last"`` or ``"always"``.
         split_args: Parameters of the submodule's `forward`, by name or position, whose tensors have
-            an entry per sample. Needed where that is not certain.
+            an entry per sample. Needed where that is not certain. A mapping gives the dimension of
+            the batch, too, as ``{"src": 1}`` for tensors of shape (time, batch, features).
         broadcast_args: Parameters whose tensors go to every micro-batch whole.
         deferred_batch_norm: Whether running statistics of batch normalisation are updated once,
             with those of the whole batch (default), or with each micro-batch. Normalisation itself
             is done micro-batch by micro-batch.
+        parity_check: What to do if a few samples of the first batch give something else in two
+            micro-batches than in one, or if `forward` leaves attributes with a gradient behind:
+            ``"error"``, ``"warn"``, or ``"off"`` to compare nothing. Done for each kind of call, in
+            training and in evaluation.
         trace_dir: A directory for a timeline of one training step (the fourth, or the last of a
             shorter run), as measured: a trace for ui.perfetto.dev, a PNG and an HTML picture.
 

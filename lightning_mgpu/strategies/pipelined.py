@@ -1,33 +1,39 @@
 """What strategies do whose processes each compute one submodule in stages."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_mgpu.engine.pipelining.arguments import Splitter
+from lightning_mgpu.engine.notes import hinted
 from lightning_mgpu.engine.pipelining.cutter import Balance, Cut, Cutter
+from lightning_mgpu.engine.pipelining.parity import Parity, ParityCheck
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
+from lightning_mgpu.engine.pipelining.splitter import SplitArgs, Splitter
 from lightning_mgpu.engine.pipelining.stage_work import Checkpoint
 from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.strategies.attached import callbacks_of
 from lightning_mgpu.strategies.in_parts import InParts
 from lightning_mgpu.strategies.model_summary import StagesInSummary
-from lightning_mgpu.strategies.placement import Override, place, state_to_parameters, step_tensors
+from lightning_mgpu.strategies.placement import Override, muted, place, state_to_parameters
 from lightning_mgpu.strategies.split_module import find_module, own_stages
 from lightning_mgpu.strategies.stage_table import show_stages
 from lightning_mgpu.strategies.step_trace import StepTrace
+from lightning_mgpu.strategies.uncalled import Uncalled
 
 __all__: list[str] = []
 
 _BALANCES = ("parameters", "time", "memory")
 _CHECKPOINTS = ("never", "except_last", "always")
+_PARITY_CHECKS = ("error", "warn", "off")
 
 
 class Pipelined(InParts):
@@ -45,29 +51,35 @@ class Pipelined(InParts):
         balance: Sequence[int] | Literal["parameters", "time", "memory"] | None = None,
         chunks: int | Literal["auto"] | None = None,
         checkpoint: Checkpoint = "never",
-        split_args: str | int | Sequence[str | int] = (),
-        broadcast_args: str | int | Sequence[str | int] = (),
+        split_args: str | int | Sequence[str | int] | Mapping[str | int, int] | None = (),
+        broadcast_args: str | int | Sequence[str | int] | None = (),
         deferred_batch_norm: bool = True,
+        parity_check: Literal["error", "warn", "off"] = "error",
         trace_dir: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _check_choices(type(self).__name__, split_at, balance, chunks, checkpoint)
+        _check_choices(type(self).__name__, split_at, balance, chunks)
+        _check_choice(type(self).__name__, "checkpoint", checkpoint, _CHECKPOINTS)
+        _check_choice(type(self).__name__, "parity_check", parity_check, _PARITY_CHECKS)
         self._module = module
         self._split_at = [split_at] if isinstance(split_at, str) else split_at
         self._balance: Balance = "parameters" if balance is None else balance
         self._chunks = chunks
         self._checkpoint: Checkpoint = checkpoint
-        self._split_args, self._broadcast_args = _listed(split_args), _listed(broadcast_args)
+        self._split_args: SplitArgs = _plain(split_args)
+        self._broadcast_args: str | int | Sequence[str | int] | None = _plain(broadcast_args)
         Splitter(self._split_args, self._broadcast_args)  # refuses contradictions
         self._deferred_batch_norm = deferred_batch_norm
+        self._parity_check: ParityCheck = parity_check
         self._trace_dir = None if trace_dir is None else Path(trace_dir)
         self._trace: StepTrace | None = None
         self._pipeline: Pipeline | None = None
         self._override: Override | None = None
         self._placed: list[Cut] = []
         self._in_summary: StagesInSummary | None = None
-        self._step_args: tuple[Any, ...] = ()
+        self._step_batch: Any = None
+        self._uncalled: Uncalled | None = None
 
     @property
     @abstractmethod
@@ -93,6 +105,8 @@ class Pipelined(InParts):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
+        if self._uncalled is not None:
+            self._uncalled.end()
         if self._trace is not None:
             self._trace.write()
 
@@ -117,8 +131,15 @@ class Pipelined(InParts):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._batch_known(args), self._trace.step() if self._trace else nullcontext():
+        tracing = self._trace.step() if self._trace else nullcontext()
+        watching = self._uncalled.step() if self._uncalled else nullcontext()
+        with self._batch_known(args), tracing, watching:
             return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with hinted():
+            return super().backward(*args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,16 +165,18 @@ class Pipelined(InParts):
             "_placed": [],
             "_in_summary": None,
             "_trace": None,
-            "_step_args": (),
+            "_step_batch": None,
+            "_uncalled": None,
         }
 
     @contextmanager
     def _batch_known(self, args: tuple[Any, ...]) -> Iterator[None]:
-        self._step_args = args
+        self._step_batch = args[0] if args else None
         try:
-            yield
+            with hinted():
+                yield
         finally:
-            self._step_args = ()
+            self._step_batch = None
 
     def _install(self) -> None:
         """Have the chosen submodule computed in stages."""
@@ -174,10 +197,14 @@ class Pipelined(InParts):
             chunks=chunks,
             checkpoint=self._checkpoint,
             deferred_batch_norm=self._deferred_batch_norm,
-            step_batch=lambda: step_tensors(self._step_args),
+            step_batch=lambda: self._step_batch,
+            parity=Parity(
+                self._parity_check, type(module).__name__, devices, partial(muted, model)
+            ),
             on_cut=self._on_cut,
             threads=self.stage_threads,
         )
+        self._uncalled = Uncalled(model, name, module, self._pipeline)
         self._override.install(self._pipeline)
 
     def _on_cut(self, cut: Cut) -> None:
@@ -201,22 +228,25 @@ class Pipelined(InParts):
             self._pipeline.close()
         if self._in_summary is not None:
             self._in_summary.remove()
-        self._pipeline = self._override = self._trace = self._in_summary = None
+        self._pipeline = self._override = self._trace = self._in_summary = self._uncalled = None
         self._placed = []
 
 
-def _listed(given: str | int | Sequence[str | int]) -> list[str | int]:
-    return [given] if isinstance(given, (str, int)) else list(given)
+def _plain(given: Any) -> Any:
+    """The same without containers of a config's own."""
+    if given is None or isinstance(given, (str, int)):
+        return given
+    return dict(given) if isinstance(given, Mapping) else list(given)
 
 
-def _check_choices(
-    strategy: str, split_at: Any, balance: Any, chunks: Any, checkpoint: Any
-) -> None:
-    if checkpoint not in _CHECKPOINTS:
+def _check_choice(strategy: str, option: str, given: Any, choices: Sequence[str]) -> None:
+    if given not in choices:
         raise ValueError(
-            f"`{strategy}(checkpoint={checkpoint!r})`: use one of"
-            f" {', '.join(map(repr, _CHECKPOINTS))}."
+            f"`{strategy}({option}={given!r})`: use one of {', '.join(map(repr, choices))}."
         )
+
+
+def _check_choices(strategy: str, split_at: Any, balance: Any, chunks: Any) -> None:
     if chunks not in (None, "auto") and (not isinstance(chunks, int) or chunks < 1):
         raise ValueError(
             f"`{strategy}(chunks={chunks!r})`: give a number of micro-batches, at least 1, or"

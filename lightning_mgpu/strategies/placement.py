@@ -1,7 +1,8 @@
 """Where the parts of a split model lie, and the stand-in for the `forward` of its submodule."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,19 +81,49 @@ def place(model: LightningModule, cut: Cut, devices: Sequence[torch.device]) -> 
 
 
 def state_to_parameters(optimizers: Iterable[Optimizer]) -> None:
-    """Move optimizer state to where its parameter lies (Lightning moves it to one device)."""
+    """Move optimizer state to where its parameter lies (Lightning moves it to one device).
+
+    Optimizers such as LBFGS hold on to their state while they call for a loss, so that it is
+    changed in place, and only where it has to be.
+    """
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            optimizer.state[parameter] = _moved(state, parameter.device)
+            for key, value in list(state.items()):
+                if any(_is_elsewhere(leaf, parameter.device) for _, leaf in leaves(value)):
+                    _move(state, key, parameter.device)
 
 
-def step_tensors(args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors among a step's arguments."""
-    return [leaf for _, leaf in leaves(args) if isinstance(leaf, Tensor)]
+@contextmanager
+def muted(model: LightningModule) -> Iterator[None]:
+    """Within, what the model logs is dropped."""
+    before = {name: vars(model)[name] for name in _LOGS if name in vars(model)}
+    vars(model).update(dict.fromkeys(_LOGS, _nothing))
+    try:
+        yield
+    finally:
+        for name in _LOGS:
+            del vars(model)[name]
+        vars(model).update(before)
 
 
-def _moved(state: Any, device: torch.device) -> Any:
+_LOGS = ("log", "log_dict", "print")
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Neither logs nor prints."""
+
+
+def _is_elsewhere(leaf: Any, device: torch.device) -> bool:
     # Scalars such as Adam's `step` stay on the CPU, where optimizers count them.
-    return map_leaves(
-        lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) and leaf.dim() else leaf, state
-    )
+    return isinstance(leaf, Tensor) and bool(leaf.dim()) and leaf.device != device
+
+
+def _move(holder: Any, key: Any, device: torch.device) -> None:
+    value = holder[key]
+    if isinstance(value, list):
+        for index in range(len(value)):
+            _move(value, index, device)
+    else:
+        holder[key] = map_leaves(
+            lambda leaf: leaf.to(device) if _is_elsewhere(leaf, device) else leaf, value
+        )

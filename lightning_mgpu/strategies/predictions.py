@@ -1,7 +1,8 @@
-"""Bring every rank's predictions together in the order of the dataset."""
+"""Bring every rank's predictions together in the order of the sampler."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 
 from lightning_mgpu.engine.batch import join_samples
+from lightning_mgpu.strategies.dealing import LoaderOrder, chunks
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -26,13 +28,12 @@ class RankPredictions:
     Attributes:
         outputs: What `predict_step` returned: dataloaders x batches. `None` if predictions are
             not kept.
-        indices: The dataset index of each sample: dataloaders x batches x samples. Empty for a
-            dataloader whose indices are not known (an `IterableDataset`).
+        orders: Where these stand in the order of one process, for each dataloader.
         nested: Whether the caller expects a list per dataloader.
     """
 
     outputs: list[list[Any]] | None
-    indices: list[list[list[int]]]
+    orders: list[LoaderOrder]
     nested: bool
 
     @classmethod
@@ -43,22 +44,22 @@ class RankPredictions:
         nested = len(loaders) != 1
         if not returned:
             return cls(None, [], nested)
-        outputs = returned if nested else [returned]
-        indices = []
-        for loader, batches in zip(loaders, outputs, strict=True):
-            seen = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", [])
-            # DataLoader workers fetch ahead of `limit_predict_batches`.
-            indices.append([list(batch) for batch in seen[: len(batches)]])
-        return cls(outputs, indices, nested)
+        outputs, limit = returned if nested else [returned], trainer.limit_predict_batches
+        orders = [
+            LoaderOrder.of(loader, len(batches), limit)
+            for loader, batches in zip(loaders, outputs, strict=True)
+        ]
+        return cls(outputs, orders, nested)
 
 
 def merge_predictions(ranks: Sequence[RankPredictions]) -> Any:
     """The predictions of all ranks, as one process would have returned them.
 
-    Samples are put in the order of the dataset and cut into batches of rank 0's batch size again.
-    Two kinds of output cannot be: those of a dataset without indices, and those whose first
-    dimension is not the batch or that differ in shape from batch to batch. They are returned batch
-    by batch, ordered by their first index or else in turns of the ranks.
+    Samples come in the order of the sampler, in batches of the sizes that the batch sampler makes;
+    padding is dropped. What cannot be taken apart by sample (its first dimension is not the batch,
+    or batches differ in shape) is returned batch by batch, with a warning. Predictions from a
+    sampler that deals samples out by a rule of its own come in the order of the dataset, those of
+    an `IterableDataset` in turns of the ranks.
 
     Returns:
         A list of batches, or a list of such lists if there are several dataloaders. `None` if no
@@ -70,9 +71,9 @@ def merge_predictions(ranks: Sequence[RankPredictions]) -> Any:
     merged = [
         _merge(
             [rank.outputs[loader] for rank in kept if rank.outputs is not None],
-            [rank.indices[loader] for rank in kept],
+            [rank.orders[loader] for rank in kept],
         )
-        for loader in range(len(kept[0].indices))
+        for loader in range(len(kept[0].orders))
     ]
     return merged if kept[0].nested else merged[0]
 
@@ -85,27 +86,66 @@ def join_batches(batches: Sequence[Any]) -> Any:
     return list(batches) if samples is None else samples.joined
 
 
-def _merge(outputs: list[list[Any]], indices: list[list[list[int]]]) -> list[Any]:
-    if not all(len(i) == len(o) for i, o in zip(indices, outputs, strict=True)):
+def _merge(outputs: list[list[Any]], orders: list[LoaderOrder]) -> list[Any]:
+    known_by = {order.known_by for order in orders}
+    if known_by == {"everything"}:
+        return outputs[0]
+    places = [order.batches for order in orders]
+    if known_by == {"position"}:
+        sizes = orders[0].sizes
+    elif known_by != {"dataset"}:
         return _in_turns(outputs)
-    if len(indices) > 1 and all(other == indices[0] for other in indices[1:]):
+    elif all(sorted(sum(rank, [])) == sorted(sum(places[0], [])) for rank in places):
         return outputs[0]  # not a distributed sampler: every rank has seen everything
-    batches = [batch for rank in outputs for batch in rank]
-    samples = [batch for rank in indices for batch in rank]
-    sizes = [len(batch) for batch in samples]
-    joined = join_samples(batches, sizes)
+    else:
+        places, sizes = _by_index(places)
+    return _arrange(
+        [batch for rank in outputs for batch in rank],
+        [batch for rank in places for batch in rank],
+        sizes,
+    )
+
+
+def _by_index(indices: list[list[list[int]]]) -> tuple[list[list[list[int]]], list[int]]:
+    """The places of samples in the order of the dataset, and the sizes of its batches."""
+    flat = np.asarray([i for rank in indices for batch in rank for i in batch])
+    if len(np.unique(flat)) < len(flat):
+        rank_zero_warn(
+            "The sampler of the predict dataloader gives some samples more than once, and deals"
+            " samples out to the ranks by a rule of its own, so padding cannot be told from"
+            " repetition: the predictions of all are returned, in the order of the dataset."
+        )
+    position = iter(np.argsort(np.argsort(flat, kind="stable"), kind="stable").tolist())
+    places = [[[next(position) for _ in batch] for batch in rank] for rank in indices]
+    return places, chunks(len(flat), max(len(batch) for batch in indices[0]))
+
+
+def _arrange(batches: list[Any], places: list[list[int]], sizes: list[int]) -> list[Any]:
+    """Batches of `sizes` from others, whose samples have these `places` among the new ones."""
+    ends = list(accumulate(sizes))
+    total = ends[-1] if ends else 0
+    # Batches of nothing but padding stay out.
+    kept = sorted(
+        (i for i, batch in enumerate(places) if min(batch, default=total) < total),
+        key=lambda i: min(places[i]),
+    )
+    batches, places = [batches[i] for i in kept], [places[i] for i in kept]
+    whole = {(end - size, end) for end, size in zip(ends, sizes, strict=True)}
+    if all((p[0], p[-1] + 1) in whole and p == list(range(p[0], p[-1] + 1)) for p in places):
+        return batches
+    joined = join_samples(batches, [len(batch) for batch in places])
     if joined is None:
         rank_zero_warn(
             "`predict_step` returns something that cannot be taken apart by sample (its first"
             " dimension is not the batch, or batches differ in shape), so the predictions of the"
             " ranks are ordered batch by batch."
         )
-        by_first_sample = sorted(range(len(batches)), key=lambda i: samples[i][:1])
-        return [batches[i] for i in by_first_sample]
-    # A sampler that pads repeats samples; the first of each is as good as the others.
-    _, order = np.unique(np.concatenate([np.asarray(b, np.int64) for b in samples]), True)
-    size = len(indices[0][0])
-    return [joined.take(order[start : start + size]) for start in range(0, len(order), size)]
+        return batches
+    flat = np.asarray([i for batch in places for i in batch])
+    order = np.argsort(flat, kind="stable")
+    order = order[flat[order] < total]
+    cuts = np.searchsorted(flat[order], ends[:-1])
+    return [joined.take(part) for part in np.split(order, cuts) if len(part)]
 
 
 def _in_turns(outputs: list[list[Any]]) -> list[Any]:

@@ -41,11 +41,11 @@ class Step:
         dataloader_idx: int,
         devices: Sequence[torch.device],
     ) -> None:
+        self.name = name
         self.sizes = [shard.size for shard in shards]
-        self._name = name
-        self._shards = list(shards)
+        self.shards = list(shards)
         self._args, self._kwargs = args, kwargs
-        self._dataloader_idx = dataloader_idx
+        self.dataloader_idx = dataloader_idx
         self._devices = devices
 
     def run(
@@ -61,7 +61,7 @@ class Step:
         Returns:
             What the replicas returned.
         """
-        count = len(self._shards)
+        count = len(self.shards)
         recorders = [LogRecorder() for _ in range(count)]
         overrides = [
             {"log": recorder.log, **(manual.overrides(slot) if manual is not None else {})}
@@ -80,6 +80,10 @@ class Step:
         replay(recorders, self.sizes, model.log, metrics.original)
         return outputs
 
+    def of(self, shards: Sequence[Shard]) -> "Step":
+        """The same step on other shards."""
+        return Step(self.name, shards, self._args, self._kwargs, self.dataloader_idx, self._devices)
+
     def describe(self, slot: int) -> str:
         """A replica and its shard, in words."""
         first = sum(self.sizes[:slot])
@@ -91,8 +95,12 @@ class Step:
 
     def _run_one(self, slot: int, module: Any, stream: Stream) -> Any:
         with noted(self.describe(slot)), stream.entered():
-            batch = self._transferred(module, self._shards[slot].batch, self._devices[slot])
-            return getattr(module, self._name)(batch, *self._args, **self._kwargs)
+            return self.call(module, self.shards[slot].batch, self._devices[slot])
+
+    def call(self, module: Any, batch: Any, device: torch.device) -> Any:
+        """The step of one module, on a batch that is brought to its device first."""
+        batch = self._transferred(module, batch, device)
+        return getattr(module, self.name)(batch, *self._args, **self._kwargs)
 
     def _transferred(self, module: Any, batch: Any, device: torch.device) -> Any:
         """The shard on its device, by the hooks for it.
@@ -101,8 +109,8 @@ class Step:
         """
         selector = module.trainer._data_connector._datahook_selector
         for hook, arguments in (
-            ("transfer_batch_to_device", (device, self._dataloader_idx)),
-            ("on_after_batch_transfer", (self._dataloader_idx,)),
+            ("transfer_batch_to_device", (device, self.dataloader_idx)),
+            ("on_after_batch_transfer", (self.dataloader_idx,)),
         ):
             owner = selector.get_instance(hook)
             owner = module if isinstance(owner, LightningModule) else owner

@@ -24,6 +24,7 @@ def find_module(model: LightningModule, name: str | None) -> tuple[str, nn.Modul
     kind = type(model).__name__
     if name is None:
         name, module = _largest_child(model)
+        _check_not_compiled(name, module)
         if not _has_forward(module):
             name, module = "", model
     elif name not in dict(model.named_modules()):

@@ -312,6 +312,11 @@ class _Join:
             return True
         fitting = [self._fit(column) for column in zip(*values, strict=True)]
         if not any(fitting):
+            if isinstance(values[0], tuple) and lengths[0] == 2 and all(map(_is_number, values[0])):
+                raise ValueError(
+                    f"`{path}` has two numbers for as many samples, which may be one for each, or"
+                    " two for all of them. Return a list for the former, a dict for the latter."
+                )
             return True
         return not self._are_columns(values, all(fitting), path, inside)
 

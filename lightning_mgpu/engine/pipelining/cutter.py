@@ -13,6 +13,7 @@ from lightning_mgpu.engine.pipelining import balance
 from lightning_mgpu.engine.pipelining.arguments import Call, Same
 from lightning_mgpu.engine.pipelining.graph_cut import layers, partition, untied
 from lightning_mgpu.engine.pipelining.measure import Cost, measure
+from lightning_mgpu.engine.pipelining.memory import Memory, memories
 from lightning_mgpu.engine.pipelining.partition import (
     Partition,
     PartitionError,
@@ -44,12 +45,14 @@ class Cut:
         modules: Of each stage.
         layers: Layers of each stage that keep running statistics.
         tensors: Parameters and buffers of each stage, by name.
+        memories: What the modules of each stage remember.
     """
 
     partition: Partition
     modules: list[list[nn.Module]]
     layers: list[list[nn.Module]]
     tensors: list[dict[str, Tensor]]
+    memories: list[Memory]
 
 
 class Cutter:
@@ -179,6 +182,7 @@ class Cutter:
                 for part in modules
             ],
             [self._tensors(stage, part) for stage, part in zip(made.stages, modules, strict=True)],
+            memories(modules),
         )
         if self._made is None:
             self._check_owners(cut)
@@ -208,7 +212,7 @@ class Cutter:
             raise PartitionError(
                 f"`{type(self.module).__name__}` has {len(names)} layers that its `forward` calls"
                 f" ({', '.join(names) or 'none'}), too few for {self.stages} stages. Use fewer"
-                " devices, or choose another `module`."
+                ' devices, or choose another `module` (`module=""` is the LightningModule itself).'
             )
 
     def _balance(self, calls: Sequence[str], price: Callable[[str], float]) -> list[str]:

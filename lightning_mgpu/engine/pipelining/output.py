@@ -1,6 +1,6 @@
 """The output of a module in stages, and where its gradients go."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lightning_mgpu.engine.autograd import Gradients
 from lightning_mgpu.engine.batch import leaves, map_leaves
-from lightning_mgpu.engine.pipelining import microbatch as mb
+from lightning_mgpu.engine.pipelining import joining
 from lightning_mgpu.engine.pipelining.partition import Name, Partition, fill
+from lightning_mgpu.engine.pipelining.trace import Result
 
 __all__: list[str] = []
 
@@ -19,9 +20,9 @@ class _Parts:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._found: list[tuple[Name, int, int, mb.Rows]] = []
+        self._found: list[tuple[Name, int, int, joining.Rows]] = []
 
-    def add(self, name: Name, index: int, of: int, rows: mb.Rows) -> None:
+    def add(self, name: Name, index: int, of: int, rows: joining.Rows) -> None:
         """One more: tensor `index` of `of` in the result of that name."""
         self._found.append((name, index, of, rows))
 
@@ -40,29 +41,37 @@ class Output:
     Args:
         partition: The stages.
         results: Of each micro-batch, by name; emptied.
+        arguments: The tensors that the module was called with, by name. If it returns one, that is
+            the very same object, as from the module itself.
         split: The arguments that were split.
         counts: Samples in each micro-batch.
         device: Where the output goes.
+        layouts: Where the batch lies in its tensors, as far as that has been found out.
     """
 
     def __init__(
         self,
         partition: Partition,
         results: Sequence[dict[Name, Any]],
+        arguments: Mapping[Name, Tensor],
         split: frozenset[Name],
         counts: Sequence[int],
         device: torch.device,
+        layouts: joining.Layouts | None = None,
     ) -> None:
         self._template = partition.template
         self._values: dict[Name, Any] = {}
         self._wanting: list[Tensor] = []
         self.parts = _Parts(len(results))
-        for name in dict.fromkeys(partition.results):
+        for name, path in paths(partition).items():
+            if name in arguments:
+                self._values[name] = arguments[name]
+                continue
             values = [chunk.pop(name) for chunk in results]
-            wants = _wanting(values)
             with torch.no_grad():
                 whole = not partition.origins[name] & split
-                joined, rows = mb.join(values, counts, whole)
+                joined, rows = joining.join(values, counts, whole, path, layouts)
+            wants = _wanting(values)
             self._values[name] = map_leaves(lambda x: _to(x, device), joined)
             tensors = [leaf for _, leaf in leaves(self._values[name]) if isinstance(leaf, Tensor)]
             for index, (tensor, how) in enumerate(zip(tensors, rows, strict=True)):
@@ -83,6 +92,16 @@ class Output:
     def filled(self) -> Any:
         """The output, of the structure that `forward` returns."""
         return fill(self._template, self._values)
+
+
+def paths(partition: Partition) -> dict[Name, str]:
+    """Where in the output each result lies, first."""
+    found = {
+        leaf.name: path
+        for path, leaf in reversed([*leaves(partition.template, "output")])
+        if isinstance(leaf, Result)
+    }
+    return {name: found.get(name, "output") for name in dict.fromkeys(partition.results)}
 
 
 def _wanting(values: Sequence[Any]) -> list[bool]:

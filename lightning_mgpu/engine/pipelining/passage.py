@@ -13,6 +13,7 @@ from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.pipelining import schedule, values
 from lightning_mgpu.engine.pipelining.links import Links
+from lightning_mgpu.engine.pipelining.memory import Memory
 from lightning_mgpu.engine.pipelining.partition import Name, Partition, Stage
 from lightning_mgpu.engine.pipelining.recording import RecordedWork, Recording
 from lightning_mgpu.engine.pipelining.stage_work import Checkpoint, Gradients, StageWork
@@ -38,6 +39,8 @@ class Passage:
             statistics.
         deferred: Whether those are kept for the caller, or updated with each micro-batch.
         trainable: For each stage, whether any of its parameters wants a gradient.
+        protected: Arguments that stages must not write to.
+        memories: For each stage, what its modules remember.
         recording: Takes down when stages work.
     """
 
@@ -51,6 +54,8 @@ class Passage:
         recorders: Sequence[Recorder],
         deferred: bool,
         trainable: Sequence[bool],
+        protected: frozenset[Name],
+        memories: Sequence[Memory],
         recording: Recording | None = None,
     ) -> None:
         self._partition, self._devices = partition, devices
@@ -61,7 +66,10 @@ class Passage:
         if recording is not None:
             make = partial(RecordedWork, recording, recording.begin_call(len(chunks)))
         self._works = [
-            make(partition, i, devices[i], streams[i], recorders[i], trainable[i], checkpoint)
+            make(
+                *(partition, i, devices[i], streams[i], recorders[i], trainable[i], checkpoint),
+                *(protected, memories[i]),
+            )
             for i in range(len(partition.stages))
         ]
         self.count = len(chunks)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.leaves import Leaves
@@ -27,7 +28,7 @@ class Shadow:
             }.values()
         )
         # Leaves alias the parameters wherever those lie; the device is of no account.
-        self._leaves = Leaves(self.parameters, self.parameters[0].device, own_memory=False)
+        self._leaves = Leaves(self.parameters, torch.device("cpu"), own_memory=False)
         self._patches = Patches(self._find())
 
     def is_stale(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.context import ThreadContext
 from lightning_mgpu.engine.pipelining import values
+from lightning_mgpu.engine.pipelining.memory import Memory, Moment
 from lightning_mgpu.engine.pipelining.partition import Name, Partition
 from lightning_mgpu.engine.randomness import Stream
 
@@ -29,6 +30,8 @@ class StageWork:
         recorder: What keeps its batch normalisation from updating running statistics.
         trainable: Whether any of its parameters wants a gradient.
         checkpoint: Which micro-batches keep only their inputs, and are computed again in backward.
+        protected: Arguments that must not be written to, since others see them too.
+        memory: What its modules remember from call to call.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class StageWork:
         recorder: Recorder,
         trainable: bool,
         checkpoint: Checkpoint,
+        protected: frozenset[Name],
+        memory: Memory,
     ) -> None:
         self.stage, self._device = partition.stages[index], device
         self._streams, self._recorder, self._trainable = streams, recorder, trainable
@@ -49,11 +54,18 @@ class StageWork:
         ]
         # Inputs and outputs of each micro-batch; no outputs if they are to be computed again.
         self._kept: dict[int, tuple[list[Any], Sequence[Any] | None]] = {}
-        self._shared = [
+        self._memory = memory
+        self._moments: dict[int, Moment] = {}
+        self._shared = {
             position
             for position, name in enumerate(self.stage.inputs)
-            if len(partition.consumers[name]) > 1 or name in partition.results
-        ]
+            if len(partition.consumers[name]) > 1 or name in partition.results or name in protected
+        }
+        self._arguments = {
+            position
+            for position, name in enumerate(self.stage.inputs)
+            if name in partition.arguments
+        }
 
     def __len__(self) -> int:
         """How many micro-batches wait for their backward."""
@@ -62,6 +74,7 @@ class StageWork:
     def forget(self) -> None:
         """Have no backward any more."""
         self._kept.clear()
+        self._moments.clear()
 
     def forward(self, chunk: int, inputs: list[Any]) -> Sequence[Any]:
         """Compute a micro-batch's outputs from leaves of their own."""
@@ -69,11 +82,13 @@ class StageWork:
         if not torch.is_grad_enabled():
             return self._computed(inputs, stream)
         if chunk < self._checkpointed and self._wants_gradient(inputs):
-            self._kept[chunk] = inputs, None
             # What the stage does to its inputs in place must not be done to them twice.
             copies = [values.map_tensors(Tensor.clone, value) for value in inputs]
-            with torch.no_grad(), stream.entered():
-                outputs = self.stage.compute(copies)
+            before = self._memory.before()
+            with torch.no_grad():
+                outputs = self._computed(copies, stream)
+                self._kept[chunk] = self._unwritten(inputs, copies), None
+            self._moments[chunk] = self._memory.after(before)
             return [values.map_tensors(values.promise_gradient, value) for value in outputs]
         outputs = self._computed([values.map_tensors(values.enter, v) for v in inputs], stream)
         self._kept[chunk] = inputs, outputs
@@ -123,7 +138,8 @@ class StageWork:
     def _again(self, chunk: int, inputs: list[Any]) -> tuple[list[Any], Sequence[Any]]:
         """Compute a checkpointed micro-batch once more, as it was, with a graph."""
         inputs = [values.map_tensors(values.copy, value) for value in inputs]
-        with self._context.entered(self._device):
+        moment = self._moments[chunk]
+        with self._context.entered(self._device), self._memory.rewound(moment):
             entered = [values.map_tensors(values.enter, value) for value in inputs]
             outputs = self._computed(entered, self._streams[chunk].again())
         self._recorder.take()  # counted when it was computed first
@@ -140,9 +156,25 @@ class StageWork:
             )
         return outputs
 
+    def _unwritten(self, inputs: list[Any], copies: Sequence[Any]) -> list[Any]:
+        """The inputs as they were before the stage has written to copies of them.
+
+        The caller's tensor is written to as it would be on one device.
+        """
+        kept = list(inputs)
+        for position in self._arguments:
+            if any(t._version > 0 for t in values.tensors(copies[position])):
+                kept[position] = values.map_tensors(values.copy, inputs[position])
+                pairs = zip(
+                    values.tensors(inputs[position]), values.tensors(copies[position]), strict=True
+                )
+                for tensor, written in pairs:
+                    tensor.copy_(written)
+        return kept
+
     def _versions(self, inputs: Sequence[Any]) -> list[int]:
         """How often each input that others use, too, has been written to."""
-        shared = (inputs[position] for position in self._shared)
+        shared = (inputs[position] for position in sorted(self._shared))
         return [
             t._version for value in shared for t in values.tensors(value) if not t.is_inference()
         ]

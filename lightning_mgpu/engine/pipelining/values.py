@@ -42,7 +42,7 @@ def copy(leaf: Tensor) -> Tensor:
 def promise_gradient(tensor: Tensor) -> Tensor:
     """Mark what was computed without a graph, so that the next stage sends its gradient."""
     tensor = tensor.detach()
-    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+    return tensor.requires_grad_() if tensor.is_floating_point() or tensor.is_complex() else tensor
 
 
 def take(value: Any) -> list[Tensor | None]:

@@ -18,6 +18,7 @@ from lightning_mgpu.engine.leaves import Leaves, add_gradients
 from lightning_mgpu.engine.replication.compiled import inside_compiled
 from lightning_mgpu.engine.replication.copies import Copy
 from lightning_mgpu.engine.replication.master import Master
+from lightning_mgpu.engine.replication.sandbox import Sandbox
 from lightning_mgpu.engine.replication.structure import Structure
 from lightning_mgpu.engine.workers import Workers
 
@@ -179,6 +180,27 @@ class Replicas:
     def rebuild(self) -> None:
         """Look the master over anew before the next step."""
         self._slots = []
+
+    def sandboxes(self) -> Callable[[], Sandbox]:
+        """A function that makes copies of the master as it is now, on its device, for trial runs.
+
+        They are no slots, and nothing comes back from them.
+        """
+        structure = Structure(self.master, self._is_unit, self._is_opaque, self._own_attributes)
+
+        def make() -> Sandbox:
+            # A first step may be a validation step.
+            with torch.inference_mode(False), torch.no_grad():
+                device = self.devices[0]
+                leaves = Leaves(structure.parameters, device, own_memory=True)
+                units = [self._copy_unit(unit) for unit in structure.units]
+                memo = dict(zip(map(id, structure.parameters), leaves.leaves, strict=True))
+                memo |= dict(zip(map(id, structure.units), units, strict=True))
+                sandbox = Sandbox(structure, memo, leaves, units, [], device, self._own_attributes)
+                sandbox.isolate(self._is_opaque)
+                return sandbox
+
+        return make
 
     def _note_versions(self) -> None:
         self._versions = [parameter._version for parameter in self.parameters]

@@ -1,0 +1,273 @@
+"""Put together what the micro-batches return."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mgpu.engine.batch import leaves, map_leaves
+from lightning_mgpu.engine.pipelining.microbatch import SplitError
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the batch lies in a tensor of the output.
+
+    Attributes:
+        dim: The dimension, whose length is the number of samples or a multiple of it; `None` if
+            the tensor is the same for every micro-batch.
+        minor: Of a multiple, whether neighbours belong to different samples, as in
+            ``torch.cat([z, -z])``; otherwise a sample's entries lie side by side.
+    """
+
+    dim: int | None
+    minor: bool = False
+
+
+Layouts = Mapping[str, Layout]
+"""By the place in the output, such as ``output['logits']``."""
+
+FIRST = Layout(0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a tensor of the output was joined: the entries of each; `None` if it is the first's."""
+
+    counts: tuple[int, ...] | None
+    layout: Layout = FIRST
+
+    def split(self, gradient: Tensor | None, count: int) -> list[Tensor | None]:
+        """The gradient of each micro-batch's part."""
+        if gradient is None:
+            return [None] * count
+        if self.counts is None:
+            return [gradient, *[None] * (count - 1)]
+        dim = self.layout.dim
+        assert dim is not None
+        if not self.layout.minor:
+            return list(torch.split(gradient, list(self.counts), dim))
+        blocks = _blocks(gradient, dim, sum(self.counts))
+        return [p.flatten(dim, dim + 1) for p in torch.split(blocks, list(self.counts), dim + 1)]
+
+
+def cat(parts: Sequence[Tensor], counts: Sequence[int], layout: Layout) -> tuple[Tensor, Rows]:
+    """Join tensors along the batch.
+
+    Args:
+        parts: Of each micro-batch.
+        counts: Samples in each.
+        layout: Where the batch lies; `parts` fit it.
+    """
+    dim = layout.dim
+    if dim is None or len(parts) == 1:
+        return parts[0], Rows(None)
+    if not layout.minor:
+        return torch.cat(list(parts), dim), Rows(tuple(p.shape[dim] for p in parts), layout)
+    blocks = [_blocks(part, dim, n) for part, n in zip(parts, counts, strict=True)]
+    return torch.cat(blocks, dim + 1).flatten(dim, dim + 1), Rows(tuple(counts), layout)
+
+
+def _blocks(tensor: Tensor, dim: int, count: int) -> Tensor:
+    """A dimension as two, the second of which is the batch."""
+    return tensor.reshape(*tensor.shape[:dim], -1, count, *tensor.shape[dim + 1 :])
+
+
+def join(
+    parts: Sequence[Any],
+    counts: Sequence[int],
+    whole: bool,
+    path: str = "output",
+    layouts: Layouts | None = None,
+) -> tuple[Any, list[Rows]]:
+    """Put a value of the output together.
+
+    Args:
+        parts: Of each micro-batch: a tensor, or a structure of such.
+        counts: Samples in each micro-batch.
+        whole: Whether it depends on nothing that was split, and so is the same everywhere.
+        path: What to call the value.
+        layouts: Where the batch lies in its tensors, as far as that has been found out.
+
+    Returns:
+        The value, and how each of its tensors was joined.
+
+    Raises:
+        SplitError: The parts do not make a batch.
+    """
+    joined, rows = [], []
+    for place, column in columns(parts, counts, path):
+        if isinstance(column[0], Tensor):
+            tensor, how = _join_tensors(column, counts, whole, place, (layouts or {}).get(place))
+            joined.append(tensor)
+            rows.append(how)
+        else:
+            joined.append(_same(column, counts, place))
+    remaining = iter(joined)
+    return map_leaves(lambda _: next(remaining), parts[0]), rows
+
+
+def columns(
+    parts: Sequence[Any], counts: Sequence[int], path: str
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """What the parts hold at each place.
+
+    Raises:
+        SplitError: They are not of one structure.
+    """
+    found = [list(leaves(part, path)) for part in parts]
+    names = [[name for name, _ in of_part] for of_part in found]
+    if any(other != names[0] for other in names):
+        what = (
+            "a list with an entry per sample, which is not joined. Stack or pad the entries to a"
+            " tensor"
+            if _per_sample(parts, counts)
+            else f"something of another structure for each micro-batch of {list(counts)} samples."
+            " Return tensors with an entry per sample"
+        )
+        raise SplitError(f"`{path}`: the module returns {what}, or make the list in the step.")
+    values = zip(*([leaf for _, leaf in of_part] for of_part in found), strict=True)
+    return list(zip(names[0], values, strict=True))
+
+
+def placed(value: Any, path: str) -> list[tuple[str, Any]]:
+    """What a value holds at each place."""
+    return list(leaves(value, path))
+
+
+def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
+    """Where the batch lies in a tensor, told from what different numbers of samples have made.
+
+    Args:
+        column: The tensor for each number of samples.
+        counts: The numbers, of which at least two differ.
+        path: What to call the tensor.
+
+    Raises:
+        SplitError: More than one dimension depends on the number, or not in proportion.
+    """
+    first = column[0]
+    if any(tensor.dim() != first.dim() for tensor in column):
+        raise SplitError(_no_batch(column, counts, path, 0))
+    grown = [d for d in range(first.dim()) if len({t.shape[d] for t in column}) > 1]
+    if not grown:
+        return Layout(None)
+    if len(grown) > 1 or not _fits(column, counts, grown[0]):
+        raise SplitError(_no_batch(column, counts, path, grown[0]))
+    return Layout(grown[0])
+
+
+def unjoinable(path: str, tensor: Tensor) -> str:
+    """What to say of a tensor that differs though it has no dimension for the batch."""
+    if tensor.dim() == 0:
+        return _scalar(path)
+    return (
+        f"`{path}` of shape {tuple(tensor.shape)} has no dimension for the batch, but differs from"
+        " micro-batch to micro-batch, such as `z.T @ z` or `z.sum(0)`. Return what has an entry per"
+        " sample, and compute this in the step."
+    )
+
+
+def unordered(path: str, tensor: Tensor, count: int) -> str:
+    """What to say of a tensor in which samples lie side by side or far apart."""
+    return (
+        f"`{path}` has shape {tuple(tensor.shape)} for {count} samples, and random values, so that"
+        " it cannot be told in which order the samples lie. Return it with a dimension of its own"
+        " for the batch (`unflatten`), and flatten it in the step."
+    )
+
+
+def _per_sample(parts: Sequence[Any], counts: Sequence[int]) -> bool:
+    return all(
+        isinstance(part, (list, tuple)) and len(part) == n
+        for part, n in zip(parts, counts, strict=True)
+    )
+
+
+def _join_tensors(
+    parts: Sequence[Tensor], counts: Sequence[int], whole: bool, path: str, layout: Layout | None
+) -> tuple[Tensor, Rows]:
+    first = parts[0]
+    if whole or len(parts) == 1:
+        return first, Rows(None)
+    if layout is None or (layout.dim or 0) >= max(first.dim(), 1):
+        layout = _guess(parts, counts, path)
+    elif layout.dim is None:
+        if any(not torch.equal(part, first) for part in parts[1:]):
+            raise SplitError(unjoinable(path, first))
+    elif not _fits(parts, counts, layout.dim):
+        raise SplitError(_no_batch(parts, counts, path, layout.dim))
+    return cat(parts, counts, layout)
+
+
+def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
+    """The first dimension, or else the only one that is as long as each micro-batch."""
+    if any(part.dim() == 0 for part in parts):
+        raise SplitError(_scalar(path))
+    uneven = len(set(counts)) > 1
+    if _fits(parts, counts, 0) and (uneven or parts[0].shape[0] == counts[0]):
+        return FIRST
+    fitting = [d for d in range(1, parts[0].dim()) if _fits(parts, counts, d)]
+    fitting = [d for d in fitting if uneven or parts[0].shape[d] == counts[0]]
+    if len(fitting) != 1 or _fits(parts, counts, 0):
+        raise SplitError(_no_batch(parts, counts, path, 0))
+    return Layout(fitting[0])
+
+
+def _fits(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> bool:
+    """Whether a dimension grows with the number of samples, and no other does."""
+    if len({(part.dim(), *part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) > 1:
+        return False
+    lengths = [part.shape[dim] for part in parts]
+    factor, more = divmod(lengths[0], counts[0]) if counts[0] else (1, 0)
+    return not more and all(n == factor * k for n, k in zip(lengths, counts, strict=True))
+
+
+def _no_batch(parts: Sequence[Tensor], counts: Sequence[int], path: str, dim: int) -> str:
+    which = "first dimension" if dim == 0 else f"dimension {dim}"
+    return (
+        f"`{path}`: the module returns a tensor whose {which} is not the batch: of micro-batches"
+        f" of {list(counts)} samples it has made {[tuple(part.shape) for part in parts]}. Return"
+        " tensors with an entry per sample, and compute the rest in the step."
+    )
+
+
+def _scalar(path: str) -> str:
+    return (
+        f"`{path}`: the module returns a tensor without dimensions, computed from one micro-batch."
+        " Return what has an entry per sample, and take the mean or the loss in the step."
+    )
+
+
+def _same(parts: Sequence[Any], counts: Sequence[int], path: str) -> Any:
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if all(map(_Equal(first), parts)) and not (type(first) is int and first == counts[0]):
+        return first
+    if isinstance(first, (str, bytes, bool, int, float, complex)):
+        text = f"returns {list(parts)!r}, one"
+    else:
+        text = f"returns an object, a `{type(first).__name__}`,"
+    raise SplitError(
+        f"`{path}`: the module {text} for each micro-batch of {list(counts)} samples, which cannot"
+        " be joined. Return tensors with an entry per sample, or leave it out (for a cache of keys"
+        " and values: `use_cache=False`)."
+    )
+
+
+class _Equal:
+    def __init__(self, first: Any) -> None:
+        self._first = first
+
+    def __call__(self, other: Any) -> bool:
+        if type(other) is not type(self._first):
+            return False
+        try:
+            return bool(other is self._first or other == self._first)
+        except Exception:  # arrays, or objects that cannot be compared
+            return False

@@ -1,0 +1,252 @@
+"""The first batch of each kind of step, computed whole and in shards, and compared."""
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_mgpu.engine.batch import Shard, weighted_mean
+from lightning_mgpu.engine.compare import Difference, ParityError, compare, signature
+from lightning_mgpu.engine.replication.isolation import UnsafeError
+from lightning_mgpu.engine.replication.replicas import Replicas
+from lightning_mgpu.engine.workers import Workers
+from lightning_mgpu.strategies.dry_run import Conditions, Result, dry_run
+from lightning_mgpu.strategies.logged import replay
+from lightning_mgpu.strategies.metrics import ReplicaMetrics, is_metric, seen
+from lightning_mgpu.strategies.parity_advice import Findings, loss_in, message, nan_message
+from lightning_mgpu.strategies.replica_step import Step
+
+log = logging.getLogger(__name__)
+
+__all__: list[str] = []
+
+Mode = Literal["warn", "error", "off"]
+Gather = Callable[[Sequence[Any], Sequence[int]], Any]
+Scatter = Callable[[Any], list[Shard]]
+
+# A run whose batches never have the same structure twice is not checked for ever.
+_MAX_STRUCTURES = 8
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a strategy takes batches apart and puts outputs together.
+
+    Attributes:
+        scatter: Makes shards of a batch.
+        gather: Joins outputs.
+        gather_fn: The user's, if there is one: it may change the output of a whole batch as well.
+    """
+
+    scatter: Scatter
+    gather: Gather
+    gather_fn: Gather | None
+
+
+class ParityCheck:
+    """Compares what a step computes of a whole batch with what it computes of the shards.
+
+    Both are computed without lasting effects, on the first batch of each kind of step, and where
+    the structure of the batches changes.
+
+    Args:
+        mode: What happens where they differ: ``"warn"``, ``"error"``, or ``"off"`` (no check).
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        self._mode = mode
+        self._model: weakref.ref[LightningModule] | None = None
+        self._checked: dict[Hashable, None] = {}
+        self._told: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_checked": {}}
+
+    def before(
+        self, step: Step, batch: Any, parts: Parts, replicas: Replicas, workers: Workers
+    ) -> None:
+        """Check a step that is about to run, unless one like it has been checked.
+
+        Raises:
+            ParityError: In the mode ``"error"``, if there are differences.
+        """
+        if self._mode == "off" or len(step.shards) < 2:
+            return
+        model = replicas.master
+        assert isinstance(model, LightningModule)
+        if step.name == "training_step" and not model.automatic_optimization:
+            return  # its optimizers cannot step for a trial
+        if self._model is None or self._model() is not model:
+            self._model, self._checked, self._told = weakref.ref(model), {}, set()
+        key = (step.name, step.dataloader_idx, signature(batch))
+        if key in self._checked or self._count(key[:2]) >= _MAX_STRUCTURES:
+            return
+        found = _compared(step, batch, parts, replicas, workers)
+        if found is not None and self._mode == "error":
+            raise ParityError(message(found))
+        self._checked[key] = None
+        if found is not None and step.name not in self._told:
+            self._told |= {step.name} if found.nan is None else {step.name, _nan(step)}
+            log.warning(message(found))
+
+    def after(self, step: Step, losses: Sequence[Tensor | None], loss: Tensor | None) -> None:
+        """Tell once of a loss that is NaN on some replicas only."""
+        if self._mode == "off" or loss is None or loss.device.type != "cpu":
+            return  # on other devices, to look at it would wait for it
+        if bool(loss.isnan()) and _nan(step) not in self._told:
+            text = nan_message(step, {"loss": losses})
+            if text is not None:
+                self._told.add(_nan(step))
+                log.warning("`%s`: %s", step.name, text)
+
+    def _count(self, kind: Any) -> int:
+        return sum(key[:2] == kind for key in self._checked)  # type: ignore[index]
+
+
+def _nan(step: Step) -> str:
+    return f"{step.name}: NaN"
+
+
+def _compared(
+    step: Step, batch: Any, parts: Parts, replicas: Replicas, workers: Workers
+) -> Findings | None:
+    """What differs; `None` if nothing does, or if it cannot be known."""
+    found: Findings | None
+    try:
+        try:
+            (found,) = workers.run([_Comparison(step, batch, parts, replicas).run])
+        except torch.OutOfMemoryError:
+            # Any device has memory for the samples of one shard.
+            batch = step.shards[0].batch
+            step = step.of(parts.scatter(batch))
+            (found,) = workers.run([_Comparison(step, batch, parts, replicas).run])
+    except Exception as error:  # whatever is wrong with the step itself, its own run will tell
+        log.info("`%s` was not checked: %s", step.name, error)
+        return None
+    return found
+
+
+class _Comparison:
+    """One step on one batch, whole and in shards, on the first device."""
+
+    def __init__(self, step: Step, batch: Any, parts: Parts, replicas: Replicas) -> None:
+        self._step, self._batch, self._parts = step, batch, parts
+        self._master = replicas.master
+        self._device = replicas.devices[0]
+        self._make = replicas.sandboxes()
+
+    def run(self) -> Findings | None:
+        """What differs; `None` if nothing does, or if the step draws random numbers."""
+        found = self._tried()
+        if found is None:
+            return None
+        how, whole, parts = found
+        differences = self._differences(whole, parts, self._precision())
+        if not differences or self._is_rounding(how):
+            return None
+        return Findings(self._step, self._batch, self._master, whole, parts, differences)
+
+    def _tried(self) -> tuple[Conditions, Result, list[Result]] | None:
+        """The runs under the first conditions that the step can do with."""
+        try:
+            return self._without_draws(Conditions())
+        except (UnsafeError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            if self._step.name != "training_step":
+                raise
+            return self._without_draws(Conditions(grad=True))
+
+    def _without_draws(self, how: Conditions) -> tuple[Conditions, Result, list[Result]] | None:
+        for evaluation in (False, True):
+            how = replace(how, evaluation=evaluation)
+            whole = self._whole(how)
+            if whole.drew:
+                continue
+            parts = self._shards(how)
+            if not any(part.drew for part in parts):
+                return how, whole, parts
+        return None
+
+    def _whole(self, how: Conditions) -> Result:
+        return dry_run(self._make, self._step, self._batch, how)
+
+    def _shards(self, how: Conditions) -> list[Result]:
+        return [dry_run(self._make, self._step, s.batch, how) for s in self._step.shards]
+
+    def _is_rounding(self, how: Conditions) -> bool:
+        """Whether the differences are gone in double precision, where the step can do with that."""
+        how = replace(how, double=True)
+        try:
+            return not self._differences(self._whole(how), self._shards(how), torch.float32)
+        except Exception:
+            return False
+
+    def _precision(self) -> torch.dtype | None:
+        """The least precise dtype that the step computes in."""
+        dtypes = {p.dtype for p in self._master.parameters() if p.is_floating_point()}
+        kind = self._device.type
+        if torch.is_autocast_enabled(kind):
+            dtypes.add(torch.get_autocast_dtype(kind))
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+    def _differences(
+        self, whole: Result, parts: list[Result], precision: torch.dtype | None
+    ) -> list[Difference]:
+        sizes = self._step.sizes
+        total = [sum(sizes)]
+        pairs = [
+            ("logged", self._logged([whole], total), self._logged(parts, sizes)),
+            *self._of_metrics(whole, parts),
+        ]
+        outputs = [part.output for part in parts]
+        output, gather = whole.output, self._parts.gather
+        if self._step.name == "training_step":
+            losses = [loss_in(output) for output in outputs]
+            pairs.insert(0, ("loss", loss_in(output), _mean(losses, sizes)))
+            output, outputs = _without_loss(output), list(map(_without_loss, outputs))
+        if self._parts.gather_fn is not None and output is not None:
+            output = gather([output], total)
+        pairs.append(("output", output, gather(outputs, sizes)))
+        return [d for path, a, b in pairs for d in compare(a, b, path, precision)]
+
+    def _logged(self, results: Sequence[Result], sizes: Sequence[int]) -> dict[str, Any]:
+        logged: dict[str, Any] = {}
+
+        def note(name: str, value: Any, *_: Any, **__: Any) -> None:
+            if not is_metric(value):
+                logged[name if name not in logged else f"{name}, again"] = value
+
+        metrics = ReplicaMetrics(results[0].masters, [result.units for result in results])
+        replay([result.logs for result in results], sizes, note, metrics.original)
+        return logged
+
+    def _of_metrics(self, whole: Result, parts: list[Result]) -> list[tuple[str, Any, Any]]:
+        names = {id(module): name for name, module in self._master.named_modules()}
+        sizes = self._step.sizes
+        try:
+            values = seen(whole.masters, [whole.units], [sum(sizes)])
+            others = seen(whole.masters, [part.units for part in parts], sizes)
+        except Exception:  # one that cannot be computed of so few samples, for instance
+            return []
+        pairs = zip(whole.masters, values, others, strict=True)
+        return [(names.get(id(metric), type(metric).__name__), a, b) for metric, a, b in pairs]
+
+
+def _mean(losses: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    """The loss of the batch as `joint_loss` makes it."""
+    having = [(loss, size) for loss, size in zip(losses, sizes, strict=True) if loss is not None]
+    if not having:
+        return None
+    return weighted_mean([loss.detach() for loss, _ in having], [size for _, size in having])
+
+
+def _without_loss(output: Any) -> Any:
+    if not isinstance(output, Mapping):
+        return None
+    return {key: value for key, value in output.items() if key != "loss"}
