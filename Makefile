@@ -2,6 +2,7 @@
 #   make test PYTHON=python3.12            another Python (after `make clean`)
 #   make test PYTEST_ARGS="-k pipeline"    only some tests
 #   make test WORKERS=0                    all tests in one process
+#   make zoo PYTEST_ARGS="-k bert"         only some models of other packages
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +15,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+ZOO := $(VENV)/zoo
 # A file's tests stay together: they share fixtures, a running Ray above all.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SETUP := pyproject.toml setup.py constraints.txt
@@ -27,7 +29,20 @@ define install
 @$(BIN)/python -m pip install --quiet --log $(VENV)/pip.log -c constraints.txt -e '.[$(EXTRAS)]'
 endef
 
-.PHONY: help demo test test-fast lint bench constraints clean
+# What .venv holds is borrowed, not installed again. Lightning imports torchvision and transformers
+# wherever they are, which takes seconds at each start, so they stay out of .venv itself.
+define install_zoo
+@rm -f $@
+@echo "Installing .[zoo] into $(ZOO) (a minute the first time; details in $(ZOO)/pip.log)"
+@$(BIN)/python -m venv $(ZOO)
+@printf '%s\n' "$$($(BIN)/python -c "$(SITE)")" "$(CURDIR)/tests/zoo/site" \
+	"import torchvision_operators" > "$$($(ZOO)/bin/python -c "$(SITE)")/borrowed.pth"
+@$(ZOO)/bin/python -m pip install --quiet --log $(ZOO)/pip.log -c constraints.txt -e '.[zoo]'
+@touch $@
+endef
+SITE := import sysconfig; print(sysconfig.get_path('purelib'))
+
+.PHONY: help demo test test-fast zoo lint bench constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +56,9 @@ test: lint ## Lint, types and every test
 test-fast: $(VENV)/.test ## The tests that take a few seconds
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
+zoo: $(ZOO)/.ready ## Train models of other packages, in an environment of their own
+	$(ZOO)/bin/python -m pytest -n $(WORKERS) tests/zoo $(PYTEST_ARGS)
+
 lint: $(VENV)/.test ## Ruff (rules, format) and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -49,8 +67,8 @@ lint: $(VENV)/.test ## Ruff (rules, format) and mypy
 bench: $(VENV)/.test ## Run every benchmark
 	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
-constraints: ## Pin in constraints.txt what .venv holds
-	$(BIN)/python .ci/constraints.py > $(VENV)/constraints.txt
+constraints: $(ZOO)/.ready ## Pin in constraints.txt what .venv and its zoo hold
+	$(ZOO)/bin/python .ci/constraints.py > $(VENV)/constraints.txt
 	mv $(VENV)/constraints.txt constraints.txt
 
 clean: ## Remove .venv, caches, builds and the outputs of runs
@@ -67,3 +85,6 @@ $(VENV)/.test: EXTRAS := all,demo,dev
 $(VENV)/.test: $(SETUP)
 	$(install)
 	@touch $(VENV)/.demo $@
+
+$(ZOO)/.ready: $(VENV)/.test
+	$(install_zoo)

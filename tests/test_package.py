@@ -139,4 +139,4 @@ def test_every_extra_installs_what_it_says() -> None:
     from importlib.metadata import metadata
 
     extras = set(metadata("lightning_mgpu").get_all("Provides-Extra") or ())
-    assert extras >= {"ray", "demo", "search", "report", "all", "dev"}
+    assert extras >= {"ray", "demo", "search", "report", "zoo", "all", "dev"}
