@@ -249,9 +249,10 @@ class _SharedBatches:
     def _of_one_process(self) -> Iterator[None]:
         sampler = self._sampler
         count = sampler.dataset.total
-        with patch.multiple(
-            sampler, num_replicas=1, rank=0, total_size=count, num_samples=count
-        ), patch.object(sampler.dataset, "_world_size", 1):
+        with (
+            patch.multiple(sampler, num_replicas=1, rank=0, total_size=count, num_samples=count),
+            patch.object(sampler.dataset, "_world_size", 1),
+        ):
             yield
 
 
