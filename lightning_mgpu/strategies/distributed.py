@@ -152,7 +152,7 @@ class DDPStrategy(_LightningDDPStrategy):
             return
         assert module is not None
         # To leave out what is frozen is needed where DDP waits for every gradient. Manual
-        # optimisation freezes parameters and takes them in again within a step (`toggle_optimizer`).
+        # optimisation freezes parameters for a part of a step only (`toggle_optimizer`).
         may_shrink = module.automatic_optimization and not model.find_unused_parameters
         parameters = self._reduced.outdated(may_shrink)
         if parameters is None:
