@@ -9,6 +9,31 @@ from torch import Tensor, nn
 __all__: list[str] = []
 
 
+class Leaf(nn.Parameter):
+    """A parameter whose `data` shows when it is written to.
+
+    That of an ordinary one has a version counter of its own, and replacing it leaves no trace.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        """The values, without a graph; in-place writes move the leaf's version counter."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        vars(self)[_ASSIGNED] = True
+        set_data(self, value)
+
+
+def set_data(leaf: Tensor, value: Tensor) -> None:
+    """Replace a leaf's values and memory, as we do ourselves."""
+    Tensor.data.__set__(leaf, value)  # type: ignore[attr-defined]
+
+
+_ASSIGNED = "_mgpu_assigned"
+
+
 class Leaves:
     """A leaf for each parameter, with which one slot computes.
 
@@ -42,9 +67,22 @@ class Leaves:
             if leaf.requires_grad != parameter.requires_grad:
                 leaf.requires_grad_(parameter.requires_grad)
             if not self._buckets and leaf.data_ptr() != parameter.data_ptr():
-                leaf.data = parameter.data  # somebody has swapped the storage
+                set_data(leaf, parameter.data)  # somebody has swapped the storage
         for bucket in self._buckets:
             bucket.refresh()
+
+    def versions(self) -> list[int]:
+        """How often each leaf, or what it is an alias of, has been written to."""
+        return [leaf._version for leaf in self.leaves]
+
+    def assigned(self) -> list[int]:
+        """The indices of the leaves whose `data` somebody has replaced."""
+        return [i for i, leaf in enumerate(self.leaves) if _ASSIGNED in vars(leaf)]
+
+    def forget_assignments(self) -> None:
+        """Take the leaves' memory for theirs."""
+        for leaf in self.leaves:
+            vars(leaf).pop(_ASSIGNED, None)
 
     def keep_freezing(self) -> None:
         """Freeze the parameters whose leaves a step has frozen, and the other way round."""
@@ -163,7 +201,7 @@ def _to_device(gradients: Sequence[Tensor | None], root: torch.device) -> list[T
 
 
 def _alias(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
-    leaf = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    leaf: nn.Parameter = Leaf(data, requires_grad=parameter.requires_grad)
     if vars(parameter):
         vars(leaf).update(vars(parameter))  # what optimizers and samplers mark parameters with
     return leaf

@@ -4,19 +4,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_mgpu.engine.batch_norm import Recorder
-from lightning_mgpu.engine.replication.buffers import Buffers
 from lightning_mgpu.engine.replication.compiled import (
     COMPILED_ATTRIBUTES,
     compile_again,
+    inside_compiled,
     is_compiled,
 )
-from lightning_mgpu.engine.replication.remap import Remap, equal, merge_containers
+from lightning_mgpu.engine.replication.generators import Generators
+from lightning_mgpu.engine.replication.remap import Remap
 from lightning_mgpu.engine.replication.replica import Replica
 from lightning_mgpu.engine.replication.structure import Structure
+from lightning_mgpu.engine.replication.tensors import Buffers, Tensors
+from lightning_mgpu.engine.replication.tracked import Tracked, track
 
 __all__: list[str] = []
 
@@ -28,37 +31,60 @@ _PARTS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"
 
 
 class Copy(Replica):
-    """A copy of the master on another slot."""
+    """A copy of the master on another slot.
+
+    Attributes:
+        tensors: Its copies of the master's tensors.
+        buffers: Those that are buffers.
+        watched: Pairs of an original and its copy whose attributes a step may write to.
+        before: The attributes of the copies at the start of the step.
+        was: Those of the originals.
+        passed_over: Attributes that nothing is brought back from.
+    """
 
     def __init__(self, structure: Structure, memo: dict[int, Any], *args: Any) -> None:
         super().__init__(structure, memo, *args)
+        self.tensors = Tensors(self.root, self.device)
+        generators = Generators(self.root, self.device, self.slot)
+        self.remap = Remap(memo, self.tensors, generators, structure.is_opaque)
         for original in (*structure.modules, *structure.objects):
             kind: Any = type(original)
             memo[id(original)] = kind.__new__(kind)
         self._pairs = [(m, memo[id(m)]) for m in (*structure.modules, *structure.objects)]
-        self._buffers = Buffers(structure.modules, memo, self.device)
+        layers = self.recorder.layers
+        self.buffers = Buffers(structure.modules, structure.names, layers, self.tensors)
         for index, module in enumerate(structure.modules):
-            _fill(module, memo[id(module)], self._buffers.holder(index), self.remap)
+            self._fill(module, memo[id(module)], index)
+        self._tracks = not inside_compiled(structure.modules)
         self._update()
         for module in structure.modules:
             if is_compiled(module):
                 compile_again(module, memo[id(module)], self.remap(module._orig_mod))
         self.module = memo[id(structure.modules[0])]
-        self.recorder = Recorder([memo[id(x)] for x in self.recorder.layers])
-        # Torch's own layers write no attributes in `forward`.
-        self._watched = [
-            (o, c) for o, c in self._pairs if not type(o).__module__.startswith("torch.")
-        ]
-        self._before: list[dict[str, Any]] = []
+        self.recorder = Recorder([memo[id(x)] for x in layers])
+        self.watched = [(o, c) for o, c in self._pairs if _may_write(o)]
+        self._class_numbers = [_class_numbers(type(original)) for original, _ in self.watched]
+        self.passed_over = self.own_attributes | _PARTS | COMPILED_ATTRIBUTES
+        self.before: list[dict[str, Any]] = []
+        self.was: list[dict[str, Any]] = []
 
     @override
     def refresh(self) -> None:
         self.leaves.refresh()
-        self._buffers.refresh()
+        self.tensors.begin()
+        self.buffers.refresh()
         self._update()
         if hasattr(self.module, "_device"):
             vars(self.module)["_device"] = self.device
-        self._before = [dict(vars(copied)) for _, copied in self._watched]
+        self.was = [dict(vars(original)) for original, _ in self.watched]
+        for (original, copied), was, names in zip(
+            self.watched, self.was, self._class_numbers, strict=True
+        ):
+            for name in names:
+                if name not in was:
+                    was[name] = getattr(type(original), name)
+                    vars(copied)[name] = track(was[name]) if self._tracks else was[name]
+        self.before = [dict(vars(copied)) for _, copied in self.watched]
 
     @override
     @contextmanager
@@ -72,71 +98,66 @@ class Copy(Replica):
             for key in overrides:
                 vars(self.module).pop(key, None)
 
+    def _fill(self, original: nn.Module, copied: nn.Module, index: int) -> None:
+        """Give a blank copy its parts."""
+        state = vars(copied)
+        state["_parameters"] = self._remapped(original._parameters)
+        state["_buffers"] = self.buffers.holder(index)
+        state["_modules"] = self._remapped(original._modules)
+        state["_compiled_call_impl"] = None
+        state.update({key: type(vars(original)[key])() for key in _HOOKS})
+
     def _update(self) -> None:
+        """Bring the attributes of all copies, hooks among them, up to date."""
         self.remap.begin()
         for original, copied in self._pairs:
             skip = _PARTS | COMPILED_ATTRIBUTES if is_compiled(original) else _PARTS
             self.remap.where = type(original).__name__
-            state = vars(original)
-            _update_attributes(state, vars(copied), self.remap, skip, self.own_attributes)
+            if self._tracks and not _is_torchs(original):
+                with self.remap.tracking():
+                    self._update_attributes(vars(original), vars(copied), skip)
+            else:
+                self._update_attributes(vars(original), vars(copied), skip)
 
-    def merge(self) -> set[str]:
-        """Bring what the step has put into containers to the master.
+    def _update_attributes(
+        self, original: dict[str, Any], copied: dict[str, Any], skip: frozenset[str]
+    ) -> None:
+        for key, value in original.items():
+            held = copied.get(key, _MISSING)
+            if held is value or (
+                isinstance(held, Tracked) and held.value is value and held.root is held
+            ):
+                continue
+            if key in _HOOKS:
+                if value or held:
+                    copied[key].clear()
+                    copied[key].update(self._remapped(value))
+            elif key not in skip:
+                shared = key in self.own_attributes
+                copied[key] = value if shared else self.remap.at(key, value)
+        if len(copied) > len(original):
+            for key in copied.keys() - original.keys():
+                del copied[key]
 
-        Returns:
-            What the step has written here and not there: attributes, containers and buffers.
-        """
-        lost = {*merge_containers(self.remap), *self._buffers.lost()}
-        for (original, copied), before in zip(self._watched, self._before, strict=True):
-            for key, value in vars(copied).items():
-                if value is before.get(key, _MISSING) or key in self.own_attributes:
-                    continue
-                if key not in _PARTS and not equal(value, vars(original).get(key)):
-                    lost.add(f"{type(original).__name__}.{key}")
-        return lost
-
-
-def _fill(
-    original: nn.Module, copied: nn.Module, buffers: dict[str, Tensor | None], remap: Remap
-) -> None:
-    """Give a blank copy its parts."""
-    state = vars(copied)
-    state["_parameters"] = _remapped(original._parameters, remap)
-    state["_buffers"] = buffers
-    state["_modules"] = _remapped(original._modules, remap)
-    state["_compiled_call_impl"] = None
-    state.update({key: type(vars(original)[key])() for key in _HOOKS})
-
-
-def _update_attributes(
-    original: dict[str, Any],
-    copied: dict[str, Any],
-    remap: Remap,
-    skip: frozenset[str],
-    shared: frozenset[str],
-) -> None:
-    """Bring a copy's attributes, hooks among them, up to date.
-
-    Args:
-        original: The attributes of the original.
-        copied: Those of its copy.
-        remap: From the one's parts to the other's.
-        skip: Attributes that the copy has of its own.
-        shared: Attributes to be taken over as they are.
-    """
-    for key, value in original.items():
-        if copied.get(key, _MISSING) is value:
-            continue
-        if key in _HOOKS:
-            if value or copied[key]:
-                copied[key].clear()
-                copied[key].update(_remapped(value, remap))
-        elif key not in skip:
-            copied[key] = value if key in shared else remap.at(key, value)
-    if len(copied) > len(original):
-        for key in copied.keys() - original.keys():
-            del copied[key]
+    def _remapped(self, holder: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {key: self.remap(value) for key, value in holder.items()}
 
 
-def _remapped(holder: Mapping[Any, Any], remap: Remap) -> dict[Any, Any]:
-    return {key: remap(value) for key, value in holder.items()}
+def _is_torchs(value: Any) -> bool:
+    return type(value).__module__.startswith("torch.")
+
+
+def _may_write(value: Any) -> bool:
+    """Whether a step may write to its attributes: torch's own layers do so by hooks only."""
+    return not _is_torchs(value) or any(vars(value).get(key) for key in _HOOKS)
+
+
+def _class_numbers(kind: type) -> list[str]:
+    """Attributes of a user's class that its objects may begin to count with."""
+    return [
+        name
+        for base in kind.__mro__
+        if base.__module__.partition(".")[0] not in ("torch", "lightning", "builtins")
+        for name, value in vars(base).items()
+        if type(value) in (int, float) and not name.startswith("__")
+    ]

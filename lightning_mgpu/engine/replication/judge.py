@@ -1,0 +1,361 @@
+"""What becomes of a value that the replicas have changed: the rules, and what is said about it.
+
+For a number, or a small tensor, let d_k be what replica k has added, and s_k the size of its shard:
+
+    only additions?  -- yes --> constants of the source, each once -- d_k equal ----> once
+          |                                                      \\-- else -------> sum (told)
+          |                 --> all else ---- d_k differ, whole numbers ----------> sum
+          |                              \\-- d_k differ, d_k = loss of the shard -> mean
+          |                              \\-- d_k differ, d_k = loss * s_k -------> sum
+          |                              \\-- d_k differ otherwise ---------------> sum (told)
+          |                              \\-- d_k equal, s_k differ --------------> once
+          |                              \\-- both equal: see `_of_even_shards`
+          no, assigned -----> the same everywhere --------------------------------> that
+                          \\-- the loss of the shard -----------------------------> mean
+                          \\-- else ---------------------------------------------> replica 0's (told)
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_mgpu.engine.replication.tracked import Additions, is_number
+from lightning_mgpu.engine.replication.values import MISSING, all_equal
+
+log = logging.getLogger(__name__)
+
+__all__: list[str] = []
+
+Rule = Literal["sum", "once", "mean"]
+
+_ENOUGH_STEPS = 4
+_TOLERANCE = 1e-6
+
+
+@dataclass
+class _Doubt:
+    """An addition that may be one per step or one per sample.
+
+    Attributes:
+        rule: How it has been taken so far.
+        steps: How often.
+        owed: What is to be added if it turns out to be the other.
+        value: What it came to by the last step; if it has another value now, it was reset.
+    """
+
+    rule: Rule
+    steps: int = 0
+    owed: Any = 0
+    value: Any = None
+
+
+@dataclass
+class Change:
+    """One place that replicas have changed.
+
+    Attributes:
+        name: Of the place.
+        before: Its value at the start of the step.
+        values: The replicas' values now.
+        evidence: For each replica but the first: the additions that made it, if it was those.
+        is_key: Whether the place is an entry of a dict rather than an attribute.
+        owner: What warnings are said once for; default: the place.
+    """
+
+    name: str
+    before: Any
+    values: Sequence[Any]
+    evidence: Sequence[Additions | None]
+    is_key: bool = False
+    owner: str = ""
+
+
+class Judge:
+    """Decides about changes, remembers decisions, and tells each thing once."""
+
+    def __init__(self) -> None:
+        self.sizes: Sequence[int] = ()
+        self.references: Callable[[], Sequence[Sequence[float]]] = tuple
+        self._told: set[tuple[str, str]] = set()
+        self._settled: dict[str, Rule] = {}
+        self._doubts: dict[str, _Doubt] = {}
+        self._independent: set[str] = set()
+        self._changes: dict[str, int] = {}
+
+    def begin(self, sizes: Sequence[int]) -> None:
+        """Start a step on shards of these sizes."""
+        self.sizes = sizes
+        self.references = tuple
+
+    def outcome(self, change: Change) -> Any:
+        """The value that the master's place is to have."""
+        if change.before is MISSING and change.is_key:
+            change = _of_new_key(change)
+        values = [change.before, *change.values]
+        if all(map(is_number, values)) or all(map(_is_scalar_like, values)):
+            if all(addition is not None for addition in change.evidence):
+                return self._added(change)
+        return self._assigned(change)
+
+    def lost(self, name: str, owner: str = "") -> None:
+        """Tell that replicas have left something else in a place."""
+        self._tell(
+            name,
+            "The step writes something else to `%s` on each replica; replica 0's is kept."
+            " Log it with `self.log`, append it to a list or return it to have them all.",
+            owner,
+        )
+
+    def is_due(self, name: str) -> bool:
+        """Whether to compare tensors at this change: at the first, second, fourth and so on."""
+        number = self._changes[name] = self._changes.get(name, 0) + 1
+        return number & (number - 1) == 0
+
+    def shared(self, name: str) -> None:
+        """Tell that all replicas write to the same memory."""
+        self._tell(
+            name,
+            "The step writes to `%s`, which is too large for each replica to have a copy of: all"
+            " of them have written to the same memory at once. Register it as a buffer, or write to"
+            " it in a hook such as `on_train_batch_end`, which runs once.",
+        )
+
+    def finish(self) -> None:
+        """Tell what could not be decided in this run."""
+        for name, doubt in self._doubts.items():
+            taken = "once a step" if doubt.rule == "once" else "for every shard"
+            self._tell(
+                name,
+                "Every replica has added the same to `%s` in each step, on shards of the same size:"
+                f" that may be one addition for the step, or one for each shard. It was added"
+                f" {taken}. If that is wrong, count in a hook such as `on_train_batch_end`, which"
+                " runs once and sees the whole batch.",
+            )
+        self._doubts = {}
+
+    def _added(self, change: Change) -> Any:
+        deltas = [value - change.before for value in _together(change.values, change.before)]
+        rule = self._settled.get(change.name) or self._rule(change, deltas)
+        result = _combined(change.values[0], deltas, rule, self.sizes)
+        doubt = self._doubts.get(change.name)
+        if doubt is not None:
+            self._settle_doubt(change, doubt, deltas, result)
+            if change.name in self._settled:
+                result = result + doubt.owed
+        return result
+
+    def _rule(self, change: Change, deltas: Sequence[Any]) -> Rule:
+        name, evidence = change.name, [e for e in change.evidence if e is not None]
+        known = self._doubts.get(name)
+        numbers = [_number(delta) for delta in deltas]
+        equal = all_equal(deltas)
+        if not any(numbers) and equal:
+            return "sum"
+        even = len(set(self.sizes)) <= 1
+        if equal and not even:
+            return self._settle(name, "once")
+        single = max((e.count for e in evidence), default=0) <= 1
+        if all(e.constant for e in evidence):
+            if equal:
+                return self._settle(name, "once") if single else self._of_even_shards(name, numbers)
+            if not single or known is not None:
+                return self._settle(name, "sum")
+            self._tell_partial(name)
+            return "sum"
+        if equal:
+            if not all(map(_is_whole, numbers)):
+                return self._settle(name, "once")
+            return self._of_even_shards(name, numbers)
+        return self._of_unequal(name, deltas, numbers)
+
+    def _of_even_shards(self, name: str, numbers: Sequence[float]) -> Rule:
+        """All have added the same whole number, on shards of the same size."""
+        size, delta = (self.sizes[0] if self.sizes else 1), numbers[0]
+        if size > 1 and delta % size == 0 and delta != sum(self.sizes):
+            return "sum"  # so many for each sample
+        if size == 1 and delta == 1:
+            return "sum"
+        doubt = self._doubts.setdefault(
+            name, _Doubt("once" if delta == 1 or delta == sum(self.sizes) else "sum")
+        )
+        doubt.steps += 1
+        return doubt.rule
+
+    def _of_unequal(self, name: str, deltas: Sequence[Any], numbers: Sequence[float]) -> Rule:
+        whole = all(map(_is_whole, numbers))
+        is_integer = all(_is_integer(delta) for delta in deltas)
+        if is_integer:
+            return self._settle(name, "sum")
+        if all(_is_scalar(delta) for delta in deltas):
+            matched = self._matched(numbers)
+            if matched is not None:
+                return self._settle(name, matched)
+        if not whole:
+            self._tell(
+                name,
+                "The step adds numbers to `%s` that are not counts, and it does not show whether"
+                " they are sums over samples or means. What the replicas added was summed up, which"
+                " is right for sums. Log a mean with `self.log`, or weigh it by the number of"
+                " samples.",
+            )
+            return self._settle(name, "sum")
+        return "sum"
+
+    def _matched(self, numbers: Sequence[float]) -> Rule | None:
+        """The rule for what is each shard's loss, or another value that it has logged."""
+        candidates = self.references()
+        if len(candidates) != len(numbers):
+            return None
+        for column in zip(*candidates, strict=False):
+            if _close(numbers, column):
+                return "mean"
+            if _close(numbers, [c * size for c, size in zip(column, self.sizes, strict=True)]):
+                return "sum"
+        return None
+
+    def _assigned(self, change: Change) -> Any:
+        name, values = change.name, change.values
+        if any(isinstance(value, Tensor) for value in values) and not self.is_due(name):
+            return values[0]
+        if all_equal(values):
+            if self._is_a_size(name, values[0]):
+                self._tell(
+                    name,
+                    "The step sets `%s` to the number of samples in a shard, as it seems; on one"
+                    " device that is the whole batch's. Set it in a hook such as"
+                    " `on_train_batch_start`, which sees the whole batch.",
+                )
+            return values[0]
+        if all(map(_is_scalar, values)):
+            numbers = [_number(value) for value in values]
+            if not all(map(_is_whole, numbers)) and self._matched(numbers) == "mean":
+                total = sum(self.sizes)
+                parts = zip(_together(values, values[0]), self.sizes, strict=True)
+                return sum(value * (size / total) for value, size in parts)
+        self.lost(name, change.owner)
+        return values[0]
+
+    def _is_a_size(self, name: str, value: Any) -> bool:
+        """Whether a value that all have assigned is the size of their shards, rather than fixed."""
+        if name in self._independent or not self.sizes:
+            return False
+        if isinstance(value, torch.Size):
+            value = value[0] if len(value) else 0
+        if isinstance(value, (bool, float)) or not is_number(value):
+            return False
+        if len(set(self.sizes)) > 1 or value != self.sizes[0]:
+            self._independent.add(name)
+            return False
+        return self.sizes[0] > 1
+
+    def _settle(self, name: str, rule: Rule) -> Rule:
+        self._settled[name] = rule
+        return rule
+
+    def _settle_doubt(
+        self, change: Change, doubt: _Doubt, deltas: Sequence[Any], result: Any
+    ) -> None:
+        """Keep what is owed if the doubt is decided otherwise, or see to it that it is paid."""
+        name = change.name
+        if doubt.value is not None and not all_equal([doubt.value, change.before]):
+            doubt.owed = 0  # reset meanwhile
+        settled = self._settled.get(name)
+        if settled is None and doubt.steps >= _ENOUGH_STEPS:
+            # What depends on data would have differed by now.
+            settled = self._settle(name, "once")
+        if settled is None:
+            other: Rule = "sum" if doubt.rule == "once" else "once"
+            otherwise = _combined(change.values[0], deltas, other, self.sizes)
+            doubt.owed = doubt.owed + (otherwise - result)
+            doubt.value = _copied(result)
+            return
+        if settled == doubt.rule:
+            doubt.owed = 0
+        elif doubt.steps >= _ENOUGH_STEPS:
+            doubt.owed = doubt.owed + (
+                _combined(change.values[0], deltas, settled, self.sizes) - result
+            )
+        del self._doubts[name]
+
+    def _tell_partial(self, name: str) -> None:
+        self._tell(
+            name,
+            "The step counts in `%s` on some replicas and not on others, as if once a step, but"
+            " by what is in the shard. What they counted was summed up. Decide in a hook such as"
+            " `on_train_batch_end`, which sees the whole batch.",
+        )
+
+    def _tell(self, name: str, text: str, owner: str = "") -> None:
+        if (owner or name, text) not in self._told:
+            self._told.add((owner or name, text))
+            log.warning(text, name)
+
+
+def _of_new_key(change: Change) -> Change:
+    """A key that is new to a dict: whole numbers are taken for counts that began at zero."""
+    values = change.values
+    present = [value for value in values if value is not MISSING]
+    if not all(is_number(value) and _is_integer(value) for value in present):
+        return change
+    evidence = [e or Additions(constant=False, count=1) for e in change.evidence]
+    filled = [0 if value is MISSING else value for value in values]
+    return Change(change.name, 0, filled, evidence, True, change.owner)
+
+
+def _combined(first: Any, deltas: Sequence[Any], rule: Rule, sizes: Sequence[int]) -> Any:
+    """The first replica's value with what it lacks of the others'."""
+    if rule == "once":
+        return first
+    if rule == "sum":
+        for delta in deltas[1:]:
+            first = first + delta
+        return first
+    total = sum(sizes) or 1
+    mean = sum(delta * (size / total) for delta, size in zip(deltas, sizes, strict=True))
+    return first + (mean - deltas[0])
+
+
+def _together(values: Sequence[Any], like: Any) -> list[Any]:
+    """Tensors where the first of them lies."""
+    device = next((v.device for v in (like, *values) if isinstance(v, Tensor)), None)
+    return [v.detach().to(device) if isinstance(v, Tensor) else v for v in values]
+
+
+def _is_scalar(value: Any) -> bool:
+    return is_number(value) or (
+        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    )
+
+
+def _is_scalar_like(value: Any) -> bool:
+    """Whether it is a number or a tensor that sums can be made of."""
+    return is_number(value) or (isinstance(value, Tensor) and value.dtype != torch.bool)
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() and not value.is_complex()
+    return not isinstance(value, float) and float(value).is_integer()
+
+
+def _number(value: Any) -> float:
+    return float(value.detach().sum()) if isinstance(value, Tensor) else float(value)
+
+
+def _is_whole(number: float) -> bool:
+    return math.isfinite(number) and number == int(number)
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(
+        math.isclose(x, y, rel_tol=_TOLERANCE, abs_tol=0.0) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
