@@ -97,7 +97,9 @@ def means_of(outputs: Sequence[Any], recorders: Sequence[LogRecorder]) -> list[l
     columns = [[_scalars(output) for output in outputs]]
     for key in recorders[0].calls:
         calls = [recorder.calls.get(key) for recorder in recorders]
-        if all(c is not None and _name(c.options.get("reduce_fx", "mean")) == "mean" for c in calls):
+        if all(
+            c is not None and _name(c.options.get("reduce_fx", "mean")) == "mean" for c in calls
+        ):
             columns.append([_scalars(call.value) for call in calls if call is not None])
     rows: list[list[float]] = [[] for _ in recorders]
     for column in columns:

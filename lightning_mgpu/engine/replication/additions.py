@@ -67,11 +67,11 @@ class AdditionWatch:
 _NEVER: Any = object()
 
 
-class WatchMode(TorchDispatchMode):
+class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records additions to all tensors that are written to or summed, by their memory."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seen: dict[int, Additions | None] = {}
         self._roots: dict[int, int] = {}
         self._keep: list[Any] = []  # memory that is given back may come again under its address

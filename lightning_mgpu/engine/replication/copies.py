@@ -27,6 +27,8 @@ _MISSING = object()
 _HOOKS = frozenset(
     key for key, value in vars(nn.Module()).items() if "hooks" in key and isinstance(value, dict)
 )
+_BLANK = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_BLANK_STATE = vars(nn.Module())
 _PARTS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"}) | _HOOKS
 
 
@@ -83,7 +85,9 @@ class Copy(Replica):
             for name in names:
                 if name not in was:
                     was[name] = getattr(type(original), name)
-                    vars(copied)[name] = track(was[name]) if self._tracks else was[name]
+                    vars(copied)[name] = (
+                        track(was[name], self.remap.sites) if self._tracks else was[name]
+                    )
         self.before = [dict(vars(copied)) for _, copied in self.watched]
 
     @override
@@ -113,7 +117,7 @@ class Copy(Replica):
         for original, copied in self._pairs:
             skip = _PARTS | COMPILED_ATTRIBUTES if is_compiled(original) else _PARTS
             self.remap.where = type(original).__name__
-            if self._tracks and not _is_torchs(original):
+            if self._tracks and not _is_layer(original):
                 with self.remap.tracking():
                     self._update_attributes(vars(original), vars(copied), skip)
             else:
@@ -143,13 +147,16 @@ class Copy(Replica):
         return {key: self.remap(value) for key, value in holder.items()}
 
 
-def _is_torchs(value: Any) -> bool:
-    return type(value).__module__.startswith("torch.")
+def _is_layer(value: Any) -> bool:
+    """Whether it is one of torch's modules, with no attributes of a user's as far as known."""
+    if not type(value).__module__.startswith("torch."):
+        return False
+    return type(value) not in _BLANK or len(vars(value)) <= len(_BLANK_STATE)
 
 
 def _may_write(value: Any) -> bool:
-    """Whether a step may write to its attributes: torch's own layers do so by hooks only."""
-    return not _is_torchs(value) or any(vars(value).get(key) for key in _HOOKS)
+    """Whether a step may write to its attributes: on torch's own layers hooks do so, if anybody."""
+    return not _is_layer(value) or any(vars(value).get(key) for key in _HOOKS)
 
 
 def _class_numbers(kind: type) -> list[str]:

@@ -8,6 +8,7 @@ what cannot be merged is told.
 import operator
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,13 @@ class Effects:
             ]
             back = [self._returned(value) for value in values]
             change = Change(
-                places.name(key), before, [old, *back], evidence, places.is_dict, places.owner(key)
+                places.name(key),
+                before,
+                [old, *back],
+                evidence,
+                is_key=places.is_dict,
+                is_count=places.counts,
+                owner=places.owner(key),
             )
             new = self._merged(change)
             if new is not MISSING and new is not places.target.get(key, MISSING):
@@ -109,6 +116,8 @@ class Effects:
         """What replicas have put under a key that is new to a dict."""
         present = [value for value in change.values if value is not MISSING]
         kinds = {type(value) for value in present}
+        if len(present) < len(change.values) and all(map(is_number, present)):
+            self._judge.found_on_some(change.owner)
         if len(present) == 1 or len(kinds) > 1:
             return present[0] if len(present) == 1 else self._judge.outcome(change)
         if isinstance(present[0], list):
@@ -123,7 +132,7 @@ class Effects:
                 values = [value.get(key, MISSING) for value in present]
                 evidence: list[Additions | None] = [None] * (len(values) - 1)
                 name = f"{change.name}[{key!r}]"
-                inner = Change(name, MISSING, values, evidence, True, change.name)
+                inner = Change(name, MISSING, values, evidence, True, owner=change.name)
                 present[0][key] = self._joined(inner)
         else:
             return self._judge.outcome(change)
@@ -131,15 +140,25 @@ class Effects:
 
     def _evidence(self, before: Any, root: Any, value: Any, counts: bool) -> Additions | None:
         if value is root:
-            return Additions()
+            return Additions(constant=not counts)
         if root is MISSING:
             is_zero = isinstance(value, Tracked) and value.root.value == 0
-            return value.additions if is_zero else None
+            return self._with_loops(value, value.additions) if is_zero else None
         if isinstance(before, Tensor):
             known = self._copies[0].tensors.find(before)
             return None if known is None else self._watch.of(known)
         found = additions_since(root, value)
-        return Additions(constant=False, count=1) if found is None and counts else found
+        if found is None and counts:
+            return Additions(constant=False, count=1)
+        return self._with_loops(value, found)
+
+    def _with_loops(self, value: Any, found: Additions | None) -> Additions | None:
+        """The same if the code that adds ran several times on any replica."""
+        site = getattr(value, "site", None)
+        if found is None or site is None:
+            return found
+        looped = any(copied.remap.sites[site] > 1 for copied in self._copies)
+        return replace(found, looped=looped)
 
     # Tensors
 

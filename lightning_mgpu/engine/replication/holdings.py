@@ -19,7 +19,7 @@ _STANDARD = (
     collections.UserList,
 )
 _LIBRARIES = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")
-# A class that has one of these knows better than we do what a copy of it is, or is not to be copied.
+# A class that has one of these knows better than we do what a copy is, or is not to be copied.
 _OWN_WAYS = ("__del__", "__reduce__", "__getstate__", "__deepcopy__", "__copy__")
 
 
@@ -50,7 +50,7 @@ def is_copyable_object(value: Any) -> bool:
     if isinstance(value, (type, enum.Enum, BaseException, nn.Module)):
         return False
     package = kind.__module__.partition(".")[0]
-    if package in _LIBRARIES or package in sys.stdlib_module_names and package != "__main__":
+    if package in _LIBRARIES or (package in sys.stdlib_module_names and package != "__main__"):
         return False
     if kind.__new__ is not object.__new__ or not _has_state(value):
         return False

@@ -1,18 +1,18 @@
 """What becomes of a value that the replicas have changed: the rules, and what is said about it.
 
-For a number, or a small tensor, let d_k be what replica k has added, and s_k the size of its shard:
+For a number, or a small tensor, let d be what each replica has added, and s the size of its shard:
 
-    only additions?  -- yes --> constants of the source, each once -- d_k equal ----> once
-          |                                                      \\-- else -------> sum (told)
-          |                 --> all else ---- d_k differ, whole numbers ----------> sum
-          |                              \\-- d_k differ, d_k = loss of the shard -> mean
-          |                              \\-- d_k differ, d_k = loss * s_k -------> sum
-          |                              \\-- d_k differ otherwise ---------------> sum (told)
-          |                              \\-- d_k equal, s_k differ --------------> once
-          |                              \\-- both equal: see `_of_even_shards`
-          no, assigned -----> the same everywhere --------------------------------> that
-                          \\-- the loss of the shard -----------------------------> mean
-                          \\-- else ---------------------------------------------> replica 0's (told)
+    only additions -- constants of the source, each once -- d equal ----------> once
+          |                                            +--- else -------------> sum, told
+          +---------- other -- d differ, whole numbers -----------------------> sum
+          |                +-- d differ, and are the losses of the shards ----> mean
+          |                +-- d differ, and are those times s ---------------> sum
+          |                +-- d differ otherwise ----------------------------> sum, told
+          |                +-- d equal, and so many for each sample ----------> sum
+          |                +-- d equal otherwise ------> in doubt, until a later step shows which
+    assigned ---------------- the same everywhere ----------------------------> that
+          +------------------ the losses of the shards -----------------------> mean
+          +------------------ else -------------------------------------------> replica 0's, told
 """
 
 import logging
@@ -43,12 +43,14 @@ class _Doubt:
 
     Attributes:
         rule: How it has been taken so far.
+        owner: The dict that it is in, or itself.
         steps: How often.
         owed: What is to be added if it turns out to be the other.
         value: What it came to by the last step; if it has another value now, it was reset.
     """
 
     rule: Rule
+    owner: str
     steps: int = 0
     owed: Any = 0
     value: Any = None
@@ -64,6 +66,7 @@ class Change:
         values: The replicas' values now.
         evidence: For each replica but the first: the additions that made it, if it was those.
         is_key: Whether the place is an entry of a dict rather than an attribute.
+        is_count: Whether it is likely a count of samples: new to a dict, or in a `Counter`.
         owner: What warnings are said once for; default: the place.
     """
 
@@ -72,6 +75,7 @@ class Change:
     values: Sequence[Any]
     evidence: Sequence[Additions | None]
     is_key: bool = False
+    is_count: bool = False
     owner: str = ""
 
 
@@ -86,6 +90,7 @@ class Judge:
         self._doubts: dict[str, _Doubt] = {}
         self._independent: set[str] = set()
         self._changes: dict[str, int] = {}
+        self._counts: set[str] = set()
 
     def begin(self, sizes: Sequence[int]) -> None:
         """Start a step on shards of these sizes."""
@@ -97,9 +102,9 @@ class Judge:
         if change.before is MISSING and change.is_key:
             change = _of_new_key(change)
         values = [change.before, *change.values]
-        if all(map(is_number, values)) or all(map(_is_scalar_like, values)):
-            if all(addition is not None for addition in change.evidence):
-                return self._added(change)
+        proven = all(addition is not None for addition in change.evidence)
+        if proven and all(map(_is_scalar_like, values)):
+            return self._added(change)
         return self._assigned(change)
 
     def lost(self, name: str, owner: str = "") -> None:
@@ -110,6 +115,10 @@ class Judge:
             " Log it with `self.log`, append it to a list or return it to have them all.",
             owner,
         )
+
+    def found_on_some(self, owner: str) -> None:
+        """Learn that keys of a dict depend on the data, so that its numbers count samples."""
+        self._counts.add(owner)
 
     def is_due(self, name: str) -> bool:
         """Whether to compare tensors at this change: at the first, second, fourth and so on."""
@@ -125,9 +134,20 @@ class Judge:
             " it in a hook such as `on_train_batch_end`, which runs once.",
         )
 
+    def outside(self, name: str) -> None:
+        """Tell that a step writes to a variable outside of the model."""
+        self._tell(
+            name,
+            "The step, or a hook on a module, writes to the variable `%s` outside of the model. All"
+            " replicas, each on a thread of its own, share it, and may read what another has"
+            " written. Keep it in an attribute of the LightningModule (`self`).",
+        )
+
     def finish(self) -> None:
         """Tell what could not be decided in this run."""
         for name, doubt in self._doubts.items():
+            if doubt.rule == "sum" and doubt.owner in self._counts:
+                continue  # as for other keys of the same dict
             taken = "once a step" if doubt.rule == "once" else "for every shard"
             self._tell(
                 name,
@@ -135,6 +155,7 @@ class Judge:
                 f" that may be one addition for the step, or one for each shard. It was added"
                 f" {taken}. If that is wrong, count in a hook such as `on_train_batch_end`, which"
                 " runs once and sees the whole batch.",
+                doubt.owner,
             )
         self._doubts = {}
 
@@ -151,45 +172,44 @@ class Judge:
 
     def _rule(self, change: Change, deltas: Sequence[Any]) -> Rule:
         name, evidence = change.name, [e for e in change.evidence if e is not None]
-        known = self._doubts.get(name)
         numbers = [_number(delta) for delta in deltas]
         equal = all_equal(deltas)
         if not any(numbers) and equal:
             return "sum"
-        even = len(set(self.sizes)) <= 1
-        if equal and not even:
-            return self._settle(name, "once")
-        single = max((e.count for e in evidence), default=0) <= 1
-        if all(e.constant for e in evidence):
+        if all(e.constant and e.count <= 1 and not e.looped for e in evidence):
             if equal:
-                return self._settle(name, "once") if single else self._of_even_shards(name, numbers)
-            if not single or known is not None:
-                return self._settle(name, "sum")
-            self._tell_partial(name)
+                return self._settle(name, "once")
+            if name not in self._doubts:
+                self._tell_partial(name)
             return "sum"
         if equal:
             if not all(map(_is_whole, numbers)):
                 return self._settle(name, "once")
-            return self._of_even_shards(name, numbers)
-        return self._of_unequal(name, deltas, numbers)
+            return self._of_equal(change, numbers)
+        return self._of_unequal(change, deltas, numbers)
 
-    def _of_even_shards(self, name: str, numbers: Sequence[float]) -> Rule:
-        """All have added the same whole number, on shards of the same size."""
+    def _of_equal(self, change: Change, numbers: Sequence[float]) -> Rule:
+        """All have added the same whole number: by chance, for their samples, or for the step."""
         size, delta = (self.sizes[0] if self.sizes else 1), numbers[0]
-        if size > 1 and delta % size == 0 and delta != sum(self.sizes):
+        even = len(set(self.sizes)) <= 1
+        if even and (delta == size or (size > 1 and not delta % size and delta != sum(self.sizes))):
             return "sum"  # so many for each sample
-        if size == 1 and delta == 1:
-            return "sum"
+        looped = change.is_key and any(e is not None and e.looped for e in change.evidence)
+        once = not (change.is_count or looped) and (not even or delta in (1, sum(self.sizes)))
         doubt = self._doubts.setdefault(
-            name, _Doubt("once" if delta == 1 or delta == sum(self.sizes) else "sum")
+            change.name, _Doubt("once" if once else "sum", change.owner or change.name)
         )
-        doubt.steps += 1
+        if change.owner not in self._counts:
+            doubt.steps += 1 if even else 2
         return doubt.rule
 
-    def _of_unequal(self, name: str, deltas: Sequence[Any], numbers: Sequence[float]) -> Rule:
+    def _of_unequal(self, change: Change, deltas: Sequence[Any], numbers: Sequence[float]) -> Rule:
+        name = change.name
         whole = all(map(_is_whole, numbers))
         is_integer = all(_is_integer(delta) for delta in deltas)
         if is_integer:
+            if change.is_key:
+                self._counts.add(change.owner or name)
             return self._settle(name, "sum")
         if all(_is_scalar(delta) for delta in deltas):
             matched = self._matched(numbers)
@@ -304,7 +324,7 @@ def _of_new_key(change: Change) -> Change:
         return change
     evidence = [e or Additions(constant=False, count=1) for e in change.evidence]
     filled = [0 if value is MISSING else value for value in values]
-    return Change(change.name, 0, filled, evidence, True, change.owner)
+    return Change(change.name, 0, filled, evidence, True, True, change.owner)
 
 
 def _combined(first: Any, deltas: Sequence[Any], rule: Rule, sizes: Sequence[int]) -> Any:

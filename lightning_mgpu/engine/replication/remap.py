@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +19,7 @@ from lightning_mgpu.engine.replication.holdings import (
 )
 from lightning_mgpu.engine.replication.structure import ATOMS, MAX_CONTAINER, closed_over
 from lightning_mgpu.engine.replication.tensors import Tensors
-from lightning_mgpu.engine.replication.tracked import track
+from lightning_mgpu.engine.replication.tracked import Sites, track
 
 __all__: list[str] = []
 
@@ -49,6 +49,7 @@ class Remap:
         where: What is being translated, in words.
         holdings: This step's copies of containers, arrays and plain objects, by the ids of the
             originals.
+        sites: What tracked numbers take down about this step.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Remap:
         self.memo = memo
         self.where = ""
         self.holdings: dict[int, Holding] = {}
+        self.sites: Sites = Counter()
         self._tensors, self._generators = tensors, random
         self._copies = tensors is not None
         self._is_opaque = is_opaque
@@ -72,12 +74,13 @@ class Remap:
     def begin(self) -> None:
         """Forget the containers of the last step."""
         self.holdings = {}
+        self.sites = Counter()
 
     def __call__(self, value: Any) -> Any:
         """What the copy has in place of `value`: itself, if it leads to no part."""
         kind = type(value)
         if kind is int or kind is float:
-            return track(value) if self._tracks else value
+            return track(value, self.sites) if self._tracks else value
         copied = self.memo.get(id(value))
         if copied is not None:
             return copied
@@ -188,7 +191,7 @@ class Remap:
         known = self.holdings.get(id(value))
         if known is not None:
             return known.copied
-        new = _empty_like(value) if len(value) <= MAX_CONTAINER else None
+        new = self._empty_like(value) if len(value) <= MAX_CONTAINER else None
         if new is None:
             return value
         holding = self.holdings[id(value)] = Holding(value, new, None, None, self.where)
@@ -206,11 +209,28 @@ class Remap:
         holding.before, holding.was = snapshot(new), snapshot(value)
         return new
 
+    def _empty_like(self, value: Any) -> Any:
+        """An empty container of the same kind; `None` if we do not know how to make one."""
+        if isinstance(value, deque):
+            return type(value)(maxlen=value.maxlen)
+        factory = getattr(value, "default_factory", None)
+        if self._tracks and (factory is int or factory is float):
+            factory = functools.partial(track, factory(), self.sites)
+        try:
+            new = type(value)() if factory is None else type(value)(factory)
+        except Exception:  # a class of the user's own, with an `__init__` of its own
+            return None
+        if len(new):
+            return None
+        if hasattr(value, "__dict__"):
+            vars(new).update(vars(value))
+        return new
+
     def _items(self, value: dict[Any, Any]) -> dict[Any, Any]:
         items = {}
         for key, part in value.items():
             if type(part) is int or type(part) is float:  # most often, and leads to no name
-                items[key] = track(part) if self._tracks else part
+                items[key] = track(part, self.sites) if self._tracks else part
             else:
                 with self._at(f"[{key!r}]"):
                     items[key] = self(part)
@@ -272,24 +292,3 @@ def _is_tuple(value: Any) -> bool:
 def _is_flat(value: Iterable[Any]) -> bool:
     """Whether nothing in it can be, or lead to, a part; quick for long lists of tensors."""
     return all(kind is Tensor or kind in ATOMS for kind in set(map(type, value)))
-
-
-def _empty_like(value: Any) -> Any:
-    """An empty container of the same kind; `None` if we do not know how to make one."""
-    if isinstance(value, deque):
-        return type(value)(maxlen=value.maxlen)
-    factory = getattr(value, "default_factory", None)
-    if factory is int or factory is float:
-        factory = _TRACKED_ZEROS[factory]
-    try:
-        new = type(value)() if factory is None else type(value)(factory)
-    except Exception:  # a class of the user's own, with an `__init__` of its own
-        return None
-    if len(new):
-        return None
-    if hasattr(value, "__dict__"):
-        vars(new).update(vars(value))
-    return new
-
-
-_TRACKED_ZEROS: dict[Any, Callable[[], Any]] = {int: lambda: track(0), float: lambda: track(0.0)}

@@ -18,6 +18,7 @@ from lightning_mgpu.engine.replication.additions import AdditionWatch, WatchMode
 from lightning_mgpu.engine.replication.compiled import inside_compiled
 from lightning_mgpu.engine.replication.copies import Copy
 from lightning_mgpu.engine.replication.effects import Effects
+from lightning_mgpu.engine.replication.variables import SharedVariables
 from lightning_mgpu.engine.replication.judge import Judge
 from lightning_mgpu.engine.replication.master import Master
 from lightning_mgpu.engine.replication.structure import Structure
@@ -113,6 +114,8 @@ class Replicas:
         self._judge.begin(sizes)
         self._mode = self._watch.begin(kind) if count > 1 else None
         self._writes.begin(kind)
+        if count > 1:
+            self._variables.begin(kind)
         try:
             with ExitStack() as stack:
                 for index, slot in enumerate(slots):
@@ -126,6 +129,8 @@ class Replicas:
             if self._mode is not None:
                 self._watch.learn(self._mode, copies[0].tensors)
             Effects(copies, self._judge, self._watch).merge()
+            for name in self._variables.written():
+                self._judge.outside(name)
         batch_norm.commit(self._layers, statistics[: 1 if self._statistics == "first" else count])
 
     def watching(self, slot: int) -> AbstractContextManager[Any]:
@@ -259,6 +264,7 @@ class Replicas:
                 )
             )
         names = self._structure.parameter_names()
+        self._variables = SharedVariables(self._structure)
         self._writes = WriteCheck(names, parameters, [slot.leaves for slot in self._slots])
 
 

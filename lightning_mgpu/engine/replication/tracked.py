@@ -10,6 +10,7 @@ import functools
 import operator
 import sys
 import types
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +31,21 @@ class Additions:
     Attributes:
         constant: Whether only constants of the source code were added.
         count: How many times.
+        looped: Whether the code that did so ran several times in the step, here or for other
+            numbers.
     """
 
     constant: bool = True
     count: int = 0
+    looped: bool = False
 
     def more(self, constant: bool) -> "Additions":
         """The same after another addition."""
         return Additions(self.constant and constant, self.count + 1)
+
+
+Sites = Counter[tuple[types.CodeType, int]]
+"""How often each place in the source has added to a number of one replica in this step."""
 
 
 class Tracked:
@@ -47,11 +55,14 @@ class Tracked:
         value: The plain number.
         root: The tracked number that the first addition was made to; itself, if none was.
         additions: Those since.
+        sites: Where they were made.
     """
 
     value: Any
     root: "Tracked"
     additions: Additions
+    sites: Sites
+    site: tuple[types.CodeType, int] | None
 
     def __add__(self, other: Any) -> Any:
         return _added(self, other, operator.add(self.value, plain(other)))
@@ -80,12 +91,12 @@ class TrackedFloat(Tracked, float):
     """A tracked float, or a NumPy number that one has become."""
 
 
-def track(value: Any) -> Any:
+def track(value: Any, sites: Sites) -> Any:
     """A number that remembers what is added to it; anything but a plain number as it is."""
     value = plain(value)
     if type(value) is not int and type(value) is not float:
         return value
-    return _make(value, None, Additions())
+    return _make(value, None, Additions(), sites, None)
 
 
 def plain(value: Any) -> Any:
@@ -104,19 +115,29 @@ def additions_since(root: Any, value: Any) -> Additions | None:
     return None
 
 
-def _make(value: Any, root: Tracked | None, additions: Additions) -> Any:
+def _make(
+    value: Any,
+    root: Tracked | None,
+    additions: Additions,
+    sites: Sites,
+    site: tuple[types.CodeType, int] | None,
+) -> Any:
     kind = TrackedInt if isinstance(value, (int, np.integer)) else TrackedFloat
     made: Any = kind(value)
     made.value, made.root, made.additions = value, root if root is not None else made, additions
+    made.sites, made.site = sites, site
     return made
 
 
 def _added(number: Tracked, other: Any, result: Any) -> Any:
     if result is NotImplemented:
         return result
-    additions = number.additions.more(is_constant_operand(sys._getframe(2)))
+    frame = sys._getframe(2)
+    site = frame.f_code, frame.f_lasti
+    number.sites[site] += 1
+    additions = number.additions.more(is_constant_operand(frame))
     if isinstance(result, (int, float, np.integer, np.floating)):
-        return _make(result, number.root, additions)
+        return _make(result, number.root, additions, number.sites, site)
     if isinstance(result, Tensor):
         if not result.is_inference():
             setattr(result, _SUM, (number.root, additions, result._version))
