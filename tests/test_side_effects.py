@@ -8,11 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import boring
+import lightning.pytorch as pl
 import numpy as np
+import parity_models
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_mgpu.demo.data import Digits
+from lightning_mgpu.demo.lenet import LeNet
+from lightning_mgpu.demo.mlp import MLP
+from lightning_mgpu.demo.resnet import ResNet
+from lightning_mgpu.demo.transformer import Transformer
 
 Step = Callable[[Any, Tensor, Tensor, Tensor], None]
 Read = Callable[[Any], Any]
@@ -275,7 +283,7 @@ AS_ON_ONE_DEVICE: dict[str, tuple[Any, Step, Read]] = {
     "flags": (_set(n=False, mode=""), _flag, lambda m: (m.n, m.mode)),
     "dict": (_set(n=lambda: {"n": 0, "steps": 0}), _size_dict, _n_of),
     "dict by get": (_set(n=dict), _get_dict, _n_of),
-    "defaultdict": (_set(n=lambda: defaultdict(int)), _default, dict),
+    "defaultdict": (_set(n=lambda: defaultdict(int)), _default, lambda m: dict(m.n)),
     "Counter": (_set(n=Counter), _counted, _n_of),
     "nested": (
         _set(n=lambda: {"train": {"n": 0, "list": [0, 0]}, "steps": 0}),
@@ -337,8 +345,6 @@ def test_what_steps_count_is_as_on_one_device(
     name: str, data: tuple[int, int], devices: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare, leave, read = AS_ON_ONE_DEVICE[name]
-    if name == "defaultdict":
-        read = lambda m: dict(m.n)  # noqa: E731
     alone = read(run(prepare, leave, data, "auto", 1))
     parallel = read(run(prepare, leave, data, "dp", devices))
     assert type(parallel) is type(alone)
@@ -455,6 +461,41 @@ def test_what_cannot_be_merged_is_told_once(name: str, caplog: pytest.LogCapture
     assert f"`{where}`" in message
 
 
+DEMOS = {
+    "mlp": lambda: MLP(hidden=[16]),
+    "lenet": lambda: LeNet(l1=8, l2=8, channels=(4, 4)),
+    "resnet": lambda: ResNet((1, 8, 8), width=4),
+    "transformer": lambda: Transformer(dim=8, heads=2, layers=1),
+}
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_no_warning_on_demo_models(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = boring.trainer("dp", 2, limit_train_batches=4, limit_val_batches=2)
+    trainer.fit(DEMOS[name](), Digits(batch_size=16))
+    trainer.test(datamodule=Digits(batch_size=16), verbose=False)
+    assert told(caplog) == []
+
+
+class NormalisedByBatch(parity_models.Model):
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+PARITY = (*parity_models.MODELS, *parity_models.UNPICKLABLE_MODELS, NormalisedByBatch)
+
+
+@pytest.mark.parametrize("build", PARITY)
+@pytest.mark.parametrize("devices", [2, 3])
+def test_no_warning_on_models_of_the_parity_suite(
+    build: type[pl.LightningModule], devices: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = boring.trainer("dp", devices)
+    trainer.fit(build(), boring.Blobs(10, 45))
+    trainer.test(datamodule=boring.Blobs(10, 45), verbose=False)
+    assert told(caplog) == []
+
+
 def test_containers_of_unknown_parts_and_deques_are_kept(caplog: pytest.LogCaptureFixture) -> None:
     def leave(self: Any, x: Tensor, y: Tensor, *_: Any) -> None:
         self.n.append(len(y))
@@ -497,7 +538,6 @@ def test_addition_that_remains_undecided_is_told(caplog: pytest.LogCaptureFixtur
     run(_set(n=0, amount=3), leave, EVEN, "dp", 2)
     (message,) = told(caplog)
     assert "`Model.n`" in message
-    assert "cannot be told" not in message  # but what was done, and what to do
     assert "on_train_batch_end" in message
 
 
@@ -528,8 +568,6 @@ def test_counters_of_validation_under_inference_mode(caplog: pytest.LogCaptureFi
 
 
 def test_numbers_are_plain_again_after_the_step() -> None:
-    seen: list[Any] = []
-
     def leave(self: Any, x: Tensor, y: Tensor, *_: Any) -> None:
         self.n += len(y)
         self.kept.append(self.n)

@@ -18,10 +18,10 @@ from lightning_mgpu.engine.replication.additions import AdditionWatch, WatchMode
 from lightning_mgpu.engine.replication.compiled import inside_compiled
 from lightning_mgpu.engine.replication.copies import Copy
 from lightning_mgpu.engine.replication.effects import Effects
-from lightning_mgpu.engine.replication.variables import SharedVariables
 from lightning_mgpu.engine.replication.judge import Judge
 from lightning_mgpu.engine.replication.master import Master
 from lightning_mgpu.engine.replication.structure import Structure
+from lightning_mgpu.engine.replication.variables import SharedVariables
 from lightning_mgpu.engine.replication.writes import WriteCheck
 from lightning_mgpu.engine.workers import Workers
 

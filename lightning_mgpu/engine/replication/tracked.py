@@ -138,9 +138,8 @@ def _added(number: Tracked, other: Any, result: Any) -> Any:
     additions = number.additions.more(is_constant_operand(frame))
     if isinstance(result, (int, float, np.integer, np.floating)):
         return _make(result, number.root, additions, number.sites, site)
-    if isinstance(result, Tensor):
-        if not result.is_inference():
-            setattr(result, _SUM, (number.root, additions, result._version))
+    if isinstance(result, Tensor) and not result.is_inference():
+        setattr(result, _SUM, (number.root, additions, result._version))
     return result
 
 
@@ -173,9 +172,8 @@ def untracked(value: Any) -> Any:
         return [untracked(entry) for entry in value] if _holds(value) else value
     if type(value) is tuple:
         return tuple(untracked(entry) for entry in value) if _holds(value) else value
-    if type(value) is dict:
-        if _holds(value.values()):
-            return {key: untracked(entry) for key, entry in value.items()}
+    if type(value) is dict and _holds(value.values()):
+        return {key: untracked(entry) for key, entry in value.items()}
     return value
 
 
