@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import parity_models
 import pytest
+import sklearn.datasets  # noqa: F401  (sets variables of the environment; no test's leak)
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -464,16 +465,18 @@ def test_what_cannot_be_merged_is_told_once(name: str, caplog: pytest.LogCapture
 DEMOS = {
     "mlp": lambda: MLP(hidden=[16]),
     "lenet": lambda: LeNet(l1=8, l2=8, channels=(4, 4)),
-    "resnet": lambda: ResNet((1, 8, 8), width=4),
+    "resnet": lambda: ResNet(width=4),
     "transformer": lambda: Transformer(dim=8, heads=2, layers=1),
 }
 
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_no_warning_on_demo_models(name: str, caplog: pytest.LogCaptureFixture) -> None:
+
     trainer = boring.trainer("dp", 2, limit_train_batches=4, limit_val_batches=2)
-    trainer.fit(DEMOS[name](), Digits(batch_size=16))
-    trainer.test(datamodule=Digits(batch_size=16), verbose=False)
+    model, data = DEMOS[name](), Digits(batch_size=16)
+    trainer.fit(model, data)
+    trainer.validate(model, data, verbose=False)
     assert told(caplog) == []
 
 
@@ -491,8 +494,9 @@ def test_no_warning_on_models_of_the_parity_suite(
     build: type[pl.LightningModule], devices: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = boring.trainer("dp", devices)
-    trainer.fit(build(), boring.Blobs(10, 45))
-    trainer.test(datamodule=boring.Blobs(10, 45), verbose=False)
+    model = build()
+    trainer.fit(model, boring.Blobs(10, 45))
+    trainer.test(model, boring.Blobs(10, 45), verbose=False)
     assert told(caplog) == []
 
 

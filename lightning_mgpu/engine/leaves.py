@@ -22,7 +22,8 @@ class Leaf(nn.Parameter):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        vars(self)[_ASSIGNED] = True
+        marks, index = vars(self).get(_MARKS, (set(), 0))
+        marks.add(index)
         set_data(self, value)
 
 
@@ -31,7 +32,7 @@ def set_data(leaf: Tensor, value: Tensor) -> None:
     Tensor.data.__set__(leaf, value)  # type: ignore[attr-defined]
 
 
-_ASSIGNED = "_mgpu_assigned"
+_MARKS = "_mgpu_marks"
 
 
 class Leaves:
@@ -59,6 +60,9 @@ class Leaves:
         self._shown: list[Tensor | None] = [None] * len(self.leaves)
         if elsewhere if own_memory is None else own_memory:
             self._own(device)
+        self._marks: set[int] = set()
+        for index, leaf in enumerate(self.leaves):
+            vars(leaf)[_MARKS] = self._marks, index
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -71,18 +75,17 @@ class Leaves:
         for bucket in self._buckets:
             bucket.refresh()
 
+    def is_alias(self) -> bool:
+        """Whether the leaves are aliases, which count their writes together with the parameters."""
+        return not self._buckets
+
     def versions(self) -> list[int]:
         """How often each leaf, or what it is an alias of, has been written to."""
         return [leaf._version for leaf in self.leaves]
 
-    def assigned(self) -> list[int]:
-        """The indices of the leaves whose `data` somebody has replaced."""
-        return [i for i, leaf in enumerate(self.leaves) if _ASSIGNED in vars(leaf)]
-
-    def forget_assignments(self) -> None:
-        """Take the leaves' memory for theirs."""
-        for leaf in self.leaves:
-            vars(leaf).pop(_ASSIGNED, None)
+    def assigned(self) -> set[int]:
+        """The indices of the leaves whose `data` somebody has replaced; may be emptied."""
+        return self._marks
 
     def keep_freezing(self) -> None:
         """Freeze the parameters whose leaves a step has frozen, and the other way round."""

@@ -1,5 +1,6 @@
 """The other replicas: structural copies, brought up to date before each step."""
 
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,8 @@ _HOOKS = frozenset(
 )
 _BLANK = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BLANK_STATE = vars(nn.Module())
+# The names of buffers: all replicas register the same.
+_SHARED = frozenset({"_non_persistent_buffers_set"})
 _PARTS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"}) | _HOOKS
 
 
@@ -57,6 +60,8 @@ class Copy(Replica):
         self.buffers = Buffers(structure.modules, structure.names, layers, self.tensors)
         for index, module in enumerate(structure.modules):
             self._fill(module, memo[id(module)], index)
+        self._layers = [_is_layer(original) for original, _ in self._pairs]
+        self._layer_states: dict[int, list[Any]] = {}
         self._tracks = not inside_compiled(structure.modules)
         self._update()
         for module in structure.modules:
@@ -114,30 +119,48 @@ class Copy(Replica):
     def _update(self) -> None:
         """Bring the attributes of all copies, hooks among them, up to date."""
         self.remap.begin()
-        for original, copied in self._pairs:
+        for index, (original, copied) in enumerate(self._pairs):
+            state = vars(original)
+            if self._layers[index]:
+                if self._is_as_before(index, state, vars(copied)):
+                    continue
+                self._layer_states[index] = list(state.values())
             skip = _PARTS | COMPILED_ATTRIBUTES if is_compiled(original) else _PARTS
             self.remap.where = type(original).__name__
-            if self._tracks and not _is_layer(original):
+            if self._tracks and not self._layers[index]:
                 with self.remap.tracking():
-                    self._update_attributes(vars(original), vars(copied), skip)
+                    self._update_attributes(state, vars(copied), skip)
             else:
-                self._update_attributes(vars(original), vars(copied), skip)
+                self._update_attributes(state, vars(copied), skip)
+
+    def _is_as_before(self, index: int, state: dict[str, Any], copied: dict[str, Any]) -> bool:
+        """Whether one of torch's layers has the attributes that it had, and no hooks."""
+        before = self._layer_states.get(index, ())
+        return (
+            len(before) == len(state)
+            and all(map(operator.is_, state.values(), before))
+            and not any(map(state.get, _HOOKS))
+            and not any(map(copied.get, _HOOKS))
+        )
 
     def _update_attributes(
         self, original: dict[str, Any], copied: dict[str, Any], skip: frozenset[str]
     ) -> None:
         for key, value in original.items():
             held = copied.get(key, _MISSING)
-            if held is value or (
-                isinstance(held, Tracked) and held.value is value and held.root is held
-            ):
+            if held is value:
                 continue
-            if key in _HOOKS:
+            kind = type(value)
+            if kind is int or kind is float:
+                if isinstance(held, Tracked) and held.value is value and held.root is held:
+                    continue
+            elif key in _HOOKS:
                 if value or held:
                     copied[key].clear()
                     copied[key].update(self._remapped(value))
-            elif key not in skip:
-                shared = key in self.own_attributes
+                continue
+            if key not in skip:
+                shared = key in self.own_attributes or key in _SHARED
                 copied[key] = value if shared else self.remap.at(key, value)
         if len(copied) > len(original):
             for key in copied.keys() - original.keys():

@@ -164,22 +164,27 @@ class Effects:
 
     def _merge_buffers(self) -> None:
         """Buffers that were assigned anew, or registered."""
-        firsts = self._copies[0].buffers
-        for index, (target, _, prefix) in enumerate(firsts.holders):
+        for index, (target, _, _) in enumerate(self._copies[0].buffers.holders):
+            if self._copies[0].buffers.is_recorded(index):
+                continue
             holders = [copied.buffers.holders[index][1] for copied in self._copies]
-            for key in dict.fromkeys(key for holder in (target, *holders) for key in holder):
-                known = [copied.buffers.known(index, key) for copied in self._copies]
-                nows = [holder.get(key) for holder in holders]
-                old, first = target.get(key), known[0]
-                if old is (first and first.original) and all(
-                    now is (k and k.copied) for k, now in zip(known, nows, strict=True)
-                ):
-                    continue
-                evidence = [None if first is None else self._watch.of(first)] * len(nows)
-                before = MISSING if first is None or first.before is None else first.before
-                new = self._judge.outcome(Change(prefix + key, before, [old, *nows], evidence))
-                if new is not old:
-                    target[key] = new
+            if target or any(holders):
+                for key in dict.fromkeys(key for holder in (target, *holders) for key in holder):
+                    self._merge_buffer(index, key, target, [h.get(key) for h in holders])
+
+    def _merge_buffer(self, index: int, key: str, target: Any, nows: Sequence[Any]) -> None:
+        known = [copied.buffers.known(index, key) for copied in self._copies]
+        old, first = target.get(key), known[0]
+        if old is (first and first.original) and all(
+            now is (k and k.copied) for k, now in zip(known, nows, strict=True)
+        ):
+            return
+        evidence = [None if first is None else self._watch.of(first)] * len(nows)
+        before = MISSING if first is None or first.before is None else first.before
+        name = self._copies[0].buffers.holders[index][2] + key
+        new = self._judge.outcome(Change(name, before, [old, *nows], evidence))
+        if new is not old:
+            target[key] = new
 
     def _merge_tensors(self) -> None:
         """Tensors that were written to in place."""

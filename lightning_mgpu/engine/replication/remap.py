@@ -98,8 +98,7 @@ class Remap:
 
     def at(self, name: str, value: Any) -> Any:
         """Translate the attribute `name` of what `where` says."""
-        with self._at(f".{name}"):
-            return self(value)
+        return self._at(f".{name}", value)
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
@@ -110,11 +109,10 @@ class Remap:
         finally:
             self._tracks = before
 
-    @contextmanager
-    def _at(self, name: str) -> Iterator[None]:
+    def _at(self, name: str, value: Any) -> Any:
         owner, self.where = self.where, self.where + name
         try:
-            yield
+            return self(value)
         finally:
             self.where = owner
 
@@ -232,14 +230,12 @@ class Remap:
             if type(part) is int or type(part) is float:  # most often, and leads to no name
                 items[key] = track(part, self.sites) if self._tracks else part
             else:
-                with self._at(f"[{key!r}]"):
-                    items[key] = self(part)
+                items[key] = self._at(f"[{key!r}]", part)
         return items
 
     def _entries(self, value: Iterable[Any]) -> Iterator[Any]:
         for index, part in enumerate(value):
-            with self._at(f"[{index}]"):
-                yield self(part)
+            yield self._at(f"[{index}]", part)
 
     def _object(self, value: Any) -> Any:
         """A copy of an object that holds plain data only; else the object itself."""
@@ -269,8 +265,7 @@ class Remap:
 
     def _plain(self, name: str, value: Any) -> Any:
         """The copy of what an object has in an attribute."""
-        with self._at(f".{name}"):
-            new = self(value)
+        new = self._at(f".{name}", value)
         if not _is_data(value, 0) and new is value:
             raise NotPlainError
         return new

@@ -170,6 +170,10 @@ class Buffers:
         """The buffers of the copy of module `index`."""
         return self.holders[index][1]
 
+    def is_recorded(self, index: int) -> bool:
+        """Whether no step writes to the buffers of a module."""
+        return self._recorded[index]
+
     def known(self, index: int, name: str) -> TensorCopy | None:
         """A buffer as it was at the start of the step."""
         return self._known.get((index, name))
@@ -178,6 +182,8 @@ class Buffers:
         """Copy what has been written to, on either side, and what has been set anew."""
         self._known = {}
         for index, (originals, copies, prefix) in enumerate(self.holders):
+            if not originals and not copies:
+                continue
             may_change = not self._recorded[index]
             for name, original in originals.items():
                 copies[name] = None

@@ -31,7 +31,7 @@ class WriteCheck:
         self, names: Sequence[str], parameters: Sequence[nn.Parameter], leaves: Sequence[Leaves]
     ) -> None:
         self._names, self._parameters, self._leaves = names, parameters, leaves
-        self._versions: list[tuple[int, ...]] = []
+        self._versions: list[list[int]] = []
         self._values: list[Tensor] | None = None
         self._kinds: dict[str, int] = {}
         self._compares = False
@@ -47,7 +47,7 @@ class WriteCheck:
         self._versions = self._now()
         self._values = self._sampled() if self._compares else None
         for leaves in self._leaves:
-            leaves.forget_assignments()
+            leaves.assigned().clear()
 
     def check(self) -> None:
         """Refuse to go on if parameters have been written to since.
@@ -55,16 +55,17 @@ class WriteCheck:
         Raises:
             RuntimeError: Names them.
         """
-        written = {
-            index
-            for index, (now, before) in enumerate(zip(self._now(), self._versions, strict=True))
-            if now != before
-        }
+        written: set[int] = set()
+        now = self._now()
+        if now != self._versions:
+            for versions, before in zip(now, self._versions, strict=True):
+                pairs = zip(versions, before, strict=True)
+                written.update(index for index, (a, b) in enumerate(pairs) if a != b)
         for leaves in self._leaves:
             written.update(leaves.assigned())
         if not written and self._values is not None:
-            pairs = zip(self._sampled(), self._values, strict=True)
-            written.update(i for i, (a, b) in enumerate(pairs) if not _same(a, b))
+            values = zip(self._sampled(), self._values, strict=True)
+            written.update(index for index, (a, b) in enumerate(values) if not _same(a, b))
         if written:
             names = [f"`{self._names[index]}`" for index in sorted(written)]
             more = f" and {len(names) - 1} others" if len(names) > 1 else ""
@@ -76,8 +77,11 @@ class WriteCheck:
                 " a checkpoint or from a new model."
             )
 
-    def _now(self) -> list[tuple[int, ...]]:
-        return list(zip(*(leaves.versions() for leaves in self._leaves), strict=True))
+    def _now(self) -> list[list[int]]:
+        """How often the leaves of each memory have been written to; aliases share slot 0's."""
+        first, *others = self._leaves
+        own = [leaves for leaves in others if not leaves.is_alias()]
+        return [leaves.versions() for leaves in (first, *own)]
 
     @torch.no_grad()
     def _sampled(self) -> list[Tensor]:
