@@ -26,7 +26,7 @@ from lightning_mgpu.demo.transformer import Transformer
 Step = Callable[[Any, Tensor, Tensor, Tensor], None]
 Read = Callable[[Any], Any]
 
-EVEN, UNEVEN = (8, 24), (5, 15)
+EVEN, UNEVEN = (8, 32), (5, 15)
 """Batch size and samples: shards of (4, 4), and of (3, 2) or (2, 2, 1)."""
 
 
@@ -280,11 +280,21 @@ AS_ON_ONE_DEVICE: dict[str, tuple[Any, Step, Read]] = {
     "weighted sum of losses": (_set(n=0.0), _loss_weighted, _n_of),
     "sum of losses as tensor": (_set(n=0), _loss_tensor, lambda m: float(m.n)),
     "last loss": (_set(n=0.0), _last_loss, _n_of),
+    "last loss as tensor": (
+        _set(n=None),
+        lambda self, x, y, logits, loss: setattr(self, "n", loss.detach()),
+        lambda m: float(m.n),
+    ),
     "annealed": (_set(n=0.0), _annealed, _n_of),
     "flags": (_set(n=False, mode=""), _flag, lambda m: (m.n, m.mode)),
     "dict": (_set(n=lambda: {"n": 0, "steps": 0}), _size_dict, _n_of),
     "dict by get": (_set(n=dict), _get_dict, _n_of),
     "defaultdict": (_set(n=lambda: defaultdict(int)), _default, lambda m: dict(m.n)),
+    "dict of a thousand classes": (
+        _set(n=lambda: dict.fromkeys(range(2000), 0)),
+        _get_dict,
+        lambda m: {key: value for key, value in m.n.items() if value},
+    ),
     "Counter": (_set(n=Counter), _counted, _n_of),
     "nested": (
         _set(n=lambda: {"train": {"n": 0, "list": [0, 0]}, "steps": 0}),
@@ -506,7 +516,7 @@ def test_containers_of_unknown_parts_and_deques_are_kept(caplog: pytest.LogCaptu
         self.pair[1] += len(y)
 
     model = run(_set(n=lambda: deque(maxlen=4), pair=lambda: [object(), 0]), leave, EVEN, "dp", 2)
-    assert (list(model.n), model.pair[1]) == ([4] * 4, 24)
+    assert (list(model.n), model.pair[1]) == ([4] * 4, 32)
     assert told(caplog) == []
 
 
@@ -514,7 +524,7 @@ def test_addition_that_may_be_either_is_settled_by_a_later_step(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Both replicas count one hit at first, which might have been a count of steps."""
-    found = iter([(1, 1), (1, 1), (2, 0)])
+    found = iter([(1, 1), (1, 1), (2, 0), (0, 0)])
 
     class Counting(boring.Classifier):
         def __init__(self) -> None:
@@ -525,7 +535,7 @@ def test_addition_that_may_be_either_is_settled_by_a_later_step(
             self.found = next(found)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            first = bool((batch[0] == boring.blobs(24)[batch_idx * 8][0]).all(1).any())
+            first = bool((batch[0] == boring.blobs(32)[batch_idx * 8][0]).all(1).any())
             self.hits += self.found[0 if first else 1]
             return super().training_step(batch, batch_idx)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
-from lightning_mgpu.engine.batch import Shard, map_leaves
+from lightning_mgpu.engine.batch import Shard, leaves, map_leaves
 from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.randomness import Stream
 from lightning_mgpu.engine.replication.hints import hinted
@@ -71,7 +71,8 @@ class Step:
             for slot, recorder in enumerate(recorders)
         ]
         outside = partial(replicas.as_outside, count) if manual is not None else nullcontext
-        with replicas.step(count, overrides, self.sizes, self._name) as modules:
+        samples = [_samples(shard) for shard in self._shards]
+        with replicas.step(count, overrides, samples, self.sizes, self._name) as modules:
             metrics = ReplicaMetrics(replicas.units, [replicas.units_of(i) for i in range(count)])
             metrics.begin()
             tasks = [
@@ -116,3 +117,11 @@ class Step:
             owner = module if isinstance(owner, LightningModule) else owner
             batch = getattr(owner, hook)(batch, *arguments)
         return batch
+
+
+def _samples(shard: Shard) -> int:
+    """How many samples a shard has, whatever it is to weigh."""
+    for _, leaf in leaves(shard.batch):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+            return len(leaf)
+    return shard.size

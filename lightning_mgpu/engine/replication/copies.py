@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mgpu.engine.batch_norm import Recorder
@@ -62,7 +62,12 @@ class Copy(Replica):
             self._fill(module, memo[id(module)], index)
         self._layers = [_is_layer(original) for original, _ in self._pairs]
         self._layer_states: dict[int, list[Any]] = {}
-        self._tracks = not inside_compiled(structure.modules)
+        # A tracked number in compiled code would have it compiled again.
+        compiled = inside_compiled(structure.modules)
+        self._tracks = [
+            not is_layer and id(original) not in compiled
+            for is_layer, (original, _) in zip(self._layers, self._pairs, strict=True)
+        ]
         self._update()
         for module in structure.modules:
             if is_compiled(module):
@@ -90,9 +95,7 @@ class Copy(Replica):
             for name in names:
                 if name not in was:
                     was[name] = getattr(type(original), name)
-                    vars(copied)[name] = (
-                        track(was[name], self.remap.sites) if self._tracks else was[name]
-                    )
+                    vars(copied)[name] = track(was[name], self.remap.sites)
         self.before = [dict(vars(copied)) for _, copied in self.watched]
 
     @override
@@ -124,10 +127,11 @@ class Copy(Replica):
             if self._layers[index]:
                 if self._is_as_before(index, state, vars(copied)):
                     continue
-                self._layer_states[index] = list(state.values())
+                has_tensors = any(isinstance(value, Tensor) for value in state.values())
+                self._layer_states[index] = [] if has_tensors else list(state.values())
             skip = _PARTS | COMPILED_ATTRIBUTES if is_compiled(original) else _PARTS
             self.remap.where = type(original).__name__
-            if self._tracks and not self._layers[index]:
+            if self._tracks[index]:
                 with self.remap.tracking():
                     self._update_attributes(state, vars(copied), skip)
             else:

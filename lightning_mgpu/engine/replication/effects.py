@@ -19,6 +19,7 @@ from lightning_mgpu.engine.replication.additions import AdditionWatch
 from lightning_mgpu.engine.replication.copies import Copy
 from lightning_mgpu.engine.replication.holdings import Holding, state_of
 from lightning_mgpu.engine.replication.judge import Change, Judge
+from lightning_mgpu.engine.replication.remap import LONG_DICT
 from lightning_mgpu.engine.replication.tensors import TensorCopy
 from lightning_mgpu.engine.replication.tracked import (
     Additions,
@@ -81,7 +82,7 @@ class Effects:
             values = [now.get(key, MISSING) for now in places.nows]
             roots = [holder.get(key, MISSING) for holder in places.befores]
             evidence = [
-                self._evidence(before, root, value, places.counts)
+                self._evidence(before, root, value, places.counts or places.is_long())
                 for root, value in zip(roots, values, strict=True)
             ]
             back = [self._returned(value) for value in values]
@@ -91,7 +92,7 @@ class Effects:
                 [old, *back],
                 evidence,
                 is_key=places.is_dict,
-                is_count=places.counts,
+                is_count=places.counts or places.is_long(),
                 owner=places.owner(key),
             )
             new = self._merged(change)
@@ -148,7 +149,7 @@ class Effects:
             known = self._copies[0].tensors.find(before)
             return None if known is None else self._watch.of(known)
         found = additions_since(root, value)
-        if found is None and counts:
+        if found is None and counts and type(root) is int and type(value) is int:
             return Additions(constant=False, count=1)
         return self._with_loops(value, found)
 
@@ -199,7 +200,7 @@ class Effects:
         if first.before is None:
             if self._judge.is_due(first.name) and not all_equal(values):
                 self._judge.lost(first.name)
-            return
+            return  # large: only whether the replicas agree can be said
         evidence = [self._watch.of(first)] * len(copies)
         new = self._judge.outcome(Change(first.name, first.before, values, evidence))
         if new is not first.original:
@@ -332,6 +333,10 @@ class _Places:
     def owner(self, key: Any) -> str:
         """What warnings about a key are said once for."""
         return self._where if self.is_dict else self.name(key)
+
+    def is_long(self) -> bool:
+        """Whether it is a dict too long for its numbers to be tracked."""
+        return self.is_dict and len(self.was) > LONG_DICT
 
     def changed(self) -> list[Any]:
         """The keys under which any replica has put something else."""

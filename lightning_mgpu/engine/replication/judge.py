@@ -34,6 +34,8 @@ __all__: list[str] = []
 Rule = Literal["sum", "once", "mean"]
 
 _ENOUGH_STEPS = 4
+# Compared at every change; all else, tensors and what may hold them, ever more rarely.
+_CHEAP = (bool, int, float, complex, str, bytes, type(None), torch.Size)
 _TOLERANCE = 1e-6
 
 
@@ -89,12 +91,15 @@ class Judge:
         self._settled: dict[str, Rule] = {}
         self._doubts: dict[str, _Doubt] = {}
         self._independent: set[str] = set()
+        self._lost: set[str] = set()
+        self._means: set[str] = set()
+        self._weights: Sequence[float] = ()
         self._changes: dict[str, int] = {}
         self._counts: set[str] = set()
 
-    def begin(self, sizes: Sequence[int]) -> None:
-        """Start a step on shards of these sizes."""
-        self.sizes = sizes
+    def begin(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
+        """Start a step on shards of these sizes, which weigh so much in means."""
+        self.sizes, self._weights = sizes, weights
         self.references = tuple
 
     def outcome(self, change: Change) -> Any:
@@ -109,6 +114,7 @@ class Judge:
 
     def lost(self, name: str, owner: str = "") -> None:
         """Tell that replicas have left something else in a place."""
+        self._lost.add(name)
         self._tell(
             name,
             "The step writes something else to `%s` on each replica; replica 0's is kept."
@@ -162,7 +168,7 @@ class Judge:
     def _added(self, change: Change) -> Any:
         deltas = [value - change.before for value in _together(change.values, change.before)]
         rule = self._settled.get(change.name) or self._rule(change, deltas)
-        result = _combined(change.values[0], deltas, rule, self.sizes)
+        result = _combined(change.values[0], deltas, rule, self._weights)
         doubt = self._doubts.get(change.name)
         if doubt is not None:
             self._settle_doubt(change, doubt, deltas, result)
@@ -240,7 +246,11 @@ class Judge:
 
     def _assigned(self, change: Change) -> Any:
         name, values = change.name, change.values
-        if any(isinstance(value, Tensor) for value in values) and not self.is_due(name):
+        scalars = all(map(_is_scalar, values))
+        if name in self._means and scalars:
+            return self._mean(values)
+        plain = all(isinstance(value, _CHEAP) for value in values)
+        if name in self._lost or not (plain or self.is_due(name)):
             return values[0]
         if all_equal(values):
             if self._is_a_size(name, values[0]):
@@ -251,14 +261,18 @@ class Judge:
                     " `on_train_batch_start`, which sees the whole batch.",
                 )
             return values[0]
-        if all(map(_is_scalar, values)):
+        if scalars:
             numbers = [_number(value) for value in values]
             if not all(map(_is_whole, numbers)) and self._matched(numbers) == "mean":
-                total = sum(self.sizes)
-                parts = zip(_together(values, values[0]), self.sizes, strict=True)
-                return sum(value * (size / total) for value, size in parts)
+                self._means.add(name)
+                return self._mean(values)
         self.lost(name, change.owner)
         return values[0]
+
+    def _mean(self, values: Sequence[Any]) -> Any:
+        total = sum(self._weights)
+        parts = zip(_together(values, values[0]), self._weights, strict=True)
+        return sum(value * (weight / total) for value, weight in parts)
 
     def _is_a_size(self, name: str, value: Any) -> bool:
         """Whether a value that all have assigned is the size of their shards, rather than fixed."""
@@ -290,7 +304,7 @@ class Judge:
             settled = self._settle(name, "once")
         if settled is None:
             other: Rule = "sum" if doubt.rule == "once" else "once"
-            otherwise = _combined(change.values[0], deltas, other, self.sizes)
+            otherwise = _combined(change.values[0], deltas, other, self._weights)
             doubt.owed = doubt.owed + (otherwise - result)
             doubt.value = _copied(result)
             return
@@ -298,7 +312,7 @@ class Judge:
             doubt.owed = 0
         elif doubt.steps >= _ENOUGH_STEPS:
             doubt.owed = doubt.owed + (
-                _combined(change.values[0], deltas, settled, self.sizes) - result
+                _combined(change.values[0], deltas, settled, self._weights) - result
             )
         del self._doubts[name]
 
@@ -327,7 +341,7 @@ def _of_new_key(change: Change) -> Change:
     return Change(change.name, 0, filled, evidence, True, True, change.owner)
 
 
-def _combined(first: Any, deltas: Sequence[Any], rule: Rule, sizes: Sequence[int]) -> Any:
+def _combined(first: Any, deltas: Sequence[Any], rule: Rule, weights: Sequence[float]) -> Any:
     """The first replica's value with what it lacks of the others'."""
     if rule == "once":
         return first
@@ -335,8 +349,8 @@ def _combined(first: Any, deltas: Sequence[Any], rule: Rule, sizes: Sequence[int
         for delta in deltas[1:]:
             first = first + delta
         return first
-    total = sum(sizes) or 1
-    mean = sum(delta * (size / total) for delta, size in zip(deltas, sizes, strict=True))
+    total = sum(weights) or 1
+    mean = sum(delta * (weight / total) for delta, weight in zip(deltas, weights, strict=True))
     return first + (mean - deltas[0])
 
 

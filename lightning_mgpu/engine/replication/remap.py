@@ -26,7 +26,7 @@ __all__: list[str] = []
 # Longer lists and dicts than these are copied in one go: their numbers are not tracked, and tensors
 # in them are shared. Long lists are logs, but a dict may well count a thousand classes.
 _LONG_LIST = 128
-_LONG_DICT = 1024
+LONG_DICT = 1024
 _MOST_BYTES = 2**16
 _MOST_OBJECTS = 1000
 
@@ -194,7 +194,7 @@ class Remap:
             return value
         holding = self.holdings[id(value)] = Holding(value, new, None, None, self.where)
         if isinstance(value, dict):
-            flat = len(value) > _LONG_DICT and _is_flat(value.values())
+            flat = len(value) > LONG_DICT and _is_flat(value.values())
             dict.update(new, value if flat else self._items(value))
         elif isinstance(value, set):
             with self._fixed(rigid=True):

@@ -94,6 +94,7 @@ class Replicas:
         count: int,
         overrides: Sequence[Mapping[str, Any]] = (),
         sizes: Sequence[int] = (),
+        weights: Sequence[float] = (),
         kind: str = "",
     ) -> Iterator[list[nn.Module]]:
         """A step of the first `count` slots.
@@ -102,6 +103,7 @@ class Replicas:
             count: The slots that take part.
             overrides: For each slot, attributes of its module for the length of the step.
             sizes: The samples that each slot has.
+            weights: What they weigh in means; default: their number.
             kind: Which step of the module's.
 
         Yields:
@@ -111,7 +113,7 @@ class Replicas:
         """
         self._refresh(count)
         slots = self._slots[:count]
-        self._judge.begin(sizes)
+        self._judge.begin(sizes, weights or sizes)
         self._mode = self._watch.begin(kind) if count > 1 else None
         self._writes.begin(kind)
         if count > 1:
@@ -124,14 +126,18 @@ class Replicas:
         finally:
             statistics = [slot.recorder.take() for slot in slots]
         self._writes.check()
-        copies = [slot for slot in slots if isinstance(slot, Copy)]
-        if copies:
-            if self._mode is not None:
-                self._watch.learn(self._mode, copies[0].tensors)
-            Effects(copies, self._judge, self._watch).merge()
-            for name in self._variables.written():
-                self._judge.outside(name)
+        self._merge([slot for slot in slots if isinstance(slot, Copy)])
         batch_norm.commit(self._layers, statistics[: 1 if self._statistics == "first" else count])
+
+    def _merge(self, copies: Sequence[Copy]) -> None:
+        """Bring what a step has left on the copies to the master."""
+        if not copies:
+            return
+        if self._mode is not None:
+            self._watch.learn(self._mode, copies[0].tensors)
+        Effects(copies, self._judge, self._watch).merge()
+        for name in self._variables.written():
+            self._judge.outside(name)
 
     def watching(self, slot: int) -> AbstractContextManager[Any]:
         """Within a step, in the task of a slot: see how it changes the tensors that it keeps."""
