@@ -88,11 +88,11 @@ class ParityCheck:
             return
         found = _compared(step, batch, parts, replicas, workers)
         if found is not None and self._mode == "error":
-            raise ParityError(message(found))
+            raise ParityError(found.text)
         self._checked[key] = None
         if found is not None and step.name not in self._told:
-            self._told |= {step.name} if found.nan is None else {step.name, _nan(step)}
-            log.warning(message(found))
+            self._told |= {step.name, _nan(step)} if found.tells_nan else {step.name}
+            log.warning(found.text)
 
     def after(self, step: Step, losses: Sequence[Tensor | None], loss: Tensor | None) -> None:
         """Tell once of a loss that is NaN on some replicas only."""
@@ -108,14 +108,20 @@ class ParityCheck:
         return sum(key[:2] == kind for key in self._checked)  # type: ignore[index]
 
 
+@dataclass(frozen=True)
+class _Told:
+    text: str
+    tells_nan: bool
+
+
 def _nan(step: Step) -> str:
     return f"{step.name}: NaN"
 
 
 def _compared(
     step: Step, batch: Any, parts: Parts, replicas: Replicas, workers: Workers
-) -> Findings | None:
-    """What differs; `None` if nothing does, or if it cannot be known."""
+) -> _Told | None:
+    """What differs, in words; `None` if nothing does, or if it cannot be known."""
     found: Findings | None
     try:
         try:
@@ -125,10 +131,10 @@ def _compared(
             batch = step.shards[0].batch
             step = step.of(parts.scatter(batch))
             (found,) = workers.run([_Comparison(step, batch, parts, replicas).run])
+        return None if found is None else _Told(message(found), found.nan is not None)
     except Exception as error:  # whatever is wrong with the step itself, its own run will tell
         log.info("`%s` was not checked: %s", step.name, error)
         return None
-    return found
 
 
 class _Comparison:
@@ -243,6 +249,8 @@ def _mean(losses: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | Non
     having = [(loss, size) for loss, size in zip(losses, sizes, strict=True) if loss is not None]
     if not having:
         return None
+    if any(loss.numel() != 1 for loss, _ in having):
+        raise ValueError("its loss is no scalar")
     return weighted_mean([loss.detach() for loss, _ in having], [size for _, size in having])
 
 
