@@ -29,3 +29,12 @@ def noted(where: str) -> Iterator[None]:
         elif error.__cause__ is None:
             error.__cause__ = Where(f"raised in {where}")
         raise
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, once."""
+    if hasattr(error, "add_note"):
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+    elif error.__cause__ is None:
+        error.__cause__ = Where(note)
