@@ -28,6 +28,7 @@ Read = Callable[[Any], Any]
 
 EVEN, UNEVEN = (8, 32), (5, 15)
 """Batch size and samples: shards of (4, 4), and of (3, 2) or (2, 2, 1)."""
+ON = (("auto", 1), ("dp", 2))
 
 
 class Meter:
@@ -520,6 +521,20 @@ def test_containers_of_unknown_parts_and_deques_are_kept(caplog: pytest.LogCaptu
     assert told(caplog) == []
 
 
+def test_lists_that_are_cleared_and_filled_again_hold_all_shards(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def leave(self: Any, x: Tensor, y: Tensor, *_: Any) -> None:
+        self.n.clear()
+        self.n.extend(y.tolist())
+        self.last.clear()
+
+    models = [run(_set(n=list, last=lambda: [1]), leave, EVEN, *on) for on in ON]
+    assert models[0].n == models[1].n
+    assert models[1].last == []
+    assert told(caplog) == []
+
+
 def test_addition_that_may_be_either_is_settled_by_a_later_step(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -549,7 +564,7 @@ def test_addition_that_remains_undecided_is_told(caplog: pytest.LogCaptureFixtur
     def leave(self: Any, *_: Any) -> None:
         self.n += self.amount
 
-    run(_set(n=0, amount=3), leave, EVEN, "dp", 2)
+    run(_set(n=0, amount=3), leave, (8, 24), "dp", 2)
     (message,) = told(caplog)
     assert "`Model.n`" in message
     assert "on_train_batch_end" in message

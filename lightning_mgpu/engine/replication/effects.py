@@ -248,7 +248,9 @@ class Effects:
     def _merge_list(self, first: Holding, holdings: Sequence[Holding]) -> None:
         original, was, size = first.original, first.was, len(first.was)
         lists = [holding.copied for holding in holdings]
-        if all(len(entries) >= size for entries in (original, *lists)):
+        if all(len(h.copied) != size and _is_refilled(h.copied, h.before) for h in holdings):
+            size = 0  # cleared before anything was appended
+        elif all(len(entries) >= size for entries in (original, *lists)):
             pairs = [(original, was), *((h.copied, h.before) for h in holdings)]
             if not all(all(map(operator.is_, now, before)) for now, before in pairs):
                 self._merge_positions(first, holdings)
@@ -360,6 +362,12 @@ class _Places:
         self.nows = [{key: now.get(key, 0) for key in keys} for now in self.nows]
         self.counts = True
         return self
+
+
+def _is_refilled(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    """Whether a list holds nothing of what it held."""
+    old = set(map(id, before))
+    return not any(id(entry) in old for entry in now)
 
 
 def _appended(before: Sequence[Any], after: Sequence[Any]) -> Sequence[Any]:
