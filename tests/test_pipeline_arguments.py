@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from pipelines import Net, assert_same, data, pipelined
 from torch import Tensor, nn
 
@@ -221,7 +222,8 @@ def test_writing_to_what_the_caller_differentiates_is_refused(checkpoint: Any) -
 def test_options_take_names_positions_and_dimensions() -> None:
     def forward(src: Any, mask: Any) -> None: ...
 
-    for given in ("src", 0, ["src"], {"src": 1}, {0: -1}, None, ()):
+    config = OmegaConf.create({"mapping": {"src": 1}, "names": ["src"]})
+    for given in ("src", 0, ["src"], {"src": 1}, {0: -1}, None, (), *config.values()):
         Splitter(given, "mask").check(forward)
     with pytest.raises(ValueError, match="give the number of the batch's dimension"):
         Splitter({"src": "batch"})  # type: ignore[dict-item]

@@ -42,9 +42,22 @@ def cut(
     ]
 
 
-def was_written(part: Tensor) -> bool:
-    """Whether a part that `cut` has made was written to."""
-    return not part.is_inference() and part._version > 0
+def count_writing(
+    tensors: Mapping[str, Tensor], dims: Mapping[str, int], chunks: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Tell autograd of tensors whose parts were written to, as it would know on one device.
+
+    Args:
+        tensors: By name.
+        dims: The batch dimension of those that were split.
+        chunks: What `cut` has made of them.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name in dims:
+        parts = [chunk[name] for chunk in chunks]
+        if any(part._version > 0 for part in parts if _can_be_apart(part)):
+            torch.autograd.graph.increment_version(tensors[name])
 
 
 def _apart(view: Tensor) -> Tensor:
@@ -53,9 +66,7 @@ def _apart(view: Tensor) -> Tensor:
     Views of one tensor share its counter. If a stage writes to its micro-batch, as a first layer
     in place does, autograd would take the memory of all others for overwritten, too.
     """
-    if not torch.is_grad_enabled() or view.is_inference() or type(view) is not Tensor:
-        return view
-    if view.layout is not torch.strided or view.is_conj() or view.is_neg():
+    if not torch.is_grad_enabled() or not _can_be_apart(view):
         return view
     storage, offset = view.untyped_storage(), view.storage_offset()
     own = torch.empty(0, dtype=view.dtype, device=view.device)
@@ -64,3 +75,9 @@ def _apart(view: Tensor) -> Tensor:
     # `set_` counts as writing.
     torch._C._autograd._unsafe_set_version_counter((own,), (0,))
     return own.requires_grad_(view.requires_grad)
+
+
+def _can_be_apart(view: Tensor) -> bool:
+    if type(view) is not Tensor or view.layout is not torch.strided:
+        return False
+    return not (view.is_inference() or view.is_conj() or view.is_neg())

@@ -180,9 +180,7 @@ class Pipeline:
         if self._deferred:
             for found, parts in zip(cut.layers, passage.statistics, strict=True):
                 batch_norm.commit(found, parts)
-        for name in dims:
-            if torch.is_grad_enabled() and any(mb.was_written(chunk[name]) for chunk in chunks):
-                torch.autograd.graph.increment_version(call.tensors[name])
+        mb.count_writing(call.tensors, dims, chunks)
         output = Output(
             *(cut.partition, passage.results, call.tensors, frozenset(dims), counts),
             *(self.devices[0], layouts),
