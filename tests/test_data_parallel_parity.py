@@ -204,13 +204,20 @@ def confusion(self: Any, batch: Any) -> Tensor:
 
 
 def test_output_whose_rows_are_no_samples_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    strategy = DataParallelStrategy()
-    boring.trainer(strategy, 2).predict(Net(loss_of, predict_step=confusion), loader())
+    def gram(self: Any, batch: Any) -> Tensor:
+        return batch[0][:, :4].T @ batch[0][:, :4]  # as many rows as a shard has samples
+
+    boring.trainer(DataParallelStrategy(), 2).predict(Net(loss_of, predict_step=gram), loader())
     (text,) = warnings_of(caplog)
     assert "`predict_step` gives something else" in text
-    assert "`output`: shape (6, 3) instead of (3, 3)" in text
-    assert "`output` has 3 rows for 8 samples" in text
+    assert "`output`: shape (8, 4) instead of (4, 4)" in text
+    assert "`output` has 4 rows for 8 samples" in text
     assert "gather_fn" in text
+
+
+def test_output_without_a_batch_dimension_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"shapes \(3, 3\) and \(3, 3\).*gather_fn"):
+        boring.trainer("dp", 2).predict(Net(loss_of, predict_step=confusion), loader())
 
 
 def test_gather_fn_that_puts_outputs_right_is_no_difference(
@@ -239,6 +246,18 @@ def test_outputs_of_a_training_step_are_compared(caplog: pytest.LogCaptureFixtur
     fit(Net(step))
     (text,) = warnings_of(caplog)
     assert "`output['spread']`" in text
+
+
+def test_output_of_another_length_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def step(self: Any, batch: Any) -> Any:
+        return ["a", "b", "c"]
+
+    strategy = DataParallelStrategy(gather_fn=lambda outputs, _: [x for o in outputs for x in o])
+    boring.trainer(strategy, 2).predict(Net(loss_of, predict_step=step), loader())
+    (text,) = warnings_of(caplog)
+    assert "`output`: 6 entries instead of 3" in text
+    assert "an entry of a list, for each sample" in text
+    assert "class weights" not in text
 
 
 def test_list_that_went_whole_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -347,7 +366,10 @@ def test_parametrised_models_are_no_difference(kind: Any, caplog: pytest.LogCapt
     assert not [text for text in warnings_of(caplog) if "gives something else" in text]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize(
+    "precision",
+    ["32-true", *(pytest.param(p, marks=pytest.mark.slow) for p in ("bf16-mixed", "bf16-true"))],
+)
 @pytest.mark.parametrize("name", ["lenet", "mlp", "resnet", "transformer"])
 def test_demo_models_are_no_difference(name: str, precision: Any) -> None:
     torch.manual_seed(0)

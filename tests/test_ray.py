@@ -191,21 +191,21 @@ class _Tuned(boring.Classifier):
 def test_learning_rate_is_found_as_on_one_device(num_workers: int) -> None:
     def tuned(trainer: pl.Trainer) -> tuple[Any, float]:
         model = _Tuned()
-        data = DataLoader(boring.blobs(), batch_size=4)
+        data = DataLoader(boring.blobs(), batch_size=1)
         found = Tuner(trainer).lr_find(model, data, num_training=20)
         assert trainer.state.finished
         assert not trainer.callbacks or not isinstance(trainer.callbacks[0], LearningRateFinder)
         boring.assert_same_weights(model, _Tuned())
         return found, model.lr
 
-    found, lr = tuned(_trainer(num_workers))
-    assert lr == found.suggestion() != 0.5
-    if num_workers == 1:
-        expected, theirs = tuned(boring.trainer("auto", 1))
-        assert lr == theirs
-        torch.testing.assert_close(found.results, expected.results, rtol=0, atol=1e-9)
+    # Every rank sees the same samples, in their order.
+    found, lr = tuned(_trainer(num_workers, use_distributed_sampler=False))
+    expected, theirs = tuned(boring.trainer("auto", 1))
+    assert lr == found.suggestion() == theirs != 0.5
+    torch.testing.assert_close(found.results, expected.results, rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="batch size is currently not supported with distributed"):
         Tuner(_trainer(num_workers)).scale_batch_size(_Tuned())
+    close()
 
 
 def test_dataloader_workers_and_predictions_of_several_loaders() -> None:

@@ -29,7 +29,6 @@ def test_task_finds_cpus_that_idle_workers_held() -> None:
     assert ray.get(ray.remote(lambda: "done").remote(), timeout=60) == "done"
     assert time.monotonic() - start < 20, "they gave way by themselves"
     assert session._sessions == []
-    _fit(1)
 
 
 @pytest.mark.slow
@@ -60,15 +59,20 @@ def test_requests_that_do_not_concern_workers_leave_them_warm() -> None:
     ray.cancel(too_large)
     ray.cancel(more)
     remove_placement_group(other)
+    close()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_ray_says_what_is_waited_for() -> None:
+def test_ray_says_what_is_waited_for(eventually: Callable[..., None]) -> None:
     """None of it is public: a version of Ray that has no such thing is to be noticed here."""
-    requests, nodes = demand.snapshot()
-    assert requests == []
-    assert [total["CPU"] for _, total in nodes] == [4]
+    task = ray.remote(num_cpus=7)(lambda: None).remote()
+    group = placement_group([{"CPU": 8}, {"CPU": 9}])
+    expected: list[demand.Bundles] = [[{"CPU": 7.0}], [{"CPU": 8.0}, {"CPU": 9.0}]]
+    eventually(lambda: all(request in demand.snapshot()[0] for request in expected), 20.0)
+    assert [total["CPU"] for _, total in demand.snapshot()[1]] == [4]
+    ray.cancel(task)
+    remove_placement_group(group)
 
 
 @pytest.mark.parametrize(

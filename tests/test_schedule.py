@@ -134,7 +134,7 @@ def test_join_takes_what_does_not_depend_on_the_batch_once() -> None:
 )
 def test_join_refuses_what_is_no_batch(parts: list[object], message: str) -> None:
     with pytest.raises(SplitError, match=message):
-        joining.join(parts, [2, 2], whole=False)
+        joining.join(parts, [2, 2], whole=False, layouts={})
 
 
 def _ticks(timetable: object) -> dict[Task, int]:

@@ -9,6 +9,32 @@ from torch import Tensor, nn
 __all__: list[str] = []
 
 
+class Leaf(nn.Parameter):
+    """A parameter whose `data` shows when it is written to.
+
+    That of an ordinary one has a version counter of its own, and replacing it leaves no trace.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        """The values, without a graph; in-place writes move the leaf's version counter."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        marks, index = vars(self).get(_MARKS, (set(), 0))
+        marks.add(index)
+        set_data(self, value)
+
+
+def set_data(leaf: Tensor, value: Tensor) -> None:
+    """Replace a leaf's values and memory, as we do ourselves."""
+    Tensor.data.__set__(leaf, value)  # type: ignore[attr-defined]
+
+
+_MARKS = "_mgpu_marks"
+
+
 class Leaves:
     """A leaf for each parameter, with which one slot computes.
 
@@ -34,6 +60,9 @@ class Leaves:
         self._shown: list[Tensor | None] = [None] * len(self.leaves)
         if elsewhere if own_memory is None else own_memory:
             self._own(device)
+        self._marks: set[int] = set()
+        for index, leaf in enumerate(self.leaves):
+            vars(leaf)[_MARKS] = self._marks, index
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -42,9 +71,21 @@ class Leaves:
             if leaf.requires_grad != parameter.requires_grad:
                 leaf.requires_grad_(parameter.requires_grad)
             if not self._buckets and leaf.data_ptr() != parameter.data_ptr():
-                leaf.data = parameter.data  # somebody has swapped the storage
+                set_data(leaf, parameter.data)  # somebody has swapped the storage
         for bucket in self._buckets:
             bucket.refresh()
+
+    def is_alias(self) -> bool:
+        """Whether the leaves are aliases, which count their writes together with the parameters."""
+        return not self._buckets
+
+    def versions(self) -> list[int]:
+        """How often each leaf, or what it is an alias of, has been written to."""
+        return [leaf._version for leaf in self.leaves]
+
+    def assigned(self) -> set[int]:
+        """The indices of the leaves whose `data` somebody has replaced; may be emptied."""
+        return self._marks
 
     def keep_freezing(self) -> None:
         """Freeze the parameters whose leaves a step has frozen, and the other way round."""
@@ -163,7 +204,7 @@ def _to_device(gradients: Sequence[Tensor | None], root: torch.device) -> list[T
 
 
 def _alias(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
-    leaf = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    leaf: nn.Parameter = Leaf(data, requires_grad=parameter.requires_grad)
     if vars(parameter):
         vars(leaf).update(vars(parameter))  # what optimizers and samplers mark parameters with
     return leaf

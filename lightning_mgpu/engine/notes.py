@@ -31,21 +31,10 @@ def noted(where: str) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def hinted() -> Iterator[None]:
-    """Add a hint to errors that often come from values of one part of a batch."""
-    try:
-        yield
-    except RuntimeError as error:
-        hint = any(text in str(error) for text in _OF_A_PART)
-        if hint and hasattr(error, "add_note") and _HINT not in getattr(error, "__notes__", ()):
-            error.add_note(_HINT)
-        raise
-
-
-_OF_A_PART = ("The size of tensor a (", "backward through the graph a second time")
-_HINT = (
-    "(What attributes or hooks keep from a module's `forward` belongs to one micro-batch: to use it"
-    " in the step, return it from the split module's `forward`. And what they hold before the call"
-    " goes to every micro-batch whole: hand it on as an argument.)"
-)
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, once."""
+    if hasattr(error, "add_note"):
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+    elif error.__cause__ is None:
+        error.__cause__ = Where(note)

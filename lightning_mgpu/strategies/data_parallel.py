@@ -164,6 +164,8 @@ class DataParallelStrategy(SingleProcessStrategy):
 
     @override
     def _release(self) -> None:
+        if self._replicas is not None:
+            self._replicas.finish()
         if self._workers is not None:
             self._streams.finish()
             self._workers.close()
@@ -220,7 +222,7 @@ class DataParallelStrategy(SingleProcessStrategy):
             return loss
 
         def run_closures(closures: list[Callable[[], Any]]) -> list[Any]:
-            with replicas.as_inside():
+            with replicas.as_inside(len(step.sizes)):
                 outside = partial(replicas.as_outside, len(step.sizes))
                 return workers.run(closures, outside)
 

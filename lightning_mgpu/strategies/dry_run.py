@@ -12,6 +12,7 @@ from lightning_mgpu.engine import batch
 from lightning_mgpu.engine.random_state import RandomState
 from lightning_mgpu.engine.replication.isolation import Isolation
 from lightning_mgpu.engine.replication.sandbox import Sandbox, in_double
+from lightning_mgpu.engine.replication.tracked import untracked
 from lightning_mgpu.strategies.logged import LogRecorder
 from lightning_mgpu.strategies.quiet import silence
 from lightning_mgpu.strategies.replica_step import Step
@@ -77,7 +78,7 @@ def dry_run(make: Callable[[], Sandbox], step: Step, data: Any, how: Conditions)
     with _conditions(how, sandbox.device):
         before = RandomState(sandbox.device)
         try:
-            output = step.call(sandbox.module, data, sandbox.device)
+            output = untracked(step.call(sandbox.module, data, sandbox.device))
             drew = before.has_moved() or sandbox.isolation.drew() or isolation.drew()
         finally:
             before.restore()

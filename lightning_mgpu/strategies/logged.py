@@ -111,6 +111,36 @@ def _whole_size(given: Sequence[Any], sizes: Sequence[int], known: float | None)
     return float(first) if first in (sum(sizes), known) or uneven else None
 
 
+def means_of(outputs: Sequence[Any], recorders: Sequence[LogRecorder]) -> list[list[float]]:
+    """For each replica the numbers it returned, its loss first, and those it logged as means.
+
+    Only what all replicas have, in the same order for each.
+    """
+    columns = [[_scalars(output) for output in outputs]]
+    for key in recorders[0].calls:
+        calls = [recorder.calls.get(key) for recorder in recorders]
+        if all(
+            c is not None and _name(c.options.get("reduce_fx", "mean")) == "mean" for c in calls
+        ):
+            columns.append([_scalars(call.value) for call in calls if call is not None])
+    rows: list[list[float]] = [[] for _ in recorders]
+    for column in columns:
+        if len({len(values) for values in column}) == 1:
+            for row, values in zip(rows, column, strict=True):
+                row.extend(values)
+    return rows
+
+
+def _scalars(value: Any) -> list[float]:
+    if isinstance(value, Mapping):
+        values = [value["loss"], *value.values()] if "loss" in value else list(value.values())
+        return [number for entry in values for number in _scalars(entry)]
+    if isinstance(value, Tensor):
+        real = value.numel() == 1 and value.is_floating_point()
+        return [float(value.detach())] if real else []
+    return [value] if isinstance(value, float) else []
+
+
 def _name(reduce_fx: Any) -> str:
     return reduce_fx.lower() if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "")
 

@@ -1,5 +1,6 @@
 """Manual optimisation under replicas: what concerns all is done once, when all ask for it."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -141,8 +142,20 @@ class LockstepOptimizer:
         yield
         on_caller("untoggle_optimizer", lambda: model.untoggle_optimizer(self._real))
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's own on replica 0; on the others copies, so that changes count once."""
+        groups: list[dict[str, Any]] = self._real.param_groups
+        return groups if self._slot == 0 else [dict(group) for group in groups]
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
+        found = getattr(self._real, name)
+        if not inspect.ismethod(found):
+            return found
+        # Whatever an optimizer has besides (the passes of SAM, `swap`), it does for all at once.
+        return lambda *args, **kwargs: on_caller(
+            f"optimizer.{name}", lambda: found(*args, **kwargs)
+        )
 
 
 class LockstepScheduler:

@@ -84,13 +84,18 @@ def _reasons(found: Findings) -> Iterator[str]:
     elif "loss" in values and _is_sum(found):
         yield (
             "The loss of the batch is the sum of the shards' losses, and `dp` takes their mean: use"
-            " a mean over samples (`reduction='mean'`, or divide by a constant number of them)."
+            " a mean over samples (`reduction='mean'`, or divide by a constant number of them). If"
+            " it is divided by their number already, take that from the shard (`len(x)`) rather"
+            " than from a value that the whole batch has brought along."
         )
-    elif values or not special:
+    elif values:
         yield _DENOMINATOR
         yield _COUPLED
         if "loss" not in values:
             yield _COUNT
+    elif not special:
+        yield _OUTPUT
+        yield _COUPLED
 
 
 _DENOMINATOR = (
@@ -104,6 +109,10 @@ _COUPLED = (
     " `strategy='pipeline'`, which computes the loss on the whole batch."
 )
 _COUNT = "If it is a count or a sum, log it with `reduce_fx='sum'`, or return an entry per sample."
+_OUTPUT = (
+    "Return a row of a tensor, or an entry of a list, for each sample, or put the replicas' outputs"
+    " together in `DataParallelStrategy(gather_fn=...)`."
+)
 
 
 def _went_whole(found: Findings) -> Iterator[str]:
@@ -111,9 +120,9 @@ def _went_whole(found: Findings) -> Iterator[str]:
     for path, value in _whole_in(found.batch, shard, "batch"):
         what = f"of shape {tuple(value.shape)}" if hasattr(value, "shape") else f"of {len(value)}"
         yield (
-            f"`{path}` (a {type(value).__name__} {what}) went whole to every replica, since it is"
-            " not as long as the batch: if it belongs to the samples, give it an entry for each, or"
-            " split it in `DataParallelStrategy(scatter_fn=...)`."
+            f"`{path}` (a {type(value).__name__} {what}) went whole to every replica: if it belongs"
+            " to the samples, give it an entry for each, or split it in"
+            " `DataParallelStrategy(scatter_fn=...)`."
         )
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_mgpu.engine.notes import hinted
 from lightning_mgpu.engine.pipelining.cutter import Balance, Cut, Cutter
+from lightning_mgpu.engine.pipelining.hints import hinted
 from lightning_mgpu.engine.pipelining.parity import Parity, ParityCheck
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.splitter import SplitArgs, Splitter

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
-from lightning_mgpu.engine.batch import Shard
+from lightning_mgpu.engine.batch import Shard, leaves, map_leaves
 from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.randomness import Stream
+from lightning_mgpu.engine.replication.hints import hinted
 from lightning_mgpu.engine.replication.replicas import Replicas
+from lightning_mgpu.engine.replication.tracked import untracked
+from lightning_mgpu.engine.versions import own_version
 from lightning_mgpu.engine.workers import Workers
-from lightning_mgpu.strategies.logged import LogRecorder, replay
+from lightning_mgpu.strategies.logged import LogRecorder, means_of, replay
 from lightning_mgpu.strategies.manual import ManualOptimization
 from lightning_mgpu.strategies.metrics import ReplicaMetrics
 
@@ -68,14 +71,16 @@ class Step:
             for slot, recorder in enumerate(recorders)
         ]
         outside = partial(replicas.as_outside, count) if manual is not None else nullcontext
-        with replicas.step(count, overrides) as modules:
+        samples = [_samples(shard) for shard in self.shards]
+        with replicas.step(count, overrides, samples, self.sizes, self.name) as modules:
             metrics = ReplicaMetrics(replicas.units, [replicas.units_of(i) for i in range(count)])
             metrics.begin()
             tasks = [
-                partial(self._run_one, slot, module, streams[slot])
+                partial(self._run_one, slot, module, streams[slot], replicas)
                 for slot, module in enumerate(modules)
             ]
             outputs = workers.run(tasks, outside)
+            replicas.refer_to(partial(means_of, outputs, recorders))
         metrics.merge(self.sizes)
         replay(recorders, self.sizes, model.log, metrics.original)
         return outputs
@@ -93,9 +98,13 @@ class Step:
             f" samples {first} to {last} of the batch"
         )
 
-    def _run_one(self, slot: int, module: Any, stream: Stream) -> Any:
-        with noted(self.describe(slot)), stream.entered():
-            return self.call(module, self.shards[slot].batch, self._devices[slot])
+    def _run_one(self, slot: int, module: Any, stream: Stream, replicas: Replicas) -> Any:
+        where = noted(self.describe(slot))
+        with where, hinted(len(self.shards)), stream.entered(), replicas.watching(slot):
+            batch = self.shards[slot].batch
+            if len(self.shards) > 1:
+                batch = map_leaves(own_version, batch)
+            return untracked(self.call(module, batch, self._devices[slot]))
 
     def call(self, module: Any, batch: Any, device: torch.device) -> Any:
         """The step of one module, on a batch that is brought to its device first."""
@@ -116,3 +125,11 @@ class Step:
             owner = module if isinstance(owner, LightningModule) else owner
             batch = getattr(owner, hook)(batch, *arguments)
         return batch
+
+
+def _samples(shard: Shard) -> int:
+    """How many samples a shard has, whatever it is to weigh."""
+    for _, leaf in leaves(shard.batch):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+            return len(leaf)
+    return shard.size

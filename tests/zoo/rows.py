@@ -3,6 +3,7 @@
 from zoo import Row
 
 _OWN = "the loss has a denominator of its own: "
+_UNUSED = "layers that are left out have no gradient: `DDPStrategy(find_unused_parameters=True)`"
 
 ROWS = [
     Row("transformers", "BERT, padding masks, loss in the step", "zoo_text.bert_loss_in_step"),
@@ -53,13 +54,20 @@ ROWS = [
         dp="warned",
         note="its losses are divided by the anchors that match in the batch",
     ),
-    Row("segmentation_models_pytorch", "U-Net, cross entropy", "zoo_images.unet"),
+    Row(
+        "segmentation_models_pytorch",
+        "U-Net, cross entropy",
+        "zoo_images.unet",
+        ddp="needs advice",
+        note=_UNUSED,
+    ),
     Row(
         "segmentation_models_pytorch",
         "U-Net, Dice loss over the batch",
         "zoo_images.unet_dice",
         dp="warned",
-        note="the loss is no mean over samples",
+        ddp="needs advice",
+        note="the loss is no mean over samples; " + _UNUSED,
     ),
     Row("torch_geometric", "GCN, a batch of graphs", "zoo_graphs.gcn"),
     Row("torch_geometric", "GAT, a batch of graphs as output", "zoo_graphs.gat"),

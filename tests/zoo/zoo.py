@@ -56,6 +56,7 @@ class Case:
         samples: The data set, `BATCH * STEPS` long.
         collate: Makes a batch of a list of samples; default: torch's.
         advice: Arguments of `DataParallelStrategy` that the warning recommends.
+        ddp_advice: Those of `DDPStrategy` that the error recommends.
         tolerance: Of losses; some packages compute them in float32.
     """
 
@@ -63,6 +64,7 @@ class Case:
     samples: Sequence[Any]
     collate: Callable[[list[Any]], Any] | None = None
     advice: Mapping[str, Any] = field(default_factory=dict)
+    ddp_advice: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-9
 
 

@@ -4,7 +4,7 @@ Cutting: `trace`, `graph_cut`, `stage_builder`, `partition`, `measure`, `balance
 Running: `arguments`, `origin`, `refused`, `splitter`, `microbatch`, `values`, `schedule`, `links`,
 `shadow`, `memory`, `stage_work`, `passage`, `joining`, `output`, `tuning`; `recording` makes a
 `timeline` of it. `pipeline` puts all together.
-Checking: `trial` runs a few samples, `calm` and `held` keep that from having effects, `parity` and
-`left_behind` compare; `assigned` looks at attributes before a call.
+Checking: `trial` runs a few samples, `calm` and `held` keep that from having effects, `parity`,
+`comparison` and `left_behind` compare; `assigned` looks at attributes before a call.
 Foreseeing: `timer` and `ledger` measure stages, `simulate` tells what others would take.
 """

@@ -79,13 +79,13 @@ def _attributes(modules: Mapping[str, nn.Module]) -> Iterator[_Attribute]:
         kind, where = type(module).__name__, f" (in `{path}`)" if path else ""
         state = vars(module)
         for name, value in state.items():
-            if isinstance(value, nn.Parameter):
-                continue
-            if not isinstance(value, Tensor) and (type(value) not in _CONTAINERS or name in _OWN):
-                continue
-            for place, leaf in leaves(value, f"{kind}.{name}"):
-                if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                    yield _Attribute(f"`{place}`{where}", state, name, leaf)
+            if isinstance(value, Tensor):
+                # (Parameters are no plain attributes, and `isinstance` of them takes long.)
+                yield _Attribute(f"`{kind}.{name}`{where}", state, name, value)
+            elif type(value) in _CONTAINERS and name not in _OWN:
+                for place, leaf in leaves(value, f"{kind}.{name}"):
+                    if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
+                        yield _Attribute(f"`{place}`{where}", state, name, leaf)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield _Attribute(f"buffer `{kind}.{name}`{where}", module._buffers, name, buffer)

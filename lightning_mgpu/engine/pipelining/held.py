@@ -75,13 +75,14 @@ class Held:
                     self._add(name, f" (kept by a hook of `{path or kind}`)", value)
 
     def _add(self, name: str, where: str, value: Any, depth: int = 0) -> None:
-        if isinstance(value, (nn.Module, nn.Parameter)) or depth > _DEPTH:
-            return
-        if isinstance(value, Tensor):
-            self._add_tensor(f"`{name}`{where}", value)
-            return
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
             self.leaves[f"`{name}`{where}"] = value, False
+            return
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                self._add_tensor(f"`{name}`{where}", value)
+            return
+        if isinstance(value, nn.Module) or depth > _DEPTH:
             return
         if id(value) in self._seen:
             return

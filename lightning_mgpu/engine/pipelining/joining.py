@@ -91,7 +91,8 @@ def join(
         counts: Samples in each micro-batch.
         whole: Whether it depends on nothing that was split, and so is the same everywhere.
         path: What to call the value.
-        layouts: Where the batch lies in its tensors, as far as that has been found out.
+        layouts: Where the batch lies in its tensors, as far as that has been found out; `None` if
+            a first dimension that is a multiple of the batch's is good enough.
 
     Returns:
         The value, and how each of its tensors was joined.
@@ -102,7 +103,9 @@ def join(
     joined, rows = [], []
     for place, column in columns(parts, counts, path):
         if isinstance(column[0], Tensor):
-            tensor, how = _join_tensors(column, counts, whole, place, (layouts or {}).get(place))
+            layout = FIRST if layouts is None and _fits(column, counts, 0) else None
+            layout = (layouts or {}).get(place, layout)
+            tensor, how = _join_tensors(column, counts, whole, place, layout)
             joined.append(tensor)
             rows.append(how)
         else:
@@ -221,6 +224,8 @@ def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
 def _fits(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> bool:
     """Whether a dimension grows with the number of samples, and no other does."""
     if len({(part.dim(), *part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) > 1:
+        return False
+    if parts[0].dim() == 0:
         return False
     lengths = [part.shape[dim] for part in parts]
     factor, more = divmod(lengths[0], counts[0]) if counts[0] else (1, 0)

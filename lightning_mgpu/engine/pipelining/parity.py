@@ -7,19 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_mgpu.engine.compare import Difference, compare
-from lightning_mgpu.engine.pipelining import joining
+from lightning_mgpu.engine.compare import Difference
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.calm import calm
+from lightning_mgpu.engine.pipelining.comparison import Comparison
 from lightning_mgpu.engine.pipelining.cutter import Cut
 from lightning_mgpu.engine.pipelining.held import Held
 from lightning_mgpu.engine.pipelining.joining import Layout, Layouts
 from lightning_mgpu.engine.pipelining.left_behind import LeftBehind
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
-from lightning_mgpu.engine.pipelining.output import paths
-from lightning_mgpu.engine.pipelining.partition import Name
 from lightning_mgpu.engine.pipelining.splitter import Splitting
 from lightning_mgpu.engine.pipelining.trial import Trial
 
@@ -29,8 +27,6 @@ __all__: list[str] = []
 
 ParityCheck = Literal["error", "warn", "off"]
 
-# Two and three of them differ in number from each other and from the whole.
-_SAMPLES = 5
 # Calls that differ in structure are compared each on its own; more kinds are not.
 _MAX_KINDS = 64
 
@@ -136,7 +132,7 @@ class Parity:
     def _examine(
         self, call: Call, cut: Cut, splitting: Splitting, modules: dict[str, nn.Module]
     ) -> _Found:
-        trial = _Comparison(call, cut, splitting, self._devices)
+        trial = Comparison(call, cut, splitting, self._devices)
         with self._muted(), calm(modules.values(), self._devices):
             start = Held(modules)
             try:
@@ -172,132 +168,11 @@ class Parity:
         log.warning(text)
 
 
-class _Comparison:
-    """One call's first samples, whole and in two parts."""
-
-    def __init__(
-        self, call: Call, cut: Cut, splitting: Splitting, devices: Sequence[torch.device]
-    ) -> None:
-        self._partition, self._dims = cut.partition, splitting.dims
-        self._trial = Trial(cut.partition, devices, call.tensors, splitting.dims)
-        self._arguments = call.tensors.keys()
-        self._total = min(_SAMPLES, splitting.size)
-        self._counts = [self._total // 2, self._total - self._total // 2]
-        self._coarse = _least_precise(cut, devices)
-        self.differences: list[Difference] = []
-        self.compared = self.random = 0
-        """How many tensors have been compared, and how many not, since they are random."""
-
-    def run(self, start: Held, modules: dict[str, nn.Module]) -> None:
-        """Compute the samples, each time from what the modules hold at the start."""
-        self._start = start
-        first = self._counts[0]
-        self._whole = self._trial.run(0, self._total)
-        after_whole = Held(modules, start)
-        start.restore(generators=False)
-        second = self._trial.run(first, self._total)
-        after_second = Held(modules, start)
-        start.restore(generators=False)
-        self._parts = [self._trial.run(0, first), second]
-        self._trial.run(first, self._total)
-        self.held = after_whole, Held(modules, start), after_second, self._coarse
-        start.restore(generators=False)
-
-    def compare(self, proven: Layouts) -> dict[str, Layout]:
-        """Find out where the batch lies in each tensor, and whether values are the same.
-
-        Args:
-            proven: What earlier comparisons have shown.
-
-        Raises:
-            SplitError: A tensor of the output has no dimension for the batch.
-        """
-        layouts: dict[str, Layout] = {}
-        unequal: dict[str, Name] = {}
-        for name, path in paths(self._partition).items():
-            if name in self._arguments or not self._partition.origins[name] & self._dims.keys():
-                continue
-            values = [self._whole[name], *(part[name] for part in self._parts)]
-            for place, column in joining.columns(values, [self._total, *self._counts], path):
-                if isinstance(column[0], Tensor):
-                    layouts[place], different = self._layout(place, column)
-                    self.compared += 1
-                    if different:
-                        unequal[place] = name
-                        self.differences += different
-        if unequal:
-            self._leave_out_random(unequal, layouts, proven)
-        return layouts
-
-    def _layout(self, place: str, column: Sequence[Tensor]) -> tuple[Layout, list[Difference]]:
-        whole, *parts = column
-        layout = joining.told(column, [self._total, *self._counts], place)
-        if layout.dim is None:
-            for part in parts:
-                if compare(whole, part, place, self._coarse):
-                    raise SplitError(joining.unjoinable(place, whole))
-            return layout, []
-        found = self._compared(whole, parts, layout, place)
-        if found and whole.shape[layout.dim] != self._total:
-            other = Layout(layout.dim, minor=True)
-            if not self._compared(whole, parts, other, place):
-                return other, []
-        return layout, found
-
-    def _compared(
-        self, whole: Tensor, parts: Sequence[Tensor], layout: Layout, place: str
-    ) -> list[Difference]:
-        return compare(whole, joining.cat(parts, self._counts, layout)[0], place, self._coarse)
-
-    def _leave_out_random(
-        self, unequal: Mapping[str, Name], layouts: dict[str, Layout], proven: Layouts
-    ) -> None:
-        """Take out what differs from itself, too, when it is computed once more."""
-        again = self._trial.run(0, self._total)
-        self._start.restore(generators=False)
-        random = set()
-        for name in set(unequal.values()):
-            before, now = self._whole[name], again[name]
-            for place, column in joining.columns([before, now], [self._total] * 2, "") or ():
-                if isinstance(column[0], Tensor) and compare(*column):
-                    random.add((name, place))
-        paths_of = paths(self._partition)
-        for place, name in unequal.items():
-            if (name, place.removeprefix(paths_of[name])) not in random:
-                continue
-            self.random += 1
-            self.differences = [d for d in self.differences if d.path != place]
-            dim = layouts[place].dim
-            tensors = [
-                v for p, v in joining.placed(self._whole[name], paths_of[name]) if p == place
-            ]
-            if dim is not None and tensors[0].shape[dim] != self._total:
-                if place not in proven:
-                    raise SplitError(joining.unordered(place, tensors[0], self._total))
-                layouts[place] = proven[place]
-
-
 def _way(call: Call, splitting: Splitting) -> Hashable:
     """How each argument is split, or whether one entry of it is for all samples."""
     whole = (name for name, t in call.tensors.items() if t.dim() and name not in splitting.dims)
     single = tuple(name for name in whole if call.tensors[name].shape[0] == 1)
     return tuple(sorted(splitting.dims.items())), single, bool(splitting.doubts)
-
-
-def _least_precise(cut: Cut, devices: Sequence[torch.device]) -> torch.dtype | None:
-    """The dtype whose rounding errors are to be expected."""
-    for kind in {"cpu", *(device.type for device in devices)}:
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-    found = {t.dtype for tensors in cut.tensors for t in tensors.values() if t.is_floating_point()}
-    half = sorted((t for t in found if t.itemsize < 4), key=lambda t: t.itemsize)
-    if half:
-        return half[0]
-    if any(device.type == "cuda" for device in devices) and (
-        torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    ):
-        return torch.bfloat16 if found <= {torch.float32} else None
-    return None
 
 
 def _of(splitting: Splitting) -> str:

@@ -106,7 +106,7 @@ class Pipeline:
         least = 2 if any(layer.training for found in cut.layers for layer in found) else 1
         count = self.chunks.next(size) if torch.is_grad_enabled() else self.chunks.usual
         counts = mb.sizes(size, count, least)
-        layouts = self._checked(call, cut, splitting) if len(counts) > 1 else {}
+        layouts = self._checked(call, cut, splitting) if len(counts) > 1 else None
         with self._streams.step(
             self._kind(),
             len(self.devices) * len(counts),
@@ -114,10 +114,10 @@ class Pipeline:
         ) as streams:
             return self._run(call, cut, splitting.dims, counts, streams, layouts)
 
-    def _checked(self, call: Call, cut: Cut, splitting: Splitting) -> Layouts:
+    def _checked(self, call: Call, cut: Cut, splitting: Splitting) -> Layouts | None:
         """Where the batch lies in the output; refuses what is not the whole batch's."""
         if self._parity is None:
-            return {}
+            return None
         modules = self._modules()
         is_used = partial(self._parity.uses, call, cut, splitting, modules)
         self._assigned.check(modules, splitting.size, self._step_batch(), is_used)
@@ -157,7 +157,7 @@ class Pipeline:
         dims: Mapping[Name, int],
         counts: Sequence[int],
         streams: Sequence[Stream],
-        layouts: Layouts,
+        layouts: Layouts | None,
     ) -> Any:
         chunks = mb.cut(call.tensors, dims, counts)
         passage = Passage(

@@ -1,6 +1,7 @@
 """Copies of what a structural copy shares, for runs that must not leave anything behind."""
 
 import copy
+import random
 import types
 import warnings
 from collections import deque
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine.replication import generators
 from lightning_mgpu.engine.replication.structure import ATOMS
 
 __all__: list[str] = []
@@ -69,7 +71,7 @@ class Isolation:
         return any(_state(old) != _state(new) for old, new in self.generators)
 
     def _is_left(self, value: Any) -> bool:
-        if isinstance(value, (np.ndarray, torch.Generator, Tensor)):
+        if isinstance(value, (np.ndarray, Tensor, *generators.KINDS)):
             return False
         if type(value) in ATOMS or isinstance(value, (*ATOMS, *_SHARED)):
             return True
@@ -86,7 +88,7 @@ class Isolation:
         if isinstance(value, np.ndarray) and value.dtype != object:
             self._count(value.nbytes)
             return value.copy()
-        if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState)):
+        if isinstance(value, generators.KINDS):
             new = _copied_generator(value)
             self.generators.append((value, new))
             return new
@@ -127,7 +129,7 @@ class Isolation:
                 raise ValueError("too many parts")
             if self._is_left(value):
                 memo[id(value)] = value
-            elif isinstance(value, (Tensor, torch.Generator, np.ndarray, np.random.Generator)):
+            elif isinstance(value, (Tensor, np.ndarray, *generators.KINDS)):
                 memo[id(value)] = self(value)
             else:
                 pending.extend(_parts_of(value))
@@ -189,4 +191,6 @@ def _state(generator: Any) -> Any:
         return generator.get_state().numpy().tobytes()
     if isinstance(generator, np.random.Generator):
         return repr(generator.bit_generator.state)
+    if isinstance(generator, random.Random):
+        return generator.getstate()
     return repr(generator.get_state())

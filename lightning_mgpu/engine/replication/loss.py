@@ -9,6 +9,7 @@ from lightning_mgpu.engine.autograd import Gradients, graft
 from lightning_mgpu.engine.batch import weighted_mean
 from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.randomness import Stream
+from lightning_mgpu.engine.replication.hints import hinted
 from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
 
@@ -53,7 +54,8 @@ def joint_loss(
         def run() -> None:
             if slot in by_slot and by_slot[slot][0].requires_grad:
                 loss, weight = by_slot[slot]
-                with noted(describe(slot) + ", in backward"), streams[slot].entered():
+                where = noted(describe(slot) + ", in backward")
+                with where, hinted(len(losses)), streams[slot].entered():
                     seed = (gradient.to(loss.device, loss.dtype) * weight).reshape(loss.shape)
                     torch.autograd.backward(loss, seed, retain_graph=keep)
 

@@ -18,9 +18,6 @@ __all__: list[str] = []
 class Master(Replica):
     """The user's module. In a step leaves stand in for its parameters, and copies for its units."""
 
-    # What a step puts into the master's containers goes where its user looks for it.
-    copies_containers = False
-
     def __init__(self, structure: Structure, *args: Any) -> None:
         super().__init__(structure, *args)
         self.module = structure.modules[0]
@@ -31,7 +28,7 @@ class Master(Replica):
     def is_stale(self) -> bool:
         """Whether modules or parameters are no longer those that were copied."""
         return any(
-            not _same_parts(_parts(module), parts)
+            _parts(module) != parts
             for module, parts in zip(self.structure.modules, self._parts, strict=True)
         )
 
@@ -88,8 +85,12 @@ def _uncompiled(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, Any, Any, A
 
 
 def _parts(module: nn.Module) -> list[Any]:
-    return [*module._parameters.values(), *module._modules.values()]
-
-
-def _same_parts(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+    """What a module is made of: its class (a parametrisation changes it) and its parts by name."""
+    parameters, modules = module._parameters, module._modules
+    return [
+        type(module),
+        *parameters,
+        *map(id, parameters.values()),
+        *modules,
+        *map(id, modules.values()),
+    ]

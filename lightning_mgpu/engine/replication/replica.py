@@ -1,7 +1,7 @@
 """One replica of a module: what the master and its copies have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,15 +25,14 @@ class Replica(ABC):
         leaves: A leaf for each parameter.
         units: A copy of each unit.
         layers: The master's layers whose running statistics are put together.
-        device: Where this replica computes.
+        devices: Where the replicas compute.
+        slot: Which of them this is.
         own_attributes: As in `Replicas`.
 
     Attributes:
         module: The module to call.
         recorder: Keeps the batch statistics of this replica's layers.
     """
-
-    copies_containers = True
 
     def __init__(
         self,
@@ -42,14 +41,16 @@ class Replica(ABC):
         leaves: Leaves,
         units: list[Any],
         layers: list[nn.Module],
-        device: torch.device,
+        devices: Sequence[torch.device],
+        slot: int,
         own_attributes: frozenset[str],
     ) -> None:
         self.structure = structure
         self.leaves = leaves
         self.units = units
-        self.device = device
-        self.remap = Remap(memo, self.copies_containers)
+        self.slot = slot
+        self.device, self.root = devices[slot], devices[0]
+        self.remap = Remap(memo)
         self.own_attributes = own_attributes
         self.module: nn.Module
         self.recorder = Recorder(layers)

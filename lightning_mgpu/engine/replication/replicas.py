@@ -5,9 +5,8 @@ lasts; the other slots have structural copies. So every slot accumulates gradien
 the parameters that a user's optimizer, hooks and callbacks know get them once, as one sum.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,14 +14,17 @@ from torch import Tensor, nn
 
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.leaves import Leaves, add_gradients
+from lightning_mgpu.engine.replication.additions import AdditionWatch, WatchMode
 from lightning_mgpu.engine.replication.compiled import inside_compiled
 from lightning_mgpu.engine.replication.copies import Copy
+from lightning_mgpu.engine.replication.effects import Effects
+from lightning_mgpu.engine.replication.judge import Judge
 from lightning_mgpu.engine.replication.master import Master
 from lightning_mgpu.engine.replication.sandbox import Sandbox
 from lightning_mgpu.engine.replication.structure import Structure
+from lightning_mgpu.engine.replication.variables import SharedVariables
+from lightning_mgpu.engine.replication.writes import WriteCheck
 from lightning_mgpu.engine.workers import Workers
-
-log = logging.getLogger(__name__)
 
 __all__: list[str] = []
 
@@ -65,8 +67,8 @@ class Replicas:
         self._is_unit, self._copy_unit, self._is_opaque = is_unit, copy_unit, is_opaque
         self._own_attributes = frozenset(own_attributes)
         self._own_memory = own_memory
-        self._told: set[str] = set()
-        self._versions: list[int] = []
+        self._judge, self._watch = Judge(), AdditionWatch()
+        self._mode: WatchMode | None = None
         self._slots: list[Master | Copy] = []
 
     @property
@@ -89,22 +91,34 @@ class Replicas:
 
     @contextmanager
     def step(
-        self, count: int, overrides: Sequence[Mapping[str, Any]] = ()
+        self,
+        count: int,
+        overrides: Sequence[Mapping[str, Any]] = (),
+        sizes: Sequence[int] = (),
+        weights: Sequence[float] = (),
+        kind: str = "",
     ) -> Iterator[list[nn.Module]]:
         """A step of the first `count` slots.
 
         Args:
             count: The slots that take part.
             overrides: For each slot, attributes of its module for the length of the step.
+            sizes: The samples that each slot has.
+            weights: What they weigh in means; default: their number.
+            kind: Which step of the module's.
 
         Yields:
             The slots' modules. When the step is over without an error, what they have put into
-            lists and other containers, and batch normalisation's running statistics, are in the
-            master.
+            lists and other containers and added to numbers, and batch normalisation's running
+            statistics, are in the master.
         """
         self._refresh(count)
         slots = self._slots[:count]
-        self._note_versions()
+        self._judge.begin(sizes, weights or sizes)
+        self._mode = self._watch.begin(kind) if count > 1 else None
+        self._writes.begin(kind)
+        if count > 1:
+            self._variables.begin(kind)
         try:
             with ExitStack() as stack:
                 for index, slot in enumerate(slots):
@@ -112,11 +126,35 @@ class Replicas:
                 yield [slot.module for slot in slots]
         finally:
             statistics = [slot.recorder.take() for slot in slots]
-        self._check_versions()
+        self._writes.check()
+        self._merge([slot for slot in slots if isinstance(slot, Copy)])
         batch_norm.commit(self._layers, statistics[: 1 if self._statistics == "first" else count])
-        for slot in slots[1:]:
-            assert isinstance(slot, Copy)
-            self._tell_lost(slot.merge())
+
+    def _merge(self, copies: Sequence[Copy]) -> None:
+        """Bring what a step has left on the copies to the master."""
+        if not copies:
+            return
+        if self._mode is not None:
+            self._watch.learn(self._mode, copies[0].tensors)
+        Effects(copies, self._judge, self._watch).merge()
+        for name in self._variables.written():
+            self._judge.outside(name)
+
+    def watching(self, slot: int) -> AbstractContextManager[Any]:
+        """Within a step, in the task of a slot: see how it changes the tensors that it keeps."""
+        return self._mode if slot == 1 and self._mode is not None else nullcontext()
+
+    def refer_to(self, references: Callable[[], Sequence[Sequence[float]]]) -> None:
+        """Within a step: means over each slot's samples, to know again among what it has kept.
+
+        Args:
+            references: For each slot the loss and other such means, in the same order.
+        """
+        self._judge.references = references
+
+    def finish(self) -> None:
+        """Tell what could not be decided until now."""
+        self._judge.finish()
 
     @contextmanager
     def as_outside(self, count: int) -> Iterator[None]:
@@ -127,23 +165,30 @@ class Replicas:
         """
         master = self._slots[0]
         assert isinstance(master, Master)
-        self._check_versions()
+        self._writes.check()
         for slot in self._slots[:count]:
             slot.leaves.check_gradients()
         with master.left():
             yield
-        self._note_versions()
-        for index, slot in enumerate(self._slots[:count]):
-            slot.leaves.refresh()
-            slot.leaves.show_gradients(copy=index > 0)
+        self._show(count)
+        self._writes.note()
 
     @contextmanager
-    def as_inside(self) -> Iterator[None]:
+    def as_inside(self, count: int) -> Iterator[None]:
         """Within `as_outside`: the master as it is in the step, again."""
         master = self._slots[0]
         assert isinstance(master, Master)
+        # An optimizer may have moved the weights since.
+        self._show(count)
+        self._writes.note()
         with master.entered(master.overrides):
             yield
+        self._writes.check()
+
+    def _show(self, count: int) -> None:
+        for index, slot in enumerate(self._slots[:count]):
+            slot.leaves.refresh()
+            slot.leaves.show_gradients(copy=index > 0)
 
     @contextmanager
     def backward(self, count: int) -> Iterator[None]:
@@ -196,38 +241,13 @@ class Replicas:
                 units = [self._copy_unit(unit) for unit in structure.units]
                 memo = dict(zip(map(id, structure.parameters), leaves.leaves, strict=True))
                 memo |= dict(zip(map(id, structure.units), units, strict=True))
-                sandbox = Sandbox(structure, memo, leaves, units, [], device, self._own_attributes)
+                sandbox = Sandbox(
+                    structure, memo, leaves, units, [], [device], 0, self._own_attributes
+                )
                 sandbox.isolate(self._is_opaque)
                 return sandbox
 
         return make
-
-    def _note_versions(self) -> None:
-        self._versions = [parameter._version for parameter in self.parameters]
-
-    def _check_versions(self) -> None:
-        """Refuse steps that write to parameters: each replica would, at the same time.
-
-        Raises:
-            RuntimeError: Names the parameter.
-        """
-        for parameter, before in zip(self.parameters, self._versions, strict=True):
-            if parameter._version != before:
-                names = {id(p): name for name, p in self.master.named_parameters()}
-                raise RuntimeError(
-                    f"The step writes to the parameter `{names.get(id(parameter), '?')}` in place."
-                    " Every replica does so at once, on memory they share. Do it in a hook, which"
-                    " runs once: `on_train_batch_end` or `on_before_zero_grad`, for instance."
-                )
-
-    def _tell_lost(self, names: set[str]) -> None:
-        for name in sorted(names - self._told):
-            self._told.add(name)
-            log.warning(
-                "The step writes something else to `%s` on each replica; replica 0's is kept."
-                " Log it with `self.log`, append it to a list or return it to have them all.",
-                name,
-            )
 
     def _refresh(self, count: int) -> None:
         # A first step may be a validation step, and what is made then must serve training too.
@@ -268,10 +288,14 @@ class Replicas:
                     leaves,
                     copies,
                     self._layers,
-                    device,
+                    self.devices,
+                    index,
                     self._own_attributes,
                 )
             )
+        names = self._structure.parameter_names()
+        self._variables = SharedVariables(self._structure)
+        self._writes = WriteCheck(names, parameters, [slot.leaves for slot in self._slots])
 
 
 def _shares(sizes: Sequence[int], count: int) -> list[list[int]]:

@@ -4,11 +4,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch.containers import rebuild
+from lightning_mgpu.engine.replication import generators
 from lightning_mgpu.engine.replication.copies import Copy
+from lightning_mgpu.engine.replication.holdings import state_of
 from lightning_mgpu.engine.replication.isolation import Isolation
 
 __all__: list[str] = []
@@ -40,14 +43,19 @@ class Sandbox(Copy):
             for key, value in list(state.items()):
                 if key not in own and key in originals:
                     state[key] = self._isolated(value, originals[key])
-        for source, container, _, _ in list(self.remap.containers.values()):
-            for (key, value), (_, other) in zip(_entries(container), _entries(source), strict=True):
-                container[key] = self._isolated(value, other)
+        for holding in list(self.remap.holdings.values()):
+            copied, originals = holding.copied, dict(_entries(holding.original))
+            for key, value in _entries(copied):
+                new = self._isolated(value, originals.get(key))
+                if isinstance(copied, (dict, list, deque)):
+                    copied[key] = new
+                else:
+                    object.__setattr__(copied, key, new)
 
     def _isolated(self, value: Any, original: Any) -> Any:
         """What stands for a value, copied where it is the original's."""
-        if value is original:
-            return self.isolation(value)
+        if value is original or isinstance(original, generators.KINDS):
+            return self.isolation(original)
         if isinstance(value, tuple):
             return rebuild(value, list(map(self._isolated, value, original)))
         return value
@@ -86,7 +94,10 @@ def in_double(value: Any) -> Any:
     return value.detach().double().requires_grad_(value.requires_grad)
 
 
-def _entries(container: Any) -> list[tuple[Any, Any]]:
-    if isinstance(container, dict):
-        return list(dict.items(container))
-    return list(enumerate(container)) if isinstance(container, (list, deque)) else []
+def _entries(holder: Any) -> list[tuple[Any, Any]]:
+    """What a container or plain object holds, by index, key or attribute."""
+    if isinstance(holder, dict):
+        return list(dict.items(holder))
+    if isinstance(holder, (list, deque)):
+        return list(enumerate(holder))
+    return [] if isinstance(holder, (set, np.ndarray)) else list(state_of(holder).items())

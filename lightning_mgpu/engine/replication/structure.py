@@ -56,6 +56,7 @@ class Structure:
         objects: Other objects of a user's classes that refer to modules or parameters.
         parameters: All parameters, each once.
         units: All units, each once.
+        names: The name of each module in the root; its class, where it is no child of it.
         places: Every ``holder[key]`` that is or directly contains one of the above; holders are
             dicts (also those of attributes) and lists.
     """
@@ -78,6 +79,22 @@ class Structure:
         self._linked: dict[int, bool] = {}
         self._keep: list[Any] = []  # an id means something only as long as its object lives
         self._visit(root)
+        known = {id(module): name for name, module in root.named_modules()}
+        self.names = [known.get(id(m), type(m).__name__) for m in self.modules]
+
+    def is_opaque(self, value: Any) -> bool:
+        """Whether all replicas share an object, however much it refers to."""
+        return isinstance(value, _OPAQUE) or self._is_opaque(value)
+
+    def parameter_names(self) -> list[str]:
+        """The name of each parameter, by the module that has it or the place where it was found."""
+        found: dict[int, str] = {}
+        for module, name in zip(self.modules, self.names, strict=True):
+            for key, parameter in module._parameters.items():
+                found.setdefault(id(parameter), f"{name}.{key}" if name else key)
+        for _, key, value in self.places:
+            found.setdefault(id(value), str(key))
+        return [found.get(id(p), "a parameter that no module has") for p in self.parameters]
 
     def _visit(self, value: Any) -> bool:
         """Whether `value` is, or leads to, one of our parts."""
@@ -94,7 +111,7 @@ class Structure:
         if isinstance(value, nn.Parameter):
             self.parameters.append(value)
             return True
-        if isinstance(value, Tensor) or self._is_opaque(value) or isinstance(value, _OPAQUE):
+        if isinstance(value, Tensor) or self.is_opaque(value):
             return False
         if self._is_unit(value):
             self.units.append(value)
