@@ -67,11 +67,11 @@ def test_dp_is_one_device_or_says_what_to_do(
 def test_mgpu_ddp_averages_gradients(row: Row) -> None:
     case = _case(row)
     expected = zoo.averaged_gradients(row)
-    data = zoo.Samples(case, zoo.SHARE, "ranks")
     if row.ddp == "needs advice":
         with pytest.raises(RuntimeError, match="parameters that were not used"):
-            zoo.run(case, "mgpu_ddp", zoo.RANKS, data)
-    actual = zoo.run(case, DDPStrategy(**case.ddp_advice), zoo.RANKS, data)
+            zoo.run(case, "mgpu_ddp", zoo.RANKS, zoo.Samples(case, zoo.SHARE, "ranks"))
+    strategy = DDPStrategy(**case.ddp_advice)
+    actual = zoo.run(case, strategy, zoo.RANKS, zoo.Samples(case, zoo.SHARE, "ranks"))
     trained = {name for name, _ in case.build().named_parameters()}
     # Batch normalisation follows rank 0, as under Lightning's DDP.
     frozen = row.dp != "differs"
