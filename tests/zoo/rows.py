@@ -3,6 +3,7 @@
 from zoo import Row
 
 _OWN = "the loss has a denominator of its own: "
+_UNUSED = "layers that are left out have no gradient: `DDPStrategy(find_unused_parameters=True)`"
 
 ROWS = [
     Row("transformers", "BERT, padding masks, loss in the step", "zoo_text.bert_loss_in_step"),
@@ -14,7 +15,7 @@ ROWS = [
         "transformers",
         "GPT-2, padding as label -100",
         "zoo_text.gpt2_padded",
-        dp="equal with advice",
+        dp="needs advice",
         note=_OWN + "shards weigh by tokens, `Shard(size=...)`",
     ),
     Row("transformers", "T5, caches of encoder and decoder in the output", "zoo_text.t5"),
@@ -25,8 +26,8 @@ ROWS = [
         "transformers",
         "CLIP, contrastive loss",
         "zoo_text.clip",
-        dp="differs",
-        note="each sample is compared with those of its shard",
+        dp="warned",
+        note="samples are compared with those of their shard only",
     ),
     Row("peft", "LoRA on a Llama", "zoo_text.lora"),
     Row("x-transformers", "decoder with rotary positions, loss in the model", "zoo_text.x_decoder"),
@@ -46,14 +47,27 @@ ROWS = [
     Row("torchvision", "DenseNet, memory-efficient", "zoo_images.densenet"),
     Row("torchvision", "FCN, two outputs in a dict", "zoo_images.fcn"),
     Row("torchvision", "RetinaNet, lists of images and targets", "zoo_images.retinanet"),
-    Row("torchvision", "FCOS, lists of images and targets", "zoo_images.fcos"),
-    Row("segmentation_models_pytorch", "U-Net, cross entropy", "zoo_images.unet"),
+    Row(
+        "torchvision",
+        "FCOS, lists of images and targets",
+        "zoo_images.fcos",
+        dp="warned",
+        note="its losses are divided by the anchors that match in the batch",
+    ),
+    Row(
+        "segmentation_models_pytorch",
+        "U-Net, cross entropy",
+        "zoo_images.unet",
+        ddp="needs advice",
+        note=_UNUSED,
+    ),
     Row(
         "segmentation_models_pytorch",
         "U-Net, Dice loss over the batch",
         "zoo_images.unet_dice",
-        dp="differs",
-        note="the loss is no mean over samples",
+        dp="warned",
+        ddp="needs advice",
+        note="the loss is no mean over samples; " + _UNUSED,
     ),
     Row("torch_geometric", "GCN, a batch of graphs", "zoo_graphs.gcn"),
     Row("torch_geometric", "GAT, a batch of graphs as output", "zoo_graphs.gat"),
@@ -63,7 +77,7 @@ ROWS = [
         "torch_geometric",
         "GCN, loss over nodes",
         "zoo_graphs.nodes",
-        dp="equal with advice",
+        dp="needs advice",
         note=_OWN + "shards weigh by nodes, `Shard(size=...)`",
     ),
 ]

@@ -204,7 +204,7 @@ def _unet(kind: type[Model] = Classifier) -> Case:
         )
         return kind(_frozen(net))
 
-    return Case(build, _masked())
+    return Case(build, _masked(), ddp_advice={"find_unused_parameters": True})
 
 
 unet = partial(_unet)
