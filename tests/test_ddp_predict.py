@@ -124,9 +124,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_predictions_are_those_of_one_process(
-    name: str, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_predictions_are_those_of_one_process(name: str, recwarn: pytest.WarningsRecorder) -> None:
     expected = _predict(LOADERS[name], 1)
     for devices in (2, 3):
         assert _predict(LOADERS[name], devices) == expected
@@ -174,7 +172,11 @@ def test_shuffled_predictions_of_an_unseeded_run_are_all_there() -> None:
     assert batches is not None
     assert [len(batch[1]) for batch in batches] == [4, 4, 4, 4, 4, 3]
     assert sorted(torch.cat([batch[0] for batch in batches]).tolist()) == list(range(23))
-    assert all(name == f"row {int(v)}" for values, names in batches for v, name in zip(values, names, strict=True))
+    assert all(
+        name == f"row {int(v)}"
+        for values, names in batches
+        for v, name in zip(values, names, strict=True)
+    )
 
 
 def test_batches_made_before_are_all_there() -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import cloudpickle
 
-# Gloo reports a lost or silent peer as a plain `RuntimeError`; only its words tell it apart. Most of
-# its messages begin with the place in its source; the others do not say where they come from.
+# Gloo reports a lost or silent peer as a plain `RuntimeError`; only its words tell it apart. Most
+# messages begin with the place in its source; the others do not say where they come from.
 _COLLECTIVE_WORDS = (
     *("gloo/", "NCCL", "monitoredBarrier", "Gloo connectFullMesh"),
     # A pair of ranks whose connection gloo closed, by the first error and for every later call.

@@ -40,7 +40,7 @@ def of_rank(rank: "Rank") -> dict[str, str]:
 
 
 def come_from_a_launch() -> bool:
-    """Whether a launch of ours has set the variables: here, or in the program that started this one.
+    """Whether a launch of ours has set the variables, here or in the program that started us.
 
     If not, somebody has started this process as one of several ranks.
     """

@@ -320,4 +320,3 @@ class Watch:
 
 def _facts(failure: RemoteFailure | BaseException) -> RemoteFailure:
     return failure if isinstance(failure, RemoteFailure) else RemoteFailure.of(failure)
-

@@ -69,6 +69,8 @@ class LoaderOrder:
         """The order of the first `count` batches that `loader` gave this rank.
 
         Args:
+            loader: Any object, as the predict loop has used it.
+            count: The number of batches.
             limit: The Trainer's `limit_predict_batches`.
         """
         batch_sampler, sampler = getattr(loader, "batch_sampler", None), _sampler_of(loader)
@@ -126,14 +128,15 @@ def deal_out(loader: Any, limit: float, broadcast: _Broadcast) -> None:
         return
     batch_sampler = getattr(loader, "batch_sampler", None)
     inner = getattr(batch_sampler, "_batch_sampler", None)
-    order = _SharedOrder(sampler.dataset._sampler, sampler.num_replicas, broadcast)
+    dataset: Any = sampler.dataset
+    order = _SharedOrder(dataset._sampler, sampler.num_replicas, broadcast)
     most = limit if isinstance(limit, int) else None
     if batch_sampler is None or type(inner) is BatchSampler:
         order.cut(most if most is None else most * getattr(inner, "batch_size", 1))
         _set_order(sampler, order)
         return
     _set_order(sampler, order)
-    batch_sampler._batch_sampler = _SharedBatches(inner, sampler, most, broadcast)
+    batch_sampler._batch_sampler = _SharedBatches(inner, sampler, order, most, broadcast)
 
 
 def chunks(total: int, size: int) -> list[int]:
@@ -189,6 +192,7 @@ class _SharedBatches:
     Args:
         batch_sampler: Made anew by Lightning, with `sampler`.
         sampler: Deals samples out to ranks, and is made to give all of them here.
+        order: What it deals out.
         most: Batches in all; `None`: as many as there are.
         broadcast: As of `deal_out`.
 
@@ -201,10 +205,11 @@ class _SharedBatches:
         self,
         batch_sampler: Any,
         sampler: UnrepeatedDistributedSamplerWrapper,
+        order: _SharedOrder,
         most: int | None,
         broadcast: _Broadcast,
     ) -> None:
-        self._batch_sampler, self._sampler = batch_sampler, sampler
+        self._batch_sampler, self._sampler, self._samples = batch_sampler, sampler, order
         self._most, self._broadcast = most, broadcast
         self.order: LoaderOrder | None = None
         share = len(batch_sampler)
@@ -216,10 +221,10 @@ class _SharedBatches:
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        self._sampler.dataset.was_read = False
+        self._samples.was_read = False
         with self._of_one_process():
             batches = list(self._batch_sampler)
-        if not self._sampler.dataset.was_read:
+        if not self._samples.was_read:
             yield from batches
             return
         batches = self._broadcast(batches)
@@ -247,16 +252,22 @@ class _SharedBatches:
 
     @contextmanager
     def _of_one_process(self) -> Iterator[None]:
-        sampler = self._sampler
-        count = sampler.dataset.total
-        with patch.multiple(
-            sampler, num_replicas=1, rank=0, total_size=count, num_samples=count
-        ), patch.object(sampler.dataset, "_world_size", 1):
+        count = self._samples.total
+        dealt: dict[str, Any] = {
+            "num_replicas": 1,
+            "rank": 0,
+            "total_size": count,
+            "num_samples": count,
+        }
+        with (
+            patch.multiple(self._sampler, **dealt),
+            patch.object(self._samples, "_world_size", 1),
+        ):
             yield
 
 
 def _set_order(sampler: UnrepeatedDistributedSamplerWrapper, order: _SharedOrder) -> None:
-    sampler.dataset = order
+    sampler.dataset = order  # type: ignore[assignment]
     sampler.shuffle = False  # the user's sampler has done so
     sampler.total_size = len(order)
     sampler.num_samples = len(range(sampler.rank, len(order), sampler.num_replicas))

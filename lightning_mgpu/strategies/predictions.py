@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def _merge(outputs: list[list[Any]], orders: list[LoaderOrder]) -> list[Any]:
         sizes = orders[0].sizes
     elif known_by != {"dataset"}:
         return _in_turns(outputs)
-    elif all(sorted(sum(rank, [])) == sorted(sum(places[0], [])) for rank in places):
+    elif all(sorted(chain(*rank)) == sorted(chain(*places[0])) for rank in places):
         return outputs[0]  # not a distributed sampler: every rank has seen everything
     else:
         places, sizes = _by_index(places)
