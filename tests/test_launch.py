@@ -28,7 +28,8 @@ from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.payload import Payload
 from lightning_mgpu.launch.pool import WorkerPool, _Conditions, default_pool
 from lightning_mgpu.launch.rank import Rank
-from lightning_mgpu.launch.state import RANK_VARIABLES, threads_per_rank
+from lightning_mgpu.launch.state import threads_per_rank
+from lightning_mgpu.launch.variables import RANK_VARIABLES, of_rank
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -297,11 +298,18 @@ def test_state_reaches_the_worker_and_goes_again(name: str) -> None:
     assert on_worker(probe) == probe() == before
 
 
-def test_rank_variables_do_not_travel() -> None:
+def _rank_variables(_rank: Rank) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name in RANK_VARIABLES}
+
+
+def test_rank_variables_do_not_travel_but_are_those_of_each_rank() -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in RANK_VARIABLES:
             patch.setenv(name, "5")
-        assert on_worker(lambda: RANK_VARIABLES & set(os.environ)) == set()
+        here, *there = launch(_rank_variables, 3)
+        assert {name: here[name] for name in of_rank(Rank(0, 3))} == of_rank(Rank(0, 3))
+        assert there == [of_rank(Rank(1, 3)), of_rank(Rank(2, 3))]
+        assert set(_rank_variables(Rank(0, 1)).values()) == {"5"}
 
 
 def _draw(_rank: Rank) -> tuple[float, float, float]:
@@ -322,13 +330,17 @@ def test_seeded_ranks_draw_the_same_numbers() -> None:
 
 
 @pytest.mark.usefixtures("random_states")
-def test_unseeded_ranks_draw_different_numbers() -> None:
+def test_unseeded_ranks_draw_different_numbers_of_torch_only() -> None:
+    """Python and NumPy cannot tell whether they were seeded, and splits of data have to agree."""
     torch.manual_seed(7)
     launch(_draw, 3)  # the workers were seeded once
     torch.seed()
     draws = [*launch(_draw, 3), *launch(_draw, 3)]
-    for numbers in zip(*draws, strict=True):
-        assert len(set(numbers)) == len(draws)
+    of_torch, *others = zip(*draws, strict=True)
+    assert len(set(of_torch)) == len(draws)
+    for numbers in others:
+        assert len(set(numbers[:3])) == len(set(numbers[3:])) == 1
+        assert numbers[0] != numbers[3]
 
 
 # Process group

@@ -62,8 +62,8 @@ class RayLauncher(_Launcher):
         """Run ``function(*args, **kw)`` on every worker.
 
         Returns:
-            Rank 0's result; for `Trainer.predict` the predictions of all ranks in the order of
-            the dataset.
+            Rank 0's result; for `Trainer.predict` the predictions of all ranks, as one process
+            would have returned them.
         """
         assert trainer is not None
         if is_worker():

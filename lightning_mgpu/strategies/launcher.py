@@ -55,8 +55,8 @@ class PoolLauncher(_Launcher):
         """Run ``function(*args, **kw)`` on every rank.
 
         Returns:
-            Rank 0's result; for `Trainer.predict` the predictions of all ranks in the order of
-            the dataset.
+            Rank 0's result; for `Trainer.predict` the predictions of all ranks, as one process
+            would have returned them.
         """
         entry = _Entry(self._strategy, trainer, function, args, kw)
         world_size = self._strategy.num_processes
