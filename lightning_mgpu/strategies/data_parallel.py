@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_mgpu.engine import batch_norm as engine_batch_norm
-from lightning_mgpu.engine.batch import JoinMemory, Layout, Shard, batch_size, join, split
+from lightning_mgpu.engine.batch import Shard
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.replication.loss import joint_loss
 from lightning_mgpu.engine.replication.replicas import Replicas
@@ -21,8 +21,9 @@ from lightning_mgpu.engine.workers import Workers
 from lightning_mgpu.strategies.loader_hint import loader_hint
 from lightning_mgpu.strategies.manual import ManualOptimization
 from lightning_mgpu.strategies.metrics import is_metric, replica_of
-from lightning_mgpu.strategies.parity import ParityCheck, Parts
+from lightning_mgpu.strategies.parity import ParityCheck
 from lightning_mgpu.strategies.replica_step import Step
+from lightning_mgpu.strategies.sharding import Sharding
 from lightning_mgpu.strategies.single_process import (
     OWN_ATTRIBUTES,
     SHARED_OBJECTS,
@@ -96,16 +97,13 @@ class DataParallelStrategy(SingleProcessStrategy):
         self._batch_norm: engine_batch_norm.Statistics = batch_norm
         self._scatter_fn = scatter_fn
         self._gather_fn = gather_fn
-        # Of a step that `scatter_fn` has split, if the shards may weigh by something else.
-        self._samples: list[int] | None = None
         self._dataloader_idx = 0
         self._replicas: Replicas | None = None
         self._workers: Workers | None = None
         self._streams = RandomStreams()
         self._parity = ParityCheck(parity_check)
-        # What batches and outputs of each kind of step and loader look like.
-        self._layouts: dict[tuple[str, int], Layout] = {}
-        self._outputs: dict[tuple[str, int], JoinMemory] = {}
+        # By step and DataLoader.
+        self._shardings: dict[tuple[str, int], Sharding] = {}
 
     @override
     def model_to_device(self) -> None:
@@ -158,8 +156,7 @@ class DataParallelStrategy(SingleProcessStrategy):
             **self.__dict__,
             "_replicas": None,
             "_workers": None,
-            "_layouts": {},
-            "_outputs": {},
+            "_shardings": {},
         }
 
     @override
@@ -170,7 +167,7 @@ class DataParallelStrategy(SingleProcessStrategy):
             self._streams.finish()
             self._workers.close()
         self._replicas = self._workers = None
-        self._layouts, self._outputs = {}, {}
+        self._shardings = {}
 
     def _prepared(self) -> tuple[Replicas, Workers]:
         """The replicas and their threads, made when first needed."""
@@ -195,19 +192,34 @@ class DataParallelStrategy(SingleProcessStrategy):
         assert model is not None
         replicas, workers = self._prepared()
         training = name == "training_step"
-        shards = self._scatter(name, batch)
+        sharding = self._sharding(name)
+        # Batch normalisation cannot be trained on a single sample.
+        shards = sharding.scatter(batch, 2 if training and self._trains_batch_norm() else 1)
         step = Step(name, shards, args, kwargs, self._dataloader_idx, replicas.devices)
-        parts = Parts(partial(self._scatter, name), partial(self._gather, name), self._gather_fn)
-        self._parity.before(step, batch, parts, replicas, workers)
+        self._parity.before(step, batch, sharding, replicas, workers)
         with self._streams.step(name, len(shards)) as streams:
             manual = self._manual(step, streams) if training else None
-            outputs = step.run(model, replicas, workers, streams, manual)
+            outputs = step.run(model, replicas, workers, streams, manual, sharding.log_sizes)
         if not training or manual is not None:
-            return self._gather(name, outputs, step.sizes)
+            return sharding.gather(outputs, step.sizes)
         losses = [_loss_of(output) for output in outputs]
         loss = joint_loss(losses, step.sizes, streams, replicas, workers, step.describe)
         self._parity.after(step, losses, loss)
-        return self._training_output(name, outputs, step.sizes, loss)
+        return _training_output(sharding, outputs, step.sizes, loss)
+
+    def _sharding(self, name: str) -> Sharding:
+        """How the batches of a step are split that come from the current DataLoader."""
+        key = name, self._dataloader_idx
+        if key not in self._shardings:
+            model = self.lightning_module
+            assert model is not None
+            self._shardings[key] = Sharding(
+                self.devices,
+                lambda: loader_hint(model.trainer, name),
+                self._scatter_fn,
+                self._gather_fn,
+            )
+        return self._shardings[key]
 
     def _manual(self, step: Step, streams: Sequence[Stream]) -> ManualOptimization | None:
         model = self.lightning_module
@@ -228,82 +240,22 @@ class DataParallelStrategy(SingleProcessStrategy):
 
         return ManualOptimization(model, step.sizes, joint, run_closures)
 
-    def _layout(self, name: str) -> Layout:
-        """What is known of the batches of a step, of the loader that this one comes from."""
-        key = name, self._dataloader_idx
-        if key not in self._layouts:
-            module = self.lightning_module
-            assert module is not None
-            self._layouts[key] = Layout(lambda: loader_hint(module.trainer, name))
-        return self._layouts[key]
-
-    def _scatter(self, name: str, batch: Any) -> list[Shard]:
-        count = len(self.devices)
-        if self._scatter_fn is not None:
-            shards = list(self._scatter_fn(batch, count))
-            if not all(isinstance(shard, Shard) for shard in shards):
-                raise TypeError(
-                    "`scatter_fn` must return a list of `lightning_mgpu.Shard(batch, size)`; it has"
-                    f" returned {sorted({type(shard).__name__ for shard in shards})}."
-                )
-            if not 1 <= len(shards) <= count:
-                raise ValueError(
-                    f"`scatter_fn` has made {len(shards)} shards for {count} devices; return at"
-                    " least one and at most as many as there are devices."
-                )
-            self._samples = _samples_of(shards, batch)
-            return shards
-        # Batch normalisation cannot be trained on a single sample.
-        least = 2 if name == "training_step" and self._trains_batch_norm() else 1
-        try:
-            return split(batch, count, least, self._layout(name))
-        except ValueError as error:
-            raise ValueError(
-                f"The batch cannot be split over {count} devices: {error} Give"
-                " `DataParallelStrategy(scatter_fn=...)` a function that splits it;"
-                " `functools.partial(lightning_mgpu.scatter, dim=1)` if the batch is the second"
-                " dimension."
-            ) from error
-
     def _trains_batch_norm(self) -> bool:
         assert self.lightning_module is not None
         layers = engine_batch_norm.layers_of(self.lightning_module.modules())
         return any(layer.training for layer in layers)
 
-    def _gather(self, name: str, outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
-        if all(output is None for output in outputs):
-            return None
-        if self._gather_fn is not None:
-            return self._gather_fn(outputs, sizes)
-        try:
-            memory = self._outputs.setdefault((name, self._dataloader_idx), JoinMemory())
-            samples = self._samples if len(self._samples or ()) == len(sizes) else None
-            return join(outputs, sizes, self.root_device, memory, samples=samples)
-        except ValueError as error:
-            raise ValueError(
-                f"The outputs of the replicas cannot be put together: {error} Give"
-                " `DataParallelStrategy(gather_fn=...)` a function that does."
-            ) from error
 
-    def _training_output(
-        self, name: str, outputs: Sequence[Any], sizes: Sequence[int], loss: Tensor | None
-    ) -> Any:
-        if loss is None:
-            return None
-        mappings = [(o, s) for o, s in zip(outputs, sizes, strict=True) if isinstance(o, Mapping)]
-        if not mappings:
-            return loss
-        others = [{key: o[key] for key in o if key != "loss"} for o, _ in mappings]
-        return {"loss": loss, **self._gather(name, others, [size for _, size in mappings])}
-
-
-def _samples_of(shards: Sequence[Shard], batch: Any) -> list[int] | None:
-    """Samples in the shards of a user's function, which may weigh by something else."""
-    try:
-        samples = [batch_size(shard.batch) for shard in shards]
-        return samples if sum(samples) == batch_size(batch) else None  # or split otherwise
-    except ValueError:
+def _training_output(
+    sharding: Sharding, outputs: Sequence[Any], sizes: Sequence[int], loss: Tensor | None
+) -> Any:
+    if loss is None:
         return None
+    mappings = [(o, s) for o, s in zip(outputs, sizes, strict=True) if isinstance(o, Mapping)]
+    if not mappings:
+        return loss
+    others = [{key: o[key] for key in o if key != "loss"} for o, _ in mappings]
+    return {"loss": loss, **sharding.gather(others, [size for _, size in mappings])}
 
 
 def _loss_of(output: Any) -> Tensor | None:

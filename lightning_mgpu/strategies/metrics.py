@@ -215,5 +215,9 @@ def _joined_calls(
     calls = [_guard(metric).calls for metric in metrics]
     for number in range(max(map(len, calls))):
         made = [(c[number], size) for c, size in zip(calls, sizes, strict=True) if number < len(c)]
-        args, kwargs = batch.join([call for call, _ in made], [size for _, size in made], device)
-        yield args, kwargs
+        weights = [size for _, size in made]
+        # One by one: two arguments are not an entry for each of two samples.
+        columns = zip(*(args for (args, _), _ in made), strict=True)
+        args = tuple(batch.join(column, weights, device) for column in columns)
+        named = [kwargs for (_, kwargs), _ in made]
+        yield args, {key: batch.join([k[key] for k in named], weights, device) for key in named[0]}

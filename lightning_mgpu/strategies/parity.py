@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_mgpu.engine.batch import Shard, weighted_mean
+from lightning_mgpu.engine.batch import weighted_mean
 from lightning_mgpu.engine.compare import Difference, ParityError, compare, signature
 from lightning_mgpu.engine.replication.isolation import UnsafeError
 from lightning_mgpu.engine.replication.replicas import Replicas
@@ -20,32 +20,16 @@ from lightning_mgpu.strategies.logged import replay
 from lightning_mgpu.strategies.metrics import ReplicaMetrics, is_metric, seen
 from lightning_mgpu.strategies.parity_advice import Findings, loss_in, message, nan_message
 from lightning_mgpu.strategies.replica_step import Step
+from lightning_mgpu.strategies.sharding import Sharding
 
 log = logging.getLogger(__name__)
 
 __all__: list[str] = []
 
 Mode = Literal["warn", "error", "off"]
-Gather = Callable[[Sequence[Any], Sequence[int]], Any]
-Scatter = Callable[[Any], list[Shard]]
 
 # A run whose batches never have the same structure twice is not checked for ever.
 _MAX_STRUCTURES = 8
-
-
-@dataclass(frozen=True)
-class Parts:
-    """How a strategy takes batches apart and puts outputs together.
-
-    Attributes:
-        scatter: Makes shards of a batch.
-        gather: Joins outputs.
-        gather_fn: The user's, if there is one: it may change the output of a whole batch as well.
-    """
-
-    scatter: Scatter
-    gather: Gather
-    gather_fn: Gather | None
 
 
 class ParityCheck:
@@ -68,7 +52,7 @@ class ParityCheck:
         return {**self.__dict__, "_model": None, "_checked": {}}
 
     def before(
-        self, step: Step, batch: Any, parts: Parts, replicas: Replicas, workers: Workers
+        self, step: Step, batch: Any, sharding: Sharding, replicas: Replicas, workers: Workers
     ) -> None:
         """Check a step that is about to run, unless one like it has been checked.
 
@@ -86,7 +70,7 @@ class ParityCheck:
         key = (step.name, step.dataloader_idx, signature(batch))
         if key in self._checked or self._count(key[:2]) >= _MAX_STRUCTURES:
             return
-        found = _compared(step, batch, parts, replicas, workers)
+        found = _compared(step, batch, sharding, replicas, workers)
         if found is not None and self._mode == "error":
             raise ParityError(found.text)
         self._checked[key] = None
@@ -119,18 +103,21 @@ def _nan(step: Step) -> str:
 
 
 def _compared(
-    step: Step, batch: Any, parts: Parts, replicas: Replicas, workers: Workers
+    step: Step, batch: Any, sharding: Sharding, replicas: Replicas, workers: Workers
 ) -> _Told | None:
     """What differs, in words; `None` if nothing does, or if it cannot be known."""
-    found: Findings | None
+    trial = sharding.trial()
     try:
+        comparison = _Comparison(step, batch, trial, replicas)
         try:
-            (found,) = workers.run([_Comparison(step, batch, parts, replicas).run])
+            (found,) = workers.run([comparison.run])
         except torch.OutOfMemoryError:
             # Any device has memory for the samples of one shard.
             batch = step.shards[0].batch
-            step = step.of(parts.scatter(batch))
-            (found,) = workers.run([_Comparison(step, batch, parts, replicas).run])
+            comparison = _Comparison(step.of(trial.scatter(batch)), batch, trial, replicas)
+            (found,) = workers.run([comparison.run])
+        if comparison.is_proven:
+            sharding.confirm(trial)
         return None if found is None else _Told(message(found), found.nan is not None)
     except Exception as error:  # whatever is wrong with the step itself, its own run will tell
         log.info("`%s` was not checked: %s", step.name, error)
@@ -138,10 +125,15 @@ def _compared(
 
 
 class _Comparison:
-    """One step on one batch, whole and in shards, on the first device."""
+    """One step on one batch, whole and in shards, on the first device.
 
-    def __init__(self, step: Step, batch: Any, parts: Parts, replicas: Replicas) -> None:
-        self._step, self._batch, self._parts = step, batch, parts
+    Attributes:
+        is_proven: Whether both have given the same.
+    """
+
+    def __init__(self, step: Step, batch: Any, sharding: Sharding, replicas: Replicas) -> None:
+        self._step, self._batch, self._sharding = step, batch, sharding
+        self.is_proven = False
         self._master = replicas.master
         self._device = replicas.devices[0]
         self._make = replicas.sandboxes()
@@ -154,8 +146,10 @@ class _Comparison:
         how, whole, parts = found
         differences = self._differences(whole, parts, self._precision())
         if not differences or self._is_rounding(how):
+            self.is_proven = True
             return None
-        return Findings(self._step, self._batch, self._master, whole, parts, differences)
+        doubts = self._sharding.doubts
+        return Findings(self._step, self._batch, self._master, whole, parts, differences, doubts)
 
     def _tried(self) -> tuple[Conditions, Result, list[Result]] | None:
         """The runs under the first conditions that the step can do with."""
@@ -211,12 +205,12 @@ class _Comparison:
             *self._of_metrics(whole, parts),
         ]
         outputs = [part.output for part in parts]
-        output, gather = whole.output, self._parts.gather
+        output, gather = whole.output, self._sharding.gather
         if self._step.name == "training_step":
             losses = [loss_in(output) for output in outputs]
             pairs.insert(0, ("loss", loss_in(output), _mean(losses, sizes)))
             output, outputs = _without_loss(output), list(map(_without_loss, outputs))
-        if self._parts.gather_fn is not None and output is not None:
+        if self._sharding.gather_fn is not None and output is not None:
             output = gather([output], total)
         pairs.append(("output", output, gather(outputs, sizes)))
         return [d for path, a, b in pairs for d in compare(a, b, path, precision)]

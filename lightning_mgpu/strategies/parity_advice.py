@@ -29,6 +29,7 @@ class Findings:
     whole: Result
     parts: list[Result]
     differences: list[Difference]
+    doubts: list[str]
 
     @property
     def nan(self) -> str | None:
@@ -77,7 +78,9 @@ def loss_in(output: Any) -> Tensor | None:
 
 def _reasons(found: Findings) -> Iterator[str]:
     values = {d.path for d in found.differences if not d.path.startswith("output")}
-    yield from (special := [*_went_whole(found), *_rows(found), *_statistics(found)])
+    special = [*_went_whole(found), *_rows(found), *_statistics(found)]
+    special += [f"{doubt}: see docs/batches.md for what can be done." for doubt in found.doubts]
+    yield from special
     if found.nan is not None:
         yield found.nan[0].upper() + found.nan[1:]
         yield _DENOMINATOR

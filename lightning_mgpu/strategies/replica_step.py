@@ -58,8 +58,17 @@ class Step:
         workers: Workers,
         streams: Sequence[Stream],
         manual: ManualOptimization | None,
+        log_sizes: dict[str, float],
     ) -> list[Any]:
         """Run it, and apply to the master what the replicas have logged and measured.
+
+        Args:
+            model: The master.
+            replicas: The master and its copies.
+            workers: Who runs them.
+            streams: The random numbers of each.
+            manual: For manual optimisation.
+            log_sizes: As `whole_sizes` of `replay`.
 
         Returns:
             What the replicas returned.
@@ -82,7 +91,7 @@ class Step:
             outputs = workers.run(tasks, outside)
             replicas.refer_to(partial(means_of, outputs, recorders))
         metrics.merge(self.sizes)
-        replay(recorders, self.sizes, model.log, metrics.original)
+        replay(recorders, self.sizes, model.log, metrics.original, log_sizes)
         return outputs
 
     def of(self, shards: Sequence[Shard]) -> "Step":

@@ -44,10 +44,17 @@ class JoinMemory:
     def __init__(self) -> None:
         self.roles: dict[str, Role] = {}
         self._told: set[str] = set()
+        self._is_silent = False
+
+    def silent(self) -> "JoinMemory":
+        """A copy that warns of nothing."""
+        made = JoinMemory()
+        made.roles, made._is_silent = dict(self.roles), True
+        return made
 
     def tell(self, path: str, text: str) -> None:
         """Warn of a place, once."""
-        if path not in self._told:
+        if path not in self._told and not self._is_silent:
             self._told.add(path)
             log.warning("`%s` %s", path, text)
 

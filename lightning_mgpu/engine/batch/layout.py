@@ -55,8 +55,8 @@ class Layout:
             or position of the batch's parts; others have it first.
 
     Attributes:
-        doubts: In words, what went whole to every part of the last batch though it may depend on
-            the number of samples.
+        doubts: In words, what in the last batch may depend on the number of samples though it went
+            whole to every part, and what may not be along the first dimension.
     """
 
     def __init__(self, hint: Callable[[], Hint] = Hint, dim: Dimensions = 0) -> None:
@@ -234,8 +234,6 @@ class Layout:
             kind = self._kinds[path] = self._kind(value, size, path, top)
             if kind == "samples":
                 self._check_samples(value, size, path)
-            elif kind == "whole" and value:
-                self.doubts.append(f"`{path}` has {len(value)} entries for {size} samples")
             if kind != "columns":
                 return
         for name, part, below in _parts_below(value, top):
