@@ -163,7 +163,7 @@ def _rows(found: Findings) -> Iterator[str]:
         if path not in wrong or not whole or not all(shapes):
             continue
         rows = [shape[0] for shape in shapes]
-        if rows == sizes:
+        if rows == sizes and whole[0] == total:
             continue
         if whole[0] != total and whole[1:2] == (total,) and [s[1] for s in shapes] == sizes:
             yield (

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_mgpu.engine.compiled import is_compiled
+
 __all__: list[str] = []
 
 _QUIET = (
@@ -36,10 +38,11 @@ def calm(modules: Iterable[nn.Module], devices: Sequence[torch.device]) -> Itera
         modules: All modules that are computed.
         devices: Where they lie.
     """
+    modules = list(modules)
     quiet = [m for m in modules if isinstance(m, _QUIET) and m.training]
     with ExitStack() as stack:
         stack.callback(_restore_random, _random_states(devices))
-        if "torch._dynamo" in sys.modules:  # what is compiled is not compiled for our few samples
+        if any(map(is_compiled, modules)):  # not once more for our few samples
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in quiet:
             module.training = False

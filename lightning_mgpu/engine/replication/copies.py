@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mgpu.engine.batch_norm import Recorder
-from lightning_mgpu.engine.replication.compiled import (
+from lightning_mgpu.engine.compiled import (
     COMPILED_ATTRIBUTES,
     compile_again,
     inside_compiled,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine import batch_norm
+from lightning_mgpu.engine.compiled import inside_compiled
 from lightning_mgpu.engine.leaves import Leaves, add_gradients
 from lightning_mgpu.engine.replication.additions import AdditionWatch, WatchMode
-from lightning_mgpu.engine.replication.compiled import inside_compiled
 from lightning_mgpu.engine.replication.copies import Copy
 from lightning_mgpu.engine.replication.effects import Effects
 from lightning_mgpu.engine.replication.judge import Judge
