@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from lightning_mgpu.engine import batch
-from lightning_mgpu.engine.compiled import is_compiled
 from lightning_mgpu.engine.random_state import RandomState
 from lightning_mgpu.engine.replication.isolation import Isolation
 from lightning_mgpu.engine.replication.sandbox import Sandbox, in_double
@@ -75,8 +74,7 @@ def dry_run(make: Callable[[], Sandbox], step: Step, data: Any, how: Conditions)
         sandbox.to_double()
         data = batch.map_leaves(in_double, data)
     silence(sandbox, logs)
-    compiled = any(map(is_compiled, sandbox.modules))
-    with _conditions(how, sandbox.device, compiled):
+    with _conditions(how, sandbox.device):
         before = RandomState(sandbox.device)
         try:
             output = untracked(step.call(sandbox.module, data, sandbox.device))
@@ -87,15 +85,13 @@ def dry_run(make: Callable[[], Sandbox], step: Step, data: Any, how: Conditions)
 
 
 @contextmanager
-def _conditions(how: Conditions, device: torch.device, compiled: bool) -> Iterator[None]:
+def _conditions(how: Conditions, device: torch.device) -> Iterator[None]:
     benchmark, default = torch.backends.cudnn.benchmark, torch.get_default_dtype()
     with ExitStack() as stack:
         if not torch.is_inference_mode_enabled():
             stack.enter_context(torch.set_grad_enabled(how.grad))
         if how.double and torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        if compiled:  # for these shapes, it would stay so
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             torch.backends.cudnn.benchmark = False
             if how.double:

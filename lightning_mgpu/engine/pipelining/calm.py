@@ -42,7 +42,8 @@ def calm(modules: Iterable[nn.Module], devices: Sequence[torch.device]) -> Itera
     quiet = [m for m in modules if isinstance(m, _QUIET) and m.training]
     with ExitStack() as stack:
         stack.callback(_restore_random, _random_states(devices))
-        if any(map(is_compiled, modules)):  # not once more for our few samples
+        if any(is_compiled(m) or m._compiled_call_impl is not None for m in modules):
+            # Not once more for our few samples.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in quiet:
             module.training = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch.containers import rebuild
+from lightning_mgpu.engine.compiled import is_compiled
 from lightning_mgpu.engine.replication import generators
 from lightning_mgpu.engine.replication.copies import Copy
 from lightning_mgpu.engine.replication.holdings import state_of
@@ -74,6 +75,9 @@ class Sandbox(Copy):
         for module in self.modules:
             if everything or isinstance(module, _NOISE):
                 module.training = False
+            if is_compiled(module):
+                # Compiled for the shapes of a trial, it would stay so.
+                vars(module)["forward"] = module._orig_mod
 
     @torch.no_grad()
     def to_double(self) -> None:
