@@ -557,3 +557,28 @@ def test_nothing_is_said_of_models_that_are_right(caplog: pytest.LogCaptureFixtu
         boring.trainer(PipelineStrategy(), 2).fit(build(), datamodule=boring.Blobs(10))
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert_same(Net(), data(8, 6))
+
+
+class Nested(parity_models.Model):
+    """A model whose stages begin inside of its children."""
+
+    build = staticmethod(
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8)),
+            nn.Sequential(nn.Tanh(), nn.Linear(8, 3)),
+        )
+    )
+
+
+QUIET = {*parity_models.MODELS, Nested} - {parity_models.GradientPenalty}  # which is refused
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(QUIET, key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__
+)
+def test_right_results_are_not_warned_about(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    kinds = {} if kind is not Nested else {"split_at": "0.2"}
+    strategy = PipelineStrategy(**kinds)
+    boring.trainer(strategy, 2, max_epochs=1).fit(kind(), boring.Blobs(8, 16))
+    told = [r for r in caplog.records if r.name.startswith("lightning_mgpu") and r.levelno > 20]
+    assert [record.getMessage() for record in told] == []

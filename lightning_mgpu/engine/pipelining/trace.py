@@ -234,7 +234,8 @@ def _restore(
 
 def _warn_of_hooks(root: nn.Module, modules: Iterable[nn.Module]) -> None:
     for module in modules:
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        hooks = [hook for hook in forward if getattr(hook, "needs_values", True)]
         backward = (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
         if module is not root and (hooks or backward):
             log.warning(
