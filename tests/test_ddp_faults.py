@@ -151,3 +151,20 @@ def _recovers() -> bool:
     trainer = boring.trainer()
     trainer.fit(boring.Classifier(), datamodule=boring.Blobs())
     return bool(trainer.state.finished)
+
+
+class Unused(boring.Classifier):
+    """Has a layer that gets no gradient, which DDP refuses at the second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rest = torch.nn.Linear(2, 2)
+
+
+def test_data_and_model_can_be_used_again_after_ddp_has_failed() -> None:
+    data, model = boring.Blobs(8, 32), Unused()
+    with pytest.raises(RuntimeError, match="find_unused_parameters"):
+        boring.trainer("mgpu_ddp", 2).fit(model, datamodule=data)
+    assert "forward" not in vars(model) or model.forward.__name__ == "forward"
+    boring.trainer("mgpu_ddp", 2).fit(boring.Classifier(), datamodule=data)
+    boring.trainer("auto", 1).validate(model, datamodule=data)

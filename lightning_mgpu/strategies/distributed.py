@@ -139,6 +139,8 @@ class DDPStrategy(_LightningDDPStrategy):
     @override
     def teardown(self) -> None:
         self._reduced = None
+        if self.lightning_module is not None:
+            _restore_forward(self.lightning_module)
         super().teardown()
 
     def _follow_parameters(self) -> None:
@@ -193,3 +195,12 @@ def _leave_group_at_exit() -> None:
     that has done its work ends with an error.
     """
     atexit.register(leave_group)
+
+
+def _restore_forward(model: torch.nn.Module) -> None:
+    """Take away what Lightning puts in the place of `forward` for the time of a call of DDP's.
+
+    It stays where that call fails early, and then nothing that refers to the model can be pickled.
+    """
+    if getattr(vars(model).get("forward"), "__name__", "") == "wrapped_forward":
+        del vars(model)["forward"]
