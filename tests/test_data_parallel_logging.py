@@ -41,7 +41,7 @@ class Memory(Logger):
 
 
 def compare(
-    build: Callable[[], pl.LightningModule], devices: int = 2, **kwargs: Any
+    build: Callable[[], pl.LightningModule], devices: int = 2, samples: int = 25, **kwargs: Any
 ) -> tuple[Memory, Memory]:
     """Everything that reaches loggers and callbacks is the same on one device and on several."""
     found = []
@@ -51,7 +51,7 @@ def compare(
             strategy, count, logger=logger, max_epochs=2, log_every_n_steps=1, **kwargs
         )
         model = build()
-        trainer.fit(model, boring.Blobs(10, 25))
+        trainer.fit(model, boring.Blobs(10, samples))
         trainer.test(model, boring.Blobs(10, 25), verbose=False)
         found.append((logger, dict(trainer.callback_metrics), dict(trainer.progress_bar_metrics)))
     (one, one_callback, one_bar), (two, two_callback, two_bar) = found
@@ -82,6 +82,17 @@ def test_values_reduced_in_every_way(devices: int) -> None:
             return loss
 
     compare(Model, devices)
+
+
+@pytest.mark.parametrize("size", [10, 1, 16])  # of the batches, of none, of other batches
+def test_batch_size_given_as_a_constant_says_nothing_of_shards(size: int) -> None:
+    class Model(boring.Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("constant", batch[0].mean(), batch_size=size, on_step=True, on_epoch=True)
+            return loss
+
+    compare(Model, samples=45)
 
 
 def test_same_name_logged_from_hooks_and_steps() -> None:

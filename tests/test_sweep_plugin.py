@@ -15,6 +15,7 @@ from hydra.plugins.sweeper import Sweeper
 
 from hydra_plugins.ray_tune_sweeper.ray_tune_sweeper import RayTuneSweeper
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray import cluster
 from lightning_mgpu.ray.sweep.lock import locked
 
 SWEEP = ("-m", "hydra/sweeper=ray_tune", "hydra.sweep.dir=sweep", "model.lr=interval(0.1,1)")
@@ -173,6 +174,7 @@ def test_cluster_without_this_package_is_told_of(
     monkeypatch.setattr(ray, "init", lambda *_, **__: None)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "remote", unpickle)
+    monkeypatch.setattr(cluster, "connection", lambda: "theirs")
     done = run(*SWEEP, f"hydra.sweeper.ray.address='{listener}'")
     assert done.code == 2, done.err
     assert "No module named 'lightning_mgpu'). Every machine needs the same versions" in done.err

@@ -199,7 +199,7 @@ class DataParallelStrategy(SingleProcessStrategy):
         self._parity.before(step, batch, sharding, replicas, workers)
         with self._streams.step(name, len(shards)) as streams:
             manual = self._manual(step, streams) if training else None
-            outputs = step.run(model, replicas, workers, streams, manual, sharding.log_sizes)
+            outputs = step.run(model, replicas, workers, streams, manual, sharding.batch_sizes)
         if not training or manual is not None:
             return sharding.gather(outputs, step.sizes)
         losses = [_loss_of(output) for output in outputs]

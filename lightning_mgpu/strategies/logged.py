@@ -20,6 +20,8 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Among the arguments behind name and value.
 _BATCH_SIZE_POSITION = 9
+# A count that is equal for all shards by chance is soon another.
+_CONSTANT_STEPS = 3
 _SIGNATURE = inspect.signature(LightningModule.log)
 
 
@@ -54,28 +56,58 @@ class LogRecorder:
         self.calls[name, number] = _Call(value, args, kwargs, options)
 
 
+class BatchSizes:
+    """What steps give as `batch_size`: a number of each shard's own, or the same constant always.
+
+    A constant says nothing of the shards. It is known by having been the same on all of them for
+    some steps, or by being the size of the whole batch.
+    """
+
+    def __init__(self) -> None:
+        # By name: the value, what it stands for in shards, and for how many steps it has stayed.
+        self._same: dict[str, tuple[Any, int, int]] = {}
+        self._own: set[str] = set()
+
+    def weigh(
+        self, name: str, given: Sequence[Any], sizes: Sequence[int]
+    ) -> tuple[list[float], int | None]:
+        """What the shards' values weigh, and the batch size to log; `None` if none was given."""
+        if all(n is None for n in given):
+            return [float(size) for size in sizes], None
+        own = [float(size if n is None else n) for n, size in zip(given, sizes, strict=True)]
+        if name in self._own or any(n != given[0] for n in given):
+            self._own.add(name)
+            return own, round(sum(own))
+        factor = 1 if given[0] == sum(sizes) else len(given)
+        value, factor, steps = self._same.get(name, (given[0], factor, 0))
+        if value != given[0]:
+            self._own.add(name)
+            return own, round(sum(own))
+        self._same[name] = value, factor, steps + 1
+        is_constant = factor == 1 or steps >= _CONSTANT_STEPS
+        return [float(s) for s in sizes] if is_constant else own, round(value * factor)
+
+
 def replay(
     recorders: Sequence[LogRecorder],
     sizes: Sequence[int],
     log: Callable[..., None],
     original: Callable[[Any], Any],
-    whole_sizes: dict[str, float] | None = None,
+    batch_sizes: BatchSizes | None = None,
 ) -> None:
     """Log what the replicas have recorded, each name once.
 
-    Means are weighted by `batch_size` where that was given and else by shard size; sums, minima and
-    maxima are what their `reduce_fx` says. A `batch_size` that is that of the whole batch on each
-    replica stays it, and does not weigh.
+    Means are weighted by `batch_size` where each shard gives its own, and else by shard size; sums,
+    minima and maxima are what their `reduce_fx` says.
 
     Args:
         recorders: One per replica.
         sizes: Samples in each replica's shard.
         log: The master's `log`.
         original: The master's own of a replica's metric object.
-        whole_sizes: By name, what earlier steps gave as the `batch_size` of the whole batch; 0 if
-            they gave that of each shard. Updated.
+        batch_sizes: What earlier steps gave.
     """
-    whole_sizes = {} if whole_sizes is None else whole_sizes
+    batch_sizes = batch_sizes or BatchSizes()
     keys = dict.fromkeys(key for recorder in recorders for key in recorder.calls)
     for key in keys:
         having = [
@@ -86,29 +118,14 @@ def replay(
         calls = [call for call, _ in having]
         shares = [size for _, size in having]
         given = [call.options.get("batch_size") for call in calls]
-        whole = _whole_size(given, shares, whole_sizes.get(key[0]))
-        weights = [
-            float(size if n is None or whole is not None else n)
-            for n, size in zip(given, shares, strict=True)
-        ]
-        if whole is not None or len(set(given)) > 1:
-            whole_sizes[key[0]] = whole or 0
+        weights, size = batch_sizes.weigh(key[0], given, shares)
         args, kwargs = calls[0].args, dict(calls[0].kwargs)
-        if any(n is not None for n in given):
+        if size is not None:
             args = args[:_BATCH_SIZE_POSITION]
-            kwargs["batch_size"] = round(sum(weights) if whole is None else whole)
+            kwargs["batch_size"] = size
         how = _name(calls[0].options.get("reduce_fx", "mean"))
         value = _merge([call.value for call in calls], weights, how, original)
         log(key[0], value, *args, **kwargs)
-
-
-def _whole_size(given: Sequence[Any], sizes: Sequence[int], known: float | None) -> float | None:
-    """The `batch_size` of the whole batch, if all replicas have given that and not their own."""
-    first = given[0]
-    if first is None or known == 0 or any(n != first for n in given):
-        return None
-    uneven = len(set(sizes)) > 1
-    return float(first) if first in (sum(sizes), known) or uneven else None
 
 
 def means_of(outputs: Sequence[Any], recorders: Sequence[LogRecorder]) -> list[list[float]]:

@@ -16,7 +16,7 @@ from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.replication.tracked import untracked
 from lightning_mgpu.engine.versions import own_version
 from lightning_mgpu.engine.workers import Workers
-from lightning_mgpu.strategies.logged import LogRecorder, means_of, replay
+from lightning_mgpu.strategies.logged import BatchSizes, LogRecorder, means_of, replay
 from lightning_mgpu.strategies.manual import ManualOptimization
 from lightning_mgpu.strategies.metrics import ReplicaMetrics
 
@@ -58,7 +58,7 @@ class Step:
         workers: Workers,
         streams: Sequence[Stream],
         manual: ManualOptimization | None,
-        log_sizes: dict[str, float],
+        batch_sizes: BatchSizes,
     ) -> list[Any]:
         """Run it, and apply to the master what the replicas have logged and measured.
 
@@ -68,7 +68,7 @@ class Step:
             workers: Who runs them.
             streams: The random numbers of each.
             manual: For manual optimisation.
-            log_sizes: As `whole_sizes` of `replay`.
+            batch_sizes: What earlier steps have logged as `batch_size`.
 
         Returns:
             What the replicas returned.
@@ -91,7 +91,7 @@ class Step:
             outputs = workers.run(tasks, outside)
             replicas.refer_to(partial(means_of, outputs, recorders))
         metrics.merge(self.sizes)
-        replay(recorders, self.sizes, model.log, metrics.original, log_sizes)
+        replay(recorders, self.sizes, model.log, metrics.original, batch_sizes)
         return outputs
 
     def of(self, shards: Sequence[Shard]) -> "Step":

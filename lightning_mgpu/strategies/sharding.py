@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightning_mgpu.engine.batch import Hint, JoinMemory, Layout, Shard, batch_size, join, split
+from lightning_mgpu.strategies.logged import BatchSizes
 
 Scatter = Callable[[Any, int], Sequence[Shard]]
 Gather = Callable[[Sequence[Any], Sequence[int]], Any]
@@ -23,7 +24,7 @@ class Sharding:
 
     Attributes:
         gather_fn: The same.
-        log_sizes: By name, what was logged as the `batch_size` of the whole batch.
+        batch_sizes: What was logged as `batch_size`.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Sharding:
         self._scatter_fn, self.gather_fn = scatter_fn, gather_fn
         # Of a batch that `scatter_fn` has split, where shards may weigh by something else.
         self._samples: list[int] | None = None
-        self.log_sizes: dict[str, float] = {}
+        self.batch_sizes = BatchSizes()
 
     @property
     def doubts(self) -> list[str]:
