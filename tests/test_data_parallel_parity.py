@@ -749,20 +749,20 @@ def test_batch_of_one_sample_waits_for_a_larger_one(caplog: pytest.LogCaptureFix
     assert "(of 4, 4 samples)" in text
 
 
-@pytest.mark.slow
 def test_compiled_modules_are_not_compiled_for_the_check() -> None:
-    counts = []
-    for mode in ("off", "error"):
-        torch._dynamo.reset()
-        compiled: list[Any] = []
-
-        def backend(graph: Any, inputs: Any, to: list[Any] = compiled) -> Any:
-            to.append(graph)
-            return graph.forward
-
-        model = Net(loss_of)
-        model.net = torch.compile(model.net, backend=backend)
-        fit(model, parity=mode)
-        counts.append(len(compiled))
     torch._dynamo.reset()
-    assert counts[0] == counts[1] > 0
+    sizes: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        sizes.extend(len(x) for x in inputs if isinstance(x, Tensor) and x.ndim == 2)
+        return graph.forward
+
+    model = Net(loss_of)
+    model.net = torch.compile(model.net, backend=backend)
+    fit(model, loader(size=10), parity="error")
+    # Not even the shards are sure to be compiled: with several threads, torch may let it be.
+    assert 10 not in sizes
+    torch._dynamo.reset()
+    model.net(X[:10])
+    torch._dynamo.reset()
+    assert 10 in sizes
