@@ -1,6 +1,5 @@
 """Cutting modules, and telling which arguments carry the batch."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.pipelining.arguments import Call
-from lightning_mgpu.engine.pipelining.cutter import Cutter
+from lightning_mgpu.engine.pipelining.choice import PartitionError
+from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
-from lightning_mgpu.engine.pipelining.partition import PartitionError
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.splitter import Splitter
-from lightning_mgpu.engine.pipelining.trace import UntraceableError
 from lightning_mgpu.engine.pipelining.tuning import Chunks
 
 
@@ -33,17 +31,25 @@ class Net(nn.Module):
         return self.second(x)
 
 
-def _cut(module: nn.Module, stages: int = 2, **options: Any) -> list[tuple[str, ...]]:
+def _observed(module: nn.Module, stages: int = 2, **options: Any) -> Cut:
     cutter = Cutter(module, module.forward, stages, **options)
-    cut = cutter(Call.of(module.forward, (torch.ones(8, 4),), {}))
-    return [stage.modules for stage in cut.partition.stages]
+    with torch.no_grad():
+        return cutter.observe(lambda: module(torch.ones(8, 4)), 4)
+
+
+def _cut(module: nn.Module, stages: int = 2, **options: Any) -> list[tuple[str, ...]]:
+    return list(_observed(module, stages, **options).layers)
 
 
 def test_names_and_modules_keep_their_identity() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))
     before = dict(module.named_parameters())
-    cut = Cutter(module, module.forward, 2, ["1.1"])(Call.of(module.forward, (torch.ones(2),), {}))
-    assert cut.modules == [[module[0], module[1][0]], [module[1][1]]]
+    cut = _observed(module, split_at=["1.1"])
+    assert cut.units == {
+        "0": (module[0], 0),
+        "1.0": (module[1][0], 0),
+        "1.1": (module[1][1], 1),
+    }
     assert [list(tensors) for tensors in cut.tensors] == [
         ["0.weight", "0.bias"],
         ["1.1.weight", "1.1.bias"],
@@ -67,12 +73,48 @@ def test_balance_by_parameters() -> None:
     assert _cut(module) == [("0", "1", "2"), ("3",)]
 
 
-def test_balance_keeps_shared_weights_together() -> None:
-    module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
-    module[2].weight = module[0].weight
-    assert _cut(module) == [("0", "1", "2"), ("3",)]
-    with pytest.raises(PartitionError, match="can be cut before 3 only, since layers around"):
-        _cut(module, 3)
+def test_layers_are_opened_as_far_as_balance_needs() -> None:
+    """A backbone with nearly all parameters, and a head."""
+    backbone = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(4)))
+    module = nn.Sequential(backbone, nn.Linear(4, 1))
+    assert _cut(module) == [("0.0", "0.1"), ("0.2", "0.3", "1")]
+    even = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(4)))
+    assert _cut(even) == [("0", "1"), ("2", "3")]
+
+
+def test_order_is_that_of_the_calls() -> None:
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in reversed(self.layers):
+                x = layer(x)
+            return x
+
+    module = Reversed()
+    assert _cut(module) == [("layers.3", "layers.2"), ("layers.1", "layers.0")]
+    expected = Cutter(module, module.forward, 2).expected()
+    assert expected is not None
+    assert list(expected.layers) == [("layers.0", "layers.1"), ("layers.2", "layers.3")]
+
+
+def test_a_layer_that_comes_back_belongs_to_its_first_stage() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module.append(module[0])
+    cut = _observed(module)
+    assert list(cut.layers) == [("0",), ("1",)]
+    assert cut.way == (0, 1, 0)
+
+
+def test_what_is_never_called_lies_with_what_stands_before_it() -> None:
+    module = Net()
+    module.rest = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    cut = _observed(module)
+    assert list(cut.layers) == [("first",), ("second",)]
+    assert cut.units["rest"] == (module.rest, 1)
+    assert "rest.1.weight" in cut.tensors[1]
 
 
 def test_layers_of_a_wrapper_are_found() -> None:
@@ -85,6 +127,18 @@ def test_layers_of_a_wrapper_are_found() -> None:
             return self.net(x)
 
     assert _cut(Wrapper()) == [("net.first",), ("net.second",)]
+
+
+def test_torchs_own_modules_are_kept_whole() -> None:
+    layer = nn.TransformerEncoderLayer(4, 1, 8, dropout=0.0, batch_first=True)
+    module = nn.Sequential(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
+    module.append(nn.Flatten())
+
+    def run() -> Tensor:
+        return module(torch.ones(2, 3, 4))
+
+    cutter = Cutter(module, module.forward, 2)
+    assert [len(layers) for layers in cutter.observe(run, 4).layers] == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -114,55 +168,6 @@ def test_unreachable_split_point_is_refused() -> None:
         _cut(module, split_at=["never"])
 
 
-def test_weights_tied_across_stages_are_refused() -> None:
-    module = Net()
-    module.second.weight = module.first.weight
-    with pytest.raises(PartitionError, match=r"`first.weight` of stage 0 is used in stage 1, too"):
-        _cut(module, split_at=["second"])
-
-
-def test_a_layer_called_in_both_stages_is_refused() -> None:
-    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    module.append(module[0])
-    with pytest.raises(PartitionError, match=r"`0.weight` of stage 0 is used in stage 1"):
-        _cut(module, split_at=["1"])
-
-
-def _branch(self: nn.Module, x: Tensor) -> Tensor:
-    if x.sum() > 0:  # the line at fault
-        return x
-    return -x
-
-
-def _loop(self: nn.Module, x: Tensor) -> Tensor:
-    return sum(row for row in x)  # the line at fault
-
-
-def _write(self: nn.Module, x: Tensor) -> Tensor:
-    self.last = x
-    return x
-
-
-def _draw(self: nn.Module, x: Tensor) -> Tensor:
-    return x * float(torch.distributions.Normal(0.0, 1.0).sample())
-
-
-@pytest.mark.parametrize("middle", [_branch, _loop])
-def test_what_cannot_be_traced_is_named(middle: Callable[..., Any]) -> None:
-    with pytest.raises(UntraceableError) as raised:
-        _cut(Net(middle))
-    message = str(raised.value)
-    assert re.search(r"test_partition.py, line \d+: `.*# the line at fault`", message), message
-    assert "configure_pipeline" in message
-
-
-def test_attributes_written_in_forward_are_refused() -> None:
-    module = Net(_write)
-    with pytest.raises(UntraceableError, match=r"sets `Net.last`"):
-        _cut(module)
-    assert not hasattr(module, "last")
-
-
 def test_factories_are_called_each_time() -> None:
     module = Net(lambda self, x: x + torch.rand(4))
     run = _pipeline(module)
@@ -172,7 +177,7 @@ def test_factories_are_called_each_time() -> None:
     assert not torch.equal(first[0], first[4]), "each micro-batch draws its own"
 
 
-def test_traced_again_when_anything_but_tensors_changes() -> None:
+def test_whatever_changes_from_call_to_call_is_heeded() -> None:
     class Switch(Net):
         factor = 1.0
 
@@ -206,30 +211,16 @@ def test_objects_that_cannot_be_compared_are_told_apart() -> None:
         torch.testing.assert_close(run(x, {float(number)}), module.forward(x, {float(number)}))
 
 
-def test_cut_before_a_call_is_left_to_the_call_if_need_be() -> None:
-    class Sometimes(Net):
-        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
-            return self.first(x) if mask is None else self.second(self.first(x) * mask)
-
-    module = Sometimes()
-    cutter = Cutter(module, module.forward, 2, ["second"])
-    assert cutter.early() is None
-    call = Call.of(module.forward, (torch.ones(8, 4), torch.ones(4)), {})
-    assert [stage.modules for stage in cutter(call).partition.stages] == [("first",), ("second",)]
-
-
-def test_hooks_on_opened_modules_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    module = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
-    module[0].register_forward_hook(lambda *_: None)
-    _cut(module, split_at=["0.1"])
-    assert "A `Sequential` has hooks, but a stage begins inside it" in caplog.text
-
-
-def test_hooks_on_whole_modules_run_for_each_chunk() -> None:
+def test_hooks_run_for_each_chunk_on_whole_modules_and_on_those_that_are_cut() -> None:
     module, seen = Net(), []
-    module.first.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
-    _pipeline(module)(torch.ones(8, 4))
-    assert seen == [2, 2, 2, 2]
+    net = nn.Sequential(module, nn.Linear(4, 4))
+    for hooked in (module, module.first):
+        hooked.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    run = _pipeline(net)
+    run(torch.ones(8, 4))
+    seen.clear()  # without the trial that finds out what is called
+    run(torch.ones(8, 4))
+    assert seen == [2] * 8
 
 
 # Which arguments carry the batch.

@@ -21,8 +21,12 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 
 from lightning_mgpu import PipelineStrategy
-from lightning_mgpu.engine.pipelining.partition import PartitionError
+from lightning_mgpu.engine.pipelining.choice import PartitionError
+from lightning_mgpu.engine.pipelining.cutter import Cutter
+from lightning_mgpu.engine.pipelining.pipeline import Pipeline
+from lightning_mgpu.engine.pipelining.splitter import Splitter
 from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.strategies.placement import place, state_to_parameters
 
 
 class Deep(parity_models.Model):
@@ -454,24 +458,26 @@ def test_measured_balance_begins_on_the_first_device() -> None:
 
 
 def test_measured_costs_of_layers() -> None:
-    from lightning_mgpu.engine.pipelining.graph_cut import layers
-    from lightning_mgpu.engine.pipelining.measure import measure
-    from lightning_mgpu.engine.pipelining.trace import Input
-
     module = nn.Sequential(
         *(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3), nn.ReLU(inplace=True)),
         *(nn.BatchNorm1d(3), nn.Dropout(0.5)),
     )
-    recorded = layers(module, module.forward, (Input("x"),), {})
     state = torch.get_rng_state()
-    costs = measure(module, recorded, {"x": torch.ones(10, 6)})
-    assert torch.equal(torch.get_rng_state(), state)
-    assert module[4].num_batches_tracked == 0
+    cutter = Cutter(module, module.forward, 2, balanced="memory")
+    splitter, devices = Splitter(), [torch.device("cpu")] * 2
+    pipeline = Pipeline(cutter, splitter, devices, chunks=Chunks(2, 2))
+    try:
+        pipeline(torch.ones(20, 6))
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        pipeline.close()
+    costs = cutter.costs
+    assert module[4].num_batches_tracked == 1
     assert module[4].momentum == 0.1
     assert list(costs) == ["0", "1", "2", "3", "4", "5"]
     assert [c.parameters for c in costs.values()] == [7 * 8 * 4, 0, 9 * 3 * 4, 0, 6 * 4, 0]
-    # The first layer keeps its input, the second its output, the third its input.
-    assert [cost.activations for cost in costs.values()][:4] == [240, 320, 320, 120]
+    # The first layer keeps its input; the second its output, which is the third's input.
+    assert [cost.activations for cost in costs.values()][:4] == [240, 320, 0, 120]
     assert all(cost.seconds > 0 for cost in costs.values())
     assert all(parameter.grad is None for parameter in module.parameters())
 
@@ -506,11 +512,8 @@ def _table(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_tensors_and_state_lie_with_their_stage() -> None:
     """Another device that every machine has: one without memory."""
-    from lightning_mgpu.engine.pipelining.cutter import Cutter
-    from lightning_mgpu.strategies.placement import place, state_to_parameters
-
     model = Deep()
-    cut = Cutter(model.net, model.net.forward, 2, ["3"]).early()
+    cut = Cutter(model.net, model.net.forward, 2, ["3"]).expected()
     assert cut is not None
     devices = [torch.device("cpu"), torch.device("meta")]
     place(model, cut, devices)

@@ -61,8 +61,17 @@ def test_a_named_dimension_is_split(time: int) -> None:
     assert_same(Encoder(), x.transpose(0, 1) + 0, batch=[x], split_args={0: 1})
 
 
-@pytest.mark.parametrize("time", [3, 12, 16])
-@pytest.mark.parametrize("mode", ["error", "warn", "off"])
+@pytest.mark.parametrize("time", [3, 12])
+def test_a_computed_tensor_is_split_along_the_only_dimension_that_can_be_the_batch(
+    time: int,
+) -> None:
+    x = data(8, time, 6)
+    assert_same(Encoder(), x.transpose(0, 1) + 0, batch=[x, torch.zeros(8)])
+
+
+@pytest.mark.parametrize(
+    ("time", "mode"), [(3, "off"), (12, "off"), (16, "off"), (16, "error"), (16, "warn")]
+)
 def test_time_is_not_cut_for_the_batch(time: int, mode: str) -> None:
     x = data(8, time, 6)
     message = "split_args={'src': 1}"

@@ -16,8 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_mgpu import PipelineStrategy
-from lightning_mgpu.engine.pipelining.microbatch import SplitError
-from lightning_mgpu.engine.pipelining.partition import PartitionError
+from lightning_mgpu.engine.pipelining.choice import PartitionError
 
 
 class Fault(Exception):
@@ -238,24 +237,8 @@ def _sequential(*layers: nn.Module) -> Callable[[], parity_models.Model]:
     return Some
 
 
-def test_scalar_outputs_are_refused() -> None:
-    class Summed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x)).mean()
-
-    class Model(parity_models.Model):
-        build = Summed
-
-    with pytest.raises(SplitError, match=r"a tensor without dimensions.*take the mean or the loss"):
-        _trainer().fit(Model(), boring.Blobs(8).train_dataloader())
-
-
 @pytest.mark.parametrize("shared_with", ["stage", "output", "caller"])
-def test_writing_in_place_to_what_others_use_is_refused(shared_with: str) -> None:
+def test_writing_in_place_to_what_others_use_is_right_or_refused(shared_with: str) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -280,9 +263,15 @@ def test_writing_in_place_to_what_others_use_is_refused(shared_with: str) -> Non
             return output[0].sum() if isinstance(output, tuple) else output.sum()
 
     splits = ["net.relu", "net.last"] if shared_with == "stage" else ["net.relu"]
-    trainer = _trainer(len(splits) + 1, split_at=splits)
-    with pytest.raises(RuntimeError, match="changes in place what others use"):
-        trainer.fit(Model(), boring.Blobs(8).train_dataloader())
+    trainer, model = _trainer(len(splits) + 1, split_at=splits), Model()
+    if shared_with == "caller":
+        with pytest.raises(RuntimeError, match="changes in place what others use"):
+            trainer.fit(model, boring.Blobs(8).train_dataloader())
+        return
+    trainer.fit(model, boring.Blobs(8).train_dataloader())
+    alone = Model()
+    boring.trainer("auto", 1, max_steps=3).fit(alone, boring.Blobs(8).train_dataloader())
+    torch.testing.assert_close(model.state_dict(), alone.state_dict(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -324,13 +313,19 @@ def test_more_stages_than_layers_are_refused() -> None:
         _trainer(4).fit(boring.Classifier(), boring.Blobs(8).train_dataloader())
 
 
-def test_tied_weights_are_refused() -> None:
-    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
-    second.weight = first.weight
-    with pytest.raises(PartitionError, match=r"`0\.weight` of stage 0 is used in stage 1, too"):
-        _trainer(split_at="net.1").fit(
-            _sequential(first, second, nn.Linear(6, 3))(), boring.Blobs(8).train_dataloader()
-        )
+def test_tied_weights_are_those_of_one_device() -> None:
+    def build() -> parity_models.Model:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+            second.weight = first.weight
+            return _sequential(first, second, nn.Linear(6, 3))()
+
+    split, alone = build(), build()
+    _trainer(split_at="net.1").fit(split, boring.Blobs(8).train_dataloader())
+    assert split.net[0].weight is split.net[1].weight
+    boring.trainer("auto", 1, max_steps=3).fit(alone, boring.Blobs(8).train_dataloader())
+    torch.testing.assert_close(split.state_dict(), alone.state_dict(), rtol=0, atol=1e-12)
 
 
 def test_compiled_and_synchronised_modules_are_refused() -> None:

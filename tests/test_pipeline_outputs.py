@@ -84,12 +84,11 @@ def test_a_table_of_parameters_is_returned_once_with_its_gradient() -> None:
         lambda z: z @ z.T,
         lambda z: z.sum(0),
         lambda z: z.sum(0, keepdim=True),
-        lambda z: z.mean(),
         lambda z: torch.cdist(z, z),
         lambda z: torch.bincount(z.argmax(1), minlength=4),
         lambda z: {"logits": z, "gram": z.T @ z},
     ],
-    ids=["gram", "pairs", "sum", "kept sum", "mean", "distances", "counts", "nested"],
+    ids=["gram", "pairs", "sum", "kept sum", "distances", "counts", "nested"],
 )
 def test_what_has_no_entry_per_sample_is_refused(end: Any, samples: int) -> None:
     with (
@@ -97,6 +96,20 @@ def test_what_has_no_entry_per_sample_is_refused(end: Any, samples: int) -> None
         pytest.raises(SplitError, match=r"`output(\['gram'\])?`.*[Rr]eturn"),
     ):
         run(data(samples, 6))
+
+
+@pytest.mark.parametrize("samples", [8, 13])
+def test_numbers_are_means_over_the_batch(samples: int) -> None:
+    assert_same(Net(end=lambda z: {"loss": z.square().mean(), "logits": z}), data(samples, 6))
+
+
+def test_numbers_that_are_no_means_are_refused() -> None:
+    module = Net(end=lambda z: z[:, 0].sum() / (z[:, 1] > 0).sum())
+    with (
+        pipelined(module) as run,
+        pytest.raises(SplitError, match=r"other values for micro-batches.*: `output`"),
+    ):
+        run(data(8, 6))
 
 
 def test_one_micro_batch_is_taken_as_it_is() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lightning_mgpu.engine.pipelining import joining, microbatch, schedule
 from lightning_mgpu.engine.pipelining.balance import balance
@@ -103,38 +104,70 @@ def test_join_undoes_cut(total: int, count: int, factor: int) -> None:
     chunks = microbatch.cut(tensors, {"x": 0}, counts)
     assert [len(chunk["x"]) for chunk in chunks] == counts
     assert all(chunk["mask"] is tensors["mask"] for chunk in chunks)
-    repeated = [{"a": (chunk["x"].repeat_interleave(factor, 0), None)} for chunk in chunks]
-    layouts = {"output['a'][0]": joining.FIRST}
-    joined, (rows,) = joining.join(repeated, counts, whole=False, layouts=layouts)
+    repeated = [chunk["x"].repeat_interleave(factor, 0) for chunk in chunks]
+    layouts = {"output": joining.FIRST}
+    joined, rows = joining.join(repeated, counts, "output", layouts)
     expected = tensors["x"].repeat_interleave(factor, 0)
-    assert torch.equal(joined["a"][0], expected)
-    assert joined["a"][1] is None
-    parts = rows.split(expected, len(counts))
-    for part, made in zip(parts, repeated, strict=True):
-        assert torch.equal(part, made["a"][0])
+    assert torch.equal(joined, expected)
+    for part, made in zip(rows.split(expected, len(counts)), repeated, strict=True):
+        assert torch.equal(part, made)
 
 
 def test_join_takes_what_does_not_depend_on_the_batch_once() -> None:
     table = torch.ones(5, 2)
-    joined, (rows,) = joining.join([table, table.clone()], [2, 2], whole=True)
+    layouts = {"output": joining.Layout(None)}
+    joined, rows = joining.join([table, table.clone()], [2, 2], "output", layouts)
     assert joined is table
     gradient = torch.ones(5, 2)
     assert rows.split(gradient, 2) == [gradient, None]
 
 
+def test_join_of_numbers_is_a_mean_over_samples() -> None:
+    joined, rows = joining.join([torch.tensor(1.0), torch.tensor(4.0)], [2, 1], "output", {})
+    assert joined == 2
+    assert rows.split(torch.tensor(3.0), 2) == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([torch.tensor(1.0), torch.tensor(2.0)], "without dimensions"),
+        ([torch.tensor(1), torch.tensor(2)], "without dimensions"),
         ([torch.ones(3, 3), torch.ones(3, 3)], "whose first dimension is not the batch"),
         ([torch.ones(2, 3), torch.ones(2, 4)], "whose first dimension is not the batch"),
-        ([1.5, 2.5], "cannot be joined"),
-        ([2, 2], "cannot be joined"),
     ],
 )
-def test_join_refuses_what_is_no_batch(parts: list[object], message: str) -> None:
+def test_join_refuses_what_is_no_batch(parts: list[Tensor], message: str) -> None:
     with pytest.raises(SplitError, match=message):
-        joining.join(parts, [2, 2], whole=False, layouts={})
+        joining.join(parts, [2, 2], "output", {})
+
+
+@pytest.mark.parametrize("parts", [[1.5, 2.5], [2, 2]])
+def test_values_that_differ_or_count_samples_are_refused(parts: list[float]) -> None:
+    with pytest.raises(SplitError, match="cannot be joined"):
+        joining.same(parts, [2, 2], "output")
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+@pytest.mark.parametrize("chunks", [1, 2, 4, 7])
+def test_visits_of_a_straight_way_are_the_timetable(stages: int, chunks: int) -> None:
+    orders = schedule.visits(range(stages), chunks, stages)
+    for stage, order in enumerate(orders):
+        assert [visit.chunk for visit in order] == list(range(chunks))
+        assert {visit.number for visit in order} == {stage}
+
+
+@given(way=st.lists(st.integers(0, 3), min_size=1, max_size=8), chunks=st.integers(1, 6))
+def test_visits_of_any_way_are_complete_and_can_be_made(way: list[int], chunks: int) -> None:
+    orders = schedule.visits(way, chunks, 4)
+    every = {(chunk, number) for chunk in range(chunks) for number in range(len(way))}
+    assert sorted(every) == sorted((v.chunk, v.number) for order in orders for v in order)
+    done = [0] * chunks
+    remaining = [list(order) for order in orders]
+    while any(remaining):
+        ready = [order for order in remaining if order and done[order[0].chunk] == order[0].number]
+        assert ready, "they wait for each other"
+        for order in ready:
+            done[order.pop(0).chunk] += 1
 
 
 def _ticks(timetable: object) -> dict[Task, int]:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mgpu.engine.pipelining import schedule, simulate
-from lightning_mgpu.engine.pipelining.ledger import CALLER, Holders
 from lightning_mgpu.engine.pipelining.schedule import Task
 from lightning_mgpu.engine.pipelining.simulate import Link, Load
+from lightning_mgpu.plan.ledger import CALLER, Holders
 from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.predict import memory, predict
 from lightning_mgpu.plan.profile import Profile, Sample, Span, Weights
@@ -177,6 +177,14 @@ def test_links_carry_what_other_stages_take() -> None:
     assert apart.sent == pytest.approx({Link(0, 1): 1, Link(0, 2): 1, Link(1, 2): 1000})
     assert apart.received == pytest.approx([0, 1, 1001])
     assert _stages(2).costs(1).sent == pytest.approx({Link(0, 1): 1001})
+
+
+def test_links_go_one_way() -> None:
+    profile = _profile()
+    back = {Holders(frozenset(), 2, frozenset({0})): 7.0, **_VALUES}
+    samples = [replace(sample, values=back) for sample in profile.samples]
+    stages = Stages(replace(profile, samples=samples), [Span(0, 2), Span(2, 3)])
+    assert [*stages.costs(1).sent] == [Link(0, 1)]
 
 
 def test_memory_of_each_way_to_checkpoint() -> None:

@@ -5,7 +5,7 @@ variance, but the running statistics are updated once, with those of the whole b
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ class _Call:
     mean: Tensor
     variance: Tensor
     """Unbiased."""
+    part: int = 0
 
 
 @dataclass
@@ -44,10 +45,12 @@ class Recorder:
 
     Args:
         layers: Layers of one part; those in training mode are recorded.
+        part: If the layers are those of several parts, which take turns: tells which is computed.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], part: Callable[[], int] | None = None) -> None:
         self.layers = list(layers)
+        self._part = part
         self._state = {id(layer): _Layer() for layer in layers}
         self._thread: int | None = None
 
@@ -71,11 +74,16 @@ class Recorder:
         self._state = {id(layer): _Layer() for layer in self.layers}
         return taken
 
+    def take_parts(self, count: int) -> list[list[list[_Call]]]:
+        """For each part, the calls of each layer since the last time."""
+        taken = self.take()
+        return [[[c for c in calls if c.part == i] for calls in taken] for i in range(count)]
+
     def _before(self, layer: Any, _: Any) -> None:
         if not layer.training or layer.running_mean is None:
             return
         self._thread = self._thread or threading.get_ident()
-        if self._thread != threading.get_ident():
+        if self._thread != threading.get_ident() and self._part is None:
             raise RuntimeError(
                 f"A `{type(layer).__name__}` of one replica is called in the step of another, by a"
                 " reference that was not found when the model was copied. Keep modules in plain"
@@ -95,7 +103,8 @@ class Recorder:
             return
         mean, variance = layer.running_mean, layer.running_var
         self._restore(layer)
-        state.calls.append(_Call(inputs[0].numel() / mean.numel(), mean, variance))
+        part = self._part() if self._part is not None else 0
+        state.calls.append(_Call(inputs[0].numel() / mean.numel(), mean, variance, part))
 
     def _restore(self, layer: Any) -> None:
         state = self._state[id(layer)]

@@ -2,12 +2,30 @@
 
 import contextvars
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 __all__: list[str] = []
+
+
+# Kinds of which there is but one device.
+_SINGLE = ("cpu", "meta")
+
+
+def make_current(device: torch.device) -> None:
+    """Have a device be the calling thread's current one of its kind."""
+    if device.type not in _SINGLE:
+        torch.get_device_module(device).set_device(device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which a device is the current one of its kind."""
+    if device.type in _SINGLE:
+        return nullcontext()
+    made: AbstractContextManager[None] = torch.get_device_module(device).device(device)
+    return made
 
 
 @dataclass(frozen=True)

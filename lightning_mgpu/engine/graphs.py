@@ -32,6 +32,12 @@ def graph_count(batch: Any) -> int:
     return int(batch.num_graphs)
 
 
+def tensors_of_graphs(batch: Any) -> list[Tensor]:
+    """All tensors of a batch of graphs."""
+    found = (value for store in batch.stores for value in dict(store).values())
+    return [value for value in found if isinstance(value, Tensor)]
+
+
 def take_graphs(batch: Any, start: int, stop: int) -> Any:
     """Take the graphs from `start` to `stop` as a batch whose nodes and graphs count from zero.
 

@@ -1,6 +1,6 @@
 """Say on an exception where in the work it arose."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lightning_mgpu.engine.slot import Cancelled
@@ -15,13 +15,18 @@ class Where(Exception):
 
 
 @contextmanager
-def noted(where: str) -> Iterator[None]:
-    """Add a note to exceptions that leave the block."""
+def noted(where: str | Callable[[], str]) -> Iterator[None]:
+    """Add a note to exceptions that leave the block.
+
+    Args:
+        where: What the note says; or what tells it, once there is an exception.
+    """
     try:
         yield
     except Cancelled:
         raise
     except BaseException as error:
+        where = where() if callable(where) else where
         # (One error may leave several tasks, if it arose in what they called together.)
         if hasattr(error, "add_note"):
             if not any(note.startswith(_PREFIX) for note in getattr(error, "__notes__", ())):

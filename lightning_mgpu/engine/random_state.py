@@ -24,6 +24,10 @@ class RandomState:
         """Whether somebody has drawn, or seeded, since."""
         return not all(map(_same, self._state, self._now()))
 
+    def has_moved_beside_torch(self) -> bool:
+        """The same of NumPy's and Python's generators alone."""
+        return not all(map(_same, self._state[2:], self._now()[2:]))
+
     def restore(self) -> None:
         """Put the generators back to where they were."""
         torch_cpu, accelerator, python, numpy = self._state

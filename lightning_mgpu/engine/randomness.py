@@ -98,6 +98,34 @@ class Stream:
         """The same numbers from the beginning."""
         return Stream(self._seed, self._supply)
 
+    def state(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where it is, together with a device's own generator."""
+        elsewhere = None
+        if device.type != "cpu":
+            elsewhere = torch.get_device_module(device.type).get_rng_state(device)
+        return self._generator.get_state(), elsewhere
+
+    @contextmanager
+    def at(
+        self, state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device
+    ) -> Iterator[None]:
+        """Draw the same numbers as from `state` on, in the calling thread."""
+        other = Stream(self._seed, self._supply)
+        numbers, elsewhere = state
+        other._generator.set_state(numbers)
+        if elsewhere is None:
+            with other.entered():
+                yield
+            return
+        on = torch.get_device_module(device.type)
+        now = on.get_rng_state(device)
+        on.set_rng_state(elsewhere, device)
+        try:
+            with other.entered():
+                yield
+        finally:
+            on.set_rng_state(now, device)
+
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Draw from this stream in the calling thread."""

@@ -55,6 +55,7 @@ class Workers:
         self,
         tasks: Sequence[Callable[[], T]],
         around_calls: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        abandon: Callable[[], object] = lambda: None,
     ) -> list[T]:
         """Run one task per slot, from slot 0 on, and wait for all.
 
@@ -64,6 +65,7 @@ class Workers:
         Args:
             tasks: At most as many as there are slots.
             around_calls: A context in which the calling thread does so.
+            abandon: Called when a task has failed: has those end that wait for others.
 
         Returns:
             The results, in order.
@@ -79,6 +81,7 @@ class Workers:
             run.start(tasks)
             run.wait()
         except BaseException as error:
+            abandon()
             interrupted = isinstance(error, KeyboardInterrupt)
             self._give_up(run.stop(*(_INTERRUPT_SECONDS if interrupted else _ERROR_SECONDS)))
             raise

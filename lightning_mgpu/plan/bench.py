@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from typing_extensions import override
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.pipelining import microbatch
 from lightning_mgpu.engine.pipelining.arguments import Call
+from lightning_mgpu.engine.pipelining.choice import PartitionError, opened_until
 from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
-from lightning_mgpu.engine.pipelining.graph_cut import layers, untied
-from lightning_mgpu.engine.pipelining.ledger import ObservedCutter
+from lightning_mgpu.engine.pipelining.observation import observe
+from lightning_mgpu.engine.pipelining.parity import Parity
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
-from lightning_mgpu.engine.pipelining.splitter import Splitter
-from lightning_mgpu.engine.pipelining.timer import Timer
-from lightning_mgpu.engine.pipelining.trace import Trace, UntraceableError
+from lightning_mgpu.engine.pipelining.splitter import Splitter, Splitting
+from lightning_mgpu.engine.pipelining.trial import Trial
 from lightning_mgpu.engine.pipelining.tuning import Chunks
-from lightning_mgpu.plan.profile import Sample
+from lightning_mgpu.plan.ledger import Watched
+from lightning_mgpu.plan.profile import Sample, Tied
 from lightning_mgpu.plan.turn import Turn, sample_of
 
 __all__: list[str] = []
@@ -58,8 +60,8 @@ class Bench:
         step_batch: Callable[[], Any],
     ) -> None:
         self._module, self._forward, self._made = module, forward, made
-        self._device, self._splitter, self._step_batch = device, splitter, step_batch
-        self._timer = Timer(device, threads)
+        self._device, self._threads = device, threads
+        self._splitter, self._step_batch = splitter, step_batch
         self._turns: list[Turn] = []
         self._ahead: list[Turn] = []
         self._started: float | None = None
@@ -68,16 +70,17 @@ class Bench:
         """Of the layers."""
         self.tensors: list[dict[str, Tensor]] = []
         """Parameters and buffers of each layer, by name."""
+        self.tied: list[Tied] = []
+        """Parameters of several layers."""
         self.batch = 0
         """Samples in a batch."""
         self.least = 1
         """The fewest samples that a micro-batch may have."""
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         for turn in self._turns:
             turn.pipeline.close()
-        self._timer.close()
 
     def step(self) -> bool:
         """A step begins, and the one before is over.
@@ -88,7 +91,7 @@ class Bench:
         Raises:
             NothingMeasuredError: Too many steps were in vain.
         """
-        now = time.perf_counter()
+        now = self._now()
         if self._started is not None and not self._took(now - self._started):
             self._lost += 1
         if self._lost > _LOST:
@@ -97,8 +100,7 @@ class Bench:
                 " the size of the first. Let `training_step` call the module that is to be cut, and"
                 " batches be of one size."
             )
-        self._timer.restart()
-        self._started = time.perf_counter()
+        self._started = self._now()
         return not self._turns or bool(self._ahead)
 
     def _took(self, seconds: float) -> bool:
@@ -106,7 +108,7 @@ class Bench:
         if not self._ahead:
             return False
         turn = self._ahead[0]
-        counts = turn.take(seconds, self._timer, self.batch)
+        counts = turn.take(seconds, self.batch)
         if turn.is_over:
             self._ahead.pop(0)
         return counts
@@ -143,38 +145,65 @@ class Bench:
         training = [m for m in batch_norm.layers_of(self._module.modules()) if m.training]
         self.least = 2 if training else 1
         possible = [n for n in sorted(set(chunks)) if len(self.sizes(n)) == n] or [1]
-        if self._made is None:
-            self.names = self._layers(call, stages)
-            apart: Cutter = ObservedCutter(
-                self._module, self._forward, len(self.names), self.names[1:]
-            )
-            whole = Cutter(self._module, self._forward, 1, [])
-        else:
-            self.names = [f"stage {index}" for index in range(len(self._made))]
-            apart = ObservedCutter(
-                self._module, self._forward, len(self._made), made=list(self._made)
-            )
-            whole = Cutter(self._module, self._forward, 1, made=[_InARow(self._made)])
-        pipelines = [self._pipeline(apart), self._pipeline(whole)]
-        self._turns = [Turn(p, count) for count in _spread(possible) for p in pipelines]
+        apart, whole = self._cutters(call, splitting, stages)
+        # Where it is known which layer is at work.
+        apart.forward = watched = Watched(apart.forward)
+        pipelines = (self._pipeline(apart), watched), (self._pipeline(whole), None)
+        self._turns = [Turn(p, n, w) for n in _spread(possible) for p, w in pipelines]
         self._ahead = list(self._turns)
 
     def sizes(self, chunks: int) -> list[int]:
         """Samples in each micro-batch."""
         return microbatch.sizes(self.batch, chunks, self.least)
 
-    def _layers(self, call: Call, stages: int) -> list[str]:
+    def _cutters(self, call: Call, splitting: Splitting, stages: int) -> tuple[Cutter, Cutter]:
+        """What makes a stage of each layer, and one of all."""
+        module, forward = self._module, self._forward
+        if self._made is not None:
+            self.names = [f"stage {index}" for index in range(len(self._made))]
+            apart = Cutter(module, forward, len(self._made), made=self._made)
+            assert apart.cut is not None
+            self._know(apart.cut)
+            return apart, Cutter(module, forward, 1, made=[_InARow(self._made)])
+        trial = Trial(forward, call, splitting.dims, [self._device])
+        run = partial(trial.run, 0, splitting.size)
+        unseen = Parity("off", "", [self._device]).unseen
+        with unseen(dict(module.named_modules())), torch.no_grad():
+            self.names = self._layers(run, stages)
+            apart = Cutter(module, forward, len(self.names), self.names[1:])
+            cut = apart.observe(run, 1)
+        self._know(cut)
+        return apart, Cutter(module, forward, 1, [])
+
+    def _know(self, cut: Cut) -> None:
+        """Take down whose the parameters are, of a cut with a stage for each layer."""
+        self.tensors = cut.tensors
+        users: dict[int, set[int]] = {}
+        for module, layer in cut.units.values():
+            for parameter in module.parameters():
+                users.setdefault(id(parameter), set()).add(layer)
+        self.tied = [
+            Tied(layer, frozenset(users[id(tensor)]), tensor.nbytes)
+            for layer, tensors in enumerate(cut.tensors)
+            for tensor in tensors.values()
+            if len(users.get(id(tensor), ())) > 1
+        ]
+
+    def _layers(self, run: Callable[[], Any], stages: int) -> list[str]:
         """The layers that a stage can begin with: as many as are of interest, if possible."""
 
-        def recorded(at_least: int) -> Trace:
-            return layers(self._module, self._forward, call.args, call.kwargs, at_least)
+        def size(name: str) -> float:
+            return sum(p.nbytes for p in self._module.get_submodule(name).parameters())
 
-        try:
-            calls = recorded(stages).calls()
-        except UntraceableError:
-            calls = recorded(1).calls()
-        names = list(dict.fromkeys(calls))
-        return [names[index] for index in untied(self._module, calls)]
+        called, _ = observe(self._module, run)
+        names = _apart([call.name for call in opened_until(called, stages, size).calls()])
+        if not names:
+            raise PartitionError(
+                f"`{type(self._module).__name__}` has no layers that its `forward` calls, so it"
+                ' cannot be cut. Choose another `module` (`module=""` is the LightningModule'
+                " itself)."
+            )
+        return names
 
     def _pipeline(self, cutter: Cutter) -> Pipeline:
         return Pipeline(
@@ -183,14 +212,14 @@ class Bench:
             [self._device] * cutter.stages,
             chunks=Chunks(cutter.stages, 1),
             step_batch=self._step_batch,
-            on_cut=self._on_cut,
-            workers=self._timer,
+            threads=self._threads,
+            one_at_a_time=True,
         )
 
-    def _on_cut(self, cut: Cut) -> None:
-        self._timer.expect_forward()
-        if len(cut.tensors) == len(self.names):
-            self.tensors = cut.tensors
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 class _InARow(nn.Module):
@@ -207,6 +236,22 @@ class _InARow(nn.Module):
         for stage in others:
             value = stage(*value) if type(value) is tuple else stage(value)
         return value
+
+
+def _apart(calls: Sequence[str]) -> list[str]:
+    """The layers that a stage can begin with: none is called both before and after.
+
+    Args:
+        calls: The layers, in the order of their calls.
+    """
+    last = {name: index for index, name in enumerate(calls)}
+    found: list[str] = []
+    reached = -1
+    for index, name in enumerate(calls):
+        if index > reached:
+            found.append(name)
+        reached = max(reached, last[name])
+    return found
 
 
 def _spread(counts: Sequence[int]) -> list[int]:

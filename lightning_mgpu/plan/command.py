@@ -4,9 +4,8 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_mgpu.build import Parts, build_node
+from lightning_mgpu.engine.pipelining.choice import PartitionError
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
-from lightning_mgpu.engine.pipelining.partition import PartitionError
-from lightning_mgpu.engine.pipelining.trace import UntraceableError
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.plan.bench import NothingMeasuredError
 from lightning_mgpu.plan.options import Options
@@ -86,5 +85,5 @@ def plan(parts: Parts, options: Options) -> Plan:
     try:
         trainer.fit(parts.model, datamodule=parts.datamodule)
         return predict(rehearsal.profile(), options)
-    except (PartitionError, UntraceableError, SplitError, NothingMeasuredError) as error:
+    except (PartitionError, SplitError, NothingMeasuredError) as error:
         raise ConfigError(f"mode=plan: {' '.join(str(error).split())}") from error

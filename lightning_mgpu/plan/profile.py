@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lightning_mgpu.engine.pipelining import microbatch
-from lightning_mgpu.engine.pipelining.ledger import Holders
+from lightning_mgpu.plan.ledger import Holders
 
 __all__: list[str] = []
 
@@ -44,6 +44,20 @@ class Span(NamedTuple):
     end: int
 
 
+class Tied(NamedTuple):
+    """A parameter that several layers use.
+
+    Attributes:
+        owner: The layer that it lies with.
+        users: All of them.
+        size: Its bytes.
+    """
+
+    owner: int
+    users: frozenset[int]
+    size: int
+
+
 @dataclass(frozen=True)
 class Sample:
     """What was measured with one number of micro-batches.
@@ -79,6 +93,7 @@ class Profile:
         least: The fewest samples that a micro-batch may have.
         samples: By the number of micro-batches.
         split_at: The layers that the user wants stages to begin at.
+        tied: Parameters of several layers.
     """
 
     names: Sequence[str]
@@ -88,6 +103,7 @@ class Profile:
     least: int
     samples: Sequence[Sample]
     split_at: Sequence[str] = ()
+    tied: Sequence[Tied] = ()
 
     def sizes(self, chunks: int) -> list[int]:
         """Samples in each micro-batch; fewer of them if there are too few samples."""
@@ -99,7 +115,13 @@ class Profile:
 
     def weights_of(self, span: Span) -> Weights:
         """The bytes of a stage that do not depend on the batch."""
-        return sum(self.weights[slice(*span)], self.rest if span.first == 0 else Weights())
+        own = sum(self.weights[slice(*span)], self.rest if span.first == 0 else Weights())
+        layers = range(*span)
+        borrowed = sum(
+            tied.size for tied in self.tied if tied.owner not in layers and tied.users & {*layers}
+        )
+        # A copy, with a gradient that goes to the owner's.
+        return own + Weights(parameters=2 * borrowed)
 
 
 def on_line(points: Sequence[tuple[float, float]], at: float) -> float:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mgpu.engine.batch import leaves
-from lightning_mgpu.engine.pipelining.partition import PartitionError, canonical
+from lightning_mgpu.engine.pipelining.choice import PartitionError, canonical
 from lightning_mgpu.engine.pipelining.splitter import Splitter
 from lightning_mgpu.plan.bench import Bench, NothingMeasuredError
 from lightning_mgpu.plan.options import Options
@@ -105,6 +105,7 @@ class Rehearsal(PipelineStrategy):
             least=bench.least,
             samples=bench.samples(),
             split_at=self._starts or [],
+            tied=bench.tied,
         )
 
     def _cuts(self, names: Sequence[str]) -> list[str]:

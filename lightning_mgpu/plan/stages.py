@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from lightning_mgpu.engine.pipelining.ledger import CALLER, Holders
 from lightning_mgpu.engine.pipelining.simulate import Link
+from lightning_mgpu.plan.ledger import CALLER, Holders
 from lightning_mgpu.plan.profile import Profile, Sample, Span, on_line
 
 __all__: list[str] = []
@@ -101,7 +101,9 @@ def _count(costs: Costs, values: Mapping[Holders, float], stage_of: Sequence[int
         if who.producer is not None:
             # The batch lies with the first stage.
             sender = 0 if who.producer == CALLER else stage_of[who.producer]
-            receivers = {stage_of[layer] for layer in who.consumers if layer != CALLER} - {sender}
+            receivers = {stage_of[layer] for layer in who.consumers if layer != CALLER}
+            # What goes back, in a branch that is seldom taken, has no place in the timetable.
+            receivers = {stage for stage in receivers if stage > sender}
             if who.producer != CALLER and (receivers or CALLER in who.consumers):
                 holders.add(sender)
             for receiver in receivers:

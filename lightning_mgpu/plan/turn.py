@@ -7,15 +7,16 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_mgpu.engine.pipelining.ledger import Ledger, ObservedCutter
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
-from lightning_mgpu.engine.pipelining.timer import Timer
+from lightning_mgpu.engine.pipelining.recording import Recording
+from lightning_mgpu.engine.pipelining.timeline import Kind, Timeline
 from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.plan.ledger import Ledger, Watched
 from lightning_mgpu.plan.profile import Sample
 
 __all__: list[str] = []
 
-# Steps that are measured, after one to warm up.
+# Steps that are measured, after one to warm up; before that one, one in which bytes are counted.
 _STEPS = 3
 
 
@@ -31,18 +32,28 @@ class _Counted(Chunks):
 
 @dataclass
 class Turn:
-    """Steps with the module cut in one way, into one number of micro-batches."""
+    """Steps with the module cut in one way, into one number of micro-batches.
+
+    Attributes:
+        pipeline: The module.
+        chunks: The number.
+        watched: The pipeline's `forward`, if bytes are to be counted.
+        seconds: Of each step that counts, from its begin to that of the next.
+        forward: Of each step, what each stage has taken.
+        backward: The same of backward.
+        ledger: The bytes.
+    """
 
     pipeline: Pipeline
     chunks: int
-    ledger: Ledger | None = None
+    watched: Watched | None = None
     seconds: list[float] = field(default_factory=list)
-    """Of each step that counts, from its begin to that of the next."""
     forward: list[list[float]] = field(default_factory=list)
-    """Of each step, what each stage has taken."""
     backward: list[list[float]] = field(default_factory=list)
+    ledger: Ledger | None = None
     _is_warm: bool = False
     _counted: _Counted | None = None
+    _recording: Recording | None = None
 
     @property
     def is_over(self) -> bool:
@@ -53,25 +64,34 @@ class Turn:
             self._begin()
         return self.pipeline(*args, **kwargs)
 
-    def _begin(self) -> None:
-        cutter = self.pipeline.cutter
-        self.pipeline.chunks = self._counted = _Counted(cutter.stages, self.chunks)
-        if isinstance(cutter, ObservedCutter):
-            cutter.ledger = None
-            if not self._is_warm:
-                self.ledger = cutter.observe()
-
-    def take(self, seconds: float, timer: Timer, batch: int) -> bool:
+    def take(self, seconds: float, batch: int) -> bool:
         """Take down what a step has taken; whether it counts."""
         counted, self._counted = self._counted, None
-        if counted is None or counted.done != (self.chunks, batch):
+        recording, self._recording = self._recording, None
+        ledger = None
+        if self.watched is not None:
+            ledger, self.watched.ledger = self.watched.ledger, None
+        if counted is None or recording is None or counted.done != (self.chunks, batch):
             return False
-        if self._is_warm:
+        if ledger is not None:
+            self.ledger = ledger
+        elif not self._is_warm:
+            self._is_warm = True
+        else:
+            timeline = recording.timeline()
             self.seconds.append(seconds)
-            self.forward.append(timer.forward)
-            self.backward.append(timer.backward)
-        self._is_warm = True
+            self.forward.append(_seconds(timeline, "forward"))
+            self.backward.append(_seconds(timeline, "backward"))
         return True
+
+    def _begin(self) -> None:
+        stages = self.pipeline.cutter.stages
+        self.pipeline.chunks = self._counted = _Counted(stages, self.chunks)
+        self.pipeline.recording = self._recording = Recording(self.pipeline.devices)
+        if self.watched is not None and self.ledger is None:
+            roots = self.pipeline.cutter.roots
+            own = (t for root in roots for t in (*root.parameters(), *root.buffers()))
+            self.watched.ledger = Ledger(own)
 
 
 def sample_of(apart: Turn, whole: Turn, batch: int) -> Sample:
@@ -102,6 +122,15 @@ def sample_of(apart: Turn, whole: Turn, batch: int) -> Sample:
         own=median(seconds - sum(f) - sum(b) for seconds, f, b in steps),
         values={who: size / apart.chunks for who, size in apart.ledger.total().items()},
     )
+
+
+def _seconds(timeline: Timeline, kind: Kind) -> list[float]:
+    """What each stage has taken, for all micro-batches."""
+    taken = [0.0] * timeline.stages
+    for span in timeline.spans:
+        if span.kind == kind:
+            taken[span.stage] += span.end - span.start
+    return taken
 
 
 def _medians(steps: Sequence[Sequence[float]], chunks: int) -> list[float]:

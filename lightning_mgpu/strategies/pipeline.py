@@ -35,8 +35,9 @@ class PipelineStrategy(Pipelined, SingleProcessStrategy):
             measured on the first batch. Measured times vary, and with them the cut.
         chunks: Micro-batches; default: 4 for each stage. ``"auto"`` tries 1, 2, 4 and 8 for each
             stage on the first batches, three times each, and keeps the quickest.
-        checkpoint: Which micro-batches keep only their stages' inputs and are computed again in
-            backward: ``"never"``, ``"except_last"`` or ``"always"``.
+        checkpoint: Which micro-batches keep only the inputs of units (submodules that lie with one
+            stage), which are computed again in backward: ``"never"``, ``"except_last"`` or
+            ``"always"``.
         split_args: Parameters of the submodule's `forward`, by name or position, whose tensors have
             an entry per sample. Needed where that is not certain. A mapping gives the dimension of
             the batch, too, as ``{"src": 1}`` for tensors of shape (time, batch, features).

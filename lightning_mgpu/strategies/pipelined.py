@@ -16,9 +16,9 @@ from typing_extensions import override
 from lightning_mgpu.engine.pipelining.cutter import Balance, Cut, Cutter
 from lightning_mgpu.engine.pipelining.hints import hinted
 from lightning_mgpu.engine.pipelining.parity import Parity, ParityCheck
+from lightning_mgpu.engine.pipelining.passage import Checkpoint
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.splitter import SplitArgs, Splitter
-from lightning_mgpu.engine.pipelining.stage_work import Checkpoint
 from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.strategies.attached import callbacks_of
 from lightning_mgpu.strategies.in_parts import InParts
@@ -77,6 +77,7 @@ class Pipelined(InParts):
         self._pipeline: Pipeline | None = None
         self._override: Override | None = None
         self._placed: list[Cut] = []
+        self._expected: Cut | None = None
         self._in_summary: StagesInSummary | None = None
         self._step_batch: Any = None
         self._uncalled: Uncalled | None = None
@@ -95,9 +96,9 @@ class Pipelined(InParts):
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         state_to_parameters(self.optimizers)
-        if self._placed:
-            stages, devices = self._placed[0], self.stage_devices
-            self._in_summary = StagesInSummary(callbacks_of(trainer), stages, devices)
+        stages = self._placed[0] if self._placed else self._expected
+        if stages is not None:
+            self._in_summary = StagesInSummary(callbacks_of(trainer), stages, self.stage_devices)
         if self._trace_dir and trainer.state.fn == TrainerFn.FITTING and self.global_rank == 0:
             assert self._pipeline is not None
             self._trace = StepTrace(self._trace_dir, self._pipeline)
@@ -116,12 +117,16 @@ class Pipelined(InParts):
         assert self.lightning_module is not None
         self._install()
         assert self._pipeline is not None
-        cut = self._pipeline.cutter.early()
-        if cut is not None:
-            self._on_cut(cut)
-        elif self._pipeline.cutter.wants_costs:
-            # They are measured where the first batch will be.
+        cutter = self._pipeline.cutter
+        if cutter.cut is not None:
+            self._on_cut(cutter.cut)
+            return
+        # What it calls is found out at the first call; until then, this is what it likely does.
+        self._expected = cutter.expected()
+        if self._expected is None:
             self.lightning_module.to(self.root_device)
+        else:
+            place(self.lightning_module, self._expected, self.stage_devices)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -163,6 +168,7 @@ class Pipelined(InParts):
             "_pipeline": None,
             "_override": None,
             "_placed": [],
+            "_expected": None,
             "_in_summary": None,
             "_trace": None,
             "_step_batch": None,
@@ -229,7 +235,7 @@ class Pipelined(InParts):
         if self._in_summary is not None:
             self._in_summary.remove()
         self._pipeline = self._override = self._trace = self._in_summary = self._uncalled = None
-        self._placed = []
+        self._placed, self._expected = [], None
 
 
 def _plain(given: Any) -> Any:

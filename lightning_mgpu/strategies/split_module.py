@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_mgpu.engine.pipelining.partition import PartitionError
+from lightning_mgpu.engine.pipelining.choice import PartitionError
 
 __all__: list[str] = []
 

@@ -24,12 +24,12 @@ def show_stages(
         chunks: Micro-batches.
         costs: Of each layer, if they have been measured.
     """
-    measured = [stage_cost(stage.modules, costs) for stage in cut.partition.stages]
+    measured = [stage_cost(layers, costs) for layers in cut.layers]
     header = ["stage", "device", "layers", "parameters"]
     rows = [[*header, "activations", "time"] if costs else header]
-    for stage, device, cost in zip(cut.partition.stages, devices, measured, strict=True):
-        size = readable_bytes(parameter_bytes(cut, stage.index))
-        row = [str(stage.index), str(device), _span(stage.modules), size]
+    for stage, (device, cost) in enumerate(zip(devices, measured, strict=True)):
+        size = readable_bytes(parameter_bytes(cut, stage))
+        row = [str(stage), str(device), _span(cut.layers[stage]), size]
         if costs:
             row += [readable_bytes(cost.activations), f"{cost.seconds * 1e3:.2f} ms"]
         rows.append(row)

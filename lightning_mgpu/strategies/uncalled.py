@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_mgpu.engine.pipelining.partition import PartitionError
+from lightning_mgpu.engine.pipelining.choice import PartitionError
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 
 log = logging.getLogger(__name__)

@@ -1,83 +1,157 @@
 """The rows of the zoo, in the order of the table in docs/models.md."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from zoo import Row
 
 _OWN = "the loss has a denominator of its own: "
 _UNUSED = "layers that are left out have no gradient: `DDPStrategy(find_unused_parameters=True)`"
+_GRAPHS = "`pipeline` takes graphs whole (`chunks=1`)"
+
+
+def _rows(package: str, module: str, **models: str | tuple[str, dict[str, Any]]) -> Iterator[Row]:
+    """A row for each function of a module: the model's name, and outcomes other than "pass"."""
+    for function, model in models.items():
+        name, outcomes = (model, {}) if isinstance(model, str) else model
+        yield Row(package, name, f"{module}.{function}", **outcomes)
+
+
+def _but(name: str, **outcomes: str) -> tuple[str, dict[str, Any]]:
+    return name, outcomes
+
 
 ROWS = [
-    Row("transformers", "BERT, padding masks, loss in the step", "zoo_text.bert_loss_in_step"),
-    Row(
-        "transformers", "BERT, loss in the model, all hidden states", "zoo_text.bert_hidden_states"
-    ),
-    Row("transformers", "GPT-2, caches in the output", "zoo_text.gpt2"),
-    Row(
+    *_rows(
         "transformers",
-        "GPT-2, padding as label -100",
-        "zoo_text.gpt2_padded",
-        dp="needs advice",
-        note=_OWN + "shards weigh by tokens, `Shard(size=...)`",
+        "zoo_text",
+        bert_loss_in_step="BERT, padding masks, loss in the step",
+        bert_hidden_states="BERT, loss in the model, all hidden states",
+        gpt2="GPT-2, caches in the output",
+        gpt2_padded=_but(
+            "GPT-2, padding as label -100",
+            dp="needs advice",
+            pipeline="refused",
+            note=_OWN + "shards weigh by tokens, `Shard(size=...)`; in a pipeline, take the loss"
+            " in the step, or `chunks=1`",
+        ),
+        t5="T5, caches of encoder and decoder in the output",
+        vit="ViT",
+        llama="Llama, tied weights, activation checkpointing",
+        llama_generates="Llama, `generate` in evaluation",
+        clip=_but(
+            "CLIP, contrastive loss",
+            dp="warned",
+            pipeline="refused",
+            note="samples are compared with those of their shard only; `chunks=1`",
+        ),
     ),
-    Row("transformers", "T5, caches of encoder and decoder in the output", "zoo_text.t5"),
-    Row("transformers", "ViT", "zoo_text.vit"),
-    Row("transformers", "Llama, tied weights, activation checkpointing", "zoo_text.llama"),
-    Row("transformers", "Llama, `generate` in evaluation", "zoo_text.llama_generates"),
-    Row(
+    *_rows(
         "transformers",
-        "CLIP, contrastive loss",
-        "zoo_text.clip",
-        dp="warned",
-        note="samples are compared with those of their shard only",
+        "zoo_families",
+        roberta="RoBERTa, masked words, loss in the step",
+        deberta="DeBERTa, masked words",
+        albert="ALBERT, shared layers",
+        distilbert="DistilBERT",
+        modernbert="ModernBERT",
+        mistral="Mistral, sliding window",
+        qwen2="Qwen2",
+        qwen3="Qwen3",
+        gemma2="Gemma 2",
+        phi3="Phi-3",
+        gpt_neox="GPT-NeoX",
+        opt="OPT",
+        bloom="BLOOM",
+        mixtral="Mixtral, experts",
+        mamba="Mamba",
+        bart="BART",
+        llama_in_step="Llama, loss in the step",
+        swin="Swin",
+        convnext="ConvNeXt",
+        segformer="SegFormer",
+        wav2vec2="Wav2Vec2",
+        whisper="Whisper",
     ),
-    Row("peft", "LoRA on a Llama", "zoo_text.lora"),
-    Row("x-transformers", "decoder with rotary positions, loss in the model", "zoo_text.x_decoder"),
-    Row("x-transformers", "encoder with ALiBi and padding masks", "zoo_text.x_encoder"),
-    Row("timm", "ResNet, frozen batch normalisation", "zoo_images.timm_resnet"),
-    Row(
+    *_rows("peft", "zoo_text", lora="LoRA on a Llama"),
+    *_rows(
+        "x-transformers",
+        "zoo_text",
+        x_decoder="decoder with rotary positions, loss in the model",
+        x_encoder="encoder with ALiBi and padding masks",
+    ),
+    *_rows(
+        "torch",
+        "zoo_torch",
+        encoder="`nn.TransformerEncoder`, padding masks",
+        time_first="`nn.TransformerEncoder`, time first",
+        sequences="`nn.Transformer`, embeddings in the step",
+        lstm="LSTM, both directions",
+    ),
+    *_rows(
         "timm",
-        "ResNet, batch normalisation in training",
-        "zoo_images.timm_batch_norm",
-        dp="differs",
-        note="each shard is normalised by itself",
+        "zoo_images",
+        timm_resnet="ResNet, frozen batch normalisation",
+        timm_batch_norm=_but(
+            "ResNet, batch normalisation in training",
+            dp="differs",
+            pipeline="differs",
+            note="each shard is normalised by itself",
+        ),
+        timm_vit="ViT",
+        timm_convnext="ConvNeXt",
+        timm_features="EfficientNet as a backbone, a list of feature maps",
     ),
-    Row("timm", "ViT", "zoo_images.timm_vit"),
-    Row("timm", "ConvNeXt", "zoo_images.timm_convnext"),
-    Row("timm", "EfficientNet as a backbone, a list of feature maps", "zoo_images.timm_features"),
-    Row("torchvision", "ResNet", "zoo_images.resnet"),
-    Row("torchvision", "DenseNet, memory-efficient", "zoo_images.densenet"),
-    Row("torchvision", "FCN, two outputs in a dict", "zoo_images.fcn"),
-    Row("torchvision", "RetinaNet, lists of images and targets", "zoo_images.retinanet"),
-    Row(
+    *_rows(
         "torchvision",
-        "FCOS, lists of images and targets",
-        "zoo_images.fcos",
-        dp="warned",
-        note="its losses are divided by the anchors that match in the batch",
+        "zoo_images",
+        resnet="ResNet",
+        densenet="DenseNet, memory-efficient",
+        fcn="FCN, two outputs in a dict",
+        retinanet=_but(
+            "RetinaNet, lists of images and targets",
+            pipeline="refused",
+            note='in a pipeline, cut a part that takes tensors (`module="net.head"`)',
+        ),
+        fcos=_but(
+            "FCOS, lists of images and targets",
+            dp="warned",
+            pipeline="refused",
+            note="its losses are divided by the anchors that match in the batch; in a pipeline,"
+            ' cut a part that takes tensors (`module="net.head"`)',
+        ),
     ),
-    Row(
+    *_rows(
         "segmentation_models_pytorch",
-        "U-Net, cross entropy",
-        "zoo_images.unet",
-        ddp="needs advice",
-        note=_UNUSED,
+        "zoo_images",
+        unet=_but("U-Net, cross entropy", ddp="needs advice", note=_UNUSED),
+        unet_dice=_but(
+            "U-Net, Dice loss over the batch",
+            dp="warned",
+            ddp="needs advice",
+            note="the loss is no mean over samples; " + _UNUSED,
+        ),
     ),
-    Row(
-        "segmentation_models_pytorch",
-        "U-Net, Dice loss over the batch",
-        "zoo_images.unet_dice",
-        dp="warned",
-        ddp="needs advice",
-        note="the loss is no mean over samples; " + _UNUSED,
+    *_rows(
+        "monai",
+        "zoo_medical",
+        unet="U-Net, residual units, in 3D",
+        attention_unet="Attention U-Net",
+        dyn_unet="DynUNet",
+        segresnet="SegResNet",
+        unetr="UNETR",
     ),
-    Row("torch_geometric", "GCN, a batch of graphs", "zoo_graphs.gcn"),
-    Row("torch_geometric", "GAT, a batch of graphs as output", "zoo_graphs.gat"),
-    Row("torch_geometric", "GIN, `(graphs, labels)`", "zoo_graphs.gin_with_labels"),
-    Row("torch_geometric", "GraphSAGE on heterogeneous graphs", "zoo_graphs.hetero"),
-    Row(
+    *_rows(
         "torch_geometric",
-        "GCN, loss over nodes",
-        "zoo_graphs.nodes",
-        dp="needs advice",
-        note=_OWN + "shards weigh by nodes, `Shard(size=...)`",
+        "zoo_graphs",
+        gcn=_but("GCN, a batch of graphs", pipeline="refused", note=_GRAPHS),
+        gat=_but("GAT, a batch of graphs as output", pipeline="refused", note=_GRAPHS),
+        gin_with_labels=_but("GIN, `(graphs, labels)`", pipeline="refused", note=_GRAPHS),
+        hetero=_but("GraphSAGE on heterogeneous graphs", pipeline="refused", note=_GRAPHS),
+        nodes=_but(
+            "GCN, loss over nodes",
+            dp="needs advice",
+            pipeline="refused",
+            note=_OWN + "shards weigh by nodes, `Shard(size=...)`; " + _GRAPHS,
+        ),
     ),
 ]

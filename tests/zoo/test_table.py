@@ -10,10 +10,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 def table() -> Iterator[str]:
     """The lines of the table, as docs/models.md has them."""
-    yield "| Package | Model | `dp` on 2 and 3 | `mgpu_ddp` | Note |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| Package | Model | `dp` on 2 and 3 | `mgpu_ddp` | `pipeline` on 2 and 3 | Note |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for row in ROWS:
-        cells = (row.package, row.model, row.dp, row.ddp, row.note)
+        cells = (row.package, row.model, row.dp, row.ddp, row.pipeline, row.note)
         yield "| " + " | ".join(cells).rstrip() + " |"
 
 

@@ -8,10 +8,11 @@ import zoo
 from rows import ROWS
 from zoo import Row
 
-from lightning_mgpu import DataParallelStrategy, DDPStrategy
+from lightning_mgpu import DataParallelStrategy, DDPStrategy, PipelineDDPStrategy, PipelineStrategy
 
 pytestmark = pytest.mark.slow
 WEIGHTS = 1e-9
+WITH_RANKS = {"zoo_text.bert_loss_in_step", "zoo_text.llama", "zoo_images.timm_resnet"}
 SAID = "gives something else on"
 
 
@@ -61,6 +62,37 @@ def test_dp_is_one_device_or_says_what_to_do(
         actual = zoo.run(case, advised, devices, zoo.Samples(case))
         assert not _ours(caplog)
         _assert_equal(actual, expected, case.tolerance)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("row", ROWS, ids=_id)
+def test_pipeline_is_one_device_or_says_what_to_do(
+    row: Row, stages: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = _case(row)
+    expected = zoo.one_device(row)
+    if row.pipeline == "refused":
+        with pytest.raises(ValueError, match="`" + "|`".join(case.pipeline_advice)):
+            zoo.run(case, "pipeline", stages, zoo.Samples(case))
+        strategy = PipelineStrategy(**case.pipeline_advice)
+    else:
+        strategy = PipelineStrategy()
+    actual = zoo.run(case, strategy, stages, zoo.Samples(case))
+    assert not _ours(caplog)
+    if row.pipeline == "differs":
+        assert zoo.differences(actual.weights, expected.weights, WEIGHTS)
+        return
+    _assert_equal(actual, expected, case.tolerance)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.make in WITH_RANKS], ids=_id)
+def test_pipeline_ddp_averages_gradients(row: Row) -> None:
+    case = _case(row)
+    expected = zoo.averaged_gradients(row)
+    strategy = PipelineDDPStrategy(stages=2)
+    devices = zoo.RANKS * 2
+    actual = zoo.run(case, strategy, devices, zoo.Samples(case, zoo.SHARE, "ranks"))
+    assert not zoo.differences(actual.weights, expected.weights, WEIGHTS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=_id)

@@ -18,7 +18,7 @@ RANKS = 2
 SHARE = BATCH // RANKS
 SEED = 5
 
-Outcome = Literal["pass", "needs advice", "warned", "differs"]
+Outcome = Literal["pass", "needs advice", "warned", "refused", "differs"]
 """Of a row; docs/models.md says what each of them means."""
 
 
@@ -32,6 +32,7 @@ class Row:
         make: `module.function`, which makes the `Case`.
         dp: What `dp` does on two and three devices, compared with one.
         ddp: What `mgpu_ddp` does with two ranks, compared with averaged gradients.
+        pipeline: What `pipeline` does with two and three stages, compared with one device.
         note: Why, or what to do.
     """
 
@@ -40,6 +41,7 @@ class Row:
     make: str
     dp: Outcome = "pass"
     ddp: Outcome = "pass"
+    pipeline: Outcome = "pass"
     note: str = ""
 
     def case(self) -> "Case":
@@ -57,6 +59,7 @@ class Case:
         collate: Makes a batch of a list of samples; default: torch's.
         advice: Arguments of `DataParallelStrategy` that the warning recommends.
         ddp_advice: Those of `DDPStrategy` that the error recommends.
+        pipeline_advice: Those of `PipelineStrategy` that the error recommends.
         tolerance: Of losses; some packages compute them in float32.
     """
 
@@ -65,6 +68,7 @@ class Case:
     collate: Callable[[list[Any]], Any] | None = None
     advice: Mapping[str, Any] = field(default_factory=dict)
     ddp_advice: Mapping[str, Any] = field(default_factory=dict)
+    pipeline_advice: Mapping[str, Any] = field(default_factory=lambda: {"chunks": 1})
     tolerance: float = 1e-9
 
 

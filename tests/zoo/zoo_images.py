@@ -186,7 +186,7 @@ def _detector(net: Callable[..., nn.Module], channels: int, side: int) -> Case:
             )
         )
 
-    return Case(build, _photographs(), lists)
+    return Case(build, _photographs(), lists, pipeline_advice={"module": "net.head"})
 
 
 retinanet = partial(_detector, RetinaNet, 8, 16)

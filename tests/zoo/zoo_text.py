@@ -54,30 +54,30 @@ class Contrastive(LossInModel):
         return self.net(**batch).image_embeds
 
 
-def _ids(length: int = LENGTH) -> Tensor:
+def token_ids(length: int = LENGTH) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, VOCABULARY, (BATCH * STEPS, length), generator=generator)
 
 
-def _sentences() -> list[dict[str, Tensor]]:
+def sentences() -> list[dict[str, Tensor]]:
     """With padding masks, and a label each."""
     masks = [(torch.arange(LENGTH) < 4 + i % 5).long() for i in range(BATCH * STEPS)]
     return [
         {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(i % 3)}
-        for i, (ids, mask) in enumerate(zip(_ids(), masks, strict=True))
+        for i, (ids, mask) in enumerate(zip(token_ids(), masks, strict=True))
     ]
 
 
-def _texts() -> list[dict[str, Tensor]]:
-    return [{"input_ids": ids, "labels": ids} for ids in _ids()]
+def texts() -> list[dict[str, Tensor]]:
+    return [{"input_ids": ids, "labels": ids} for ids in token_ids()]
 
 
-def _padded_texts() -> list[dict[str, Tensor]]:
+def padded_texts() -> list[dict[str, Tensor]]:
     """Of different lengths; padding is no label."""
     masks = [(torch.arange(LENGTH) < 3 + i % 6).long() for i in range(BATCH * STEPS)]
     return [
         {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask == 1, ids, -100)}
-        for ids, mask in zip(_ids(), masks, strict=True)
+        for ids, mask in zip(token_ids(), masks, strict=True)
     ]
 
 
@@ -123,20 +123,20 @@ def _llama(**options: Any) -> Any:
 
 
 def bert_loss_in_step() -> Case:
-    return Case(lambda: LossInStep(_bert()), _sentences())
+    return Case(lambda: LossInStep(_bert()), sentences())
 
 
 def bert_hidden_states() -> Case:
-    return Case(lambda: LossInModel(_bert(output_hidden_states=True)), _sentences())
+    return Case(lambda: LossInModel(_bert(output_hidden_states=True)), sentences())
 
 
 def gpt2() -> Case:
-    return Case(lambda: LossInModel(_gpt2()), _texts(), tolerance=_FLOAT32)
+    return Case(lambda: LossInModel(_gpt2()), texts(), tolerance=_FLOAT32)
 
 
 def gpt2_padded() -> Case:
     advice = {"scatter_fn": by_tokens}
-    return Case(lambda: CountsTokens(_gpt2()), _padded_texts(), advice=advice, tolerance=_FLOAT32)
+    return Case(lambda: CountsTokens(_gpt2()), padded_texts(), advice=advice, tolerance=_FLOAT32)
 
 
 def t5() -> Case:
@@ -150,7 +150,7 @@ def t5() -> Case:
         dropout_rate=0.0,
         decoder_start_token_id=0,
     )
-    return Case(lambda: LossInModel(hf.T5ForConditionalGeneration(config)), _texts())
+    return Case(lambda: LossInModel(hf.T5ForConditionalGeneration(config)), texts())
 
 
 def vit() -> Case:
@@ -167,7 +167,7 @@ def llama() -> Case:
         net.gradient_checkpointing_enable()
         return LossInModel(net)
 
-    return Case(build, _texts(), tolerance=_FLOAT32)
+    return Case(build, texts(), tolerance=_FLOAT32)
 
 
 class Generates(LossInModel):
@@ -176,7 +176,7 @@ class Generates(LossInModel):
 
 
 def llama_generates() -> Case:
-    return Case(lambda: Generates(_llama()), _texts(), tolerance=_FLOAT32)
+    return Case(lambda: Generates(_llama()), texts(), tolerance=_FLOAT32)
 
 
 def clip() -> Case:
@@ -187,7 +187,7 @@ def clip() -> Case:
     )
     samples = [
         {"input_ids": ids, "pixel_values": image}
-        for ids, image in zip(_ids(), _images(), strict=True)
+        for ids, image in zip(token_ids(), _images(), strict=True)
     ]
     return Case(lambda: Contrastive(hf.CLIPModel(config)), samples)
 
@@ -197,7 +197,7 @@ def lora() -> Case:
         r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False
     )
     build = partial(_adapted, config)
-    return Case(lambda: LossInModel(build()), _texts(), tolerance=_FLOAT32)
+    return Case(lambda: LossInModel(build()), texts(), tolerance=_FLOAT32)
 
 
 def _adapted(config: peft.LoraConfig) -> Any:
@@ -220,7 +220,7 @@ def x_decoder() -> Case:
         net = xt.TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=16, attn_layers=layers)
         return LossFromForward(xt.AutoregressiveWrapper(net))
 
-    return Case(build, list(_ids()))
+    return Case(build, list(token_ids()))
 
 
 class Pooled(Model):

@@ -1,10 +1,16 @@
-"""A module cut into stages, with micro-batches streaming through.
+"""A module computed in stages, with micro-batches streaming through.
 
-Cutting: `trace`, `graph_cut`, `stage_builder`, `partition`, `measure`, `balance`, `cutter`.
-Running: `arguments`, `origin`, `refused`, `splitter`, `microbatch`, `values`, `schedule`, `links`,
-`shadow`, `memory`, `stage_work`, `passage`, `joining`, `output`, `tuning`; `recording` makes a
-`timeline` of it. `pipeline` puts all together.
+Each micro-batch runs the module's own `forward` in a thread of its own (drawn in `traveller`).
+
+Cutting: `observation` watches what `forward` calls, `measure` what that costs, `choice` and
+`balance` deal it out, `cutter` puts that together.
+Running: `arguments`, `origin`, `refused`, `splitter` and `microbatch` split a call, `given` hands
+it to micro-batches. `traveller` takes one through the stages: `units` and `glue` notice where it
+comes to another, `turns` let it in by `schedule`, `segments` and `position` keep its graph apart,
+`recompute` and `memory` spare parts of it, `shadow` stands for parameters. `passage` does so with
+all, forward and backward; `structure`, `joining` and `output` put together what they return.
+`tuning` tries numbers of micro-batches; `recording` makes a `timeline`. `pipeline` is all of it.
 Checking: `trial` runs a few samples, `calm` and `held` keep that from having effects, `parity`,
 `comparison` and `left_behind` compare; `assigned` looks at attributes before a call.
-Foreseeing: `timer` and `ledger` measure stages, `simulate` tells what others would take.
+Foreseeing: `simulate` tells what other numbers of stages would take.
 """

@@ -1,16 +1,20 @@
 """The arguments of a call, taken apart."""
 
+import copy
 import inspect
+import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_mgpu.engine.batch import leaves, map_leaves
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
-from lightning_mgpu.engine.pipelining.trace import Input
+
+log = logging.getLogger(__name__)
 
 __all__: list[str] = []
 
@@ -18,17 +22,11 @@ _PLAIN = (str, bytes, bool, int, float, complex)
 _FLAGS = (bool, type(None))
 
 
-class Same:
-    """Equal to another only if both hold the very same object, which lives as long as this."""
+class Input:
+    """Stands for a tensor among the arguments of a call."""
 
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and other._value is self._value
-
-    def __hash__(self) -> int:
-        return id(self._value)
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,19 @@ class Call:
     Attributes:
         tensors: By name: the parameter of `forward`, and where in it.
         lists: Plain lists, which might hold a value per sample, by name.
+        sequences: Other lists and tuples, by name.
         objects: What is neither a container, a tensor nor a plain value, by name.
         args: The positional arguments, with an `Input` for each tensor.
         kwargs: The same by name.
-        key: What is equal for calls that differ in their tensors only.
         kind: What is equal for calls of one structure, whatever the numbers and texts in them.
     """
 
     tensors: dict[str, Tensor]
     lists: dict[str, Sequence[Any]]
+    sequences: dict[str, Sequence[Any]]
     objects: dict[str, Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    key: Hashable
     kind: Hashable
 
     @classmethod
@@ -69,7 +67,6 @@ class Call:
         found = [pair for name, value in named for pair in leaves(value, name)]
         inputs = {id(leaf): Input(name) for name, leaf in reversed(found) if _is_tensor(leaf)}
         tensors: dict[str, Tensor] = {}
-        key: list[Hashable] = []
         kind: list[Hashable] = []
         for name, leaf in found:
             if isinstance(leaf, PackedSequence):
@@ -79,19 +76,52 @@ class Call:
                 )
             if isinstance(leaf, Tensor):
                 tensors[inputs[id(leaf)].name] = leaf
-                key.append((name, inputs[id(leaf)].name))
                 kind.append((name, leaf.dim()))
             else:
-                key.append((name, type(leaf), leaf if _is_hashable(leaf) else Same(leaf)))
                 kind.append((name, leaf if isinstance(leaf, _FLAGS) else type(leaf)))
 
         def put(leaf: Any) -> Any:
             return inputs.get(id(leaf), leaf)
 
         lists = {name: value for name, value in named if _is_plain_list(value)}
+        sequences: dict[str, Sequence[Any]] = {
+            n: v for n, v in named if isinstance(v, (list, tuple)) and n not in lists
+        }
         objects = {n: leaf for n, leaf in found if not isinstance(leaf, (Tensor, *_PLAIN))}
         filled = map_leaves(put, (tuple(args), dict(kwargs)))
-        return cls(tensors, lists, objects, filled[0], filled[1], tuple(key), tuple(kind))
+        return cls(tensors, lists, sequences, objects, filled[0], filled[1], tuple(kind))
+
+    def filled(
+        self, tensors: Mapping[str, Any], objects: Mapping[int, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, with other tensors in their places.
+
+        Args:
+            tensors: By name.
+            objects: Others in the places of objects, by their `id`.
+        """
+
+        def put(leaf: Any) -> Any:
+            if isinstance(leaf, Input):
+                return tensors[leaf.name]
+            return (objects or {}).get(id(leaf), leaf)
+
+        made: tuple[tuple[Any, ...], dict[str, Any]] = map_leaves(put, (self.args, self.kwargs))
+        return made
+
+    def stateful(self) -> dict[str, Any]:
+        """Objects that `forward` may write to, such as a cache of keys and values, by name."""
+        return {name: value for name, value in self.objects.items() if _has_state(value)}
+
+    def copied_objects(self) -> dict[int, Any]:
+        """Copies of those objects, by the `id` of each; without those that cannot be copied."""
+        copies: dict[int, Any] = {}
+        for value in self.stateful().values():
+            try:
+                copies[id(value)] = copy.deepcopy(value)
+            except Exception:
+                log.debug("A `%s` cannot be copied.", type(value).__name__, exc_info=True)
+        return copies
 
 
 def _positions(signature: inspect.Signature) -> Iterable[str]:
@@ -101,17 +131,15 @@ def _positions(signature: inspect.Signature) -> Iterable[str]:
         yield name
 
 
+def _has_state(value: Any) -> bool:
+    if isinstance(value, (type, nn.Module)) or callable(value):
+        return False
+    return bool(getattr(value, "__dict__", None)) and not isinstance(value, torch.Generator)
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
 def _is_plain_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(entry, _PLAIN) for entry in value)
-
-
-def _is_hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True

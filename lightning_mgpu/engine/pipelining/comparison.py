@@ -7,14 +7,10 @@ from torch import Tensor, nn
 
 from lightning_mgpu.engine.compare import Difference, compare
 from lightning_mgpu.engine.pipelining import joining
-from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.cutter import Cut
 from lightning_mgpu.engine.pipelining.held import Held
 from lightning_mgpu.engine.pipelining.joining import Layout, Layouts
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
-from lightning_mgpu.engine.pipelining.output import paths
-from lightning_mgpu.engine.pipelining.partition import Name
-from lightning_mgpu.engine.pipelining.splitter import Splitting
 from lightning_mgpu.engine.pipelining.trial import Trial
 
 __all__: list[str] = []
@@ -27,19 +23,15 @@ class Comparison:
     """One call's first samples, whole and in two parts.
 
     Args:
-        call: The call.
-        cut: Its stages.
-        splitting: How its arguments are split.
+        trial: Runs some of the samples.
+        cut: The stages.
+        size: How many samples there are.
         devices: The device of each stage.
     """
 
-    def __init__(
-        self, call: Call, cut: Cut, splitting: Splitting, devices: Sequence[torch.device]
-    ) -> None:
-        self._partition, self._dims = cut.partition, splitting.dims
-        self._trial = Trial(cut.partition, devices, call.tensors, splitting.dims)
-        self._arguments = call.tensors.keys()
-        self._total = min(_SAMPLES, splitting.size)
+    def __init__(self, trial: Trial, cut: Cut, size: int, devices: Sequence[torch.device]) -> None:
+        self._trial = trial
+        self._total = min(_SAMPLES, size)
         self._counts = [self._total // 2, self._total - self._total // 2]
         self._coarse = _least_precise(cut, devices)
         self.differences: list[Difference] = []
@@ -76,18 +68,17 @@ class Comparison:
             SplitError: A tensor of the output has no dimension for the batch.
         """
         layouts: dict[str, Layout] = {}
-        unequal: dict[str, Name] = {}
-        for name, path in paths(self._partition).items():
-            if name in self._arguments or not self._partition.origins[name] & self._dims.keys():
-                continue
-            values = [self._whole[name], *(part[name] for part in self._parts)]
-            for place, column in joining.columns(values, [self._total, *self._counts], path):
-                if isinstance(column[0], Tensor):
-                    layouts[place], different = self._layout(place, column)
-                    self.compared += 1
-                    if different:
-                        unequal[place] = name
-                        self.differences += different
+        unequal: dict[str, Tensor] = {}
+        outputs = [self._whole, *self._parts]
+        for place, column in joining.columns(outputs, [self._total, *self._counts], "output"):
+            if isinstance(column[0], Tensor):
+                layouts[place], different = self._layout(place, column)
+                self.compared += 1
+                if different:
+                    unequal[place] = column[0]
+                    self.differences += different
+            else:
+                joining.same(column, [self._total, *self._counts], place)
         if unequal:
             self._leave_out_random(unequal, layouts, proven)
         return layouts
@@ -96,12 +87,15 @@ class Comparison:
         whole, *parts = column
         layout = joining.told(column, [self._total, *self._counts], place)
         if layout.dim is None:
-            for part in parts:
-                if compare(whole, part, place, self._coarse):
-                    raise SplitError(joining.unjoinable(place, whole))
-            return layout, []
+            if not any(compare(whole, part, place, self._coarse) for part in parts):
+                return layout, []
+            if not joining.is_number(whole):
+                raise SplitError(joining.unjoinable(place, whole))
+            if not self._compared(whole, parts, joining.TOTAL, place):
+                return joining.TOTAL, []
+            layout = joining.MEAN
         found = self._compared(whole, parts, layout, place)
-        if found and whole.shape[layout.dim] != self._total:
+        if found and layout.dim is not None and whole.shape[layout.dim] != self._total:
             other = Layout(layout.dim, minor=True)
             if not self._compared(whole, parts, other, place):
                 return other, []
@@ -113,30 +107,24 @@ class Comparison:
         return compare(whole, joining.cat(parts, self._counts, layout)[0], place, self._coarse)
 
     def _leave_out_random(
-        self, unequal: Mapping[str, Name], layouts: dict[str, Layout], proven: Layouts
+        self, unequal: Mapping[str, Tensor], layouts: dict[str, Layout], proven: Layouts
     ) -> None:
         """Take out what differs from itself, too, when it is computed once more."""
         again = self._trial.run(0, self._total)
         self._start.restore(generators=False)
-        random = set()
-        for name in set(unequal.values()):
-            before, now = self._whole[name], again[name]
-            for place, column in joining.columns([before, now], [self._total] * 2, "") or ():
-                if isinstance(column[0], Tensor) and compare(*column):
-                    random.add((name, place))
-        paths_of = paths(self._partition)
-        for place, name in unequal.items():
-            if (name, place.removeprefix(paths_of[name])) not in random:
+        columns = joining.columns([self._whole, again], [self._total] * 2, "output")
+        random = {
+            place for place, column in columns if isinstance(column[0], Tensor) and compare(*column)
+        }
+        for place, tensor in unequal.items():
+            if place not in random:
                 continue
             self.random += 1
             self.differences = [d for d in self.differences if d.path != place]
             dim = layouts[place].dim
-            tensors = [
-                v for p, v in joining.placed(self._whole[name], paths_of[name]) if p == place
-            ]
-            if dim is not None and tensors[0].shape[dim] != self._total:
+            if dim is not None and tensor.shape[dim] != self._total:
                 if place not in proven:
-                    raise SplitError(joining.unordered(place, tensors[0], self._total))
+                    raise SplitError(joining.unordered(place, tensor, self._total))
                 layouts[place] = proven[place]
 
 

@@ -1,28 +1,17 @@
-"""Decides where a module is cut, once, and cuts it for each kind of call."""
+"""Decides which stage each submodule belongs to, once, from what one call does."""
 
-import inspect
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from lightning_mgpu.engine import batch_norm
-from lightning_mgpu.engine.pipelining import balance
-from lightning_mgpu.engine.pipelining.arguments import Call, Same
-from lightning_mgpu.engine.pipelining.graph_cut import layers, partition, untied
-from lightning_mgpu.engine.pipelining.measure import Cost, measure
-from lightning_mgpu.engine.pipelining.memory import Memory, memories
-from lightning_mgpu.engine.pipelining.partition import (
-    Partition,
-    PartitionError,
-    Stage,
-    ancestors,
-    canonical,
-    chain,
-)
-from lightning_mgpu.engine.pipelining.trace import Input, UntraceableError
+from lightning_mgpu.engine.pipelining import choice
+from lightning_mgpu.engine.pipelining.choice import PartitionError, canonical
+from lightning_mgpu.engine.pipelining.measure import Cost, measured
+from lightning_mgpu.engine.pipelining.observation import Called, observe, registered
 
 __all__: list[str] = []
 
@@ -31,32 +20,32 @@ Balance = Sequence[int] | Literal["parameters", "time", "memory"]
 # What a parameter takes beside itself: its gradient, and two moments in the optimizer.
 _COPIES_OF_PARAMETERS = 4
 
-# Calls that differ in more than their tensors have partitions of their own; the oldest are dropped.
-_MAX_PARTITIONS = 32
-_ATOMS = (bool, int, float, complex, str, bytes, type(None))
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cut:
-    """A partition, and the modules that each of its stages runs.
+    """Which stage everything belongs to.
 
     Attributes:
-        partition: The stages.
-        modules: Of each stage.
-        layers: Layers of each stage that keep running statistics.
+        layers: Of each stage, the names of the submodules that it computes, in order.
+        units: By name, each submodule that is computed as a whole, and its stage.
         tensors: Parameters and buffers of each stage, by name.
-        memories: What the modules of each stage remember.
+        way: The stages that the observed call has visited, in order.
+        stage_of: The stage of each module, by its `id`; those that are opened have none.
+        owner: The stage of each parameter and buffer, by its `id`.
+        normalised: Layers that keep running statistics.
     """
 
-    partition: Partition
-    modules: list[list[nn.Module]]
-    layers: list[list[nn.Module]]
+    layers: tuple[tuple[str, ...], ...]
+    units: Mapping[str, tuple[nn.Module, int]]
     tensors: list[dict[str, Tensor]]
-    memories: list[Memory]
+    way: tuple[int, ...]
+    stage_of: Mapping[int, int]
+    owner: Mapping[int, int]
+    normalised: list[nn.Module]
 
 
 class Cutter:
-    """Cuts a module into stages, always at the same submodules.
+    """Cuts a module into stages.
 
     Args:
         module: The module.
@@ -81,19 +70,29 @@ class Cutter:
     ) -> None:
         self.module, self.forward, self.stages = module, forward, stages
         self._balanced, self._made = balanced, made
-        self.cuts: list[str] | None = None
-        """Where stages begin, once that is known."""
+        self._starts: list[str] | None = None
         self.costs: dict[str, Cost] = {}
         """Of each layer, if they have been measured."""
+        self.cut: Cut | None = None
+        """The cut, once it is known."""
         if split_at is not None:
             _check_count("split_at", len(split_at) + 1, stages, f"{stages - 1} names")
-            self.cuts = [canonical(module, name) for name in split_at]
+            self._starts = [canonical(module, name) for name in split_at]
         elif made is not None:
             _check_count("configure_pipeline", len(made), stages, f"{stages} modules")
+            self.forward = _Chain(made)
+            self.cut = self._of_made(made)
         elif not isinstance(balanced, str):
             _check_count("balance", len(balanced), stages, f"{stages} numbers")
-        self._known: dict[Hashable, Cut] = {}
-        self._owners: dict[str, int] = {}
+
+    def current(self) -> Cut | None:
+        """The cut, if it is known and its modules are still there."""
+        if self.cut is not None and self._made is None:
+            for name, (module, _) in self.cut.units.items():
+                if _at(self.module, name) is not module:
+                    self.cut = None
+                    break
+        return self.cut
 
     @property
     def roots(self) -> list[nn.Module]:
@@ -104,172 +103,168 @@ class Cutter:
     def wants_costs(self) -> bool:
         """Whether layers have to be measured before the module can be cut."""
         measured = self._balanced in ("time", "memory")
-        return measured and self.cuts is None and self._made is None
+        return measured and self._starts is None and self._made is None
 
-    def measure(self, call: Call, tensors: Mapping[str, Tensor], chunks: int) -> None:
-        """Measure the layers, and choose by what they cost where stages begin.
+    def expected(self) -> Cut | None:
+        """What the cut is likely to be, before there is a call; `None` if that cannot be told."""
+        if self.cut is not None or self.wants_costs:
+            return self.cut
+        called = registered(self.module)
+        try:
+            layers, counts = self._chosen(called, 1)
+        except PartitionError:
+            return None
+        return self._made_of(layers, counts)
+
+    def observe(self, run: Callable[[], Any], chunks: int) -> Cut:
+        """Cut the module by what a call does.
 
         Args:
-            call: A call of the module.
-            tensors: The tensors of one of its micro-batches.
-            chunks: How many micro-batches there are.
+            run: Calls the module's `forward`, with a graph if layers are to be measured.
+            chunks: How many micro-batches there will be.
+
+        Raises:
+            PartitionError: The module cannot be cut as asked.
         """
-        recorded = layers(self.module, self.forward, call.args, call.kwargs, self.stages)
-        self._check_enough(recorded.calls())
-        self.costs = measure(self.module, recorded, tensors)
+        if self.wants_costs:
+            called, self.costs = measured(self.module, run)
+        else:
+            called, _ = observe(self.module, run)
+        layers, counts = self._chosen(called, chunks)
+        self.cut = self._made_of(layers, counts)
+        if self.costs:
+            self.costs = {name: self.costs[name] for name in layers.names()}
+        return self.cut
+
+    def _chosen(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+        layers, counts = self._dealt(called, chunks)
+        names = layers.names()
+        starts = [names[first] for first in list(accumulate(counts))[:-1]]
+        try:
+            # Only those are opened within which a stage begins.
+            return choice.beginning_at(called, starts)
+        except PartitionError:
+            return layers, counts
+
+    def _dealt(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+        if self._starts is not None:
+            return choice.beginning_at(called, self._starts)
+        if not isinstance(self._balanced, str):
+            layers = choice.opened_until(called, self.stages, self._size)
+            names, counts = layers.names(), list(self._balanced)
+            if sum(counts) != len(names):
+                raise PartitionError(
+                    f"`balance={counts}` is for {sum(counts)} layers, but"
+                    f" `{type(self.module).__name__}` has {len(names)}: {', '.join(names)}."
+                )
+            return layers, counts
 
         def price(name: str) -> float:
+            if not self.costs:
+                return self._size(name)
             cost = self.costs[name]
             if self._balanced == "time":
                 return cost.seconds
             return _COPIES_OF_PARAMETERS * cost.parameters + chunks * cost.activations
 
-        self.cuts = self._balance(recorded.calls(), price)
-
-    def early(self) -> Cut | None:
-        """Cut before there is a call, from the signature of `forward` alone.
-
-        Returns:
-            The cut; `None` if that takes the arguments of a real call, which may yet show that the
-            module cannot be cut.
-        """
-        if self.wants_costs:
-            return None
-        parameters = inspect.signature(self.forward).parameters.values()
-        wanted = [p for p in parameters if p.default is p.empty]
-        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in wanted):
-            return None
-        args = tuple(Input(p.name) for p in wanted if p.kind is not p.KEYWORD_ONLY)
-        kwargs = {p.name: Input(p.name) for p in wanted if p.kind is p.KEYWORD_ONLY}
-        try:
-            return self._cut([p.name for p in wanted], args, kwargs)
-        except (UntraceableError, PartitionError):
-            return None
-
-    def __call__(self, call: Call) -> Cut:
-        """The cut for calls of this kind.
-
-        Raises:
-            PartitionError: The module cannot be cut as asked.
-            UntraceableError: Its `forward` cannot be recorded.
-        """
-        key = (call.key, self._state())
-        cut = self._known.get(key)
-        if cut is None:
-            cut = self._cut(list(call.tensors), call.args, call.kwargs)
-            # Not `key`: the first cut decides which modules are opened.
-            self._known[call.key, self._state()] = cut
-            if len(self._known) > _MAX_PARTITIONS:
-                del self._known[next(iter(self._known))]
-        return cut
-
-    def _cut(self, arguments: Sequence[str], args: Any, kwargs: Mapping[str, Any]) -> Cut:
-        if self._made is not None:
-            made = chain(self._made, arguments, args, kwargs)
-            modules = [[stage] for stage in self._made]
-        else:
-            if self.cuts is None:
-                self.cuts = self._choose(args, kwargs)
-            made = partition(self.module, self.forward, args, kwargs, self.cuts)
-            modules = [
-                [self.module.get_submodule(name) for name in stage.modules] for stage in made.stages
-            ]
-        cut = Cut(
-            made,
-            modules,
-            [
-                batch_norm.layers_of(inner for m in part for inner in m.modules())
-                for part in modules
-            ],
-            [self._tensors(stage, part) for stage, part in zip(made.stages, modules, strict=True)],
-            memories(modules),
-        )
-        if self._made is None:
-            self._check_owners(cut)
-        return cut
-
-    def _tensors(self, stage: Stage, modules: Iterable[nn.Module]) -> dict[str, Tensor]:
-        inside = {id(t) for m in modules for t in (*m.parameters(), *m.buffers())}
-        named = ((n, t) for root in self.roots for n, t in _named_tensors(root))
-        return {name: t for name, t in named if id(t) in inside or name in stage.attributes}
-
-    def _choose(self, args: Any, kwargs: Mapping[str, Any]) -> list[str]:
-        calls = layers(self.module, self.forward, args, kwargs, self.stages).calls()
-        self._check_enough(calls)
-        if isinstance(self._balanced, str):
-            return self._balance(calls, lambda name: _size(self.module.get_submodule(name)))
-        counts, names = self._balanced, list(dict.fromkeys(calls))
-        if sum(counts) != len(names):
-            raise PartitionError(
-                f"`balance={list(counts)}` is for {sum(counts)} layers, but"
-                f" `{type(self.module).__name__}` has {len(names)}: {', '.join(names)}."
-            )
-        return [names[start] for start in list(accumulate(counts))[:-1]]
-
-    def _check_enough(self, calls: Sequence[str]) -> None:
-        names = dict.fromkeys(calls)
-        if len(names) < self.stages:
+        found = choice.choose(called, self.stages, price)
+        if found is None:
+            names = choice.opened_until(called, self.stages, self._size).names()
             raise PartitionError(
                 f"`{type(self.module).__name__}` has {len(names)} layers that its `forward` calls"
                 f" ({', '.join(names) or 'none'}), too few for {self.stages} stages. Use fewer"
                 ' devices, or choose another `module` (`module=""` is the LightningModule itself).'
             )
+        return found
 
-    def _balance(self, calls: Sequence[str], price: Callable[[str], float]) -> list[str]:
-        """Where stages begin so that the dearest is as cheap as can be."""
-        names = list(dict.fromkeys(calls))
-        starts = untied(self.module, calls)
-        if len(starts) < self.stages:
-            raise PartitionError(
-                f"`{type(self.module).__name__}` can be cut before"
-                f" {', '.join(names[s] for s in starts[1:]) or 'no layer'} only, since layers"
-                f" around other places share parameters: too few for {self.stages} stages."
-            )
-        prices = [float(price(name)) for name in names]
-        groups = [sum(prices[a:b]) for a, b in pairwise([*starts, len(names)])]
-        counts = balance.balance(groups, self.stages)
-        return [names[starts[group]] for group in list(accumulate(counts))[:-1]]
+    def _size(self, name: str) -> float:
+        return sum(p.nbytes for p in self.module.get_submodule(name).parameters())
 
-    def _check_owners(self, cut: Cut) -> None:
-        """Refuse a call whose parameters would have to lie elsewhere than those of another."""
-        for stage, tensors in enumerate(cut.tensors):
-            for name in tensors:
-                if self._owners.setdefault(name, stage) != stage:
-                    raise PartitionError(
-                        f"`{name}` belongs to stage {self._owners[name]}, but in another kind"
-                        f" of call (training or not, other arguments) to stage {stage}. Cut where"
-                        " all calls agree."
-                    )
+    def _made_of(self, layers: choice.Layers, counts: Sequence[int]) -> Cut:
+        names = iter(layers.names())
+        parts = tuple(tuple(next(names) for _ in range(count)) for count in counts)
+        stage_of = {name: stage for stage, part in enumerate(parts) for name in part}
+        way = [key for key, _ in groupby(stage_of[call.name] for call in layers.calls())]
+        for name, stage in self._never_called(stage_of, layers):
+            stage_of[name] = stage
+        units = {name: (self.module.get_submodule(name), s) for name, s in stage_of.items()}
+        return self._cut(parts, units, way)
 
-    def _state(self) -> Hashable:
-        """What tracing takes for granted: the attributes of the modules whose inside it records."""
-        if self._made is not None:
-            return None
-        opened = ancestors(self.cuts or ()) | {""}
-        return tuple(
-            (name, _fixed(value))
-            for path in sorted(opened)
-            for name, value in vars(self.module.get_submodule(path)).items()
-            if not isinstance(value, Tensor)
-        )
+    def _never_called(
+        self, stage_of: Mapping[str, int], layers: choice.Layers
+    ) -> Iterator[tuple[str, int]]:
+        """Submodules that other calls may come to: with the stage of what stands before them."""
+        called = {call.name for call in layers.called.walk()}
+        holders = choice.ancestors(stage_of)
+        stage, done = 0, ""
+        for name, _ in self.module.named_modules():
+            if done and f"{name}.".startswith(f"{done}."):
+                continue
+            done = ""
+            if name in stage_of:
+                stage, done = stage_of[name], name
+            elif name not in called and name not in holders:
+                done = name
+                yield name, stage
+
+    def _of_made(self, made: Sequence[nn.Module]) -> Cut:
+        units = {f"stage {index}": (module, index) for index, module in enumerate(made)}
+        return self._cut(((),) * len(made), units, range(len(made)))
+
+    def _cut(
+        self,
+        parts: tuple[tuple[str, ...], ...],
+        units: Mapping[str, tuple[nn.Module, int]],
+        way: Iterable[int],
+    ) -> Cut:
+        stage_of: dict[int, int] = {}
+        owner: dict[int, int] = {}
+        for module, stage in units.values():
+            for inner in module.modules():
+                stage_of.setdefault(id(inner), stage)
+            for tensor in (*module.parameters(), *module.buffers()):
+                owner.setdefault(id(tensor), stage)
+        # What opened modules hold themselves lies with what they call first.
+        for name, module in self.module.named_modules():
+            inside = [s for n, (_, s) in units.items() if not name or n.startswith(f"{name}.")]
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and inside:
+                    owner.setdefault(id(tensor), inside[0])
+        named = [pair for root in self.roots for pair in _named_tensors(root)]
+        tensors: list[dict[str, Tensor]] = [{} for _ in range(self.stages)]
+        for name, tensor in named:
+            tensors[owner.get(id(tensor), 0)].setdefault(name, tensor)
+        normalised = batch_norm.layers_of(m for root in self.roots for m in root.modules())
+        unique = list({id(layer): layer for layer in normalised}.values())
+        return Cut(parts, units, tensors, tuple(way), stage_of, owner, unique)
 
 
-def _size(module: nn.Module) -> int:
-    return sum(p.nbytes for p in module.parameters())
+class _Chain:
+    """Calls modules one after another, each with what the one before it has returned.
+
+    A tuple is handed on as several arguments.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._modules[0](*args, **kwargs)
+        for module in self._modules[1:]:
+            output = module(*output) if type(output) is tuple else module(output)
+        return output
 
 
-def _named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+def _at(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def _fixed(value: Any) -> Hashable:
-    if isinstance(value, _ATOMS):
-        return type(value), value
-    if isinstance(value, dict):
-        parts = value.items()
-        return tuple((key, Same(part)) for key, part in parts if not isinstance(part, Tensor))
-    return Same(value)
 
 
 def _check_count(option: str, given: int, stages: int, wanted: str) -> None:

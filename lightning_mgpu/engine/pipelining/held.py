@@ -62,6 +62,8 @@ class Held:
         state = vars(module)
         self._contents.append((state, dict(state)))
         self._contents.append((module._buffers, dict(module._buffers)))
+        for of_kind in _hooks_of(module):
+            self._contents.append((of_kind, of_kind.copy()))
         kind, where = type(module).__name__, f" (in `{path}`)" if path else ""
         for name, value in state.items():
             if name not in _OWN and name != "_flat_weights":
@@ -149,6 +151,15 @@ def _entries(value: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(value, (set, frozenset)):
         return []
     return [(f"[{index}]", part) for index, part in enumerate(islice(value, _MAX_ENTRIES))]
+
+
+def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """The dicts of its hooks; some libraries add hooks at the first call."""
+    yield module._forward_hooks
+    yield module._forward_hooks_with_kwargs
+    yield module._forward_hooks_always_called
+    yield module._forward_pre_hooks
+    yield module._forward_pre_hooks_with_kwargs
 
 
 def _is_container(value: Any) -> bool:

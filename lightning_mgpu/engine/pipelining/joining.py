@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mgpu.engine.batch import leaves, map_leaves
+from lightning_mgpu.engine.batch import weighted_mean
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.engine.pipelining.structure import leaves
 
 __all__: list[str] = []
 
@@ -19,19 +20,25 @@ class Layout:
 
     Attributes:
         dim: The dimension, whose length is the number of samples or a multiple of it; `None` if
-            the tensor is the same for every micro-batch.
+            the tensor is the same for every micro-batch, or a number.
+        mean: Whether it is a number that is a mean over samples.
+        total: Whether it is a number that is a sum over them.
         minor: Of a multiple, whether neighbours belong to different samples, as in
             ``torch.cat([z, -z])``; otherwise a sample's entries lie side by side.
     """
 
     dim: int | None
     minor: bool = False
+    mean: bool = False
+    total: bool = False
 
 
 Layouts = Mapping[str, Layout]
 """By the place in the output, such as ``output['logits']``."""
 
 FIRST = Layout(0)
+MEAN = Layout(None, mean=True)
+TOTAL = Layout(None, total=True)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,10 @@ class Rows:
         """The gradient of each micro-batch's part."""
         if gradient is None:
             return [None] * count
+        if self.layout.mean and self.counts is not None:
+            return [gradient * (n / sum(self.counts)) for n in self.counts]
+        if self.layout.total and self.counts is not None:
+            return [gradient] * count
         if self.counts is None:
             return [gradient, *[None] * (count - 1)]
         dim = self.layout.dim
@@ -64,6 +75,10 @@ def cat(parts: Sequence[Tensor], counts: Sequence[int], layout: Layout) -> tuple
         layout: Where the batch lies; `parts` fit it.
     """
     dim = layout.dim
+    if layout.mean and len(parts) > 1:
+        return weighted_mean(parts, counts), Rows(tuple(counts), layout)
+    if layout.total and len(parts) > 1:
+        return torch.stack(list(parts)).sum(0), Rows(tuple(counts), layout)
     if dim is None or len(parts) == 1:
         return parts[0], Rows(None)
     if not layout.minor:
@@ -78,40 +93,43 @@ def _blocks(tensor: Tensor, dim: int, count: int) -> Tensor:
 
 
 def join(
-    parts: Sequence[Any],
-    counts: Sequence[int],
-    whole: bool,
-    path: str = "output",
-    layouts: Layouts | None = None,
-) -> tuple[Any, list[Rows]]:
-    """Put a value of the output together.
+    parts: Sequence[Tensor], counts: Sequence[int], path: str, layouts: Layouts | None = None
+) -> tuple[Tensor, Rows]:
+    """Put a tensor of the output together.
 
     Args:
-        parts: Of each micro-batch: a tensor, or a structure of such.
+        parts: Of each micro-batch.
         counts: Samples in each micro-batch.
-        whole: Whether it depends on nothing that was split, and so is the same everywhere.
-        path: What to call the value.
-        layouts: Where the batch lies in its tensors, as far as that has been found out; `None` if
-            a first dimension that is a multiple of the batch's is good enough.
+        path: What to call the tensor.
+        layouts: Where the batch lies in the output, as far as that has been found out; `None` if a
+            first dimension that is a multiple of the batch's is good enough.
 
     Returns:
-        The value, and how each of its tensors was joined.
+        The tensor, and how it was joined.
 
     Raises:
         SplitError: The parts do not make a batch.
     """
-    joined, rows = [], []
-    for place, column in columns(parts, counts, path):
-        if isinstance(column[0], Tensor):
-            layout = FIRST if layouts is None and _fits(column, counts, 0) else None
-            layout = (layouts or {}).get(place, layout)
-            tensor, how = _join_tensors(column, counts, whole, place, layout)
-            joined.append(tensor)
-            rows.append(how)
-        else:
-            joined.append(_same(column, counts, place))
-    remaining = iter(joined)
-    return map_leaves(lambda _: next(remaining), parts[0]), rows
+    first = parts[0]
+    if len(parts) == 1:
+        return first, Rows(None)
+    layout = FIRST if layouts is None and _fits(parts, counts, 0) else None
+    layout = (layouts or {}).get(path, layout)
+    if layout is None or (layout.dim or 0) >= max(first.dim(), 1):
+        layout = _guess(parts, counts, path)
+    elif layout == Layout(None):
+        if any(not torch.equal(part, first) for part in parts[1:]):
+            if not is_number(first):
+                raise SplitError(unjoinable(path, first))
+            layout = MEAN
+    elif layout.dim is not None and not _fits(parts, counts, layout.dim):
+        raise SplitError(_no_batch(parts, counts, path, layout.dim))
+    return cat(parts, counts, layout)
+
+
+def is_number(tensor: Tensor) -> bool:
+    """Whether it is a number that a mean can be taken of."""
+    return tensor.dim() == 0 and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def columns(
@@ -191,24 +209,10 @@ def _per_sample(parts: Sequence[Any], counts: Sequence[int]) -> bool:
     )
 
 
-def _join_tensors(
-    parts: Sequence[Tensor], counts: Sequence[int], whole: bool, path: str, layout: Layout | None
-) -> tuple[Tensor, Rows]:
-    first = parts[0]
-    if whole or len(parts) == 1:
-        return first, Rows(None)
-    if layout is None or (layout.dim or 0) >= max(first.dim(), 1):
-        layout = _guess(parts, counts, path)
-    elif layout.dim is None:
-        if any(not torch.equal(part, first) for part in parts[1:]):
-            raise SplitError(unjoinable(path, first))
-    elif not _fits(parts, counts, layout.dim):
-        raise SplitError(_no_batch(parts, counts, path, layout.dim))
-    return cat(parts, counts, layout)
-
-
 def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
     """The first dimension, or else the only one that is as long as each micro-batch."""
+    if all(is_number(part) for part in parts):
+        return MEAN
     if any(part.dim() == 0 for part in parts):
         raise SplitError(_scalar(path))
     uneven = len(set(counts)) > 1
@@ -248,7 +252,12 @@ def _scalar(path: str) -> str:
     )
 
 
-def _same(parts: Sequence[Any], counts: Sequence[int], path: str) -> Any:
+def same(parts: Sequence[Any], counts: Sequence[int], path: str) -> Any:
+    """What is no tensor, and must be the same for every micro-batch.
+
+    Raises:
+        SplitError: It is not.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch import batch_size, leaves
+from lightning_mgpu.engine.graphs import is_graph_batch, tensors_of_graphs
 
 __all__: list[str] = []
 
@@ -33,6 +34,9 @@ class StepBatch:
             self.size = batch_size(batch) if self._tensors else None
         except ValueError as error:
             self.problem = str(error).rstrip(".")
+        graphs = [leaf for _, leaf in leaves(batch) if is_graph_batch(leaf)]
+        self.of_graphs = storages(t for graph in graphs for t in tensors_of_graphs(graph))
+        """The memory of batches of graphs, which have other rows than one for each graph."""
         self._by_storage: dict[int, list[Tensor]] = {}
         for tensor in self._tensors:
             self._by_storage.setdefault(_storage(tensor), []).append(tensor)

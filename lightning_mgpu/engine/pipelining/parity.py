@@ -1,13 +1,13 @@
 """Proof on the first batch: a few samples as one micro-batch and as two give the same."""
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mgpu.engine.compare import Difference
 from lightning_mgpu.engine.pipelining.arguments import Call
@@ -20,6 +20,7 @@ from lightning_mgpu.engine.pipelining.left_behind import LeftBehind
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.splitter import Splitting
 from lightning_mgpu.engine.pipelining.trial import Trial
+from lightning_mgpu.engine.random_state import RandomState
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +68,22 @@ class Parity:
         self._known: dict[Hashable, _Found] = {}
         self._proven: dict[str, Layout] = {}
         self._left_behind = LeftBehind(mode)
+        self._has_told_draws = False
 
     def layouts(
-        self, call: Call, cut: Cut, splitting: Splitting, modules: Mapping[str, nn.Module]
+        self,
+        call: Call,
+        trial: Trial,
+        cut: Cut,
+        splitting: Splitting,
+        modules: Mapping[str, nn.Module],
     ) -> Layouts:
         """Where the batch lies in the output of a call, which is compared if it is a new kind.
 
         Args:
             call: The call.
-            cut: Its stages.
+            trial: Runs some of its samples.
+            cut: The stages.
             splitting: How its arguments are split.
             modules: All modules that stages run, by name.
 
@@ -89,36 +97,27 @@ class Parity:
         if found is None:
             found = _Found()
             if self._mode != "off" and len(self._known) < _MAX_KINDS:
-                found = self._examine(call, cut, splitting, dict(modules))
+                found = self._examine(trial, cut, splitting, dict(modules))
             self._known[key] = found
         if splitting.doubts and not found.proven:
             raise SplitError(" ".join(splitting.doubts)) from found.error
         return found.layouts
 
     def uses(
-        self,
-        call: Call,
-        cut: Cut,
-        splitting: Splitting,
-        modules: Mapping[str, nn.Module],
-        holder: dict[str, Any],
-        key: str,
+        self, trial: Trial, modules: Mapping[str, nn.Module], holder: dict[str, Any], key: str
     ) -> bool:
         """Whether a call reads an attribute; taken for granted if nothing is to be compared.
 
         Args:
-            call: The call.
-            cut: Its stages.
-            splitting: How its arguments are split.
+            trial: Runs some of its samples.
             modules: All modules that stages run, by name.
             holder: A module's attributes or buffers.
             key: The name of one.
         """
         if self._mode == "off":
             return True
-        trial = Trial(cut.partition, self._devices, call.tensors, splitting.dims)
-        with self._muted(), calm(modules.values(), self._devices):
-            start, before = Held(dict(modules)), holder[key]
+        with self.unseen(modules) as start:
+            before = holder[key]
             holder[key] = object()  # which nothing can be computed with
             try:
                 trial.run(0, 1)
@@ -129,29 +128,53 @@ class Parity:
                 start.restore()
         return False
 
-    def _examine(
-        self, call: Call, cut: Cut, splitting: Splitting, modules: dict[str, nn.Module]
-    ) -> _Found:
-        trial = Comparison(call, cut, splitting, self._devices)
+    @contextmanager
+    def unseen(self, modules: Mapping[str, nn.Module]) -> Iterator[Held]:
+        """Within, what is computed draws nothing, logs nothing, and leaves no trace.
+
+        Args:
+            modules: All modules that are computed, by name.
+        """
         with self._muted(), calm(modules.values(), self._devices):
-            start = Held(modules)
+            start = Held(dict(modules))
             try:
-                trial.run(start, modules)
-                layouts = trial.compare(self._proven)
+                yield start
+            finally:
+                start.restore()
+
+    def _examine(
+        self, trial: Trial, cut: Cut, splitting: Splitting, modules: dict[str, nn.Module]
+    ) -> _Found:
+        compared = Comparison(trial, cut, splitting.size, self._devices)
+        numbers = RandomState(torch.device("cpu"))
+        with self.unseen(modules) as start:
+            try:
+                compared.run(start, modules)
+                self._tell_draws(numbers.has_moved_beside_torch())
+                layouts = compared.compare(self._proven)
             except SplitError as error:
                 # (What cannot be joined cannot be joined of the batch either.)
                 raise _explained(error, splitting) from error.__cause__
             except Exception as error:
                 log.debug("The first batch is not compared with its parts.", exc_info=True)
                 return _Found(error=error)
-            finally:
-                start.restore()
-        self._report(trial.differences, splitting)
-        self._left_behind.report(*trial.held)
-        proven = bool(trial.compared) and not trial.random and not trial.differences
+        self._report(compared.differences, splitting)
+        self._left_behind.report(*compared.held)
+        proven = bool(compared.compared) and not compared.random and not compared.differences
         if proven:
             self._proven.update(layouts)
-        return _Found(layouts, proven)
+        # What is the same for all samples may have been split by chance, and no value tells.
+        return _Found(layouts, proven and all(map(_rows_differ, splitting.unproven)))
+
+    def _tell_draws(self, has_drawn: bool) -> None:
+        if has_drawn and not self._has_told_draws:
+            self._has_told_draws = True
+            log.warning(
+                "`%s.forward` draws from NumPy's generator or Python's, once for each micro-batch;"
+                " where several stages do so, in an order that varies from run to run. Draw from"
+                " torch's (`torch.rand(())`), or in the step.",
+                self._kind,
+            )
 
     def _report(self, differences: Sequence[Difference], splitting: Splitting) -> None:
         if not differences:
@@ -173,6 +196,10 @@ def _way(call: Call, splitting: Splitting) -> Hashable:
     whole = (name for name, t in call.tensors.items() if t.dim() and name not in splitting.dims)
     single = tuple(name for name in whole if call.tensors[name].shape[0] == 1)
     return tuple(sorted(splitting.dims.items())), single, bool(splitting.doubts)
+
+
+def _rows_differ(tensor: Tensor) -> bool:
+    return bool((tensor != tensor[:1]).any())
 
 
 def _of(splitting: Splitting) -> str:

@@ -1,239 +1,275 @@
 """One passage of a batch through the stages, forward and backward."""
 
+import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch_norm import Recorder
+from lightning_mgpu.engine.context import on_device
 from lightning_mgpu.engine.notes import noted
-from lightning_mgpu.engine.pipelining import schedule, values
-from lightning_mgpu.engine.pipelining.links import Links
+from lightning_mgpu.engine.pipelining import schedule
 from lightning_mgpu.engine.pipelining.memory import Memory
-from lightning_mgpu.engine.pipelining.partition import Name, Partition, Stage
-from lightning_mgpu.engine.pipelining.recording import RecordedWork, Recording
-from lightning_mgpu.engine.pipelining.stage_work import Checkpoint, Gradients, StageWork
+from lightning_mgpu.engine.pipelining.recompute import Recomputed, is_worth_it
+from lightning_mgpu.engine.pipelining.recording import Recording
+from lightning_mgpu.engine.pipelining.segments import Stay
+from lightning_mgpu.engine.pipelining.shadow import Shadow
+from lightning_mgpu.engine.pipelining.timeline import Kind
+from lightning_mgpu.engine.pipelining.traveller import Traveller, current
+from lightning_mgpu.engine.pipelining.turns import Turns
+from lightning_mgpu.engine.pipelining.units import Units
 from lightning_mgpu.engine.randomness import Stream
 from lightning_mgpu.engine.workers import Workers
 
 __all__: list[str] = []
 
+Checkpoint = Literal["never", "except_last", "always"]
+Gradients = list[tuple[Tensor, Tensor]]
+"""Tensors that a micro-batch has made, with their gradients."""
+
+# How often a stage that waits looks whether it has been cancelled.
+_POLL_SECONDS = 0.05
+
 
 class Passage:
     """Micro-batches on their way through the stages, and their gradients on the way back.
 
-    Each stage is one task, which works on all micro-batches in the order of the timetable; what it
-    needs from other stages comes through queues.
+    Forward is one task a micro-batch, which runs the module's `forward`; backward one a stage (one
+    for all if they work one at a time), which works on the micro-batches' segments, the last first.
 
     Args:
-        partition: The stages.
-        devices: The device of each.
-        chunks: The arguments' tensors of each micro-batch, by name.
-        streams: Random numbers for each stage and micro-batch.
-        checkpoint: Which micro-batches keep only their inputs, and are computed again in backward.
-        recorders: For each stage, what keeps its batch normalisation from updating running
-            statistics.
+        units: What belongs to stages.
+        devices: The device of each stage.
+        way: The stages that a micro-batch is expected to visit, in order.
+        calls: Computes a micro-batch, for each.
+        streams: Random numbers for each micro-batch.
+        checkpoint: Which micro-batches' units are computed again in backward.
+        memory_of: What a unit remembers.
+        recorder: Keeps batch normalisation from updating running statistics.
         deferred: Whether those are kept for the caller, or updated with each micro-batch.
-        trainable: For each stage, whether any of its parameters wants a gradient.
-        protected: Arguments that stages must not write to.
-        memories: For each stage, what its modules remember.
+        shadow: What stands for parameters, if there is anything.
         recording: Takes down when stages work.
+        one_at_a_time: Whether a stage works only while no other does.
     """
 
     def __init__(
         self,
-        partition: Partition,
+        units: Units,
         devices: Sequence[torch.device],
-        chunks: Sequence[Mapping[Name, Tensor]],
-        streams: Sequence[Sequence[Stream]],
+        way: Sequence[int],
+        calls: Sequence[Callable[[], Any]],
+        streams: Sequence[Stream],
         checkpoint: Checkpoint,
-        recorders: Sequence[Recorder],
+        memory_of: Callable[[nn.Module], Memory],
+        recorder: Recorder,
         deferred: bool,
-        trainable: Sequence[bool],
-        protected: frozenset[Name],
-        memories: Sequence[Memory],
+        shadow: Shadow | None,
         recording: Recording | None = None,
+        one_at_a_time: bool = False,
     ) -> None:
-        self._partition, self._devices = partition, devices
-        self._chunks: list[Mapping[Name, Tensor]] = list(chunks)
-        self._recorders, self._deferred = recorders, deferred
-        self._recomputes = checkpoint != "never"
-        make: Callable[..., StageWork] = StageWork
-        if recording is not None:
-            make = partial(RecordedWork, recording, recording.begin_call(len(chunks)))
-        self._works = [
-            make(
-                *(partition, i, devices[i], streams[i], recorders[i], trainable[i], checkpoint),
-                *(protected, memories[i]),
-            )
-            for i in range(len(partition.stages))
+        self._units, self._devices, self._way = units, devices, list(way)
+        self._calls, self._streams, self._memory_of = list(calls), streams, memory_of
+        self.count = len(calls)
+        self._checkpointed = {"never": 0, "except_last": self.count - 1, "always": self.count}[
+            checkpoint
         ]
-        self.count = len(chunks)
+        self._recorder, self._deferred = recorder, deferred
+        doors = [0] * len(devices) if one_at_a_time else list(range(len(devices)))
+        expected = schedule.visits([doors[stage] for stage in self._way], self.count, len(doors))
+        self._door_of, self._turns = doors, Turns(expected, doors)
+        self._log: list[list[tuple[int, Stay]]] = [[] for _ in doors]
+        self._recording = recording
+        self._call = recording.begin_call(self.count) if recording is not None else 0
+        self._since: dict[int, Any] = {}
+        self.travellers = [
+            Traveller(
+                chunk,
+                devices,
+                self._enter,
+                self._entered,
+                self._leave,
+                shadow.borrow if shadow is not None else _nothing,
+            )
+            for chunk in range(self.count)
+        ]
         self.seconds = 0.0
         """What forward and backward have taken so far."""
-        self.results: list[dict[Name, Any]] = [{} for _ in chunks]
-        """Of each micro-batch, by name; emptied by the caller."""
-        self.statistics: list[list[Any]] = [[] for _ in partition.stages]
-        """For each stage and micro-batch, what its recorder took."""
-        self._input_gradients: list[dict[tuple[Name, int], Gradients]] = [{} for _ in chunks]
+        self.results: list[Any] = [None] * self.count
+        """What each micro-batch has returned; emptied by the caller."""
+        self.statistics: list[list[Any]] = []
+        """For each micro-batch, what batch normalisation has seen."""
+        self._is_spent = False
+
+    @property
+    def way(self) -> list[int]:
+        """The stages that the first micro-batch has visited."""
+        return [stay.stage for stay in self.travellers[0].stays]
 
     def forward(self, workers: Workers) -> None:
         """Compute `results`.
 
         Raises:
-            BaseException: The first error of any stage.
+            BaseException: The first error of any micro-batch.
         """
-        links: Links[list[Any]] = Links()
         started = time.perf_counter()
-        with self._recording(self._deferred):
-            workers.run([partial(self._forward, work, links) for work in self._works])
+        recompute = self._recomputed if self._checkpointed else None
+        with self._units.attached(recompute), self._recorded(self._deferred):
+            workers.run(
+                [partial(self._forward, chunk) for chunk in range(self.count)],
+                abandon=self._turns.close,
+            )
+            if self._deferred:
+                self.statistics = self._recorder.take_parts(self.count)
         self.seconds += time.perf_counter() - started
-        self._chunks = [{} for _ in self._chunks]
+        self._calls = []
 
-    def backward(
-        self, workers: Workers, gradients: Sequence[Mapping[Name, Gradients]], keep: bool
-    ) -> list[dict[tuple[Name, int], Gradients]]:
-        """Accumulate gradients in the leaves of the stages.
+    def backward(self, workers: Workers, gradients: Sequence[Gradients], keep: bool) -> None:
+        """Accumulate gradients in the leaves of the stages and of the arguments.
 
         Args:
             workers: The stages' threads.
-            gradients: For each micro-batch, those of the tensors in each result.
+            gradients: For each micro-batch.
             keep: Whether there may be another time.
-
-        Returns:
-            For each micro-batch, the gradients of the arguments, for each stage that uses them.
 
         Raises:
             RuntimeError: It is not the first time, and the time before did not keep the graph.
         """
-        if len(self._works[0]) < self.count:
+        if self._is_spent:
             raise RuntimeError(
                 "Trying to backward through the graph a second time, but what it needs has been"
                 " freed. Specify `retain_graph=True` if you need to backward through it again."
             )
-        links: Links[dict[Name, Gradients]] = Links()
+        self._is_spent = not keep
+        for traveller, of_chunk in zip(self.travellers, gradients, strict=True):
+            for tensor, gradient in of_chunk:
+                traveller.segment_of(tensor).extra.append((tensor, gradient))
         started = time.perf_counter()
+        ready = {id(stay): queue.SimpleQueue[None]() for of in self._log for _, stay in of}
+        for traveller in self.travellers:
+            ready[id(traveller.stays[-1])].put(None)
         try:
-            with self._recording(self._recomputes):
-                workers.run(
-                    [partial(self._backward, work, links, gradients, keep) for work in self._works]
-                )
+            with self._units.attached(), self._recorded(bool(self._checkpointed)):
+                doors = sorted(set(self._door_of))
+                workers.run([partial(self._backward, door, ready, keep) for door in doors])
         except BaseException:
-            for work in self._works:
-                work.forget()
+            self.forget()
             raise
+        if not keep:
+            self.forget()
         self.seconds += time.perf_counter() - started
-        taken, self._input_gradients = self._input_gradients, [{} for _ in range(self.count)]
-        return taken
 
-    def describe(self, stage: int, chunk: int) -> str:
+    def settle(self) -> None:
+        """Forget what only forward needs."""
+        for traveller in self.travellers:
+            traveller.settle()
+
+    def forget(self) -> None:
+        """Have no backward any more."""
+        self._is_spent = True
+        self._log = []
+        for traveller in self.travellers:
+            traveller.forget()
+
+    def describe(self, stage: int | None, chunk: int) -> str:
         """A stage and a micro-batch, in words."""
-        return (
-            f"stage {stage} of {len(self._partition.stages)} on {self._devices[stage]},"
-            f" micro-batch {chunk} of {self.count}"
+        where = (
+            "before the first stage"
+            if stage is None
+            else f"stage {stage} of {len(self._devices)} on {self._devices[stage]}"
         )
+        return f"{where}, micro-batch {chunk} of {self.count}"
 
-    def _recording(self, wanted: bool) -> AbstractContextManager[Any]:
-        if not wanted:
+    @contextmanager
+    def _recorded(self, wanted: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            if wanted:
+                self._recorder.attach()
+                stack.callback(self._recorder.take)
+                stack.callback(self._recorder.detach)
+            yield
+
+    def _forward(self, chunk: int) -> None:
+        traveller = self.travellers[chunk]
+
+        def where() -> str:
+            unit = f", in `{traveller.unit}`" if traveller.unit else ""
+            return self.describe(traveller.stage, chunk) + unit
+
+        try:
+            with self._streams[chunk].entered(), traveller.entered(), noted(where):
+                traveller.go(self._way[0])
+                self.results[chunk] = self._calls[chunk]()
+        finally:
+            self._turns.finish(chunk)
+
+    def _enter(self, traveller: Traveller, stage: int) -> None:
+        self._turns.enter(traveller.chunk, stage, len(traveller.stays))
+
+    def _entered(self, traveller: Traveller) -> None:
+        """It is a micro-batch's turn."""
+        stay = traveller.stays[-1]
+        self._log[self._door_of[stay.stage]].append((traveller.chunk, stay))
+        if self._recording is not None:
+            self._since[traveller.chunk] = self._recording.now(stay.stage)
+
+    def _leave(self, traveller: Traveller) -> None:
+        stage = traveller.stage
+        assert stage is not None
+        if self._recording is not None:
+            since = self._since.pop(traveller.chunk)
+            self._recording.add(stage, traveller.chunk, self._call, "forward", since)
+        self._turns.leave(stage)
+
+    def _recomputed(
+        self, traveller: Traveller, module: nn.Module, args: Any, kwargs: Any
+    ) -> Recomputed | None:
+        if traveller.chunk >= self._checkpointed or not torch.is_grad_enabled():
+            return None
+        if any(traveller.recomputing) or not is_worth_it(module, args, kwargs):
+            return None
+        stream = self._streams[traveller.chunk]
+        return Recomputed(module, self._memory_of(module), stream)
+
+    def _timed(self, stage: int, chunk: int, kind: Kind) -> AbstractContextManager[None]:
+        if self._recording is None:
             return nullcontext()
-        stack = ExitStack()
-        for recorder in self._recorders:
-            recorder.attach()
-            stack.callback(recorder.take)
-            stack.callback(recorder.detach)
-        return stack
-
-    def _forward(self, work: StageWork, links: "Links[list[Any]]") -> None:
-        stage = work.stage
-        order = schedule.of_stage(
-            stage.index, schedule.forward(len(self._partition.stages), self.count)
-        )
-        for chunk in order:
-            with noted(self.describe(stage.index, chunk)):
-                outputs = work.forward(chunk, self._received(stage, chunk, links))
-                self._send(stage, chunk, outputs, links)
-            if self._deferred:
-                self.statistics[stage.index].append(self._recorders[stage.index].take())
-
-    def _received(self, stage: Stage, chunk: int, links: "Links[list[Any]]") -> list[Any]:
-        """A stage's inputs, on its device and cut off from the graphs that they come from."""
-        found: dict[Name, Any] = dict(self._chunks[chunk])
-        for producer in range(stage.index):
-            names = self._partition.passed(producer, stage.index)
-            if names:
-                found.update(zip(names, links.get(producer, stage.index), strict=True))
-        device = self._devices[stage.index]
-
-        def arrive(tensor: Tensor) -> Tensor:
-            return values.cut_off(tensor, device)
-
-        return [values.map_tensors(arrive, found[name]) for name in stage.inputs]
-
-    def _send(
-        self, stage: Stage, chunk: int, outputs: Sequence[Any], links: "Links[list[Any]]"
-    ) -> None:
-        made = dict(zip(stage.outputs, outputs, strict=True))
-        for consumer in range(stage.index + 1, len(self._partition.stages)):
-            names = self._partition.passed(stage.index, consumer)
-            if names:
-                links.put(stage.index, consumer, [made[name] for name in names])
-        for name in self._partition.results:
-            if name in made:
-                self.results[chunk][name] = made[name]
+        return self._recording.taken_down(stage, chunk, self._call, kind)
 
     def _backward(
-        self,
-        work: StageWork,
-        links: "Links[dict[Name, Gradients]]",
-        gradients: Sequence[Mapping[Name, Gradients]],
-        keep: bool,
+        self, door: int, ready: Mapping[int, "queue.SimpleQueue[None]"], keep: bool
     ) -> None:
-        stage = work.stage
-        order = schedule.of_stage(
-            stage.index, schedule.backward(len(self._partition.stages), self.count)
-        )
-        for chunk in order:
-            with noted(self.describe(stage.index, chunk) + ", in backward"):
-                inputs, outputs = work.recall(chunk, keep)
-                arrived = self._gradients_of(stage, chunk, links, gradients[chunk])
-                work.backward(chunk, outputs, arrived, keep)
-                del outputs, arrived
-                self._send_gradients(stage, chunk, inputs, links)
+        for chunk, stay in reversed(self._log[door]):
+            _wait(ready[id(stay)])
+            stage = stay.stage
+            where = self.describe(stage, chunk) + ", in backward"
+            with on_device(self._devices[stage]), noted(where), self._streams[chunk].entered():
+                stay.backward(keep, partial(self._timed, stage, chunk))
+            stays = self.travellers[chunk].stays
+            before = stays.index(stay) - 1
+            if before >= 0:
+                ready[id(stays[before])].put(None)
 
-    def _gradients_of(
-        self,
-        stage: Stage,
-        chunk: int,
-        links: "Links[dict[Name, Gradients]]",
-        of_results: Mapping[Name, Gradients],
-    ) -> dict[Name, list[Gradients]]:
-        """What arrives for each output of a stage, from the caller and from later stages."""
-        arrived: dict[Name, list[Gradients]] = {name: [] for name in stage.outputs}
-        for name in stage.outputs:
-            if name in of_results:
-                arrived[name].append(of_results[name])
-        for consumer in range(stage.index + 1, len(self._partition.stages)):
-            if self._partition.passed(stage.index, consumer):
-                for name, of_tensors in links.get(consumer, stage.index).items():
-                    arrived[name].append(of_tensors)
-        return arrived
 
-    def _send_gradients(
-        self,
-        stage: Stage,
-        chunk: int,
-        inputs: Sequence[Any],
-        links: "Links[dict[Name, Gradients]]",
-    ) -> None:
-        taken = {n: values.take(value) for n, value in zip(stage.inputs, inputs, strict=True)}
-        for producer in range(stage.index):
-            names = self._partition.passed(producer, stage.index)
-            if names:
-                links.put(stage.index, producer, {name: taken[name] for name in names})
-        for name in self._partition.arguments:
-            if name in taken:
-                self._input_gradients[chunk][name, stage.index] = taken[name]
+def _wait(signal: "queue.SimpleQueue[None]") -> None:
+    while True:
+        try:
+            # A thread can only be told to stop between two steps in Python.
+            signal.get(timeout=_POLL_SECONDS)
+            return
+        except queue.Empty:
+            continue
+
+
+def _nothing(leaf: Tensor, stage: int) -> None:
+    """No parameter has anything that stands for it."""
+
+
+def part_at_hand() -> int:
+    """The micro-batch that the calling thread computes."""
+    traveller = current()
+    return -1 if traveller is None else traveller.chunk

@@ -1,8 +1,9 @@
 """A module in stages: its `forward`, computed by all devices, micro-batch by micro-batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,24 +11,38 @@ from torch import Tensor, nn
 
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.autograd import Gradients, graft
+from lightning_mgpu.engine.notes import add_note
 from lightning_mgpu.engine.pipelining import microbatch as mb
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.assigned import Assigned
+from lightning_mgpu.engine.pipelining.choice import PartitionError
 from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
+from lightning_mgpu.engine.pipelining.given import Given
 from lightning_mgpu.engine.pipelining.joining import Layouts
+from lightning_mgpu.engine.pipelining.memory import Memory
+from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.output import Output
 from lightning_mgpu.engine.pipelining.parity import Parity
-from lightning_mgpu.engine.pipelining.partition import Name
-from lightning_mgpu.engine.pipelining.passage import Passage
+from lightning_mgpu.engine.pipelining.passage import Checkpoint, Passage, part_at_hand
 from lightning_mgpu.engine.pipelining.recording import Recording
 from lightning_mgpu.engine.pipelining.shadow import Shadow
 from lightning_mgpu.engine.pipelining.splitter import Splitter, Splitting
-from lightning_mgpu.engine.pipelining.stage_work import Checkpoint
+from lightning_mgpu.engine.pipelining.trial import Trial
 from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.engine.pipelining.units import Units
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
-from lightning_mgpu.engine.workers import Workers
+from lightning_mgpu.engine.workers import Workers, available_cores
+
+log = logging.getLogger(__name__)
 
 __all__: list[str] = []
+
+# How many samples are computed to find out what a module's `forward` calls.
+_SAMPLES = 2
+_WAY_OUT = (
+    "(`chunks=1` fits every module: the batch stays whole, though stages then work one after"
+    " another.)"
+)
 
 
 class Pipeline:
@@ -38,16 +53,16 @@ class Pipeline:
         splitter: Tells which arguments carry the batch.
         devices: One for each stage.
         chunks: How many micro-batches; a batch with fewer samples makes fewer.
-        checkpoint: Which micro-batches keep only their inputs, and are computed again in backward:
-            ``"never"``, ``"except_last"``, ``"always"``.
+        checkpoint: Which micro-batches keep only the inputs of units, which are computed again in
+            backward: ``"never"``, ``"except_last"``, ``"always"``.
         deferred_batch_norm: Whether running statistics are updated once, with those of the whole
             batch, or with each micro-batch.
         step_batch: Tells the batch of the step that calls.
         parity: Compares the output for a few samples with that of the same in two micro-batches;
             default: no check of any kind.
-        on_cut: Called after a call's module has been cut, before anything is computed.
+        on_cut: Called after the module has been cut, before anything is computed.
         threads: Intra-op threads of each stage; default: the machine's cores shared out evenly.
-        workers: What runs the stages' tasks; default: a thread for each device.
+        one_at_a_time: Whether a stage works only while no other does, as for measuring it.
     """
 
     def __init__(
@@ -63,16 +78,24 @@ class Pipeline:
         parity: Parity | None = None,
         on_cut: Callable[[Cut], None] = lambda _: None,
         threads: int | None = None,
-        workers: Workers | None = None,
+        one_at_a_time: bool = False,
     ) -> None:
+        self._one_at_a_time = one_at_a_time
         self.cutter, self.devices = cutter, list(devices)
         self._splitter = splitter
         self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
         self._step_batch, self._on_cut, self._parity = step_batch, on_cut, parity
-        self._workers = workers or Workers(self.devices, threads)
+        self._check = parity or Parity("off", type(cutter.module).__name__, devices)
+        self._threads = threads or max(1, available_cores() // len(self.devices))
+        self._workers = Workers(self.devices, self._threads)
         self._streams = RandomStreams()
         self._streams.restart()
+        self._cut: Cut | None = None
+        expected = cutter.expected()
+        self._units = None if expected is None else Units(expected.units, devices)
         self._shadow: Shadow | None = None
+        self._ways: dict[Hashable, list[int]] = {}
+        self._memories: dict[int, Memory] = {}
         self.recording: Recording | None = None
         """Takes down when stages work, of calls made while it is set and of their backward."""
         self.calls = 0
@@ -90,38 +113,104 @@ class Pipeline:
 
         Raises:
             PartitionError: The module cannot be cut as asked.
-            UntraceableError: Its `forward` cannot be recorded.
             SplitError: The arguments cannot be split, or the outputs not be joined.
-            BaseException: The first error of any stage, with a note that says which.
+            BaseException: The first error of any micro-batch, with a note that says where.
         """
         self.calls += 1
-        call = Call.of(self.cutter.forward, args, kwargs)
-        splitting = self._splitter.split(call, self.cutter.forward, self._step_batch(), self._fixed)
+        try:
+            call = Call.of(self.cutter.forward, args, kwargs)
+            return self._computed(call, self._split(call))
+        except SplitError as error:
+            if not self._is_whole:
+                add_note(error, _WAY_OUT)
+            raise
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether there is one micro-batch, by the user's wish."""
+        return self.chunks.usual == 1
+
+    def _split(self, call: Call) -> Splitting:
+        """How a call is split; not at all where a single micro-batch is wanted, or needed."""
+        not_at_all = Splitting(1, {})
+        if call.stateful() and not torch.is_grad_enabled():
+            return not_at_all
+        try:
+            splitting = self._splitter.split(
+                call, self.cutter.forward, self._step_batch(), self._fixed
+            )
+        except SplitError:
+            if self._is_whole:
+                return not_at_all
+            raise
+        return not_at_all if splitting.doubts and self._is_whole else splitting
+
+    def _computed(self, call: Call, splitting: Splitting) -> Any:
+        cut = self._known_cut(call, splitting)
         size = splitting.size
-        if self.cutter.wants_costs:
-            self._measure(call, splitting)
-        cut = self.cutter(call)
-        self._on_cut(cut)
         # Batch normalisation cannot be trained on a single sample.
-        least = 2 if any(layer.training for found in cut.layers for layer in found) else 1
+        least = 2 if any(layer.training for layer in cut.normalised) else 1
         count = self.chunks.next(size) if torch.is_grad_enabled() else self.chunks.usual
         counts = mb.sizes(size, count, least)
         layouts = self._checked(call, cut, splitting) if len(counts) > 1 else None
         with self._streams.step(
             self._kind(),
-            len(self.devices) * len(counts),
+            len(counts),
             always=self._checkpoint != "never" and torch.is_grad_enabled(),
         ) as streams:
             return self._run(call, cut, splitting.dims, counts, streams, layouts)
+
+    def _known_cut(self, call: Call, splitting: Splitting) -> Cut:
+        """The stages; found out by a trial at the first call."""
+        cut = self.cutter.current()
+        if cut is None:
+            cut = self._observed(call, splitting)
+        if cut is not self._cut:
+            self._cut, self._shadow, self._ways = cut, None, {}
+            self._units = Units(cut.units, self.devices)
+            self._on_cut(cut)
+        return cut
+
+    def _observed(self, call: Call, splitting: Splitting) -> Cut:
+        trial = self._trial(call, splitting)
+        count = self.chunks.usual
+        part = mb.sizes(splitting.size, count, 2)[0]
+
+        def observed(samples: int) -> Cut:
+            graph = self.cutter.wants_costs
+            inference = torch.inference_mode(torch.is_inference_mode_enabled() and not graph)
+            with inference, torch.set_grad_enabled(graph):
+                return self.cutter.observe(lambda: trial.run(0, samples), count)
+
+        # Few samples will do, unless there is something that takes no other number.
+        sizes = [part] if self.cutter.wants_costs else [min(_SAMPLES, part), part]
+        for samples in dict.fromkeys([*sizes, splitting.size]):
+            with self._check.unseen(self._modules()):
+                try:
+                    # On a worker, which has as many intra-op threads as each stage will have.
+                    (cut,) = self._workers.run([partial(observed, samples)])
+                    return cut
+                except PartitionError:
+                    raise
+                except Exception as error:
+                    if splitting.doubts:
+                        raise SplitError(" ".join(splitting.doubts)) from error
+                    if samples == splitting.size:
+                        raise
+                    log.debug("The module cannot be tried on %d samples.", samples, exc_info=True)
+        raise AssertionError("unreachable")
 
     def _checked(self, call: Call, cut: Cut, splitting: Splitting) -> Layouts | None:
         """Where the batch lies in the output; refuses what is not the whole batch's."""
         if self._parity is None:
             return None
-        modules = self._modules()
-        is_used = partial(self._parity.uses, call, cut, splitting, modules)
+        modules, trial = self._modules(), self._trial(call, splitting)
+        is_used = partial(self._parity.uses, trial, modules)
         self._assigned.check(modules, splitting.size, self._step_batch(), is_used)
-        return self._parity.layouts(call, cut, splitting, modules)
+        return self._parity.layouts(call, trial, cut, splitting, modules)
+
+    def _trial(self, call: Call, splitting: Splitting) -> Trial:
+        return Trial(self.cutter.forward, call, splitting.dims, self.devices, self._units)
 
     def _modules(self) -> dict[str, nn.Module]:
         """All modules that stages run, by name, each once; the split module first."""
@@ -133,13 +222,6 @@ class Pipeline:
         for name, module in found.values():
             unique[name if name not in unique else f"{name} #{len(unique)}"] = module
         return unique
-
-    def _measure(self, call: Call, splitting: Splitting) -> None:
-        count = self.chunks.usual
-        parts = mb.sizes(splitting.size, count, 2)
-        chunk = mb.cut(call.tensors, splitting.dims, parts)[0]
-        # On a worker, which has as many intra-op threads as each stage will have.
-        self._workers.run([lambda: self.cutter.measure(call, chunk, count)])
 
     def _kind(self) -> str:
         module = self.cutter.module
@@ -154,120 +236,88 @@ class Pipeline:
         self,
         call: Call,
         cut: Cut,
-        dims: Mapping[Name, int],
+        dims: Mapping[str, int],
         counts: Sequence[int],
         streams: Sequence[Stream],
         layouts: Layouts | None,
     ) -> Any:
-        chunks = mb.cut(call.tensors, dims, counts)
+        assert self._units is not None
+        given = Given(call, dims, counts)
+        shadow = self._shadowed(cut)
+        key = (self._kind(), call.kind, torch.is_grad_enabled())
         passage = Passage(
-            cut.partition,
+            self._units,
             self.devices,
-            chunks,
-            [streams[i :: len(self.devices)] for i in range(len(self.devices))],
-            self._checkpoint,
-            [batch_norm.Recorder(found) for found in cut.layers],
+            self._ways.get(key) or cut.way or (0,),
+            [partial(given.compute, self.cutter.forward, chunk) for chunk in range(len(counts))],
+            streams,
+            self._checkpoint if torch.is_grad_enabled() else "never",
+            self._memory_of,
+            batch_norm.Recorder(cut.normalised, part_at_hand),
             self._deferred,
-            [any(t.requires_grad for t in tensors.values()) for tensors in cut.tensors],
-            self._protected(call, cut, dims),
-            cut.memories,
+            shadow,
             self.recording,
+            self._one_at_a_time,
         )
-        shadow = self._shadowed() if torch.is_grad_enabled() else None
         inside: AbstractContextManager[None] = shadow.entered() if shadow else nullcontext()
         with inside:
-            passage.forward(self._workers)
+            passage.forward(self._crew(len(counts)))
+        self._ways[key] = passage.way
         if self._deferred:
-            for found, parts in zip(cut.layers, passage.statistics, strict=True):
-                batch_norm.commit(found, parts)
-        mb.count_writing(call.tensors, dims, chunks)
+            batch_norm.commit(cut.normalised, passage.statistics)
+        given.count_writing()
+        results, passage.results = passage.results, []
+
+        def known(tensor: Tensor) -> Tensor | None:
+            argument = given.argument(tensor)
+            return shadow.original(tensor) if argument is None and shadow else argument
+
         output = Output(
-            *(cut.partition, passage.results, call.tensors, frozenset(dims), counts),
-            *(self.devices[0], layouts),
+            *(results, known, counts, self.devices[0], layouts),
+            [traveller.latest for traveller in passage.travellers],
         )
-        if shadow is not None:
-            self._graft(call, dims, counts, passage, output, shadow)
+        passage.settle()
+        replaced = output.replace(output.wanting())
+        if torch.is_grad_enabled():
+            assert shadow is not None
+            replaced = output.replace(self._grafted(given, passage, output, shadow, sum(counts)))
         if self._parity is not None:
             self._assigned.update(self._modules())
-        return output.filled()
+        return replaced
 
-    def _protected(self, call: Call, cut: Cut, dims: Mapping[Name, int]) -> frozenset[Name]:
-        """The arguments that stages must not write to.
-
-        Those that go to every micro-batch; those that the caller may take a gradient of; and those
-        that lie on another device, where what is written to is a copy.
-        """
-
-        def is_elsewhere(name: Name, tensor: Tensor) -> bool:
-            consumers = cut.partition.consumers.get(name, ())
-            return any(self.devices[stage] != tensor.device for stage in consumers)
-
-        return frozenset(
-            name
-            for name, tensor in call.tensors.items()
-            if name not in dims
-            or (torch.is_grad_enabled() and tensor.requires_grad)
-            or is_elsewhere(name, tensor)
-        )
-
-    def _graft(
-        self,
-        call: Call,
-        dims: Mapping[Name, int],
-        counts: Sequence[int],
-        passage: Passage,
-        output: Output,
-        shadow: Shadow,
-    ) -> None:
-        """Make the output part of the caller's graph."""
-        arguments = {name: t for name, t in call.tensors.items() if t.requires_grad}
-        parts = output.parts
-        shares = {name: (counts, dims[name]) if name in dims else None for name in arguments}
+    def _grafted(
+        self, given: Given, passage: Passage, output: Output, shadow: Shadow, size: int
+    ) -> Sequence[Tensor]:
+        """The output's tensors as part of the caller's graph."""
+        arguments = given.wanting()
 
         def backward(gradients: Gradients, keep: bool) -> Gradients:
             try:
-                with shadow.entered():
-                    taken = passage.backward(self._workers, parts.split(gradients), keep)
+                with shadow.entered(refresh=False):
+                    passage.backward(self._crew(passage.count), output.split(gradients), keep)
             finally:
+                if not keep:
+                    output.forget()
                 sums = shadow.take_gradients()
-            self.chunks.took(passage.count, passage.seconds, sum(counts))
-            found = (_argument_gradient(n, t, taken, shares[n]) for n, t in arguments.items())
-            return [*found, *sums]
+                of_arguments = given.take_gradients()
+            self.chunks.took(passage.count, passage.seconds, size)
+            return [*of_arguments, *sums]
 
-        inputs = [*arguments.values(), *shadow.parameters]
-        output.replace(graft(output.wanting(), inputs, backward))
+        return graft(output.wanting(), [*arguments, *shadow.parameters], backward)
 
-    def _shadowed(self) -> Shadow:
+    def _crew(self, count: int) -> Workers:
+        """At least as many threads as there are micro-batches, and stages."""
+        if len(self._workers.devices) < count:
+            self._workers.close()
+            self._workers = Workers([self.devices[0]] * count, self._threads)
+        return self._workers
+
+    def _memory_of(self, unit: nn.Module) -> Memory:
+        return self._memories.setdefault(id(unit), Memory([unit]))
+
+    def _shadowed(self, cut: Cut) -> Shadow | None:
+        """What stands for parameters; nothing where they can be used themselves."""
         if self._shadow is None or self._shadow.is_stale():
-            self._shadow = Shadow(self.cutter.roots)
-        return self._shadow
-
-
-def _argument_gradient(
-    name: Name,
-    argument: Tensor,
-    taken: Sequence[Mapping[tuple[Name, int], list[Tensor | None]]],
-    share: tuple[Sequence[int], int] | None,
-) -> Tensor | None:
-    """The gradient of an argument from those of the micro-batches and stages that used it.
-
-    Args:
-        name: The argument's.
-        argument: The argument.
-        taken: For each micro-batch.
-        share: Samples in each, and the batch's dimension, if it was split.
-    """
-    found: list[Tensor | None] = []
-    for chunk in taken:
-        of_stages = [g for (n, _), (g,) in sorted(chunk.items()) if n == name and g is not None]
-        found.append(_sum([gradient.to(argument.device) for gradient in of_stages]))
-    if share is None or all(gradient is None for gradient in found):
-        return _sum([gradient for gradient in found if gradient is not None])
-    counts, dim = share
-    pieces = torch.split(argument.detach(), list(counts), dim)
-    pairs = zip(found, pieces, strict=True)
-    return torch.cat([torch.zeros_like(piece) if g is None else g for g, piece in pairs], dim)
-
-
-def _sum(gradients: Sequence[Tensor]) -> Tensor | None:
-    return reduce(torch.add, gradients) if gradients else None
+            self._shadow = Shadow(self.cutter.roots, cut.stage_of, cut.owner, self.devices)
+        needed = torch.is_grad_enabled() or self._shadow.has_loans
+        return self._shadow if needed else None

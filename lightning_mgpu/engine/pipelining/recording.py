@@ -1,14 +1,12 @@
 """Take down when the stages work, while they do."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
-from lightning_mgpu.engine.pipelining.partition import Name
-from lightning_mgpu.engine.pipelining.stage_work import Gradients, StageWork
 from lightning_mgpu.engine.pipelining.timeline import Kind, Span, Timeline
 
 __all__: list[str] = []
@@ -42,10 +40,17 @@ class Recording:
     @contextmanager
     def taken_down(self, stage: int, chunk: int, call: int, kind: Kind) -> Iterator[None]:
         """Within, the stage is at work."""
-        clock = self._clocks[stage]
-        start = clock.now()
+        start = self.now(stage)
         yield
-        self._taken.append((stage, chunk, call, kind, start, clock.now()))
+        self.add(stage, chunk, call, kind, start)
+
+    def now(self, stage: int) -> Any:
+        """A stamp of the stage's clock."""
+        return self._clocks[stage].now()
+
+    def add(self, stage: int, chunk: int, call: int, kind: Kind, start: Any) -> None:
+        """Take down that a stage has been at work since a stamp."""
+        self._taken.append((stage, chunk, call, kind, start, self.now(stage)))
 
     def timeline(self) -> Timeline:
         """What has been taken down so far; waits for devices that are still at it."""
@@ -55,38 +60,6 @@ class Recording:
             for clock in [self._clocks[stage]]
         ]
         return Timeline.of(len(self._clocks), self._chunks, spans)
-
-
-class RecordedWork(StageWork):
-    """A stage's work, taken down.
-
-    Args:
-        recording: Where.
-        call: The number of the call.
-        *args: Those of `StageWork`.
-    """
-
-    def __init__(self, recording: Recording, call: int, *args: Any) -> None:
-        super().__init__(*args)
-        self._recording, self._call = recording, call
-
-    def forward(self, chunk: int, inputs: list[Any]) -> Sequence[Any]:
-        with self._recording.taken_down(self.stage.index, chunk, self._call, "forward"):
-            return super().forward(chunk, inputs)
-
-    def backward(
-        self,
-        chunk: int,
-        outputs: Sequence[Any],
-        arrived: Mapping[Name, list[Gradients]],
-        keep: bool,
-    ) -> None:
-        with self._recording.taken_down(self.stage.index, chunk, self._call, "backward"):
-            super().backward(chunk, outputs, arrived, keep)
-
-    def _again(self, chunk: int, inputs: list[Any]) -> tuple[list[Any], Sequence[Any]]:
-        with self._recording.taken_down(self.stage.index, chunk, self._call, "recompute"):
-            return super()._again(chunk, inputs)
 
 
 class _Clock(Protocol):

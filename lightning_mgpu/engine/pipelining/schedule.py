@@ -17,6 +17,13 @@ from typing import NamedTuple
 __all__: list[str] = []
 
 
+class Visit(NamedTuple):
+    """A micro-batch's stay at a stage: its `number`-th of all, counted from 0."""
+
+    chunk: int
+    number: int
+
+
 class Task(NamedTuple):
     """A stage's work on one micro-batch."""
 
@@ -34,6 +41,34 @@ def forward(stages: int, chunks: int) -> Iterator[list[Task]]:
 def backward(stages: int, chunks: int) -> Iterator[list[Task]]:
     """The tasks of each tick of a backward pass."""
     return reversed(list(forward(stages, chunks)))
+
+
+def visits(way: Sequence[int], chunks: int, doors: int) -> list[list[Visit]]:
+    """The order in which micro-batches that all take the same way are let in.
+
+    Each door takes the visit that can begin first, the furthest on its way if there are several:
+    for a way that goes through each door once that is `forward`.
+
+    Args:
+        way: The door of each visit, in order.
+        chunks: Micro-batches.
+        doors: How many doors there are.
+
+    Returns:
+        For each door, its visits.
+    """
+    orders: list[list[Visit]] = [[] for _ in range(doors)]
+    done = [0] * chunks
+    while any(number < len(way) for number in done):
+        # One tick: what has come to each door by now.
+        ready = [Visit(chunk, number) for chunk, number in enumerate(done) if number < len(way)]
+        for door in range(doors):
+            here = [visit for visit in ready if way[visit.number] == door]
+            if here:
+                chosen = max(here, key=lambda visit: (visit.number, -visit.chunk))
+                orders[door].append(chosen)
+                done[chosen.chunk] += 1
+    return orders
 
 
 def of_stage(stage: int, timetable: Iterable[Iterable[Task]]) -> list[int]:

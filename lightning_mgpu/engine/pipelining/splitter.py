@@ -10,7 +10,13 @@ from torch import Tensor
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.origin import StepBatch, storages
-from lightning_mgpu.engine.pipelining.refused import argument_of, check_kinds, check_lists
+from lightning_mgpu.engine.pipelining.refused import (
+    argument_of,
+    check_entries,
+    check_graphs,
+    check_kinds,
+    check_lists,
+)
 
 __all__: list[str] = []
 
@@ -26,11 +32,13 @@ class Splitting:
         size: Samples in the batch.
         dims: The batch dimension of each tensor that is split, by name; the others go whole.
         doubts: What the user is told if it cannot be shown that this is right.
+        unproven: Tensors whose rows must differ for that.
     """
 
     size: int
     dims: dict[str, int]
     doubts: tuple[str, ...] = ()
+    unproven: tuple[Tensor, ...] = ()
 
 
 class Splitter:
@@ -106,12 +114,15 @@ class Splitter:
         whole = {_named(entry, names) for entry in self._broadcast}
         check_kinds(call, whole)
         tensors = {n: t for n, t in call.tensors.items() if t.dim() and argument_of(n) not in whole}
-        sharing = _Sharing(tensors, given, StepBatch(batch))
+        step_batch = StepBatch(batch)
+        check_entries(call, step_batch.size, whole)
+        check_graphs(call, step_batch.of_graphs, whole)
+        sharing = _Sharing(tensors, given, step_batch)
         check_lists(call, sharing.size, whole)
         dims, rest = sharing.certain()
         self._split_rest(sharing, dims, rest, fixed)
         doubts = sharing.doubts(dims)
-        return Splitting(sharing.size, dims, tuple(doubts))
+        return Splitting(sharing.size, dims, tuple(doubts), tuple(sharing.unproven))
 
     def _split_rest(
         self,
@@ -140,12 +151,15 @@ class Splitter:
         unclear = [name for name in others if name not in split]
         if unclear:
             shapes = ", ".join(f"`{n}` of shape {tuple(others[n].shape)}" for n in unclear)
-            raise SplitError(
+            text = (
                 f"As long as the batch ({size}), which may be chance: {shapes}. Name"
                 f" `{argument_of(unclear[0])}` in `split_args` if it has an entry per sample, else"
                 " in `broadcast_args`."
             )
-        dims.update(dict.fromkeys(split, 0))
+            if size != batch.size or any(size in others[n].shape[1:] for n in unclear):
+                raise SplitError(text)
+            sharing.suppose([others[name] for name in unclear], text)
+        dims.update(dict.fromkeys([*split, *unclear], 0))
 
 
 class _Sharing:
@@ -164,6 +178,9 @@ class _Sharing:
         found = {n: batch.dimension(t) for n, t in tensors.items() if n not in self._named}
         self._seen = {name: dim for name, dim in found.items() if dim}
         self._suspected: list[str] = []
+        self._elsewhere = self._other_dimensions()
+        self.unproven: list[Tensor] = []
+        """Tensors, samples first, that are split though their length may be chance."""
         self.size = self._size()
         """Samples in the batch."""
 
@@ -185,6 +202,14 @@ class _Sharing:
                     f" {dim} is not as long."
                 )
         dims |= {n: dim for n, dim in self._seen.items() if self._length(n, dim) == self.size}
+        for name, dim in self._elsewhere.items():
+            dims[name], shape = dim, tuple(self._tensors[name].shape)
+            doubt = (
+                f"`{name}` of shape {shape} is split along its dimension {dim}, which is as long"
+                f" as the batch ({self.size}). Say whether that is right:"
+                f" `split_args={{{argument_of(name)!r}: {dim}}}`, or `broadcast_args`."
+            )
+            self.suppose([self._tensors[name].movedim(dim, 0)], doubt)
         named = (*self._named, *dims)
         return dims, {name: t for name, t in self._tensors.items() if name not in named}
 
@@ -196,6 +221,11 @@ class _Sharing:
             f" {reason}. Name `{argument}` in `split_args` if it has an entry per sample, else in"
             " `broadcast_args`."
         )
+
+    def suppose(self, tensors: Sequence[Tensor], doubt: str) -> None:
+        """Note that tensors are split, which is to be shown to be right."""
+        self.unproven += tensors
+        self._suspected.append(doubt)
 
     def doubts(self, dims: Mapping[str, int]) -> list[str]:
         """What speaks against splitting along these dimensions."""
@@ -230,6 +260,16 @@ class _Sharing:
                 )
         return doubts
 
+    def _other_dimensions(self) -> dict[str, int]:
+        """The only ones that are as long as the step's batch, where no first one could be."""
+        size, tensors = self.batch.size, self._tensors
+        if self._named or self._seen or size in (None, 1):
+            return {}
+        if any(tensor.shape[0] % size == 0 for tensor in tensors.values()):
+            return {}
+        found = {n: [d for d in range(t.dim()) if t.shape[d] == size] for n, t in tensors.items()}
+        return {name: dims[0] for name, dims in found.items() if len(dims) == 1}
+
     def _length(self, name: str, dim: int) -> int:
         return self._tensors[name].shape[dim]
 
@@ -241,6 +281,7 @@ class _Sharing:
         candidates = (
             long,
             seen,
+            [self._length(name, dim) for name, dim in self._elsewhere.items()],
             [n for n in first if n == self.batch.size],
             [t.shape[0] for t in self._tensors.values() if self.batch.has(t) and t.shape[0] != 1],
             [n for n in first if n in self.batch.lengths],

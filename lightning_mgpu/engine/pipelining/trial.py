@@ -1,54 +1,70 @@
-"""A few samples through the stages, one after another in the calling thread."""
+"""A few samples through a module's `forward`, in the calling thread."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_mgpu.engine.context import ThreadContext
+from lightning_mgpu.engine.batch.containers import holds_tensors
 from lightning_mgpu.engine.pipelining import values
-from lightning_mgpu.engine.pipelining.partition import Name, Partition
+from lightning_mgpu.engine.pipelining.arguments import Call
+from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.engine.pipelining.traveller import Traveller
+from lightning_mgpu.engine.pipelining.units import Units
 
 __all__: list[str] = []
 
 
 class Trial:
-    """Runs a partition on some samples of a call.
+    """Runs a call on some of its samples.
 
     Args:
-        partition: The stages.
-        devices: The device of each.
-        tensors: The call's tensors, by name.
-        dims: The batch dimension of those that are split.
+        forward: What is called.
+        call: With what.
+        dims: The batch dimension of the tensors that are split, by name.
+        devices: The device of each stage.
+        units: What belongs to stages, once that is known.
     """
 
     def __init__(
         self,
-        partition: Partition,
+        forward: Callable[..., Any],
+        call: Call,
+        dims: Mapping[str, int],
         devices: Sequence[torch.device],
-        tensors: Mapping[Name, Tensor],
-        dims: Mapping[Name, int],
+        units: Units | None = None,
     ) -> None:
-        self._partition, self._devices = partition, devices
-        self._tensors, self._dims = tensors, dims
+        self._forward, self._call, self._dims = forward, call, dims
+        self._devices, self._units = devices, units
 
-    def run(self, start: int, stop: int) -> dict[Name, Any]:
-        """The results for samples `start` to `stop`, by name."""
-        found: dict[Name, Any] = {
-            name: self._samples(name, tensor, start, stop)
-            for name, tensor in self._tensors.items()
-            if name in self._partition.arguments
-        }
-        context = ThreadContext.capture()
-        for stage in self._partition.stages:
-            device = self._devices[stage.index]
-            with context.entered(device):
-                inputs = [_moved(found[name], device) for name in stage.inputs]
-                found.update(zip(stage.outputs, stage.compute(inputs), strict=True))
-        return {name: found[name] for name in self._partition.results}
+    def run(self, start: int, stop: int) -> Any:
+        """What is returned for samples `start` to `stop`."""
+        tensors = {n: self._samples(n, t, start, stop) for n, t in self._call.tensors.items()}
+        objects = self._call.copied_objects()
+        args, kwargs = self._call.filled(tensors, objects)
+        output = self._output(args, kwargs)
+        if self._dims:
+            self._check_untouched(objects)
+        return output
 
-    def _samples(self, name: Name, tensor: Tensor, start: int, stop: int) -> Tensor:
+    def _check_untouched(self, copies: Mapping[int, Any]) -> None:
+        for name, value in self._call.stateful().items():
+            if id(value) in copies and holds_tensors(copies[id(value)]) > holds_tensors(value):
+                raise SplitError(
+                    f"`forward` writes to its argument `{name}`, a `{type(value).__name__}`, which"
+                    " all micro-batches would share. Make it within `forward`, and return it."
+                )
+
+    def _output(self, args: Any, kwargs: Any) -> Any:
+        if self._units is None or len(set(self._devices)) == 1:
+            return self._forward(*args, **kwargs)
+        traveller = Traveller(0, self._devices, _pass, _pass, _pass, _pass)
+        with self._units.attached(), traveller.entered():
+            traveller.go(0)
+            return self._forward(*args, **kwargs)
+
+    def _samples(self, name: str, tensor: Tensor, start: int, stop: int) -> Tensor:
         """A copy, which may be written to."""
         dim = self._dims.get(name)
         part = tensor.detach() if dim is None else tensor.detach().narrow(dim, start, stop - start)
@@ -58,5 +74,5 @@ class Trial:
         return values.enter(part)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    return values.map_tensors(lambda tensor: tensor.to(device), value)
+def _pass(*_: Any) -> None:
+    """Nobody takes turns."""

@@ -27,13 +27,6 @@ def enter(leaf: Tensor) -> Tensor:
     return _Identity.apply(leaf) if leaf.requires_grad else leaf  # type: ignore[no-untyped-call]
 
 
-def cut_off(tensor: Tensor, device: torch.device) -> Tensor:
-    """A leaf with the tensor's value; the same memory if it lies on the device already."""
-    wants_gradient = tensor.requires_grad and torch.is_grad_enabled()
-    leaf = tensor.detach().to(device, non_blocking=True)
-    return leaf.requires_grad_() if wants_gradient else leaf
-
-
 def copy(leaf: Tensor) -> Tensor:
     """A leaf of its own with the same value."""
     return leaf.detach().clone().requires_grad_(leaf.requires_grad)
@@ -42,7 +35,11 @@ def copy(leaf: Tensor) -> Tensor:
 def promise_gradient(tensor: Tensor) -> Tensor:
     """Mark what was computed without a graph, so that the next stage sends its gradient."""
     tensor = tensor.detach()
-    return tensor.requires_grad_() if tensor.is_floating_point() or tensor.is_complex() else tensor
+    return tensor.requires_grad_() if may_have_gradient(tensor) else tensor
+
+
+def may_have_gradient(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def take(value: Any) -> list[Tensor | None]:

@@ -1,0 +1,117 @@
+"""What a module's `forward` calls, found out by watching it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_mgpu.engine.compiled import inside_compiled
+
+__all__: list[str] = []
+
+
+@dataclass(eq=False)
+class Called:
+    """A call of a module.
+
+    Attributes:
+        name: The module's first name; that of the split module itself is empty.
+        module: The module.
+        children: The calls that it makes.
+        seconds: What it took, calls it made included.
+        kept: The bytes that autograd kept of it, if that was counted.
+    """
+
+    name: str
+    module: nn.Module
+    children: list["Called"] = field(default_factory=list)
+    seconds: float = 0.0
+    kept: int = 0
+
+    def walk(self) -> Iterator["Called"]:
+        """This call and all below, in order."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+def registered(module: nn.Module, name: str = "") -> Called:
+    """What is to be expected of a module whose `forward` calls its children in their order."""
+    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    children = [] if compiled else module.named_children()
+    prefix = f"{name}." if name else ""
+    return Called(name, module, [registered(child, prefix + n) for n, child in children])
+
+
+def observe(
+    module: nn.Module, run: Callable[[], Any], count_kept: bool = False
+) -> tuple[Called, Any]:
+    """Watch a call of a module.
+
+    Args:
+        module: The module.
+        run: Calls its `forward`.
+        count_kept: Whether to count what autograd keeps.
+
+    Returns:
+        The call, and what `run` has returned.
+    """
+    root = Called("", module)
+    open_calls = [root]
+    compiled = inside_compiled(module.modules())
+
+    def before(called: nn.Module, args: Any, name: str) -> None:
+        made = Called(name, called, seconds=-_now())
+        open_calls[-1].children.append(made)
+        open_calls.append(made)
+
+    def after(called: nn.Module, args: Any, output: Any) -> None:
+        if len(open_calls) > 1 and open_calls[-1].module is called:
+            open_calls.pop().seconds += _now()
+
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    seen: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage().data_ptr()
+        if memory not in own and memory not in seen:
+            seen.add(memory)
+            for call in open_calls:
+                call.kept += min(tensor.untyped_storage().nbytes(), tensor.nbytes)
+        return tensor
+
+    with ExitStack() as stack:
+        for name, inner in module.named_modules():
+            if (
+                inner is module
+                or id(inner) in compiled
+                or isinstance(inner, torch.jit.ScriptModule)
+            ):
+                continue
+            hook = inner.register_forward_pre_hook(_named(before, name), prepend=True)
+            stack.callback(hook.remove)
+            stack.callback(inner.register_forward_hook(after, always_call=True).remove)
+        if count_kept:
+            stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
+        started = _now()
+        output = run()
+        root.seconds = _now() - started
+    return root, output
+
+
+def _named(before: Callable[[nn.Module, Any, str], None], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        before(module, args, name)
+
+    return hook
+
+
+def _now() -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    return time.perf_counter()

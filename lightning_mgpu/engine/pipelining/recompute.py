@@ -1,0 +1,167 @@
+"""A unit whose graph is not kept: computed without one, and again, with one, in backward."""
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mgpu.engine.batch import leaves
+from lightning_mgpu.engine.context import ThreadContext
+from lightning_mgpu.engine.pipelining import position, values
+from lightning_mgpu.engine.pipelining.memory import Memory
+from lightning_mgpu.engine.pipelining.segments import Crossing, Timed
+from lightning_mgpu.engine.pipelining.traveller import Traveller
+from lightning_mgpu.engine.randomness import Stream
+
+__all__: list[str] = []
+
+_UNCHANGING = (
+    *(Tensor, bool, int, float, complex, str, bytes, type(None), Enum),
+    *(torch.dtype, torch.device, torch.Size, slice, range),
+)
+
+
+class Recomputed:
+    """A call of a unit, as a segment of its own.
+
+    Args:
+        module: The unit.
+        memory: What it remembers from call to call.
+        stream: Where it draws from.
+    """
+
+    def __init__(self, module: nn.Module, memory: Memory, stream: Stream) -> None:
+        self._module, self._memory, self._stream = module, memory, stream
+        self._crossings: list[Crossing] = []
+        self._promised: list[Tensor] = []
+        self.extra: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, traveller: Traveller, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Keep what the unit is called with; returns what to call it with instead."""
+        self._device = traveller.device
+        self._context = ThreadContext.capture()
+        self._numbers = self._stream.state(self._device)
+        self._before = self._memory.before()
+        self._originals: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._kept = values.map_tensors(lambda t: self._keep(t, traveller), (args, kwargs))
+        traveller.add(self, position.now())
+        copies = iter(self._copies)
+        called: tuple[Any, Any] = values.map_tensors(
+            lambda t: t if isinstance(t, nn.Parameter) else next(copies), (args, kwargs)
+        )
+        self._called, self._length = called, _length(called)
+        torch.set_grad_enabled(False)
+        return called
+
+    def abandon(self) -> None:
+        """The unit has failed."""
+        torch.set_grad_enabled(True)
+
+    def end(self, traveller: Traveller, output: Any) -> Any:
+        """The unit has been computed; returns its output, as the beginning of a new segment."""
+        torch.set_grad_enabled(True)
+        if _length(self._called) != self._length:
+            raise RuntimeError(
+                f"A `{type(self._module).__name__}` adds to a list or dict that it is called with,"
+                " which would be lost where it is computed again in backward. Return what it adds,"
+                " or take `checkpoint='never'`."
+            )
+        self._moment = self._memory.after(self._before)
+        del self._before, self._called
+        for leaf, original, copy in zip(self._leaves(), self._originals, self._copies, strict=True):
+            if copy._version > 0:  # written to, as the caller's would have been
+                with torch.no_grad():
+                    leaf.data = leaf.detach().clone()
+                    original.copy_(copy)
+        del self._originals, self._copies
+        traveller.begin_segment()
+        return values.map_tensors(self._promise, output)
+
+    def backward(self, keep: bool, timed: Timed) -> None:
+        """As `Segment.backward`."""
+        seeds = [tensor.grad for tensor in self._promised]
+        for tensor in self._promised:
+            tensor.grad = None
+        for tensor, gradient in self.extra:
+            index = next(i for i, promised in enumerate(self._promised) if promised is tensor)
+            before = seeds[index]
+            seeds[index] = gradient if before is None else before + gradient
+        self.extra = []
+        if any(seed is not None for seed in seeds):
+            self._backward(seeds, timed)
+        if not keep:
+            self._crossings, self._promised, self._kept = [], [], None
+
+    def _backward(self, seeds: list[Tensor | None], timed: Timed) -> None:
+        again: dict[int, Tensor] = {}
+
+        def copied(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+            return again.setdefault(id(tensor), values.copy(tensor))
+
+        inputs = values.map_tensors(copied, self._kept)
+        with (
+            timed("recompute"),
+            self._context.entered(self._device),
+            self._memory.rewound(self._moment),
+            self._stream.at(self._numbers, self._device),
+            torch.enable_grad(),
+        ):
+            args, kwargs = values.map_tensors(values.enter, inputs)
+            output = self._module(*args, **kwargs)
+            made = [t for t in values.tensors(output) if values.may_have_gradient(t)]
+        pairs = [
+            (tensor, seed)
+            for tensor, seed in zip(made, seeds, strict=True)
+            if seed is not None and tensor.requires_grad
+        ]
+        if pairs:
+            with timed("backward"):
+                torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        for crossing in self._crossings:
+            crossing.leaf.grad = again[id(crossing.leaf)].grad
+
+    def _keep(self, tensor: Tensor, traveller: Traveller) -> Tensor:
+        """What is kept of an argument's tensor: its value, and its place in the graph."""
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        leaf = tensor.detach()
+        if tensor.requires_grad:
+            leaf = leaf.requires_grad_()
+            crossing = Crossing(tensor, leaf)
+            self._crossings.append(crossing)
+            traveller.segment_of(tensor).leaving.append(crossing)
+        self._originals.append(tensor)
+        self._copies.append(tensor.detach().clone())
+        return leaf
+
+    def _leaves(self) -> list[Tensor]:
+        return [t for t in values.tensors(self._kept) if not isinstance(t, nn.Parameter)]
+
+    def _promise(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        promised = values.promise_gradient(tensor)
+        if promised.requires_grad:
+            self._promised.append(promised)
+        return values.enter(promised)
+
+
+def is_worth_it(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a unit has a graph, and may be computed twice.
+
+    An object among its arguments, such as a cache, would be changed twice.
+    """
+    found = (leaf for _, leaf in leaves((args, kwargs)))
+    if not all(isinstance(leaf, _UNCHANGING) or callable(leaf) for leaf in found):
+        return False
+    return any(p.requires_grad for p in module.parameters()) or any(
+        tensor.requires_grad for tensor in values.tensors((args, kwargs))
+    )
+
+
+def _length(value: Any) -> int:
+    return sum(1 for _ in leaves(value))

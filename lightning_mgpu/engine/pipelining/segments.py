@@ -1,0 +1,86 @@
+"""The pieces of a micro-batch's graph: each lies with one stage, and has a backward of its own."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mgpu.engine.pipelining.timeline import Kind
+
+__all__: list[str] = []
+
+Timed = Callable[[Kind], AbstractContextManager[Any]]
+
+
+@dataclass(eq=False)
+class Crossing:
+    """A tensor on its way from one segment to a later one.
+
+    Attributes:
+        source: Where it was made.
+        leaf: What stands for it later, whose gradient is the source's.
+    """
+
+    source: Tensor
+    leaf: Tensor
+
+
+@dataclass(eq=False)
+class Segment:
+    """What one stage computes of a micro-batch without a break.
+
+    Attributes:
+        stage: The stage.
+        start: The position of its first node.
+        leaving: What later segments have of it.
+        extra: What the caller has of it, with its gradients; set for backward.
+    """
+
+    stage: int
+    start: int
+    leaving: list[Crossing] = field(default_factory=list)
+    extra: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def backward(self, keep: bool, timed: Timed) -> None:
+        """Accumulate gradients in leaves: of parameters, and of what came from earlier segments.
+
+        Args:
+            keep: Whether there may be another time.
+            timed: A context for work of a kind.
+        """
+        roots, seeds = self._seeds(keep)
+        if roots:
+            with timed("backward"):
+                torch.autograd.backward(roots, seeds, retain_graph=keep)
+
+    def _seeds(self, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+        roots, seeds = [], []
+        for crossing in self.leaving:
+            gradient = crossing.leaf.grad
+            if gradient is not None:
+                crossing.leaf.grad = None
+                roots.append(crossing.source)
+                seeds.append(gradient.to(crossing.source.device, non_blocking=True))
+        for tensor, gradient in self.extra:
+            roots.append(tensor)
+            seeds.append(gradient.to(tensor.device, non_blocking=True))
+        self.extra = []
+        if not keep:
+            self.leaving = []
+        return roots, seeds
+
+
+@dataclass(eq=False)
+class Stay:
+    """The segments of one visit at a stage."""
+
+    stage: int
+    segments: list[Any] = field(default_factory=list)
+
+    def backward(self, keep: bool, timed: Timed) -> None:
+        """Of all, last to first."""
+        for segment in reversed(self.segments):
+            segment.backward(keep, timed)
