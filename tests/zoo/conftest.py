@@ -7,6 +7,11 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is downloaded
+# What importing MONAI sets; set before, so that no test is taken for having left it behind.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "True")
+os.environ.setdefault("KMP_INIT_AT_FORK", "FALSE")
+os.environ.setdefault("CRC32C_SW_MODE", "auto")
 
 
 @pytest.fixture(autouse=True)

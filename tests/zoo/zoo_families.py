@@ -82,7 +82,13 @@ qwen2 = partial(_decoder, "Qwen2ForCausalLM", "Qwen2Config")
 qwen3 = partial(_decoder, "Qwen3ForCausalLM", "Qwen3Config", head_dim=8)
 gemma2 = partial(_decoder, "Gemma2ForCausalLM", "Gemma2Config", head_dim=8, sliding_window=4)
 phi3 = partial(_decoder, "Phi3ForCausalLM", "Phi3Config")
-mixtral = partial(_decoder, "MixtralForCausalLM", "MixtralConfig", num_local_experts=4)
+mixtral = partial(
+    _decoder,
+    "MixtralForCausalLM",
+    "MixtralConfig",
+    num_local_experts=4,
+    experts_implementation="eager",
+)
 llama_in_step = partial(_decoder, "LlamaForCausalLM", "LlamaConfig", kind=LogitsInStep)
 gpt_neox = partial(_encoder, "GPTNeoXForCausalLM", "GPTNeoXConfig")
 opt = partial(

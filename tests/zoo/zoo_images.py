@@ -65,7 +65,7 @@ class Detects(Model):
         return len(batch[0])
 
 
-def _frozen(net: nn.Module) -> nn.Module:
+def frozen(net: nn.Module) -> nn.Module:
     """With batch normalisation in evaluation, as fine-tuning has it."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -90,10 +90,12 @@ def _masked(size: int = 32) -> list[tuple[Tensor, Tensor]]:
     return list(zip(_images(size), masks, strict=True))
 
 
-def _timm(name: str, frozen: bool = True, kind: type[Model] = Classifier, **options: Any) -> Case:
+def _timm(
+    name: str, in_training: bool = False, kind: type[Model] = Classifier, **options: Any
+) -> Case:
     def build() -> Model:
         net = timm.create_model(name, pretrained=False, **options)
-        return kind(_frozen(net) if frozen else net)
+        return kind(net if in_training else frozen(net))
 
     return Case(build, _labelled())
 
@@ -102,7 +104,7 @@ timm_resnet = partial(_timm, "test_resnet", num_classes=CLASSES)
 timm_vit = partial(_timm, "test_vit", num_classes=CLASSES, img_size=32)
 timm_convnext = partial(_timm, "test_convnext", num_classes=CLASSES)
 timm_features = partial(_timm, "test_efficientnet", kind=Features, features_only=True)
-timm_batch_norm = partial(_timm, "test_resnet", frozen=False, num_classes=CLASSES)
+timm_batch_norm = partial(_timm, "test_resnet", in_training=True, num_classes=CLASSES)
 
 
 class _Narrow(ResNet):
@@ -117,7 +119,7 @@ class _Narrow(ResNet):
 
 
 def resnet() -> Case:
-    return Case(lambda: Classifier(_frozen(_Narrow())), _labelled())
+    return Case(lambda: Classifier(frozen(_Narrow())), _labelled())
 
 
 def densenet() -> Case:
@@ -125,7 +127,7 @@ def densenet() -> Case:
 
     def build() -> Model:
         net = DenseNet(4, (2, 2, 2), 8, num_classes=CLASSES, memory_efficient=True)
-        return Classifier(_frozen(net))
+        return Classifier(frozen(net))
 
     return Case(build, _labelled())
 
@@ -136,7 +138,7 @@ def fcn() -> Case:
     def build() -> Model:
         levels = {"layer4": "out", "layer3": "aux"}
         backbone = IntermediateLayerGetter(_Narrow(), levels)
-        return Segments(_frozen(FCN(backbone, FCNHead(128, CLASSES), FCNHead(64, CLASSES))))
+        return Segments(frozen(FCN(backbone, FCNHead(128, CLASSES), FCNHead(64, CLASSES))))
 
     return Case(build, _masked())
 
@@ -202,7 +204,7 @@ def _unet(kind: type[Model] = Classifier) -> Case:
             decoder_channels=(16, 8, 4),
             classes=CLASSES,
         )
-        return kind(_frozen(net))
+        return kind(frozen(net))
 
     return Case(build, _masked(), ddp_advice={"find_unused_parameters": True})
 

@@ -7,7 +7,7 @@ import torch
 from monai.networks import nets
 from torch import Tensor
 from zoo import BATCH, STEPS, Case
-from zoo_images import CLASSES, Classifier
+from zoo_images import CLASSES, Classifier, frozen
 
 
 def _scans(*shape: int) -> list[tuple[Tensor, Tensor]]:
@@ -19,7 +19,7 @@ def _scans(*shape: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _case(net: Any, *arguments: Any, shape: tuple[int, ...] = (32, 32), **options: Any) -> Case:
-    return Case(lambda: Classifier(net(*arguments, **options)), _scans(*shape))
+    return Case(lambda: Classifier(frozen(net(*arguments, **options))), _scans(*shape))
 
 
 unet = partial(

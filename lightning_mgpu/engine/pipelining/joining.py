@@ -252,8 +252,14 @@ def _scalar(path: str) -> str:
     )
 
 
-def same(parts: Sequence[Any], counts: Sequence[int], path: str) -> Any:
+def same(parts: Sequence[Any], counts: Sequence[int], path: str, *, proven: bool = False) -> Any:
     """What is no tensor, and must be the same for every micro-batch.
+
+    Args:
+        parts: Of each micro-batch.
+        counts: Samples in each.
+        path: What to call it.
+        proven: Whether it is known not to be the number of samples.
 
     Raises:
         SplitError: It is not.
@@ -261,7 +267,8 @@ def same(parts: Sequence[Any], counts: Sequence[int], path: str) -> Any:
     first = parts[0]
     if len(parts) == 1:
         return first
-    if all(map(_Equal(first), parts)) and not (type(first) is int and first == counts[0]):
+    may_count = type(first) is int and set(counts) == {first} and not proven
+    if all(map(_Equal(first), parts)) and not may_count:
         return first
     if isinstance(first, (str, bytes, bool, int, float, complex)):
         text = f"returns {list(parts)!r}, one"

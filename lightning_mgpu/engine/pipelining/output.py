@@ -41,7 +41,7 @@ class Output:
         leaves: list[Any] = []
         for place, column in joining.columns(results, counts, "output"):
             if not isinstance(column[0], Tensor):
-                leaves.append(joining.same(column, counts, place))
+                leaves.append(joining.same(column, counts, place, proven=bool(layouts)))
                 continue
             own = known(column[0])
             if own is not None:
