@@ -69,11 +69,27 @@ def test_a_sum_over_samples_is_added_up() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_loss_that_is_the_same_for_all_samples_by_chance_trains_on_all_of_them() -> None:
+    x, labels = data(8, 6), torch.tensor([0, 1, 1, 2, 2, 2, 3, 3])
+    net = Classifies()
+    torch.nn.init.zeros_(net.second.weight)
+    torch.nn.init.zeros_(net.second.bias)
+    expected = torch.autograd.grad(net(x, labels), list(net.parameters()))
+    with pipelined(net, [x, labels]) as run:
+        found = torch.autograd.grad(run(x, labels), list(net.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
 def test_what_is_no_tensor_has_to_be_the_whole_batchs() -> None:
     x = data(8, 6)
     module = Net(end=lambda z: {"z": z, "entries": 2 * len(z)})
     with pipelined(module, [x]) as run, pytest.raises(SplitError, match="'entries'"):
         run(x)
+
+
+class Classifies(Net):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(super().forward(x), labels)
 
 
 class Averages(Net):

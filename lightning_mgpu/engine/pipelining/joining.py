@@ -122,6 +122,11 @@ def join(
             if not is_number(first):
                 raise SplitError(unjoinable(path, first))
             layout = MEAN
+        else:
+            # A loss may be the same for all samples by chance, as that of a head of zeros is. Each
+            # micro-batch gets its share of the gradient, which is right for a mean and for what
+            # does not depend on samples.
+            return first, Rows(tuple(counts), MEAN)
     elif layout.dim is not None and not _fits(parts, counts, layout.dim):
         raise SplitError(_no_batch(parts, counts, path, layout.dim))
     return cat(parts, counts, layout)
