@@ -38,6 +38,7 @@ class Blocks(nn.Module):
                 nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(blocks)
             )
             self.head = nn.Linear(8, 4)
+            self.relu = nn.ReLU(inplace=True)
             self.scale = nn.Parameter(torch.rand(8))
         self.run = forward
         self.double()
@@ -136,6 +137,12 @@ def in_place_layer_on_a_skip(self: Any, x: Tensor) -> Any:
     return self.head(g + h + self.blocks[0](h))
 
 
+def in_place_module_on_a_skip(self: Any, x: Tensor) -> Any:
+    h = self.embed(x) + 0
+    g = self.blocks[3](h * 2) + 0
+    return self.head(self.relu(h) + h + self.relu(g) * 2 + g)
+
+
 def nested_checkpoint(self: Any, x: Tensor) -> Any:
     h = self.embed(x)
     for block in self.blocks:
@@ -187,6 +194,7 @@ FORWARDS = [
     writes_slices,
     writes_to_what_an_earlier_stage_made,
     in_place_layer_on_a_skip,
+    in_place_module_on_a_skip,
     nested_checkpoint,
     same_tensor_twice,
     complex_numbers,

@@ -103,6 +103,16 @@ def test_numbers_are_means_over_the_batch(samples: int) -> None:
     assert_same(Net(end=lambda z: {"loss": z.square().mean(), "logits": z}), data(samples, 6))
 
 
+def test_means_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    module = Net(end=lambda z: z.square().mean())
+    with pipelined(module) as run:
+        run(data(8, 6))
+        module.eval()
+        run(data(8, 6))
+    assert caplog.text.count("of which the mean over samples is taken") == 1
+
+
 def test_numbers_that_are_no_means_are_refused() -> None:
     module = Net(end=lambda z: z[:, 0].sum() / (z[:, 1] > 0).sum())
     with (

@@ -68,7 +68,7 @@ class Parity:
         self._known: dict[Hashable, _Found] = {}
         self._proven: dict[str, Layout] = {}
         self._left_behind = LeftBehind(mode)
-        self._has_told_draws = False
+        self._has_told_draws = self._has_told_means = False
 
     def layouts(
         self,
@@ -159,6 +159,7 @@ class Parity:
                 log.debug("The first batch is not compared with its parts.", exc_info=True)
                 return _Found(error=error)
         self._report(compared.differences, splitting)
+        self._tell_means([place for place, layout in layouts.items() if layout.mean])
         self._left_behind.report(*compared.held)
         proven = bool(compared.compared) and not compared.random and not compared.differences
         if proven:
@@ -173,6 +174,17 @@ class Parity:
                 "`%s.forward` draws from NumPy's generator or Python's, once for each micro-batch;"
                 " where several stages do so, in an order that varies from run to run. Draw from"
                 " torch's (`torch.rand(())`), or in the step.",
+                self._kind,
+            )
+
+    def _tell_means(self, places: Sequence[str]) -> None:
+        if places and not self._has_told_means:
+            self._has_told_means = True
+            log.info(
+                "%s: a number for each micro-batch of `%s.forward`, of which the mean over samples"
+                " is taken. If it has a denominator of its own (tokens that are not padding, class"
+                " weights), compute it in the step.",
+                ", ".join(f"`{place}`" for place in places[:3]),
                 self._kind,
             )
 

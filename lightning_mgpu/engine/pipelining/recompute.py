@@ -35,7 +35,6 @@ class Recomputed:
         self._module, self._memory, self._stream = module, memory, stream
         self._crossings: list[Crossing] = []
         self._promised: list[Tensor] = []
-        self.extra: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, traveller: Traveller, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Keep what the unit is called with; returns what to call it with instead."""
@@ -70,25 +69,31 @@ class Recomputed:
             )
         self._moment = self._memory.after(self._before)
         del self._before, self._called
-        for leaf, original, copy in zip(self._leaves(), self._originals, self._copies, strict=True):
-            if copy._version > 0:  # written to, as the caller's would have been
+        traveller.begin_segment()
+        output = values.map_tensors(self._promise, output)
+        self._written = self._write_back(traveller)
+        del self._originals, self._copies
+        return output
+
+    def _write_back(self, traveller: Traveller) -> list[int]:
+        """Have the caller see what was written to its tensors; returns which those are."""
+        written = []
+        triples = zip(self._leaves(), self._originals, self._copies, strict=True)
+        for index, (leaf, original, copy) in enumerate(triples):
+            if copy._version > 0:
+                written.append(index)
                 with torch.no_grad():
                     leaf.data = leaf.detach().clone()
                     original.copy_(copy)
-        del self._originals, self._copies
-        traveller.begin_segment()
-        return values.map_tensors(self._promise, output)
+                if values.may_have_gradient(copy):
+                    traveller.replace(original, self._promise(copy))
+        return written
 
     def backward(self, keep: bool, timed: Timed) -> None:
         """As `Segment.backward`."""
         seeds = [tensor.grad for tensor in self._promised]
         for tensor in self._promised:
             tensor.grad = None
-        for tensor, gradient in self.extra:
-            index = next(i for i, promised in enumerate(self._promised) if promised is tensor)
-            before = seeds[index]
-            seeds[index] = gradient if before is None else before + gradient
-        self.extra = []
         if any(seed is not None for seed in seeds):
             self._backward(seeds, timed)
         if not keep:
@@ -112,7 +117,9 @@ class Recomputed:
         ):
             args, kwargs = values.map_tensors(values.enter, inputs)
             output = self._module(*args, **kwargs)
-            made = [t for t in values.tensors(output) if values.may_have_gradient(t)]
+            given = [t for t in values.tensors((args, kwargs)) if not isinstance(t, nn.Parameter)]
+            made = [*values.tensors(output), *(given[index] for index in self._written)]
+            made = [t for t in made if values.may_have_gradient(t)]
         pairs = [
             (tensor, seed)
             for tensor, seed in zip(made, seeds, strict=True)

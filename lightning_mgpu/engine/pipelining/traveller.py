@@ -31,6 +31,9 @@ from lightning_mgpu.engine.pipelining.segments import Crossing, Segment, Stay
 
 __all__: list[str] = []
 
+# The version of what takes a tensor's place for good.
+_REPLACED = -2
+
 
 class _StandIn(NamedTuple):
     """What stands for a tensor of an earlier segment.
@@ -47,6 +50,7 @@ class _StandIn(NamedTuple):
 
     @property
     def is_written(self) -> bool:
+        """Whether it has another value than the original, or another graph."""
         return not self.tensor.is_inference() and self.tensor._version != self.version
 
 
@@ -211,7 +215,14 @@ class Traveller:
     def latest(self, tensor: Tensor) -> Tensor:
         """A tensor, or what stands for it and has been written to instead."""
         last = self._last.get(id(tensor))
-        return last.tensor if last is not None and last.is_written else tensor
+        while last is not None and last.is_written:
+            tensor = last.tensor
+            last = self._last.get(id(tensor))
+        return tensor
+
+    def replace(self, tensor: Tensor, other: Tensor) -> None:
+        """Have another tensor stand for one from now on."""
+        self._last[id(tensor)] = _StandIn(tensor, other, _REPLACED)
 
     def segment_of(self, tensor: Tensor) -> Any:
         """Where a tensor was made that has a graph."""
