@@ -1,7 +1,7 @@
 """Decides which stage each submodule belongs to, once, from what one call does."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ class Cut:
         stage_of: The stage of each module, by its `id`; those that are opened have none.
         owner: The stage of each parameter and buffer, by its `id`.
         normalised: Layers that keep running statistics.
+        writers: The units, by their `id`, that write to what they are called with.
     """
 
     layers: tuple[tuple[str, ...], ...]
@@ -42,6 +43,7 @@ class Cut:
     stage_of: Mapping[int, int]
     owner: Mapping[int, int]
     normalised: list[nn.Module]
+    writers: frozenset[int] = frozenset()
 
 
 class Cutter:
@@ -131,7 +133,8 @@ class Cutter:
         else:
             called, _ = observe(self.module, run)
         layers, counts = self._chosen(called, chunks)
-        self.cut = self._made_of(layers, counts)
+        writers = frozenset(id(call.module) for call in called.walk() if call.writes)
+        self.cut = replace(self._made_of(layers, counts), writers=writers)
         if self.costs:
             self.costs = {name: self.costs[name] for name in layers.names()}
         return self.cut

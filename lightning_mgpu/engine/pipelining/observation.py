@@ -1,7 +1,7 @@
 """What a module's `forward` calls, found out by watching it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_mgpu.engine.compiled import inside_compiled
+from lightning_mgpu.engine.pipelining import values
 
 __all__: list[str] = []
 
@@ -25,6 +26,7 @@ class Called:
         children: The calls that it makes.
         seconds: What it took, calls it made included.
         kept: The bytes that autograd kept of it, if that was counted.
+        writes: Whether it has written to what it was called with, or would in training.
     """
 
     name: str
@@ -32,6 +34,9 @@ class Called:
     children: list["Called"] = field(default_factory=list)
     seconds: float = 0.0
     kept: int = 0
+    writes: bool = False
+    given: list[tuple[Tensor, int]] = field(default_factory=list)
+    """The tensors that it was called with, and how often they had been written to."""
 
     def walk(self) -> Iterator["Called"]:
         """This call and all below, in order."""
@@ -65,14 +70,20 @@ def observe(
     open_calls = [root]
     compiled = inside_compiled(module.modules())
 
-    def before(called: nn.Module, args: Any, name: str) -> None:
-        made = Called(name, called, seconds=-_now())
+    def before(called: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+        given = [t for t in values.tensors((args, kwargs)) if not t.is_inference()]
+        if isinstance(called, nn.modules.dropout._DropoutNd) and called.inplace:
+            _mark(open_calls, given)  # (which drops nothing while it is watched)
+        made = Called(name, called, seconds=-_now(), given=[(t, t._version) for t in given])
         open_calls[-1].children.append(made)
         open_calls.append(made)
 
     def after(called: nn.Module, args: Any, output: Any) -> None:
         if len(open_calls) > 1 and open_calls[-1].module is called:
-            open_calls.pop().seconds += _now()
+            made = open_calls.pop()
+            made.seconds += _now()
+            made.writes |= any(tensor._version != version for tensor, version in made.given)
+            made.given = []
 
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     seen: set[int] = set()
@@ -93,7 +104,9 @@ def observe(
                 or isinstance(inner, torch.jit.ScriptModule)
             ):
                 continue
-            hook = inner.register_forward_pre_hook(_named(before, name), prepend=True)
+            hook = inner.register_forward_pre_hook(
+                _named(before, name), prepend=True, with_kwargs=True
+            )
             stack.callback(hook.remove)
             stack.callback(inner.register_forward_hook(after, always_call=True).remove)
         if count_kept:
@@ -104,9 +117,17 @@ def observe(
     return root, output
 
 
-def _named(before: Callable[[nn.Module, Any, str], None], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        before(module, args, name)
+def _mark(calls: Sequence[Called], tensors: Sequence[Tensor]) -> None:
+    """Take down that calls write to what they were called with, if these tensors are."""
+    memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    for call in calls:
+        if any(given.untyped_storage().data_ptr() in memory for given, _ in call.given):
+            call.writes = True
+
+
+def _named(before: Callable[..., None], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        before(module, args, kwargs, name)
 
     return hook
 

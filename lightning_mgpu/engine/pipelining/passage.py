@@ -50,6 +50,7 @@ class Passage:
         streams: Random numbers for each micro-batch.
         checkpoint: Which micro-batches' units are computed again in backward.
         memory_of: What a unit remembers.
+        writers: Units that cannot be computed again, since they write to what they are called with.
         recorder: Keeps batch normalisation from updating running statistics.
         deferred: Whether those are kept for the caller, or updated with each micro-batch.
         shadow: What stands for parameters, if there is anything.
@@ -66,6 +67,7 @@ class Passage:
         streams: Sequence[Stream],
         checkpoint: Checkpoint,
         memory_of: Callable[[nn.Module], Memory],
+        writers: frozenset[int],
         recorder: Recorder,
         deferred: bool,
         shadow: Shadow | None,
@@ -78,6 +80,7 @@ class Passage:
         self._checkpointed = {"never": 0, "except_last": self.count - 1, "always": self.count}[
             checkpoint
         ]
+        self._writers = writers
         self._recorder, self._deferred = recorder, deferred
         doors = [0] * len(devices) if one_at_a_time else list(range(len(devices)))
         expected = schedule.visits([doors[stage] for stage in self._way], self.count, len(doors))
@@ -230,7 +233,9 @@ class Passage:
     ) -> Recomputed | None:
         if traveller.chunk >= self._checkpointed or not torch.is_grad_enabled():
             return None
-        if any(traveller.recomputing) or not is_worth_it(module, args, kwargs):
+        if any(traveller.recomputing) or id(module) in self._writers:
+            return None
+        if not is_worth_it(module, args, kwargs):
             return None
         stream = self._streams[traveller.chunk]
         return Recomputed(module, self._memory_of(module), stream)

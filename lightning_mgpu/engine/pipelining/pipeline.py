@@ -178,8 +178,7 @@ class Pipeline:
 
         def observed(samples: int) -> Cut:
             graph = self.cutter.wants_costs
-            inference = torch.inference_mode(torch.is_inference_mode_enabled() and not graph)
-            with inference, torch.set_grad_enabled(graph):
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 return self.cutter.observe(lambda: trial.run(0, samples), count)
 
         # Few samples will do, unless there is something that takes no other number.
@@ -253,6 +252,7 @@ class Pipeline:
             streams,
             self._checkpoint if torch.is_grad_enabled() else "never",
             self._memory_of,
+            cut.writers,
             batch_norm.Recorder(cut.normalised, part_at_hand),
             self._deferred,
             shadow,

@@ -20,11 +20,12 @@ def now() -> int:
 
 def of(tensor: Tensor) -> int | None:
     """The number of the node that made a tensor; `None` if no node has."""
-    node = tensor.grad_fn
-    return None if node is None else of_node(node)
-
-
-def of_node(node: Any) -> int:
-    """The number of a node."""
+    node: Any = tensor.grad_fn
+    if node is None:
+        return None
     number: int = node._sequence_nr()
+    if tensor._is_view():
+        # Its node is made anew when its base has been written to.
+        base = None if tensor._base is None else of(tensor._base)
+        number = number if base is None else min(number, base)
     return number

@@ -42,7 +42,6 @@ class Recomputed:
         self._context = ThreadContext.capture()
         self._numbers = self._stream.state(self._device)
         self._before = self._memory.before()
-        self._originals: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._kept = values.map_tensors(lambda t: self._keep(t, traveller), (args, kwargs))
         traveller.add(self, position.now())
@@ -69,25 +68,15 @@ class Recomputed:
             )
         self._moment = self._memory.after(self._before)
         del self._before, self._called
+        if any(copy._version > 0 for copy in self._copies):
+            raise RuntimeError(
+                f"A `{type(self._module).__name__}` writes to its input, which was not seen when it"
+                " was first called, so that it cannot be computed again in backward. Make it work"
+                " on a copy (`inplace=False`, `x.clone()`), or take `checkpoint='never'`."
+            )
+        del self._copies
         traveller.begin_segment()
-        output = values.map_tensors(self._promise, output)
-        self._written = self._write_back(traveller)
-        del self._originals, self._copies
-        return output
-
-    def _write_back(self, traveller: Traveller) -> list[int]:
-        """Have the caller see what was written to its tensors; returns which those are."""
-        written = []
-        triples = zip(self._leaves(), self._originals, self._copies, strict=True)
-        for index, (leaf, original, copy) in enumerate(triples):
-            if copy._version > 0:
-                written.append(index)
-                with torch.no_grad():
-                    leaf.data = leaf.detach().clone()
-                    original.copy_(copy)
-                if values.may_have_gradient(copy):
-                    traveller.replace(original, self._promise(copy))
-        return written
+        return values.map_tensors(self._promise, output)
 
     def backward(self, keep: bool, timed: Timed) -> None:
         """As `Segment.backward`."""
@@ -117,9 +106,7 @@ class Recomputed:
         ):
             args, kwargs = values.map_tensors(values.enter, inputs)
             output = self._module(*args, **kwargs)
-            given = [t for t in values.tensors((args, kwargs)) if not isinstance(t, nn.Parameter)]
-            made = [*values.tensors(output), *(given[index] for index in self._written)]
-            made = [t for t in made if values.may_have_gradient(t)]
+            made = [t for t in values.tensors(output) if values.may_have_gradient(t)]
         pairs = [
             (tensor, seed)
             for tensor, seed in zip(made, seeds, strict=True)
@@ -141,12 +128,8 @@ class Recomputed:
             crossing = Crossing(tensor, leaf)
             self._crossings.append(crossing)
             traveller.segment_of(tensor).leaving.append(crossing)
-        self._originals.append(tensor)
         self._copies.append(tensor.detach().clone())
         return leaf
-
-    def _leaves(self) -> list[Tensor]:
-        return [t for t in values.tensors(self._kept) if not isinstance(t, nn.Parameter)]
 
     def _promise(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter):

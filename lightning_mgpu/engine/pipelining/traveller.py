@@ -31,9 +31,6 @@ from lightning_mgpu.engine.pipelining.segments import Crossing, Segment, Stay
 
 __all__: list[str] = []
 
-# The version of what takes a tensor's place for good.
-_REPLACED = -2
-
 
 class _StandIn(NamedTuple):
     """What stands for a tensor of an earlier segment.
@@ -50,7 +47,6 @@ class _StandIn(NamedTuple):
 
     @property
     def is_written(self) -> bool:
-        """Whether it has another value than the original, or another graph."""
         return not self.tensor.is_inference() and self.tensor._version != self.version
 
 
@@ -91,6 +87,7 @@ class Traveller:
         """Of each unit that is being computed, what keeps its inputs, if anything."""
         self._here: dict[int, _StandIn] = {}
         self._last: dict[int, _StandIn] = {}
+        self._rebased: list[Tensor] = []
         self._glue = Glue(self._fit, self._fit_written)
 
     @contextmanager
@@ -111,6 +108,7 @@ class Traveller:
     def settle(self) -> None:
         """Forget what only forward needs."""
         self._last.clear()
+        self._rebased.clear()
         # Else activations would wait for the garbage collector.
         del self._enter, self._entered, self._leave, self._borrow, self._glue
 
@@ -220,10 +218,6 @@ class Traveller:
             last = self._last.get(id(tensor))
         return tensor
 
-    def replace(self, tensor: Tensor, other: Tensor) -> None:
-        """Have another tensor stand for one from now on."""
-        self._last[id(tensor)] = _StandIn(tensor, other, _REPLACED)
-
     def segment_of(self, tensor: Tensor) -> Any:
         """Where a tensor was made that has a graph."""
         made = position.of(tensor)
@@ -236,18 +230,21 @@ class Traveller:
         return last is not None and last.is_written and last.tensor.device != tensor.device
 
     def _fit(self, tensor: Tensor) -> Tensor:
-        if not self._last and not self._is_foreign(tensor):
+        if not self._last and not self._rebased and not self._is_foreign(tensor):
             return tensor
         # (What was made without a graph must not stand for it where there is one.)
         key = id(tensor) if torch.is_grad_enabled() else ~id(tensor)
         known = self._here.get(key)
         if known is not None:
+            self._check_memory(known.tensor)
             return known.tensor
         source = self.latest(tensor)
         made = self._made_for(source)
         if made is not source:
             version = -1 if made.is_inference() else made._version
-            self._here[key] = self._last[id(tensor)] = _StandIn(tensor, made, version)
+            self._here[key] = _StandIn(tensor, made, version)
+            # (The tensor itself may have been replaced by the source before.)
+            self._last[id(source)] = _StandIn(source, made, version)
         return made
 
     def _is_foreign(self, tensor: Tensor) -> bool:
@@ -256,12 +253,15 @@ class Traveller:
             return True
         if not tensor.requires_grad:
             return False
-        node = tensor.grad_fn
-        return node is None or position.of_node(node) < self._starts[-1]
+        made = position.of(tensor)
+        return made is None or made < self._starts[-1]
 
     def _made_for(self, source: Tensor) -> Tensor:
         """What stands for a tensor in the segment at hand; the same if it may be used itself."""
-        if not self._is_foreign(source):
+        is_foreign = self._is_foreign(source)
+        if is_foreign or source._is_view():
+            self._check_memory(source)
+        if not is_foreign:
             return source
         device = self.device
         is_elsewhere = source.device != device and source.device in self._all_devices
@@ -274,6 +274,32 @@ class Traveller:
             elif made_at < self._starts[-1] and torch.is_grad_enabled():
                 return self._cut(source, made_at, device if is_elsewhere else source.device)
         return source.to(device, non_blocking=True) if is_elsewhere else source
+
+    def _check_memory(self, tensor: Tensor) -> None:
+        """Refuse a tensor whose memory has been written to by another, of another segment.
+
+        On one device, autograd would know of it: they are views of each other. (It makes the node
+        of such a view anew, so that it seems to be one of the segment at hand.)
+        """
+        written = [stand_in for stand_in in self._last.values() if stand_in.is_written]
+        if not written and not self._rebased:
+            return
+        replaced = {id(stand_in.original): stand_in.tensor for stand_in in written}
+        pairs = [(stand_in.original, stand_in.tensor) for stand_in in written]
+        memory = _memory(tensor)
+        base = tensor._base if tensor._is_view() else None
+        for original, latest in [*pairs, *((own, own) for own in self._rebased)]:
+            while id(latest) in replaced:
+                latest = replaced[id(latest)]
+            if memory not in (_memory(original), _memory(latest)) or latest is tensor:
+                continue
+            if base is not None and any(base is own for own in (latest, latest._base)):
+                continue
+            raise RuntimeError(
+                f"A tensor of shape {tuple(tensor.shape)} shares memory with another that has been"
+                " written to in place since, on another stage of the pipeline. Write to a copy"
+                " (`x = x.clone()`, `inplace=False`)."
+            )
 
     def _cut(self, source: Tensor, made_at: int, device: torch.device) -> Tensor:
         leaf = source.detach().to(device, non_blocking=True).requires_grad_()
@@ -305,6 +331,7 @@ class Traveller:
         tensor.detach_()
         leaf = tensor.detach().requires_grad_()
         self._segments[position_of_source].leaving.append(Crossing(source, leaf))
+        self._rebased.append(tensor)
         rebased: Tensor = _Rebase.apply(leaf, tensor)  # type: ignore[no-untyped-call]
         return rebased
 
@@ -320,6 +347,10 @@ class _Rebase(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         return gradients[0], None
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def current() -> Traveller | None:
