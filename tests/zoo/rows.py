@@ -69,7 +69,6 @@ ROWS = [
         swin="Swin",
         convnext="ConvNeXt",
         segformer="SegFormer",
-        wav2vec2="Wav2Vec2",
         whisper="Whisper",
     ),
     *_rows("peft", "zoo_text", lora="LoRA on a Llama"),
@@ -114,9 +113,10 @@ ROWS = [
         ),
         fcos=_but(
             "FCOS, lists of images and targets",
-            dp="warned",
+            dp="differs",
             pipeline="refused",
-            note="its losses are divided by the anchors that match in the batch; in a pipeline,"
+            note="too little for `dp` to see on the first batch: its losses"
+            " are divided by the anchors that match in the batch; in a pipeline,"
             ' cut a part that takes tensors (`module="net.head"`)',
         ),
     ),
@@ -126,9 +126,10 @@ ROWS = [
         unet=_but("U-Net, cross entropy", ddp="needs advice", note=_UNUSED),
         unet_dice=_but(
             "U-Net, Dice loss over the batch",
-            dp="warned",
+            dp="differs",
             ddp="needs advice",
-            note="the loss is no mean over samples; " + _UNUSED,
+            note="too little for `dp` to see on the first batch: the loss is no mean over samples; "
+            + _UNUSED,
         ),
     ),
     *_rows(
@@ -138,7 +139,7 @@ ROWS = [
         attention_unet="Attention U-Net",
         dyn_unet="DynUNet",
         segresnet="SegResNet",
-        unetr="UNETR",
+        unetr=_but("UNETR", ddp="needs advice", note=_UNUSED),
     ),
     *_rows(
         "torch_geometric",

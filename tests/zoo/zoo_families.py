@@ -169,27 +169,6 @@ segformer = partial(
     num_labels=3,
     **_NO_DROPOUT,
 )
-wav2vec2 = partial(
-    *(_case, "Wav2Vec2ForSequenceClassification", "Wav2Vec2Config"),
-    partial(_inputs, "input_values", 400),
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    conv_dim=(8, 8, 8),
-    conv_stride=(5, 2, 2),
-    conv_kernel=(10, 3, 3),
-    num_conv_pos_embeddings=4,
-    num_conv_pos_embedding_groups=2,
-    classifier_proj_size=8,
-    apply_spec_augment=False,
-    layerdrop=0.0,
-    num_labels=3,
-    hidden_dropout=0.0,
-    attention_dropout=0.0,
-    activation_dropout=0.0,
-    feat_proj_dropout=0.0,
-)
 
 
 def whisper() -> Case:

@@ -19,7 +19,11 @@ def _scans(*shape: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _case(net: Any, *arguments: Any, shape: tuple[int, ...] = (32, 32), **options: Any) -> Case:
-    return Case(lambda: Classifier(frozen(net(*arguments, **options))), _scans(*shape))
+    return Case(
+        lambda: Classifier(frozen(net(*arguments, **options))),
+        _scans(*shape),
+        ddp_advice={"find_unused_parameters": True},
+    )
 
 
 unet = partial(
