@@ -194,10 +194,10 @@ class Pipeline:
                 except Exception as error:
                     if splitting.doubts:
                         raise SplitError(" ".join(splitting.doubts)) from error
-                    expected = self.cutter.expected()
-                    if samples == splitting.size and expected is None:
-                        raise
                     if samples == splitting.size:
+                        expected = self.cutter.expected()
+                        if expected is None:
+                            raise
                         return expected  # so that the error is raised where it belongs
                     log.debug("The module cannot be tried on %d samples.", samples, exc_info=True)
         raise AssertionError("unreachable")
