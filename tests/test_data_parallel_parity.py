@@ -451,6 +451,42 @@ def test_dropout_and_batch_normalisation_are_no_difference(
     assert not [text for text in warnings_of(caplog) if "gives something else" in text]
 
 
+def test_small_differences_of_double_precision_are_no_rounding(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def step(self: Any, batch: Any) -> Tensor:
+        return loss_of(self, batch) * (1 + 1e-6 * len(batch[0]))
+
+    fit(Net(step))
+    assert any("gives something else" in text for text in warnings_of(caplog))
+
+
+@pytest.mark.parametrize("is_mean", [True, False])
+def test_steps_without_a_loss_in_evaluation_are_compared_with_their_draws(
+    is_mean: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As detectors: random sizes in training, boxes instead of a loss in evaluation."""
+
+    def step(self: Any, batch: Any) -> Tensor:
+        if not self.training:
+            return self(batch[0]).sum() * 0
+        torch.rand(1)
+        loss = loss_of(self, batch)
+        return loss if is_mean else loss / (batch[1] == 0).sum()
+
+    fit(Net(step))
+    told = [text for text in warnings_of(caplog) if "gives something else" in text]
+    assert len(told) == (0 if is_mean else 1)
+
+
+def test_single_precision_within_double_is_rounding(caplog: pytest.LogCaptureFixture) -> None:
+    def step(self: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(self(batch[0]).float(), batch[1]).double()
+
+    fit(Net(step), parity="error")
+    assert warnings_of(caplog) == []
+
+
 def test_rounding_of_single_precision_is_no_difference(caplog: pytest.LogCaptureFixture) -> None:
     def step(self: Any, batch: Any) -> Tensor:
         loss = loss_of(self, batch)

@@ -21,6 +21,13 @@ _RELATIVE = {
     torch.complex64: 1e-4,
 }
 _RELATIVE_HALF = 2e-2
+
+Precision = torch.dtype | float
+"""What was computed in; or the relative difference that its rounding explains."""
+
+SINGLE_WITHIN_DOUBLE = 1e-6
+"""What single precision explains in part of a model of double precision (a loss, a norm)."""
+
 # What is left of terms that cancel, such as a mean of nearly nothing.
 _FLOOR = 0.1
 # In a large tensor of integers a few may be the index of the larger of two equal numbers.
@@ -50,7 +57,7 @@ class Difference:
 
 
 def compare(
-    whole: Any, joined: Any, path: str = "output", computed_in: torch.dtype | None = None
+    whole: Any, joined: Any, path: str = "output", computed_in: Precision | None = None
 ) -> list[Difference]:
     """Compare two values of any nesting; objects of unknown kinds are skipped.
 
@@ -64,7 +71,7 @@ def compare(
         path: What to call the value.
         computed_in: The least precise dtype that was computed in, if less precise than the values'
             own dtypes; under autocast, for instance, the loss is float32 and the layers' outputs
-            are not.
+            are not. Or the relative difference that it explains.
 
     Returns:
         The differences in the order of the structure; empty if there are none.
@@ -87,7 +94,7 @@ def signature(value: Any) -> Hashable:
 
 
 def _differences(
-    whole: Any, joined: Any, path: str, coarse: torch.dtype | None
+    whole: Any, joined: Any, path: str, coarse: Precision | None
 ) -> Iterator[Difference]:
     parts, others = parts_of(whole), parts_of(joined)
     if parts is not None and others is not None:
@@ -106,7 +113,7 @@ def _differences(
 
 
 def _of_containers(
-    whole: dict[str, Any], joined: dict[str, Any], path: str, coarse: torch.dtype | None
+    whole: dict[str, Any], joined: dict[str, Any], path: str, coarse: Precision | None
 ) -> Iterator[Difference]:
     if whole.keys() != joined.keys():
         missing = [name for name in whole if name not in joined]
@@ -122,7 +129,7 @@ def _of_containers(
             yield from _differences(part, joined[name], path + name, coarse)
 
 
-def _of_tensors(whole: Tensor, joined: Tensor, coarse: torch.dtype | None) -> str | None:
+def _of_tensors(whole: Tensor, joined: Tensor, coarse: Precision | None) -> str | None:
     if whole.shape != joined.shape:
         return f"shape {tuple(joined.shape)} instead of {tuple(whole.shape)}"
     if whole.layout is not torch.strided or joined.layout is not torch.strided:
@@ -181,8 +188,8 @@ def _of_values(whole: Any, joined: Any) -> str | None:
     return None if same else f"{_named(joined)} instead of {_named(whole)}"
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    return _RELATIVE.get(dtype, _RELATIVE_HALF)
+def _tolerance(dtype: Precision) -> float:
+    return dtype if isinstance(dtype, float) else _RELATIVE.get(dtype, _RELATIVE_HALF)
 
 
 def _as_tensor(value: Any) -> Tensor | None:

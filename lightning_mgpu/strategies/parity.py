@@ -11,7 +11,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_mgpu.engine.batch import weighted_mean
-from lightning_mgpu.engine.compare import Difference, ParityError, compare, signature
+from lightning_mgpu.engine.compare import (
+    SINGLE_WITHIN_DOUBLE,
+    Difference,
+    ParityError,
+    Precision,
+    compare,
+    signature,
+)
 from lightning_mgpu.engine.replication.isolation import UnsafeError
 from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
@@ -139,13 +146,13 @@ class _Comparison:
         self._make = replicas.sandboxes()
 
     def run(self) -> Findings | None:
-        """What differs; `None` if nothing does, or if the step draws random numbers."""
+        """What differs; `None` if nothing does, or if random draws keep it from being known."""
         found = self._tried()
         if found is None:
             return None
         how, whole, parts = found
         differences = self._differences(whole, parts, self._precision())
-        if not differences or self._is_rounding(how):
+        if not differences or self._is_rounding(how, whole, parts):
             self.is_proven = True
             return None
         doubts = self._sharding.doubts
@@ -154,24 +161,34 @@ class _Comparison:
     def _tried(self) -> tuple[Conditions, Result, list[Result]] | None:
         """The runs under the first conditions that the step can do with."""
         try:
-            return self._without_draws(Conditions())
+            return self._comparable(Conditions())
         except (UnsafeError, torch.OutOfMemoryError):
             raise
         except Exception:
             if self._step.name != "training_step":
                 raise
-            return self._without_draws(Conditions(grad=True))
+            return self._comparable(Conditions(grad=True))
 
-    def _without_draws(self, how: Conditions) -> tuple[Conditions, Result, list[Result]] | None:
+    def _comparable(self, how: Conditions) -> tuple[Conditions, Result, list[Result]] | None:
         for evaluation in (False, True):
-            how = replace(how, evaluation=evaluation)
-            whole = self._whole(how)
+            tried = replace(how, evaluation=evaluation)
+            whole = self._whole(tried)
             if whole.drew:
                 continue
-            parts = self._shards(how)
-            if not any(part.drew for part in parts):
-                return how, whole, parts
+            parts = self._shards(tried)
+            if any(part.drew for part in parts):
+                continue
+            if evaluation and self._has_no_loss(whole):
+                # A detector, say. All that is left are the same draws for all.
+                return how, self._whole(how), self._shards(how)
+            return tried, whole, parts
         return None
+
+    def _has_no_loss(self, whole: Result) -> bool:
+        if self._step.name != "training_step":
+            return False
+        loss = loss_in(whole.output)
+        return loss is None or not bool(loss.any())
 
     def _whole(self, how: Conditions) -> Result:
         return dry_run(self._make, self._step, self._batch, how)
@@ -179,8 +196,13 @@ class _Comparison:
     def _shards(self, how: Conditions) -> list[Result]:
         return [dry_run(self._make, self._step, s.batch, how) for s in self._step.shards]
 
-    def _is_rounding(self, how: Conditions) -> bool:
-        """Whether the differences are gone in double precision, where the step can do with that."""
+    def _is_rounding(self, how: Conditions, whole: Result, parts: list[Result]) -> bool:
+        """Whether the differences are gone in double precision, where the step can do with that.
+
+        In a model of double precision they are if single precision within it explains them.
+        """
+        if self._precision() is torch.float64:
+            return not self._differences(whole, parts, SINGLE_WITHIN_DOUBLE)
         how = replace(how, double=True)
         try:
             return not self._differences(self._whole(how), self._shards(how), torch.float32)
@@ -196,7 +218,7 @@ class _Comparison:
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
     def _differences(
-        self, whole: Result, parts: list[Result], precision: torch.dtype | None
+        self, whole: Result, parts: list[Result], precision: Precision | None
     ) -> list[Difference]:
         sizes = self._step.sizes
         total = [sum(sizes)]

@@ -113,10 +113,9 @@ ROWS = [
         ),
         fcos=_but(
             "FCOS, lists of images and targets",
-            dp="differs",
+            dp="warned",
             pipeline="refused",
-            note="too little for `dp` to see on the first batch: its losses"
-            " are divided by the anchors that match in the batch; in a pipeline,"
+            note="its losses are divided by the anchors that match in the batch; in a pipeline,"
             ' cut a part that takes tensors (`module="net.head"`)',
         ),
     ),
@@ -126,10 +125,9 @@ ROWS = [
         unet=_but("U-Net, cross entropy", ddp="needs advice", note=_UNUSED),
         unet_dice=_but(
             "U-Net, Dice loss over the batch",
-            dp="differs",
+            dp="warned",
             ddp="needs advice",
-            note="too little for `dp` to see on the first batch: the loss is no mean over samples; "
-            + _UNUSED,
+            note="the loss is no mean over samples; " + _UNUSED,
         ),
     ),
     *_rows(
