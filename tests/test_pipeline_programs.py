@@ -51,9 +51,12 @@ def _halves_swapped(net: "Program", a: Tensor, b: Tensor, k: int) -> Tensor:
     return torch.cat([right, left], 1)
 
 
-LAYER: Operation = lambda net, a, b, k: net.units[k](a)  # noqa: E731
+def _layer(net: "Program", a: Tensor, b: Tensor, k: int) -> Tensor:
+    return net.units[k](a)
+
+
 OPERATIONS: list[Operation] = [
-    *(LAYER, LAYER, LAYER, _without_gradient, _halves_swapped),
+    *(_layer, _layer, _layer, _without_gradient, _halves_swapped),
     *(_add_in_place, _scale_in_place, _write_slice, _write_through_a_view, _function_in_place),
     lambda net, a, b, k: a + b,
     lambda net, a, b, k: a * b,

@@ -12,7 +12,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_mgpu.engine.dispatch import EagerMode
 
 log = logging.getLogger(__name__)
 
@@ -144,17 +145,13 @@ def _generator(seed: int) -> torch.Generator:
     return generator
 
 
-class _SupplyGenerator(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _SupplyGenerator(EagerMode):
     """Hands operations that draw on the CPU a generator, where they were not given one."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._generator = generator
         self.drawn = False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True  # what has been compiled stays so
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_mgpu.engine.dispatch import EagerMode
 from lightning_mgpu.engine.pipelining import position, values
 from lightning_mgpu.engine.pipelining.traveller import Traveller, current
 
@@ -131,16 +131,12 @@ class Watched:
         return output
 
 
-class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watching(EagerMode):
     """Writes down what each operation takes and makes."""
 
     def __init__(self, ledger: Ledger, traveller: Traveller) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._ledger, self._traveller = ledger, traveller
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True  # what has been compiled stays so
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -161,7 +157,7 @@ class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _stage_of(tensor: Tensor, traveller: Traveller) -> int:
     """Where it was made, as far as autograd knows: operations of compiled code may not be seen."""
     known = position.of(tensor) is not None
-    stage: int = traveller.segment_of(tensor).stage if known else traveller.stage or 0
+    stage: int = traveller.graph.of(tensor).stage if known else traveller.stage or 0
     return stage
 
 

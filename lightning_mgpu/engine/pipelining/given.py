@@ -46,7 +46,7 @@ class Given:
         output = forward(*args, **kwargs)
         traveller = current()
         for name, tensor in tensors.items():
-            copied = traveller is not None and traveller.was_copied_and_written(tensor)
+            copied = traveller is not None and traveller.stand_ins.was_copied_and_written(tensor)
             if copied or before.get(name, _version(tensor)) != _version(tensor):
                 raise RuntimeError(
                     f"`forward` changes in place what others use, too: its argument `{name}`, which"

@@ -150,7 +150,7 @@ class Passage:
         self._is_spent = not keep
         for traveller, of_chunk in zip(self.travellers, gradients, strict=True):
             for tensor, gradient in of_chunk:
-                traveller.segment_of(tensor).extra.append((tensor, gradient))
+                traveller.graph.of(tensor).extra.append((tensor, gradient))
         started = time.perf_counter()
         ready = {id(stay): queue.SimpleQueue[None]() for of in self._log for _, stay in of}
         for traveller in self.travellers:

@@ -277,7 +277,7 @@ class Pipeline:
 
         output = Output(
             *(results, known, counts, self.devices[0], layouts),
-            [traveller.latest for traveller in passage.travellers],
+            [traveller.stand_ins.latest for traveller in passage.travellers],
         )
         passage.settle()
         replaced = output.replace(output.wanting())

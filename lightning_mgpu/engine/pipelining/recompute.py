@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.context import ThreadContext
-from lightning_mgpu.engine.pipelining import position, values
+from lightning_mgpu.engine.pipelining import values
 from lightning_mgpu.engine.pipelining.memory import Memory
 from lightning_mgpu.engine.pipelining.segments import Crossing, Timed
 from lightning_mgpu.engine.pipelining.traveller import Traveller
@@ -44,7 +44,7 @@ class Recomputed:
         self._before = self._memory.before()
         self._copies: list[Tensor] = []
         self._kept = values.map_tensors(lambda t: self._keep(t, traveller), (args, kwargs))
-        traveller.add(self, position.now())
+        traveller.begin_segment(self)
         copies = iter(self._copies)
         called: tuple[Any, Any] = values.map_tensors(
             lambda t: t if isinstance(t, nn.Parameter) else next(copies), (args, kwargs)
@@ -127,7 +127,7 @@ class Recomputed:
             leaf = leaf.requires_grad_()
             crossing = Crossing(tensor, leaf)
             self._crossings.append(crossing)
-            traveller.segment_of(tensor).leaving.append(crossing)
+            traveller.graph.of(tensor).leaving.append(crossing)
         self._copies.append(tensor.detach().clone())
         return leaf
 

@@ -1,5 +1,6 @@
 """The pieces of a micro-batch's graph: each lies with one stage, and has a backward of its own."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu.engine.pipelining import position
 from lightning_mgpu.engine.pipelining.timeline import Kind
 
 __all__: list[str] = []
@@ -34,13 +36,11 @@ class Segment:
 
     Attributes:
         stage: The stage.
-        start: The position of its first node.
         leaving: What later segments have of it.
         extra: What the caller has of it, with its gradients; set for backward.
     """
 
     stage: int
-    start: int
     leaving: list[Crossing] = field(default_factory=list)
     extra: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -71,6 +71,35 @@ class Segment:
         if not keep:
             self.leaving = []
         return roots, seeds
+
+
+class Graph:
+    """A micro-batch's segments, in order."""
+
+    def __init__(self) -> None:
+        self._segments: list[Any] = []
+        self._starts: list[int] = []
+
+    @property
+    def start(self) -> int:
+        """The position at which the segment at hand begins."""
+        return self._starts[-1]
+
+    def add(self, segment: Any, start: int) -> None:
+        """Have a segment begin at a position."""
+        self._segments.append(segment)
+        self._starts.append(start)
+
+    def at(self, made: int) -> Any:
+        """The segment that a position belongs to; `None` if it is before all."""
+        index = bisect_right(self._starts, made) - 1
+        return self._segments[index] if index >= 0 else None
+
+    def of(self, tensor: Tensor) -> Any:
+        """The segment in which a tensor was made that has a graph."""
+        made = position.of(tensor)
+        assert made is not None
+        return self.at(made)
 
 
 @dataclass(eq=False)
