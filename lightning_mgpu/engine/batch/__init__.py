@@ -1,18 +1,15 @@
 """What a batch is: the only place that splits batches and joins outputs.
 
 `containers` knows the structures, `layout` decides which parts of a batch have an entry per sample,
-`splitting` and `joining` act on that. `docs/batches.md` has the rules as a table.
+`splitting` acts on that. `roles` tells how outputs are joined, `joining` does it, and `samples`
+takes joined ones apart again. `docs/batches.md` has the rules as a table.
 """
 
 from lightning_mgpu.engine.batch.containers import leaves, map_leaves
-from lightning_mgpu.engine.batch.joining import (
-    JoinMemory,
-    gather,
-    join,
-    join_samples,
-    weighted_mean,
-)
+from lightning_mgpu.engine.batch.joining import gather, join, weighted_mean
 from lightning_mgpu.engine.batch.layout import Hint, Layout
+from lightning_mgpu.engine.batch.roles import JoinMemory
+from lightning_mgpu.engine.batch.samples import join_samples
 from lightning_mgpu.engine.batch.splitting import Shard, batch_size, scatter, split
 
 __all__ = [

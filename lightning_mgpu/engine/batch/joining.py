@@ -9,7 +9,7 @@ import copy
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,38 +25,11 @@ from lightning_mgpu.engine.batch.containers import (
     parts,
     rebuild,
 )
-from lightning_mgpu.engine.batch.layout import Dimensions, signature
+from lightning_mgpu.engine.batch.layout import Dimensions
+from lightning_mgpu.engine.batch.roles import JoinMemory, Role, Roles, agree, is_number, listed
 from lightning_mgpu.engine.graphs import is_graph_batch, join_graphs
 
 log = logging.getLogger(__name__)
-
-Role = Literal["mean", "sum", "same", "entries", "columns", "ragged", "keys"] | int
-"""How a part of the outputs is joined; a number is the dimension along which arrays are."""
-
-
-class JoinMemory:
-    """What the outputs of one kind of step were in earlier batches, by place.
-
-    Attributes:
-        roles: How each place was joined, where its values proved it.
-    """
-
-    def __init__(self) -> None:
-        self.roles: dict[str, Role] = {}
-        self._told: set[str] = set()
-        self._is_silent = False
-
-    def silent(self) -> "JoinMemory":
-        """A copy that warns of nothing."""
-        made = JoinMemory()
-        made.roles, made._is_silent = dict(self.roles), True
-        return made
-
-    def tell(self, path: str, text: str) -> None:
-        """Warn of a place, once."""
-        if path not in self._told and not self._is_silent:
-            self._told.add(path)
-            log.warning("`%s` %s", path, text)
 
 
 def join(
@@ -81,55 +54,8 @@ def join(
     Raises:
         ValueError: Structures differ, or something does not fit; the message names the place.
     """
-    joiner = _Join(sizes, device, memory or JoinMemory(), dim, samples)
+    joiner = Joining(sizes, device, memory or JoinMemory(), dim, samples)
     return joiner.moved(outputs[0]) if len(outputs) == 1 else joiner.join(outputs, "output", None)
-
-
-def join_samples(
-    outputs: Sequence[Any], sizes: Sequence[int], memory: JoinMemory | None = None
-) -> "Samples | None":
-    """Outputs of many batches, to be taken apart by sample; `None` where they cannot be.
-
-    Args:
-        outputs: One per batch.
-        sizes: The number of samples in each batch.
-        memory: As for `join`.
-    """
-    joiner = _Join(sizes, None, memory or JoinMemory(), None)
-    try:
-        joined = joiner.join(outputs, "output", None)
-    except ValueError:
-        return None
-    by_sample = all(role in (0, "entries", "columns") for role in joiner.roles.values())
-    return Samples(joined, joiner.roles) if by_sample and joiner.roles else None
-
-
-class Samples:
-    """Joined outputs, each part of which has an entry per sample.
-
-    Attributes:
-        joined: The outputs, joined.
-    """
-
-    def __init__(self, joined: Any, roles: Mapping[str, Role]) -> None:
-        self.joined = joined
-        self._roles = roles
-
-    def take(self, order: Any) -> Any:
-        """The samples at the given positions (an integer array), in that order."""
-        return self._take(self.joined, order, "output")
-
-    def _take(self, value: Any, order: Any, path: str) -> Any:
-        if self._roles.get(path) == "entries":
-            entries = list(value)
-            return rebuild(value, [entries[i] for i in order])
-        if is_container(value):
-            return rebuild(value, [self._take(p, order, path + name) for name, p in parts(value)])
-        if isinstance(value, Tensor):
-            return value[torch.as_tensor(order, device=value.device)]
-        if is_array(value):
-            return value.iloc[order] if hasattr(value, "iloc") else value[order]
-        return value
 
 
 def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -148,7 +74,7 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mean.to(first.dtype)
 
 
-class _Join:
+class Joining:
     """One joining of outputs; `roles` is how each place was joined."""
 
     def __init__(
@@ -164,6 +90,7 @@ class _Join:
         self._device = device
         self._memory = memory
         self._dim = dim
+        self._roles = Roles(self._sizes, sizes, memory)
         self.roles: dict[str, Role] = {}
 
     def join(self, values: Sequence[Any], path: str, top: Any, inside: bool = False) -> Any:
@@ -176,7 +103,7 @@ class _Join:
             inside: Whether it is an attribute of an object, whose lists have a fixed length.
         """
         first = values[0]
-        if all(_is_number(value) for value in values):
+        if all(is_number(value) for value in values):
             return self._numbers(values, path)
         kinds = {type(value) for value in values}
         if len(kinds) > 1:
@@ -186,7 +113,7 @@ class _Join:
             return self._arrays(values, path, top)
         if is_graph_batch(first):
             return join_graphs([self.moved(value) for value in values])
-        if is_sequence(first) and self._are_entries(values, path, inside):
+        if is_sequence(first) and self._roles.are_entries(values, path, inside):
             self._note(path, "entries")
             return rebuild(first, [self.moved(entry) for value in values for entry in value])
         if is_container(first):
@@ -240,7 +167,7 @@ class _Join:
         elif numbers not in (list(self._sizes), list(self._weights)):
             self._memory.tell(
                 path,
-                f"is another whole number for each part of the batch ({_listed(numbers)}); they are"
+                f"is another whole number for each part of the batch ({listed(numbers)}); they are"
                 " added up, as counts are. If it is none, return a float, which is averaged, or"
                 " give `gather_fn` a function that joins the outputs.",
             )
@@ -255,109 +182,19 @@ class _Join:
             wanted = self._dim if isinstance(self._dim, int) else self._dim.get(top, 0)
             role: Role = wanted if wanted < len(values[0].shape) else 0
         else:
-            role = self._role(values, path)
+            role = self._roles.of_arrays(values, path)
         self._note(path, role, proven=role == "ragged")
         values = [self.moved(value) for value in values]
         if role == "same" or len(values) == 1:
             return values[0]
         return _concatenated(values, role if isinstance(role, int) else 0, path)
 
-    def _role(self, values: Sequence[Any], path: str) -> Role:
-        """Along which dimension arrays are joined."""
-        shapes = [tuple(value.shape) for value in values]
-        if len({len(shape) for shape in shapes}) > 1:
-            raise ValueError(f"`{path}` has shapes {_listed(shapes)}, which cannot be joined.")
-        exact = [d for d in range(len(shapes[0])) if self._is_batch(shapes, d, 1)]
-        known = self._memory.roles.get(path)
-        if known in exact:
-            return known
-        if exact[:1] == [0]:
-            if len(exact) == 1:
-                self._memory.roles[path] = 0
-            return 0
-        rows = [shape[0] for shape in shapes]
-        factor = rows[0] // self._sizes[0] if self._sizes[0] else 0
-        flattened = factor > 1 and self._is_batch(shapes, 0, factor)
-        if len(exact) == 1 and not flattened:
-            self._memory.roles[path] = exact[0]
-            return exact[0]
-        if not exact and (flattened or (rows == list(self._weights) and _agree(shapes, 0))):
-            return 0  # tokens, or what shards weigh by, such as nodes of graphs
-        if not exact and _agree(shapes, 0):
-            if len(set(rows)) > 1 or known == "ragged":
-                return "ragged"
-            if all(_equal_arrays(value, values[0]) for value in values):
-                return "same"
-        raise ValueError(
-            f"`{path}` has shapes {_listed(shapes)} for {_listed(list(self._sizes))} samples, and"
-            " which dimension is the batch cannot be told. Return an entry per sample."
-        )
-
-    def _is_batch(self, shapes: Sequence[tuple[int, ...]], dim: int, factor: int) -> bool:
-        fits = all(s[dim] == factor * n for s, n in zip(shapes, self._sizes, strict=True))
-        return fits and _agree(shapes, dim)
-
-    # Lists and tuples
-
-    def _are_entries(self, values: Sequence[Any], path: str, inside: bool) -> bool:
-        """Whether these have an entry per sample (texts, boxes), unlike `[logits, labels]`."""
-        lengths = [len(value) for value in values]
-        if lengths != list(self._sizes):
-            if len(set(lengths)) > 1:
-                raise ValueError(
-                    f"`{path}` has {_listed(lengths)} entries for {_listed(list(self._sizes))}"
-                    " samples, which are neither an entry per sample nor the same for all."
-                )
-            if any(lengths):
-                self._memory.roles[path] = "columns"
-            return False
-        known = self._memory.roles.get(path)
-        if known is not None:
-            return known == "entries"
-        if len(set(lengths)) > 1:
-            self._memory.roles[path] = "entries"
-            return True
-        fitting = [self._fit(column) for column in zip(*values, strict=True)]
-        if not any(fitting):
-            if isinstance(values[0], tuple) and lengths[0] == 2 and all(map(_is_number, values[0])):
-                raise ValueError(
-                    f"`{path}` has two numbers for as many samples, which may be one for each, or"
-                    " two for all of them. Return a list for the former, a dict for the latter."
-                )
-            return True
-        return not self._are_columns(values, all(fitting), path, inside)
-
-    def _fit(self, column: Sequence[Any]) -> bool:
-        """Whether one position holds arrays that are as long as the shards."""
-        found = [
-            leaf.shape[0] == size
-            for value, size in zip(column, self._sizes, strict=True)
-            for _, leaf in _deep_leaves(value)
-            if is_array(leaf)
-        ]
-        return bool(found) and all(found)
-
-    def _are_columns(self, values: Sequence[Any], all_fit: bool, path: str, inside: bool) -> bool:
-        """As many entries as samples, some of which are as long as the shards, too."""
-        entries = [entry for value in values for entry in value]
-        alike = len({signature(entry) for entry in entries}) == 1
-        if inside or isinstance(values[0], tuple):
-            return all_fit or not alike
-        if not alike and all_fit:
-            return True
-        if alike and (not all_fit or isinstance(entries[0], Mapping) or len(values[0]) > 2):
-            return False
-        raise ValueError(
-            f"`{path}` is a list of {len(values[0])} entries for as many samples, and each may be"
-            " one sample's or an array for all of them. Return a tuple or a dict for the latter."
-        )
-
     # Other containers, and objects
 
     def _containers(self, values: Sequence[Any], path: str, top: Any, inside: bool) -> Any:
         first = values[0]
         names = [[name for name, _ in parts(value)] for value in values]
-        if isinstance(first, Mapping) and self._are_keys_of_samples(values):
+        if isinstance(first, Mapping) and self._roles.are_keys_of_samples(values):
             self._note(path, "keys")
             merged = {key: self.moved(part) for value in values for key, part in value.items()}
             return merged if type(first) is dict else type(first)(merged)  # type: ignore[call-arg]
@@ -372,12 +209,6 @@ class _Join:
             for key, name in zip(keys, names[0], strict=True)
         ]
         return rebuild(first, joined)
-
-    def _are_keys_of_samples(self, values: Sequence[Mapping[Any, Any]]) -> bool:
-        """Whether a mapping has a key for each sample, such as the number of its image."""
-        keys = [key for value in values for key in value]
-        lengths = [len(value) for value in values]
-        return len(values) > 1 and lengths == list(self._sizes) and len(set(keys)) == len(keys)
 
     def _objects(self, values: Sequence[Any], path: str, top: Any) -> Any:
         first = values[0]
@@ -430,27 +261,10 @@ def gather(outputs: Sequence[Any], sizes: Sequence[int], dim: Dimensions = 0) ->
     return join(outputs, sizes, device, dim=dim)
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0
-    return isinstance(value, (bool, int, float))
-
-
 def _is_integer(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not (value.is_floating_point() or value.is_complex())
     return isinstance(value, int)
-
-
-def _agree(shapes: Sequence[tuple[int, ...]], dim: int) -> bool:
-    """Whether shapes are the same but for one dimension."""
-    return len({shape[:dim] + shape[dim + 1 :] for shape in shapes}) == 1
-
-
-def _equal_arrays(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
-    return bool((a == b).all())
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -460,19 +274,10 @@ def _equal(a: Any, b: Any) -> bool:
         return False
 
 
-def _deep_leaves(value: Any) -> list[tuple[str, Any]]:
-    """The leaves of a value, those among the attributes of objects included."""
-    found = []
-    for path, leaf in leaves(value):
-        inner = {} if is_array(leaf) or isinstance(leaf, (Tensor, type)) else attributes_of(leaf)
-        found += [pair for part in inner.values() for pair in leaves(part)] or [(path, leaf)]
-    return found
-
-
 def _concatenated(values: Sequence[Any], dim: int, path: str) -> Any:
     shapes = [tuple(value.shape) for value in values]
-    if not _agree(shapes, dim):
-        raise ValueError(f"`{path}` has shapes {_listed(shapes)}, which cannot be joined.")
+    if not agree(shapes, dim):
+        raise ValueError(f"`{path}` has shapes {listed(shapes)}, which cannot be joined.")
     if hasattr(type(values[0]), "__torch_function__"):
         return torch.cat(list(values), dim)
     if hasattr(values[0], "iloc"):
@@ -480,7 +285,3 @@ def _concatenated(values: Sequence[Any], dim: int, path: str) -> Any:
     import numpy as np  # what returns arrays has imported it
 
     return np.concatenate(list(values), dim)
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return " and ".join(map(str, values))
