@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.pipelining.cutter import Cutter
+from lightning_mgpu.engine.pipelining.origin import StepBatch
 from lightning_mgpu.engine.pipelining.parity import Parity
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.splitter import Splitter
@@ -71,7 +72,7 @@ def pipelined(
         DEVICES,
         chunks=Chunks(2, chunks),
         checkpoint=checkpoint,
-        step_batch=lambda: batch,
+        step_batch=lambda: StepBatch(batch),
         parity=Parity(parity_check, type(module).__name__, DEVICES),
     )
     try:

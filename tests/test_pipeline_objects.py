@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import Net, assert_same, data, pipelined
+from pipelines import Net, data, pipelined
 from torch import Tensor
 
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
@@ -90,18 +90,3 @@ def test_what_is_no_tensor_has_to_be_the_whole_batchs() -> None:
 class Classifies(Net):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(super().forward(x), labels)
-
-
-class Averages(Net):
-    def forward(self, images: list[Tensor]) -> Tensor:
-        return self.second(self.first(torch.stack([image.mean(0) for image in images])))
-
-
-def test_a_list_with_an_entry_per_sample_is_refused_by_name_and_stays_whole_with_one_chunk() -> (
-    None
-):
-    images = [data(3 + i % 2, 6, seed=i) for i in range(8)]
-    module, batch = Averages(), (images, torch.zeros(8))
-    with pipelined(module, batch) as run, pytest.raises(SplitError, match="`images` is a list"):
-        run(images)
-    assert_same(module, images, batch=batch, chunks=1)

@@ -126,14 +126,6 @@ def test_one_micro_batch_is_taken_as_it_is() -> None:
     assert_same(Net(end=lambda z: (z.T @ z, z.mean(), z)), data(8, 6), chunks=1)
 
 
-@pytest.mark.parametrize(
-    "end", [lambda z: list(z.unbind()), lambda z: [f"{v:.1f}" for v in z[:, 0]]]
-)
-def test_a_list_with_an_entry_per_sample_is_refused(end: Any) -> None:
-    with pipelined(Net(end=end)) as run, pytest.raises(SplitError, match="an entry per sample"):
-        run(data(8, 6))
-
-
 def test_caches_are_refused_by_their_key() -> None:
     class Cache:
         pass

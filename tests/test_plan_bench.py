@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_mgpu.engine.pipelining.origin import StepBatch
 from lightning_mgpu.engine.pipelining.splitter import Splitter
 from lightning_mgpu.plan.bench import Bench
 from lightning_mgpu.plan.ledger import CALLER, Holders
@@ -25,7 +26,7 @@ def _measured(
 ) -> Bench:
     """A bench that has run its steps."""
     cpu = torch.device("cpu")
-    bench = Bench(module, module.forward, None, cpu, 1, Splitter(), lambda: batch)
+    bench = Bench(module, module.forward, None, cpu, 1, Splitter(), lambda: StepBatch(batch))
     try:
         while bench.step():
             loss(bench.call((batch,), {}, chunks, stages)).backward()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_mgpu.engine.pipelining import joining, microbatch, schedule
+from lightning_mgpu.engine.pipelining import columns, joining, microbatch, schedule
 from lightning_mgpu.engine.pipelining.balance import balance
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.schedule import Task
@@ -145,7 +145,7 @@ def test_join_refuses_what_is_no_batch(parts: list[Tensor], message: str) -> Non
 @pytest.mark.parametrize("parts", [[1.5, 2.5], [2, 2]])
 def test_values_that_differ_or_count_samples_are_refused(parts: list[float]) -> None:
     with pytest.raises(SplitError, match="cannot be joined"):
-        joining.same(parts, [2, 2], "output")
+        columns.same(parts, [2, 2], "output")
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])

@@ -34,8 +34,12 @@ def graph_count(batch: Any) -> int:
 
 def tensors_of_graphs(batch: Any) -> list[Tensor]:
     """All tensors of a batch of graphs."""
-    found = (value for store in batch.stores for value in dict(store).values())
-    return [value for value in found if isinstance(value, Tensor)]
+    return [value for value in attributes_of_graphs(batch) if isinstance(value, Tensor)]
+
+
+def attributes_of_graphs(batch: Any) -> list[Any]:
+    """All attributes of a batch of graphs."""
+    return [value for store in batch.stores for value in dict(store).values()]
 
 
 def take_graphs(batch: Any, start: int, stop: int) -> Any:

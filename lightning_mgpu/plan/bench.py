@@ -15,6 +15,7 @@ from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.choice import PartitionError, opened_until
 from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipelining.observation import observe
+from lightning_mgpu.engine.pipelining.origin import StepBatch
 from lightning_mgpu.engine.pipelining.parity import Parity
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.splitter import Splitter, Splitting
@@ -57,7 +58,7 @@ class Bench:
         device: torch.device,
         threads: int,
         splitter: Splitter,
-        step_batch: Callable[[], Any],
+        step_batch: Callable[[], StepBatch],
     ) -> None:
         self._module, self._forward, self._made = module, forward, made
         self._device, self._threads = device, threads
@@ -125,7 +126,7 @@ class Bench:
             stages: The most stages that are of interest.
         """
         if not self._turns:
-            self._prepare(Call.of(self._forward, args, kwargs), chunks, stages)
+            self._prepare(args, kwargs, chunks, stages)
         if not self._ahead:
             return self._forward(*args, **kwargs)
         return self._ahead[0].run(args, kwargs)
@@ -137,10 +138,14 @@ class Bench:
         pairs = zip(self._turns[::2], self._turns[1::2], strict=True)
         return [sample_of(apart, whole, self.batch) for apart, whole in pairs]
 
-    def _prepare(self, call: Call, chunks: Sequence[int], stages: int) -> None:
+    def _prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chunks: Sequence[int], stages: int
+    ) -> None:
         fixed = (*self._module.parameters(), *self._module.buffers())
-        step_batch = self._step_batch()
-        splitting = self._splitter.split(call, self._forward, step_batch, lambda: fixed)
+        batch = self._step_batch()
+        is_piece = self._splitter.pieces(self._forward, (args, kwargs), batch)
+        call = Call.of(self._forward, args, kwargs, is_piece)
+        splitting = self._splitter.split(call, self._forward, batch, lambda: fixed)
         self.batch = splitting.size
         training = [m for m in batch_norm.layers_of(self._module.modules()) if m.training]
         self.least = 2 if training else 1
@@ -165,7 +170,7 @@ class Bench:
             assert apart.cut is not None
             self._know(apart.cut)
             return apart, Cutter(module, forward, 1, made=[_InARow(self._made)])
-        trial = Trial(forward, call, splitting.dims, [self._device])
+        trial = Trial(forward, call, splitting, [self._device])
         run = partial(trial.run, 0, splitting.size)
         unseen = Parity("off", "", [self._device]).unseen
         with unseen(dict(module.named_modules())), torch.no_grad():

@@ -13,8 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_mgpu.engine.batch import Layout
 from lightning_mgpu.engine.pipelining.cutter import Balance, Cut, Cutter
 from lightning_mgpu.engine.pipelining.hints import hinted
+from lightning_mgpu.engine.pipelining.origin import StepBatch
 from lightning_mgpu.engine.pipelining.parity import Parity, ParityCheck
 from lightning_mgpu.engine.pipelining.passage import Checkpoint
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
@@ -22,6 +24,7 @@ from lightning_mgpu.engine.pipelining.splitter import SplitArgs, Splitter
 from lightning_mgpu.engine.pipelining.tuning import Chunks
 from lightning_mgpu.strategies.attached import callbacks_of
 from lightning_mgpu.strategies.in_parts import InParts
+from lightning_mgpu.strategies.loader_hint import loader_hint
 from lightning_mgpu.strategies.model_summary import StagesInSummary
 from lightning_mgpu.strategies.placement import Override, muted, place, state_to_parameters
 from lightning_mgpu.strategies.split_module import find_module, own_stages
@@ -79,7 +82,8 @@ class Pipelined(InParts):
         self._placed: list[Cut] = []
         self._expected: Cut | None = None
         self._in_summary: StagesInSummary | None = None
-        self._step_batch: Any = None
+        self._step_batch = StepBatch()
+        self._layouts: dict[str, Layout] = {}
         self._uncalled: Uncalled | None = None
 
     @property
@@ -138,7 +142,7 @@ class Pipelined(InParts):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         tracing = self._trace.step() if self._trace else nullcontext()
         watching = self._uncalled.step() if self._uncalled else nullcontext()
-        with self._batch_known(args), tracing, watching:
+        with self._batch_known("training_step", args), tracing, watching:
             return super().training_step(*args, **kwargs)
 
     @override
@@ -148,17 +152,17 @@ class Pipelined(InParts):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._batch_known(args):
+        with self._batch_known("validation_step", args):
             return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._batch_known(args):
+        with self._batch_known("test_step", args):
             return super().test_step(*args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._batch_known(args):
+        with self._batch_known("predict_step", args):
             return super().predict_step(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,18 +175,23 @@ class Pipelined(InParts):
             "_expected": None,
             "_in_summary": None,
             "_trace": None,
-            "_step_batch": None,
+            "_step_batch": StepBatch(),
+            "_layouts": {},
             "_uncalled": None,
         }
 
     @contextmanager
-    def _batch_known(self, args: tuple[Any, ...]) -> Iterator[None]:
-        self._step_batch = args[0] if args else None
+    def _batch_known(self, step: str, args: tuple[Any, ...]) -> Iterator[None]:
+        model = self.lightning_module
+        assert model is not None
+        if step not in self._layouts:
+            self._layouts[step] = Layout(lambda: loader_hint(model.trainer, step))
+        self._step_batch = StepBatch(args[0] if args else None, self._layouts[step])
         try:
             with hinted():
                 yield
         finally:
-            self._step_batch = None
+            self._step_batch = StepBatch()
 
     def _install(self) -> None:
         """Have the chosen submodule computed in stages."""

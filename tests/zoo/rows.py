@@ -142,10 +142,10 @@ ROWS = [
     *_rows(
         "torch_geometric",
         "zoo_graphs",
-        gcn=_but("GCN, a batch of graphs", pipeline="refused", note=_GRAPHS),
-        gat=_but("GAT, a batch of graphs as output", pipeline="refused", note=_GRAPHS),
-        gin_with_labels=_but("GIN, `(graphs, labels)`", pipeline="refused", note=_GRAPHS),
-        hetero=_but("GraphSAGE on heterogeneous graphs", pipeline="refused", note=_GRAPHS),
+        gcn="GCN, a batch of graphs",
+        gat="GAT, a batch of graphs as output",
+        gin_with_labels="GIN, `(graphs, labels)`",
+        hetero="GraphSAGE on heterogeneous graphs",
         nodes=_but(
             "GCN, loss over nodes",
             dp="needs advice",

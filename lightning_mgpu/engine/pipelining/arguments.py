@@ -3,7 +3,7 @@
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_mgpu.engine.batch import leaves, map_leaves
+from lightning_mgpu.engine.batch import map_leaves
+from lightning_mgpu.engine.batch.containers import is_container, parts, rebuild
+from lightning_mgpu.engine.graphs import is_graph_batch
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ _FLAGS = (bool, type(None))
 
 
 class Input:
-    """Stands for a tensor among the arguments of a call."""
+    """Stands for a tensor or a piece among the arguments of a call."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -35,17 +37,15 @@ class Call:
 
     Attributes:
         tensors: By name: the parameter of `forward`, and where in it.
-        lists: Plain lists, which might hold a value per sample, by name.
-        sequences: Other lists and tuples, by name.
-        objects: What is neither a container, a tensor nor a plain value, by name.
-        args: The positional arguments, with an `Input` for each tensor.
+        pieces: Lists that may have an entry per sample, and batches of graphs, by name.
+        objects: What is neither a container, a tensor, a piece nor a plain value, by name.
+        args: The positional arguments, with an `Input` for each tensor and piece.
         kwargs: The same by name.
         kind: What is equal for calls of one structure, whatever the numbers and texts in them.
     """
 
     tensors: dict[str, Tensor]
-    lists: dict[str, Sequence[Any]]
-    sequences: dict[str, Sequence[Any]]
+    pieces: dict[str, Any]
     objects: dict[str, Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -53,9 +53,19 @@ class Call:
 
     @classmethod
     def of(
-        cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        cls,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        is_piece: Callable[[str, Any], bool],
     ) -> "Call":
         """Take the arguments of one call apart.
+
+        Args:
+            forward: What is called.
+            args: The positional arguments.
+            kwargs: The same by name.
+            is_piece: Whether a container is not to be taken apart.
 
         Raises:
             TypeError: They do not fit the parameters of `forward`.
@@ -64,9 +74,11 @@ class Call:
         signature = inspect.signature(forward)
         signature.bind(*args, **kwargs)
         named = [*zip(_positions(signature), args, strict=False), *kwargs.items()]
-        found = [pair for name, value in named for pair in leaves(value, name)]
-        inputs = {id(leaf): Input(name) for name, leaf in reversed(found) if _is_tensor(leaf)}
+        found = [pair for name, value in named for pair in _leaves(value, name, is_piece)]
+        whole = [(n, leaf) for n, leaf in found if isinstance(leaf, Tensor) or _is_piece(leaf)]
+        inputs = {id(leaf): Input(name) for name, leaf in reversed(whole)}
         tensors: dict[str, Tensor] = {}
+        pieces: dict[str, Any] = {}
         kind: list[Hashable] = []
         for name, leaf in found:
             if isinstance(leaf, PackedSequence):
@@ -77,33 +89,36 @@ class Call:
             if isinstance(leaf, Tensor):
                 tensors[inputs[id(leaf)].name] = leaf
                 kind.append((name, leaf.dim()))
+            elif _is_piece(leaf):
+                pieces[inputs[id(leaf)].name] = leaf
+                kind.append((name, type(leaf)))
             else:
                 kind.append((name, leaf if isinstance(leaf, _FLAGS) else type(leaf)))
 
-        def put(leaf: Any) -> Any:
-            return inputs.get(id(leaf), leaf)
+        def put(value: Any) -> Any:
+            if id(value) in inputs or not is_container(value):
+                return inputs.get(id(value), value)
+            return rebuild(value, [put(part) for _, part in parts(value)])
 
-        lists = {name: value for name, value in named if _is_plain_list(value)}
-        sequences: dict[str, Sequence[Any]] = {
-            n: v for n, v in named if isinstance(v, (list, tuple)) and n not in lists
+        objects = {
+            n: leaf for n, leaf in found if id(leaf) not in inputs and not isinstance(leaf, _PLAIN)
         }
-        objects = {n: leaf for n, leaf in found if not isinstance(leaf, (Tensor, *_PLAIN))}
-        filled = map_leaves(put, (tuple(args), dict(kwargs)))
-        return cls(tensors, lists, sequences, objects, filled[0], filled[1], tuple(kind))
+        filled = tuple(map(put, args)), {name: put(value) for name, value in kwargs.items()}
+        return cls(tensors, pieces, objects, *filled, tuple(kind))
 
     def filled(
-        self, tensors: Mapping[str, Any], objects: Mapping[int, Any] | None = None
+        self, inputs: Mapping[str, Any], objects: Mapping[int, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, with other tensors in their places.
+        """The arguments, with other tensors and pieces in their places.
 
         Args:
-            tensors: By name.
+            inputs: By name.
             objects: Others in the places of objects, by their `id`.
         """
 
         def put(leaf: Any) -> Any:
             if isinstance(leaf, Input):
-                return tensors[leaf.name]
+                return inputs[leaf.name]
             return (objects or {}).get(id(leaf), leaf)
 
         made: tuple[tuple[Any, ...], dict[str, Any]] = map_leaves(put, (self.args, self.kwargs))
@@ -137,9 +152,16 @@ def _has_state(value: Any) -> bool:
     return bool(getattr(value, "__dict__", None)) and not isinstance(value, torch.Generator)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def _leaves(
+    value: Any, name: str, is_piece: Callable[[str, Any], bool]
+) -> Iterator[tuple[str, Any]]:
+    """Every leaf and piece, each with how to get there."""
+    if not is_container(value) or is_piece(name, value):
+        yield name, value
+        return
+    for below, part in parts(value):
+        yield from _leaves(part, name + below, is_piece)
 
 
-def _is_plain_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(entry, _PLAIN) for entry in value)
+def _is_piece(leaf: Any) -> bool:
+    return is_graph_batch(leaf) or is_container(leaf)

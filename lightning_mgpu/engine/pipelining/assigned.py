@@ -33,7 +33,7 @@ class Assigned:
         self,
         modules: Mapping[str, nn.Module],
         size: int,
-        batch: Any,
+        batch: StepBatch,
         is_used: Callable[[dict[str, Any], str], bool],
     ) -> None:
         """Refuse tensors with an entry per sample that have been set since `update`.
@@ -50,9 +50,8 @@ class Assigned:
         new = [found for found in _attributes(modules) if not self._knows(found.tensor)]
         if not new:
             return
-        known = StepBatch(batch)
         for title, holder, key, tensor in new:
-            of_batch = tensor.dim() and known.has(tensor)
+            of_batch = tensor.dim() and batch.has(tensor)
             # A buffer may have another tensor since it was moved.
             by_length = tensor.dim() and tensor.shape[0] == size and not title.startswith("buffer")
             if (of_batch or by_length) and is_used(holder, key):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_mgpu.engine.compare import Difference, compare
 from lightning_mgpu.engine.pipelining import joining
+from lightning_mgpu.engine.pipelining.columns import Column, columns_of, same
 from lightning_mgpu.engine.pipelining.cutter import Cut
 from lightning_mgpu.engine.pipelining.held import Held
 from lightning_mgpu.engine.pipelining.joining import Layout, Layouts
@@ -70,18 +71,42 @@ class Comparison:
         layouts: dict[str, Layout] = {}
         unequal: dict[str, Tensor] = {}
         outputs = [self._whole, *self._parts]
-        for place, column in joining.columns(outputs, [self._total, *self._counts], "output"):
-            if isinstance(column[0], Tensor):
-                layouts[place], different = self._layout(place, column)
-                self.compared += 1
-                if different:
-                    unequal[place] = column[0]
-                    self.differences += different
+        counts = [self._total, *self._counts]
+        for column in columns_of(outputs, counts, "output"):
+            place, first = column.place, column.values[0]
+            if column.entries:
+                layouts[place] = joining.ENTRIES
+                self._compare_entries(column, unequal)
+            elif isinstance(first, Tensor):
+                layouts[place], different = self._layout(place, column.values)
+                self._note(place, first, different, unequal)
             else:
-                joining.same(column, [self._total, *self._counts], place)
+                same(column.values, counts, place)
         if unequal:
             self._leave_out_random(unequal, layouts, proven)
         return layouts
+
+    def _compare_entries(self, column: Column, unequal: dict[str, Tensor]) -> None:
+        whole, *parts = column.values
+        together = [entry for part in parts for entry in part]
+        pairs = columns_of([list(whole), together], [1, 1], column.place)
+        for place, (one, other) in ((pair.place, pair.values) for pair in pairs):
+            if isinstance(one, Tensor):
+                self._note(place, one, compare(one, other, place, self._coarse), unequal)
+            else:
+                same([one, other], [1, 1], place, proven=True)
+
+    def _note(
+        self,
+        place: str,
+        whole: Tensor,
+        different: Sequence[Difference],
+        unequal: dict[str, Tensor],
+    ) -> None:
+        self.compared += 1
+        if different:
+            unequal[place] = whole
+            self.differences += different
 
     def _layout(self, place: str, column: Sequence[Tensor]) -> tuple[Layout, list[Difference]]:
         whole, *parts = column
@@ -112,16 +137,15 @@ class Comparison:
         """Take out what differs from itself, too, when it is computed once more."""
         again = self._trial.run(0, self._total)
         self._start.restore(generators=False)
-        columns = joining.columns([self._whole, again], [self._total] * 2, "output")
-        random = {
-            place for place, column in columns if isinstance(column[0], Tensor) and compare(*column)
-        }
+        columns = columns_of([self._whole, again], [self._total] * 2, "output")
+        pairs = ((column.place, column.values) for column in columns)
+        random = {place for place, pair in pairs if isinstance(pair[0], Tensor) and compare(*pair)}
         for place, tensor in unequal.items():
             if place not in random:
                 continue
             self.random += 1
             self.differences = [d for d in self.differences if d.path != place]
-            dim = layouts[place].dim
+            dim = layouts[place].dim if place in layouts else None
             if dim is not None and tensor.shape[dim] != self._total:
                 if place not in proven:
                     raise SplitError(joining.unordered(place, tensor, self._total))

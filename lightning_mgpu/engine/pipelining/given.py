@@ -1,14 +1,16 @@
 """The arguments of a call as micro-batches get them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_mgpu.engine.pipelining import microbatch, values
+from lightning_mgpu.engine.pipelining import microbatch, pieces, values
 from lightning_mgpu.engine.pipelining.arguments import Call
+from lightning_mgpu.engine.pipelining.splitter import Splitting
 from lightning_mgpu.engine.pipelining.traveller import current
 
 __all__: list[str] = []
@@ -19,13 +21,14 @@ class Given:
 
     Args:
         call: The call.
-        dims: The batch dimension of the tensors that are split, by name.
+        splitting: How they are split.
         counts: Samples in each micro-batch.
     """
 
-    def __init__(self, call: Call, dims: Mapping[str, int], counts: Sequence[int]) -> None:
-        self._call, self._dims, self._counts = call, dims, counts
-        self._chunks = microbatch.cut(call.tensors, dims, counts)
+    def __init__(self, call: Call, splitting: Splitting, counts: Sequence[int]) -> None:
+        self._call, self._dims, self._counts = call, splitting.dims, counts
+        self._chunks = microbatch.cut(call.tensors, splitting.dims, counts)
+        self._pieces = self._dealt(splitting.pieces)
         self._wanting = [n for n, t in call.tensors.items() if t.requires_grad]
         self._leaves: list[dict[str, Tensor]] = [{} for _ in counts]
         self._first: dict[int, Tensor] = {}
@@ -42,7 +45,7 @@ class Given:
             self._handed = list(tensors.values())  # kept, so that an `id` is nobody else's
             self._first = {id(t): self._call.tensors[name] for name, t in tensors.items()}
         before = {name: _version(t) for name, t in tensors.items() if self._is_others(name)}
-        args, kwargs = self._call.filled(tensors)
+        args, kwargs = self._call.filled({**tensors, **self._pieces[chunk]})
         output = forward(*args, **kwargs)
         traveller = current()
         for name, tensor in tensors.items():
@@ -65,12 +68,23 @@ class Given:
 
     def wanting(self) -> list[Tensor]:
         """The arguments that want a gradient; what else is known of them is forgotten."""
-        self._chunks, self._first, self._handed = [], {}, []
+        self._chunks, self._pieces, self._first, self._handed = [], [], {}, []
         return [self._call.tensors[name] for name in self._wanting]
 
     def take_gradients(self) -> list[Tensor | None]:
         """The gradients of those since the last time."""
         return [self._gradient(name) for name in self._wanting]
+
+    def _dealt(self, names: Collection[str]) -> list[dict[str, Any]]:
+        """The pieces of each micro-batch."""
+        stops = list(accumulate(self._counts))
+        return [
+            {
+                name: pieces.take(piece, stop - count, stop) if name in names else piece
+                for name, piece in self._call.pieces.items()
+            }
+            for count, stop in zip(self._counts, stops, strict=True)
+        ]
 
     def _entered(self, name: str, tensor: Tensor, chunk: int) -> Tensor:
         if not tensor.requires_grad or not torch.is_grad_enabled():

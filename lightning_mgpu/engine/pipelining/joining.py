@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mgpu.engine.batch import weighted_mean
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
-from lightning_mgpu.engine.pipelining.structure import leaves
 
 __all__: list[str] = []
 
@@ -23,6 +21,7 @@ class Layout:
             the tensor is the same for every micro-batch, or a number.
         mean: Whether it is a number that is a mean over samples.
         total: Whether it is a number that is a sum over them.
+        entries: Whether it is a list with an entry per sample.
         minor: Of a multiple, whether neighbours belong to different samples, as in
             ``torch.cat([z, -z])``; otherwise a sample's entries lie side by side.
     """
@@ -31,6 +30,7 @@ class Layout:
     minor: bool = False
     mean: bool = False
     total: bool = False
+    entries: bool = False
 
 
 Layouts = Mapping[str, Layout]
@@ -39,14 +39,22 @@ Layouts = Mapping[str, Layout]
 FIRST = Layout(0)
 MEAN = Layout(None, mean=True)
 TOTAL = Layout(None, total=True)
+ENTRIES = Layout(0, entries=True)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How a tensor of the output was joined: the entries of each; `None` if it is the first's."""
+    """How a tensor of the output was joined.
+
+    Attributes:
+        counts: The entries of each micro-batch's part; `None` if it is the tensor of one of them.
+        layout: Where the batch lies.
+        owner: Whose tensor it is.
+    """
 
     counts: tuple[int, ...] | None
     layout: Layout = FIRST
+    owner: int = 0
 
     def split(self, gradient: Tensor | None, count: int) -> list[Tensor | None]:
         """The gradient of each micro-batch's part."""
@@ -57,7 +65,7 @@ class Rows:
         if self.layout.total and self.counts is not None:
             return [gradient] * count
         if self.counts is None:
-            return [gradient, *[None] * (count - 1)]
+            return [gradient if chunk == self.owner else None for chunk in range(count)]
         dim = self.layout.dim
         assert dim is not None
         if not self.layout.minor:
@@ -137,34 +145,6 @@ def is_number(tensor: Tensor) -> bool:
     return tensor.dim() == 0 and (tensor.is_floating_point() or tensor.is_complex())
 
 
-def columns(
-    parts: Sequence[Any], counts: Sequence[int], path: str
-) -> list[tuple[str, tuple[Any, ...]]]:
-    """What the parts hold at each place.
-
-    Raises:
-        SplitError: They are not of one structure.
-    """
-    found = [list(leaves(part, path)) for part in parts]
-    names = [[name for name, _ in of_part] for of_part in found]
-    if any(other != names[0] for other in names):
-        what = (
-            "a list with an entry per sample, which is not joined. Stack or pad the entries to a"
-            " tensor"
-            if _per_sample(parts, counts)
-            else f"something of another structure for each micro-batch of {list(counts)} samples."
-            " Return tensors with an entry per sample"
-        )
-        raise SplitError(f"`{path}`: the module returns {what}, or make the list in the step.")
-    values = zip(*([leaf for _, leaf in of_part] for of_part in found), strict=True)
-    return list(zip(names[0], values, strict=True))
-
-
-def placed(value: Any, path: str) -> list[tuple[str, Any]]:
-    """What a value holds at each place."""
-    return list(leaves(value, path))
-
-
 def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
     """Where the batch lies in a tensor, told from what different numbers of samples have made.
 
@@ -204,13 +184,6 @@ def unordered(path: str, tensor: Tensor, count: int) -> str:
         f"`{path}` has shape {tuple(tensor.shape)} for {count} samples, and random values, so that"
         " it cannot be told in which order the samples lie. Return it with a dimension of its own"
         " for the batch (`unflatten`), and flatten it in the step."
-    )
-
-
-def _per_sample(parts: Sequence[Any], counts: Sequence[int]) -> bool:
-    return all(
-        isinstance(part, (list, tuple)) and len(part) == n
-        for part, n in zip(parts, counts, strict=True)
     )
 
 
@@ -255,45 +228,3 @@ def _scalar(path: str) -> str:
         f"`{path}`: the module returns a tensor without dimensions, computed from one micro-batch."
         " Return what has an entry per sample, and take the mean or the loss in the step."
     )
-
-
-def same(parts: Sequence[Any], counts: Sequence[int], path: str, *, proven: bool = False) -> Any:
-    """What is no tensor, and must be the same for every micro-batch.
-
-    Args:
-        parts: Of each micro-batch.
-        counts: Samples in each.
-        path: What to call it.
-        proven: Whether it is known not to be the number of samples.
-
-    Raises:
-        SplitError: It is not.
-    """
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    may_count = type(first) is int and set(counts) == {first} and not proven
-    if all(map(_Equal(first), parts)) and not may_count:
-        return first
-    if isinstance(first, (str, bytes, bool, int, float, complex)):
-        text = f"returns {list(parts)!r}, one"
-    else:
-        text = f"returns an object, a `{type(first).__name__}`,"
-    raise SplitError(
-        f"`{path}`: the module {text} for each micro-batch of {list(counts)} samples, which cannot"
-        " be joined. Return tensors with an entry per sample, or leave it out (for a cache of keys"
-        " and values: `use_cache=False`)."
-    )
-
-
-class _Equal:
-    def __init__(self, first: Any) -> None:
-        self._first = first
-
-    def __call__(self, other: Any) -> bool:
-        if type(other) is not type(self._first):
-            return False
-        try:
-            return bool(other is self._first or other == self._first)
-        except Exception:  # arrays, or objects that cannot be compared
-            return False

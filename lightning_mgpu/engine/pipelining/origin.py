@@ -1,12 +1,13 @@
 """Where a tensor comes from: the step's batch, the model, or neither."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mgpu.engine.batch import batch_size, leaves
+from lightning_mgpu.engine.batch import Layout, leaves
+from lightning_mgpu.engine.batch.containers import is_container, parts
 from lightning_mgpu.engine.graphs import is_graph_batch, tensors_of_graphs
 
 __all__: list[str] = []
@@ -19,11 +20,13 @@ class StepBatch:
 
     Args:
         batch: The batch, in any structure; `None` if it is not known.
+        layout: What is known of batches of this kind; default: nothing.
     """
 
-    def __init__(self, batch: Any) -> None:
-        found = (leaf for _, leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
-        self._tensors = [t for t in found if is_wrapped(t) is None]
+    def __init__(self, batch: Any = None, layout: Layout | None = None) -> None:
+        found = [leaf for _, leaf in leaves(batch)]
+        tensors = (leaf for leaf in found if isinstance(leaf, Tensor) and leaf.dim())
+        self._tensors = [t for t in tensors if is_wrapped(t) is None]
         self.lengths = {tensor.shape[0] for tensor in self._tensors}
         """The first dimensions."""
         self.size: int | None = None
@@ -31,12 +34,13 @@ class StepBatch:
         self.problem = ""
         """Why that is not known."""
         try:
-            self.size = batch_size(batch) if self._tensors else None
+            self.size = None if batch is None else (layout or Layout()).read(batch)
         except ValueError as error:
             self.problem = str(error).rstrip(".")
-        graphs = [leaf for _, leaf in leaves(batch) if is_graph_batch(leaf)]
+        graphs = [leaf for leaf in found if is_graph_batch(leaf)]
         self.of_graphs = storages(t for graph in graphs for t in tensors_of_graphs(graph))
         """The memory of batches of graphs, which have other rows than one for each graph."""
+        self._containers = list(_containers(batch))
         self._by_storage: dict[int, list[Tensor]] = {}
         for tensor in self._tensors:
             self._by_storage.setdefault(_storage(tensor), []).append(tensor)
@@ -44,6 +48,10 @@ class StepBatch:
     def has(self, tensor: Tensor) -> bool:
         """Whether it is one of the batch's tensors, or a view of one."""
         return bool(_storage(tensor)) and _storage(tensor) in self._by_storage
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is one of the batch's containers."""
+        return any(value is own for own in self._containers)
 
     def dimension(self, tensor: Tensor) -> int | None:
         """The dimension of a view that is the first of the batch's tensor.
@@ -69,6 +77,13 @@ class StepBatch:
     def disagrees(self, tensor: Tensor) -> bool:
         """Whether another dimension than its first is as long as another tensor of the batch."""
         return self.has(tensor) and bool(self.lengths & set(tensor.shape[1:]) - {1})
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    if is_container(value):
+        yield value
+        for _, part in parts(value):
+            yield from _containers(part)
 
 
 def is_wrapped(tensor: Tensor) -> str | None:

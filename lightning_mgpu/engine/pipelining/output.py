@@ -1,6 +1,6 @@
 """Put together what micro-batches have returned."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_mgpu.engine.autograd import Gradients
 from lightning_mgpu.engine.pipelining import joining
-from lightning_mgpu.engine.pipelining.structure import map_leaves
+from lightning_mgpu.engine.pipelining.columns import Column, columns_of, merged, same
+from lightning_mgpu.engine.pipelining.structure import leaves, map_leaves
 
 __all__: list[str] = []
 
@@ -35,29 +36,52 @@ class Output:
         layouts: joining.Layouts | None,
         latest: Sequence[Callable[[Tensor], Tensor]],
     ) -> None:
-        self._count = len(results)
-        self._found: list[tuple[tuple[Tensor, ...], joining.Rows]] = []
+        self._counts, self._device, self._layouts = counts, device, layouts
+        self._known, self._latest = known, latest
+        self._found: list[tuple[dict[int, Tensor], joining.Rows]] = []
         self._wanting: list[Tensor] = []
-        leaves: list[Any] = []
-        for place, column in joining.columns(results, counts, "output"):
-            if not isinstance(column[0], Tensor):
-                leaves.append(joining.same(column, counts, place, proven=bool(layouts)))
-                continue
-            own = known(column[0])
-            if own is not None:
-                leaves.append(own)
-                continue
-            tensors = tuple(find(tensor) for find, tensor in zip(latest, column, strict=True))
-            moved = [tensor.detach().to(device) for tensor in tensors]
-            with torch.no_grad():
-                joined, rows = joining.join(moved, counts, place, layouts)
-            joined = joined.detach()
-            leaves.append(joined)
-            if any(tensor.requires_grad for tensor in tensors):
-                self._found.append((tensors, rows))
-                self._wanting.append(joined)
-        remaining = iter(leaves)
-        self._output = map_leaves(lambda _: next(remaining), results[0])
+        columns = columns_of(results, counts, "output", layouts)
+        joined = [
+            leaf
+            for column in columns
+            for leaf in (self._entries(column) if column.entries else [self._leaf(column)])
+        ]
+        remaining = iter(joined)
+        together = merged(results, columns, "output")
+        self._output = map_leaves(lambda _: next(remaining), together)
+
+    def _leaf(self, column: Column) -> Any:
+        first = column.values[0]
+        if not isinstance(first, Tensor):
+            proven = bool(self._layouts)
+            return same(column.values, self._counts, column.place, proven=proven)
+        own = self._known(first)
+        if own is not None:
+            return own
+        pairs = zip(self._latest, column.values, strict=True)
+        tensors = tuple(find(tensor) for find, tensor in pairs)
+        moved = [tensor.detach().to(self._device) for tensor in tensors]
+        with torch.no_grad():
+            joined, rows = joining.join(moved, self._counts, column.place, self._layouts)
+        return self._noted(dict(enumerate(tensors)), joined.detach(), rows)
+
+    def _entries(self, column: Column) -> Iterator[Any]:
+        """The leaves of all entries, each of which is one micro-batch's."""
+        for chunk, value in enumerate(column.values):
+            for _, leaf in leaves(value, column.place):
+                if not isinstance(leaf, Tensor):
+                    yield leaf
+                    continue
+                tensor = self._latest[chunk](leaf)
+                rows = joining.Rows(None, owner=chunk)
+                yield self._noted({chunk: tensor}, tensor.detach().to(self._device), rows)
+
+    def _noted(self, tensors: dict[int, Tensor], joined: Tensor, rows: joining.Rows) -> Tensor:
+        """A joined tensor; taken down if it is part of a graph."""
+        if any(tensor.requires_grad for tensor in tensors.values()):
+            self._found.append((tensors, rows))
+            self._wanting.append(joined)
+        return joined
 
     def wanting(self) -> list[Tensor]:
         """The tensors that are to be part of the caller's graph."""
@@ -74,10 +98,11 @@ class Output:
 
     def split(self, gradients: Gradients) -> list[list[tuple[Tensor, Tensor]]]:
         """For each micro-batch, the tensors that it has returned, with their gradients."""
-        split: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self._count)]
+        split: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(self._counts))]
         for (tensors, rows), gradient in zip(self._found, gradients, strict=True):
-            parts = rows.split(gradient, self._count)
-            for chunk, tensor, part in zip(split, tensors, parts, strict=True):
+            parts = rows.split(gradient, len(self._counts))
+            for chunk, tensor in tensors.items():
+                part = parts[chunk]
                 if part is not None and tensor.requires_grad:
-                    chunk.append((tensor, part))
+                    split[chunk].append((tensor, part))
         return split

@@ -1,15 +1,16 @@
 """Proof on the first batch: a few samples as one micro-batch and as two give the same."""
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mgpu.engine.compare import Difference
+from lightning_mgpu.engine.pipelining import pieces
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.calm import calm
 from lightning_mgpu.engine.pipelining.comparison import Comparison
@@ -69,6 +70,7 @@ class Parity:
         self._proven: dict[str, Layout] = {}
         self._left_behind = LeftBehind(mode)
         self._has_told_draws = self._has_told_means = False
+        self._told_writes: set[str] = set()
 
     def layouts(
         self,
@@ -159,13 +161,14 @@ class Parity:
                 log.debug("The first batch is not compared with its parts.", exc_info=True)
                 return _Found(error=error)
         self._report(compared.differences, splitting)
+        self._tell_writes(trial.written)
         self._tell_means([place for place, layout in layouts.items() if layout.mean])
         self._left_behind.report(*compared.held)
         proven = bool(compared.compared) and not compared.random and not compared.differences
         if proven:
             self._proven.update(layouts)
         # What is the same for all samples may have been split by chance, and no value tells.
-        return _Found(layouts, proven and all(map(_rows_differ, splitting.unproven)))
+        return _Found(layouts, proven and all(map(pieces.differ, splitting.unproven)))
 
     def _tell_draws(self, has_drawn: bool) -> None:
         if has_drawn and not self._has_told_draws:
@@ -175,6 +178,17 @@ class Parity:
                 " where several stages do so, in an order that varies from run to run. Draw from"
                 " torch's (`torch.rand(())`), or in the step.",
                 self._kind,
+            )
+
+    def _tell_writes(self, names: Collection[str]) -> None:
+        new = sorted(set(names) - self._told_writes)
+        if new:
+            self._told_writes.update(new)
+            log.warning(
+                "`%s.forward` writes to %s, of which each micro-batch has a part of its own: the"
+                " caller does not see it. Return what the caller needs.",
+                self._kind,
+                ", ".join(f"`{name}`" for name in new),
             )
 
     def _tell_means(self, places: Sequence[str]) -> None:
@@ -207,11 +221,12 @@ def _way(call: Call, splitting: Splitting) -> Hashable:
     """How each argument is split, or whether one entry of it is for all samples."""
     whole = (name for name, t in call.tensors.items() if t.dim() and name not in splitting.dims)
     single = tuple(name for name in whole if call.tensors[name].shape[0] == 1)
-    return tuple(sorted(splitting.dims.items())), single, bool(splitting.doubts)
-
-
-def _rows_differ(tensor: Tensor) -> bool:
-    return bool((tensor != tensor[:1]).any())
+    return (
+        tuple(sorted(splitting.dims.items())),
+        splitting.pieces,
+        single,
+        bool(splitting.doubts),
+    )
 
 
 def _of(splitting: Splitting) -> str:

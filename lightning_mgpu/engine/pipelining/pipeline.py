@@ -1,7 +1,7 @@
 """A module in stages: its `forward`, computed by all devices, micro-batch by micro-batch."""
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from lightning_mgpu.engine.pipelining.given import Given
 from lightning_mgpu.engine.pipelining.joining import Layouts
 from lightning_mgpu.engine.pipelining.memory import Memory
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.engine.pipelining.origin import StepBatch
 from lightning_mgpu.engine.pipelining.output import Output
 from lightning_mgpu.engine.pipelining.parity import Parity
 from lightning_mgpu.engine.pipelining.passage import Checkpoint, Passage, part_at_hand
@@ -57,7 +58,7 @@ class Pipeline:
             backward: ``"never"``, ``"except_last"``, ``"always"``.
         deferred_batch_norm: Whether running statistics are updated once, with those of the whole
             batch, or with each micro-batch.
-        step_batch: Tells the batch of the step that calls.
+        step_batch: Tells the batch of the step that calls; default: it is not known.
         parity: Compares the output for a few samples with that of the same in two micro-batches;
             default: no check of any kind.
         on_cut: Called after the module has been cut, before anything is computed.
@@ -74,7 +75,7 @@ class Pipeline:
         chunks: Chunks,
         checkpoint: Checkpoint = "never",
         deferred_batch_norm: bool = True,
-        step_batch: Callable[[], Any] = tuple,
+        step_batch: Callable[[], StepBatch] = StepBatch,
         parity: Parity | None = None,
         on_cut: Callable[[Cut], None] = lambda _: None,
         threads: int | None = None,
@@ -118,8 +119,10 @@ class Pipeline:
         """
         self.calls += 1
         try:
-            call = Call.of(self.cutter.forward, args, kwargs)
-            return self._computed(call, self._split(call))
+            batch = self._step_batch()
+            is_piece = self._splitter.pieces(self.cutter.forward, (args, kwargs), batch)
+            call = Call.of(self.cutter.forward, args, kwargs, is_piece)
+            return self._computed(call, self._split(call, batch))
         except SplitError as error:
             if not self._is_whole:
                 add_note(error, _WAY_OUT)
@@ -130,15 +133,13 @@ class Pipeline:
         """Whether there is one micro-batch, by the user's wish."""
         return self.chunks.usual == 1
 
-    def _split(self, call: Call) -> Splitting:
+    def _split(self, call: Call, batch: StepBatch) -> Splitting:
         """How a call is split; not at all where a single micro-batch is wanted, or needed."""
         not_at_all = Splitting(1, {})
         if call.stateful() and not torch.is_grad_enabled():
             return not_at_all
         try:
-            splitting = self._splitter.split(
-                call, self.cutter.forward, self._step_batch(), self._fixed
-            )
+            splitting = self._splitter.split(call, self.cutter.forward, batch, self._fixed)
         except SplitError:
             if self._is_whole:
                 return not_at_all
@@ -158,7 +159,7 @@ class Pipeline:
             len(counts),
             always=self._checkpoint != "never" and torch.is_grad_enabled(),
         ) as streams:
-            return self._run(call, cut, splitting.dims, counts, streams, layouts)
+            return self._run(call, cut, splitting, counts, streams, layouts)
 
     def _known_cut(self, call: Call, splitting: Splitting) -> Cut:
         """The stages; found out by a trial at the first call."""
@@ -212,7 +213,7 @@ class Pipeline:
         return self._parity.layouts(call, trial, cut, splitting, modules)
 
     def _trial(self, call: Call, splitting: Splitting) -> Trial:
-        return Trial(self.cutter.forward, call, splitting.dims, self.devices, self._units)
+        return Trial(self.cutter.forward, call, splitting, self.devices, self._units)
 
     def _modules(self) -> dict[str, nn.Module]:
         """All modules that stages run, by name, each once; the split module first."""
@@ -238,13 +239,13 @@ class Pipeline:
         self,
         call: Call,
         cut: Cut,
-        dims: Mapping[str, int],
+        splitting: Splitting,
         counts: Sequence[int],
         streams: Sequence[Stream],
         layouts: Layouts | None,
     ) -> Any:
         assert self._units is not None
-        given = Given(call, dims, counts)
+        given = Given(call, splitting, counts)
         shadow = self._shadowed(cut)
         key = (self._kind(), call.kind, torch.is_grad_enabled())
         passage = Passage(

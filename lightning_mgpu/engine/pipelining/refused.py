@@ -1,8 +1,11 @@
 """Refuse arguments that cannot be split into micro-batches."""
 
+import torch
+
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.origin import is_wrapped, storages, tensors_of
+from lightning_mgpu.engine.pipelining.pieces import tensors_of as tensors_in
 
 __all__: list[str] = []
 
@@ -61,45 +64,24 @@ def check_graphs(call: Call, of_graphs: set[int], whole: set[str]) -> None:
             )
 
 
-def check_entries(call: Call, size: int | None, whole: set[str]) -> None:
-    """Refuse lists of tensors that have an entry per sample, such as images of different sizes.
+def check_pieces(call: Call, whole: set[str]) -> None:
+    """Refuse lists and batches of graphs whose tensors want a gradient.
 
     Args:
         call: The call.
-        size: Samples in the step's batch, as far as known.
         whole: Parameters of `forward` that go to every micro-batch whole.
 
     Raises:
         SplitError: Names the argument.
     """
-    for name, value in call.sequences.items():
-        if len(value) != size or size == 1 or argument_of(name) in whole:
-            continue
-        inner = [t for n, t in call.tensors.items() if n.startswith(f"{name}[")]
-        if inner and any(not t.dim() or t.shape[0] != size for t in inner):
+    if not torch.is_grad_enabled():
+        return
+    for name, piece in call.pieces.items():
+        if argument_of(name) not in whole and any(t.requires_grad for t in tensors_in(piece)):
             raise SplitError(
-                f"`{name}` is a list with an entry per sample ({size}), which is not dealt out to"
-                " micro-batches. Make it a tensor, or cut another `module`, whose arguments are"
-                " tensors, such as a backbone or a head."
-            )
-
-
-def check_lists(call: Call, size: int, whole: set[str]) -> None:
-    """Refuse lists that might have an entry per sample.
-
-    Args:
-        call: The call.
-        size: Samples in the batch.
-        whole: Parameters of `forward` that go to every micro-batch whole.
-
-    Raises:
-        SplitError: Names the argument.
-    """
-    for name, value in call.lists.items():
-        if len(value) == size > 1 and argument_of(name) not in whole:
-            raise SplitError(
-                f"`{name}` is a list as long as the batch ({size}), and lists are not split. Make"
-                f" it a tensor, or name `{argument_of(name)}` in `broadcast_args`."
+                f"`{name}` is a `{type(piece).__name__}` with an entry per sample, and tensors in"
+                " it want a gradient, which does not reach them in micro-batches. Stack or pad"
+                " them to a tensor, or compute them within the split module."
             )
 
 

@@ -7,16 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_mgpu.engine.batch.containers import is_sequence, leaves
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.origin import StepBatch, storages
+from lightning_mgpu.engine.pipelining.pieces import may_be_columns, may_be_entries
 from lightning_mgpu.engine.pipelining.refused import (
     argument_of,
-    check_entries,
     check_graphs,
     check_kinds,
-    check_lists,
+    check_pieces,
 )
+from lightning_mgpu.engine.pipelining.sharing import Sharing
 
 __all__: list[str] = []
 
@@ -31,14 +33,16 @@ class Splitting:
     Attributes:
         size: Samples in the batch.
         dims: The batch dimension of each tensor that is split, by name; the others go whole.
+        pieces: Names of the lists and batches of graphs that are split; the others go whole.
         doubts: What the user is told if it cannot be shown that this is right.
-        unproven: Tensors whose rows must differ for that.
+        unproven: Tensors whose rows, and lists whose entries, must differ for that.
     """
 
     size: int
     dims: dict[str, int]
+    pieces: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
-    unproven: tuple[Tensor, ...] = ()
+    unproven: tuple[Any, ...] = ()
 
 
 class Splitter:
@@ -86,24 +90,50 @@ class Splitter:
                         f"`{option}` has {entry!r}, but `forward` takes {', '.join(parameters)}."
                     )
 
+    def pieces(
+        self, forward: Callable[..., Any], arguments: Any, batch: StepBatch
+    ) -> Callable[[str, Any], bool]:
+        """What tells of a container among the arguments whether it may be split by entry.
+
+        Args:
+            forward: Which is called.
+            arguments: With what.
+            batch: The step's batch; if its size is unknown, that of the first tensor is taken.
+        """
+        names = list(inspect.signature(forward).parameters)
+        given = {_named(entry, names) for entry in self._split}
+        whole = {_named(entry, names) for entry in self._broadcast}
+        tensors = (leaf for _, leaf in leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
+        size = batch.size or next((tensor.shape[0] for tensor in tensors), 1)
+
+        def tell(name: str, value: Any) -> bool:
+            if argument_of(name) in whole:
+                return False
+            if name in given and is_sequence(value) and not may_be_columns(value):
+                return True
+            return size > 1 and may_be_entries(value, size)
+
+        return tell
+
     def split(
         self,
         call: Call,
         forward: Callable[..., Any],
-        batch: Any,
+        batch: StepBatch,
         fixed: Callable[[], Iterable[Tensor]],
     ) -> Splitting:
-        """How the tensors of a call are to be split.
+        """How the arguments of a call are to be split.
 
         A tensor is split if it is named in `split_args`, if it comes from the step's batch, or if
         no other could carry the batch: along its first dimension, or along the one that is the
         first of the batch's tensor of which it is a view. Parameters, buffers and tensors of
-        another length than the batch are not.
+        another length than the batch are not. Lists with an entry per sample are split by entries,
+        batches of graphs by graphs.
 
         Args:
             call: The call.
             forward: Which is called.
-            batch: The step's batch, as far as known.
+            batch: The step's batch.
             fixed: The tensors that belong to the model.
 
         Raises:
@@ -114,19 +144,18 @@ class Splitter:
         whole = {_named(entry, names) for entry in self._broadcast}
         check_kinds(call, whole)
         tensors = {n: t for n, t in call.tensors.items() if t.dim() and argument_of(n) not in whole}
-        step_batch = StepBatch(batch)
-        check_entries(call, step_batch.size, whole)
-        check_graphs(call, step_batch.of_graphs, whole)
-        sharing = _Sharing(tensors, given, step_batch)
-        check_lists(call, sharing.size, whole)
+        check_graphs(call, batch.of_graphs, whole)
+        check_pieces(call, whole)
+        found = {n: piece for n, piece in call.pieces.items() if argument_of(n) not in whole}
+        sharing = Sharing(tensors, found, given, batch)
         dims, rest = sharing.certain()
         self._split_rest(sharing, dims, rest, fixed)
         doubts = sharing.doubts(dims)
-        return Splitting(sharing.size, dims, tuple(doubts), tuple(sharing.unproven))
+        return Splitting(sharing.size, dims, tuple(found), tuple(doubts), tuple(sharing.unproven))
 
     def _split_rest(
         self,
-        sharing: "_Sharing",
+        sharing: Sharing,
         dims: dict[str, int],
         rest: dict[str, Tensor],
         fixed: Callable[[], Iterable[Tensor]],
@@ -162,139 +191,6 @@ class Splitter:
         dims.update(dict.fromkeys([*split, *unclear], 0))
 
 
-class _Sharing:
-    """The arguments of one call beside the step's batch."""
-
-    def __init__(
-        self, tensors: dict[str, Tensor], given: Mapping[str, int], batch: StepBatch
-    ) -> None:
-        self.batch = batch
-        self._tensors = tensors
-        self._named = {
-            name: _checked(name, tensor, given[argument_of(name)])
-            for name, tensor in tensors.items()
-            if argument_of(name) in given
-        }
-        found = {n: batch.dimension(t) for n, t in tensors.items() if n not in self._named}
-        self._seen = {name: dim for name, dim in found.items() if dim}
-        self._suspected: list[str] = []
-        self._elsewhere = self._other_dimensions()
-        self.unproven: list[Tensor] = []
-        """Tensors, samples first, that are split though their length may be chance."""
-        self.size = self._size()
-        """Samples in the batch."""
-
-    def certain(self) -> tuple[dict[str, int], dict[str, Tensor]]:
-        """The dimensions of tensors that are certain, and all other tensors.
-
-        Raises:
-            SplitError: A tensor that is named in `split_args` is of another length.
-        """
-        dims: dict[str, int] = {}
-        for name, dim in self._named.items():
-            length = self._tensors[name].shape[dim]
-            if length == self.size:
-                dims[name] = dim
-            elif length != 1:  # one entry for all samples is broadcast, as on one device
-                raise SplitError(
-                    f"`{name}` of shape {tuple(self._tensors[name].shape)} is named in"
-                    f" `split_args`, but the batch has {self.size} samples, and its dimension"
-                    f" {dim} is not as long."
-                )
-        dims |= {n: dim for n, dim in self._seen.items() if self._length(n, dim) == self.size}
-        for name, dim in self._elsewhere.items():
-            dims[name], shape = dim, tuple(self._tensors[name].shape)
-            doubt = (
-                f"`{name}` of shape {shape} is split along its dimension {dim}, which is as long"
-                f" as the batch ({self.size}). Say whether that is right:"
-                f" `split_args={{{argument_of(name)!r}: {dim}}}`, or `broadcast_args`."
-            )
-            self.suppose([self._tensors[name].movedim(dim, 0)], doubt)
-        named = (*self._named, *dims)
-        return dims, {name: t for name, t in self._tensors.items() if name not in named}
-
-    def suspect(self, name: str, tensor: Tensor, reason: str) -> None:
-        """Note that a tensor goes whole, though it is as long as the batch."""
-        argument = argument_of(name)
-        self._suspected.append(
-            f"`{name}` of shape {tuple(tensor.shape)} is as long as the batch ({self.size}), but"
-            f" {reason}. Name `{argument}` in `split_args` if it has an entry per sample, else in"
-            " `broadcast_args`."
-        )
-
-    def suppose(self, tensors: Sequence[Tensor], doubt: str) -> None:
-        """Note that tensors are split, which is to be shown to be right."""
-        self.unproven += tensors
-        self._suspected.append(doubt)
-
-    def doubts(self, dims: Mapping[str, int]) -> list[str]:
-        """What speaks against splitting along these dimensions."""
-        samples = self.batch.size
-        doubts = list(self._suspected)
-        for name, tensor in self._tensors.items():
-            rows, argument = tensor.shape[0], argument_of(name)
-            about = f"`{name}` of shape {tuple(tensor.shape)}"
-            options = [d for d in range(1, tensor.dim()) if tensor.shape[d] == samples != 1]
-            advice = "".join(
-                f" If its dimension {d} is the batch: `split_args={{{argument!r}: {d}}}`."
-                for d in options[:1]
-            )
-            if name in self._named or rows == 1:
-                continue
-            if name in dims and samples is not None and self._length(name, dims[name]) != samples:
-                doubts.append(
-                    f"{about} has {rows} rows, but the step's batch {samples} samples.{advice} If"
-                    f" its rows are samples of their own: `split_args={[argument]}`."
-                )
-            elif name in dims and samples is None and self.batch.disagrees(tensor):
-                doubts.append(
-                    f"{about} comes from a batch whose tensors differ in length"
-                    f" ({self.batch.problem}). Say which dimension is the batch:"
-                    f" `split_args={{{argument!r}: 0}}`, or 1 and so on."
-                )
-            elif name not in dims and (options or self.batch.has(tensor)):
-                doubts.append(
-                    f"{about} goes to every micro-batch whole, since it has {rows} rows and the"
-                    f" batch {self.size} samples.{advice} If every sample needs all of it:"
-                    f" `broadcast_args={[argument]}`."
-                )
-        return doubts
-
-    def _other_dimensions(self) -> dict[str, int]:
-        """The only ones that are as long as the step's batch, where no first one could be."""
-        size, tensors = self.batch.size, self._tensors
-        if self._named or self._seen or size in (None, 1):
-            return {}
-        if any(tensor.shape[0] % size == 0 for tensor in tensors.values()):
-            return {}
-        found = {n: [d for d in range(t.dim()) if t.shape[d] == size] for n, t in tensors.items()}
-        return {name: dims[0] for name, dims in found.items() if len(dims) == 1}
-
-    def _length(self, name: str, dim: int) -> int:
-        return self._tensors[name].shape[dim]
-
-    def _size(self) -> int:
-        named = [self._length(n, dim) for n, dim in self._named.items()]
-        long = [length for length in named if length != 1]
-        seen = [self._length(name, dim) for name, dim in self._seen.items()]
-        first = [t.shape[0] for t in self._tensors.values()]
-        candidates = (
-            long,
-            seen,
-            [self._length(name, dim) for name, dim in self._elsewhere.items()],
-            [n for n in first if n == self.batch.size],
-            [t.shape[0] for t in self._tensors.values() if self.batch.has(t) and t.shape[0] != 1],
-            [n for n in first if n in self.batch.lengths],
-            named,
-            [n for n in first if n != 1],
-            first,
-        )
-        for found in candidates:
-            if found:
-                return found[0]
-        raise SplitError("none of the arguments is a tensor that could be split.")
-
-
 def _dimensions(given: SplitArgs) -> dict[str | int, int]:
     """The batch dimension of each parameter that is named."""
     if given is None:
@@ -310,15 +206,6 @@ def _dimensions(given: SplitArgs) -> dict[str | int, int]:
                 " such as 1 for tensors of shape (time, batch, features)."
             )
     return dict(given)
-
-
-def _checked(name: str, tensor: Tensor, dim: int) -> int:
-    if not -tensor.dim() <= dim < tensor.dim():
-        raise SplitError(
-            f"`{name}` of shape {tuple(tensor.shape)} has no dimension {dim}, which `split_args`"
-            " gives for it."
-        )
-    return dim % tensor.dim()
 
 
 def _named(entry: str | int, names: Sequence[str]) -> str:

@@ -17,28 +17,40 @@ from lightning_mgpu.engine.batch.containers import (
 __all__: list[str] = []
 
 
+def inner(value: Any, path: str) -> list[tuple[str, Any]] | None:
+    """What a container or an object holds, each with how to get there; `None` if it is a leaf."""
+    if is_container(value):
+        return [(path + name, part) for name, part in parts(value)]
+    if _is_record(value):
+        return [(f"{path}.{name}", part) for name, part in attributes_of(value).items()]
+    return None
+
+
+def refilled(value: Any, new: list[Any]) -> Any:
+    """One of the same structure that holds others, in the order of `inner`."""
+    if is_container(value):
+        return rebuild(value, new)
+    made = copy.copy(value)
+    for name, part in zip(attributes_of(value), new, strict=True):
+        object.__setattr__(made, name, part)
+    return made
+
+
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Every leaf, each with how to get there."""
-    if is_container(value):
-        for name, part in parts(value):
-            yield from leaves(part, path + name)
-    elif _is_record(value):
-        for name, part in attributes_of(value).items():
-            yield from leaves(part, f"{path}.{name}")
-    else:
+    below = inner(value, path)
+    if below is None:
         yield path, value
+    for name, part in below or ():
+        yield from leaves(part, name)
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """The same structure with `function` applied to every leaf, in the order of `leaves`."""
-    if is_container(value):
-        return rebuild(value, [map_leaves(function, part) for _, part in parts(value)])
-    if not _is_record(value):
+    below = inner(value, "")
+    if below is None:
         return function(value)
-    made = copy.copy(value)
-    for name, part in attributes_of(value).items():
-        object.__setattr__(made, name, map_leaves(function, part))
-    return made
+    return refilled(value, [map_leaves(function, part) for _, part in below])
 
 
 def _is_record(value: Any) -> bool:

@@ -1,15 +1,17 @@
 """A few samples through a module's `forward`, in the calling thread."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mgpu.engine.batch.containers import holds_tensors
-from lightning_mgpu.engine.pipelining import values
+from lightning_mgpu.engine.pipelining import pieces, values
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.engine.pipelining.splitter import Splitting
 from lightning_mgpu.engine.pipelining.traveller import Traveller
 from lightning_mgpu.engine.pipelining.units import Units
 
@@ -22,7 +24,7 @@ class Trial:
     Args:
         forward: What is called.
         call: With what.
-        dims: The batch dimension of the tensors that are split, by name.
+        splitting: How its arguments are split.
         devices: The device of each stage.
         units: What belongs to stages, once that is known.
     """
@@ -31,20 +33,28 @@ class Trial:
         self,
         forward: Callable[..., Any],
         call: Call,
-        dims: Mapping[str, int],
+        splitting: Splitting,
         devices: Sequence[torch.device],
         units: Units | None = None,
     ) -> None:
-        self._forward, self._call, self._dims = forward, call, dims
+        self._forward, self._call, self._splitting = forward, call, splitting
         self._devices, self._units = devices, units
+        self.written: set[str] = set()
+        """Names of lists and batches of graphs that `forward` has put something into."""
 
     def run(self, start: int, stop: int) -> Any:
         """What is returned for samples `start` to `stop`."""
-        tensors = {n: self._samples(n, t, start, stop) for n, t in self._call.tensors.items()}
-        objects = self._call.copied_objects()
-        args, kwargs = self._call.filled(tensors, objects)
+        split, objects = self._splitting, self._call.copied_objects()
+        inputs = {n: self._samples(n, t, start, stop) for n, t in self._call.tensors.items()}
+        taken = {n: self._piece(n, p, start, stop) for n, p in self._call.pieces.items()}
+        before = {name: pieces.held_by(piece) for name, piece in taken.items()}
+        args, kwargs = self._call.filled({**inputs, **taken}, objects)
         output = self._output(args, kwargs)
-        if self._dims:
+        for name in split.pieces:
+            held = pieces.held_by(taken[name])
+            if len(held) != len(before[name]) or any(map(is_not, held, before[name])):
+                self.written.add(name)
+        if split.dims or split.pieces:
             self._check_untouched(objects)
         return output
 
@@ -64,9 +74,14 @@ class Trial:
             traveller.go(0)
             return self._forward(*args, **kwargs)
 
-    def _samples(self, name: str, tensor: Tensor, start: int, stop: int) -> Tensor:
+    def _piece(self, name: str, piece: Any, start: int, stop: int) -> Any:
+        """A copy, where there can be one."""
+        is_split = name in self._splitting.pieces
+        return pieces.copied(pieces.take(piece, start, stop) if is_split else piece)
+
+    def _samples(self, name: str, tensor: Tensor, start: int, stop: int) -> Any:
         """A copy, which may be written to."""
-        dim = self._dims.get(name)
+        dim = self._splitting.dims.get(name)
         part = tensor.detach() if dim is None else tensor.detach().narrow(dim, start, stop - start)
         part = part.clone()
         if tensor.requires_grad and torch.is_grad_enabled():

@@ -1,0 +1,199 @@
+"""Lists with an entry per sample, as arguments of a pipelined module and as its output."""
+
+from typing import Any
+
+import pytest
+import torch
+from pipelines import Net, assert_same, data, pipelined
+from torch import Tensor, nn
+
+from lightning_mgpu.engine.pipelining.microbatch import SplitError
+
+WORDS = [
+    "a",
+    "few words",
+    "",
+    "and some more",
+    "b",
+    "one",
+    "two",
+    "three",
+    "x",
+    "yz",
+    "4",
+    "5",
+    "6",
+]
+
+
+class Averages(Net):
+    """Images of different heights."""
+
+    def forward(self, images: list[Tensor]) -> Any:
+        return self.second(self.first(torch.stack([image.mean(0) for image in images])))
+
+
+class Letters(Net):
+    """Texts, beside what each of them weighs."""
+
+    def forward(self, texts: Any, x: Tensor) -> Any:
+        lengths = torch.tensor([float(len(text)) for text in texts], dtype=torch.float64)
+        return self.second(self.first(x) * lengths.unsqueeze(1))
+
+
+class Nested(Letters):
+    def forward(self, batch: dict[str, Any]) -> Any:  # type: ignore[override]
+        return super().forward(batch["texts"], batch["x"])
+
+
+def _images(count: int) -> list[Tensor]:
+    return [data(2 + index % 3, 6, seed=index) for index in range(count)]
+
+
+@pytest.mark.parametrize("samples", [8, 13])
+def test_tensors_of_different_lengths_are_dealt_out(samples: int) -> None:
+    images = _images(samples)
+    assert_same(Averages(), images, batch=(images, torch.zeros(samples)))
+    assert_same(Averages(), tuple(images), batch=(tuple(images), torch.zeros(samples)))
+    assert_same(Averages(), images, batch=(images, torch.zeros(samples)), chunks=1)
+
+
+@pytest.mark.parametrize("samples", [8, 13])
+@pytest.mark.parametrize("parity_check", ["error", "off"])
+def test_texts_of_the_batch_are_dealt_out(samples: int, parity_check: str) -> None:
+    texts, x = WORDS[:samples], data(samples, 6)
+    assert_same(Letters(), texts, x, parity_check=parity_check)
+    batch = {"texts": texts, "x": x}
+    assert_same(Nested(), batch, batch=batch, parity_check=parity_check)
+
+
+def test_a_list_made_in_the_step_is_dealt_out_once_that_is_shown_to_be_right() -> None:
+    texts, x = WORDS[:8], data(8, 6)
+    assert_same(Letters(), list(texts), x, batch=[texts, x])
+    with pytest.raises(SplitError, match=r"`texts` is a list as long as the batch \(8\).*chance"):
+        assert_same(Letters(), ["abc"] * 8, x, batch=x)
+    with pytest.raises(SplitError, match=r"`texts` is a list as long as the batch"):
+        assert_same(Letters(), list(texts), x, batch=[texts, x], parity_check="off")
+    named = {"split_args": ["texts", "x"], "parity_check": "off"}
+    assert_same(Letters(), list(texts), x, batch=[texts, x], **named)
+
+
+class Layers(Net):
+    """A list with a number for each layer, of which there are as many as samples."""
+
+    def forward(self, x: Tensor, widths: list[float]) -> Any:
+        return self.second(self.first(x) * sum(widths))
+
+
+def test_a_list_that_is_as_long_as_the_batch_by_chance_is_never_dealt_out_in_silence() -> None:
+    x, widths = data(8, 6), [float(index) for index in range(8)]
+    with pytest.raises(SplitError, match="`widths`"):
+        assert_same(Layers(), x, widths, batch=x)
+    assert_same(Layers(), x, widths, batch=x, broadcast_args="widths")
+
+
+def test_a_list_of_another_number_of_samples_is_refused() -> None:
+    with (
+        pipelined(Letters(), data(8, 6), split_args="texts") as run,
+        pytest.raises(SplitError, match="`texts` is a `list` of 7 samples, but the batch has 8"),
+    ):
+        run(WORDS[:7], data(8, 6))
+
+
+def test_entries_that_want_a_gradient_are_refused() -> None:
+    images = [image.requires_grad_() for image in _images(8)]
+    with (
+        pipelined(Averages(), (images, torch.zeros(8))) as run,
+        pytest.raises(SplitError, match=r"`images` is a `list` with an entry per sample.*gradient"),
+    ):
+        run(images)
+    with torch.no_grad():
+        assert_same_without_gradient(Averages(), images)
+
+
+def assert_same_without_gradient(module: nn.Module, images: list[Tensor]) -> None:
+    expected = module(images)
+    with pipelined(module, (images, torch.zeros(8))) as run:
+        torch.testing.assert_close(run(images), expected, rtol=0, atol=1e-9)
+
+
+class Counts(Net):
+    """Leaves something with each sample."""
+
+    def forward(self, samples: list[dict[str, Any]]) -> Any:
+        for sample in samples:
+            sample["seen"] = sample.get("seen", 0) + 1
+        return self.second(self.first(torch.stack([sample["x"] for sample in samples])))
+
+
+def test_what_is_left_with_samples_is_left_once() -> None:
+    samples = [{"x": data(6, seed=index)} for index in range(8)]
+    with pipelined(Counts(), (samples, torch.zeros(8))) as run:
+        run(samples)
+        assert [sample["seen"] for sample in samples] == [1] * 8
+        run(samples)
+        assert [sample["seen"] for sample in samples] == [2] * 8
+
+
+ENDS = {
+    "rows": lambda z: list(z.unbind()),
+    "a tuple of rows": lambda z: tuple(z.unbind()),
+    "texts": lambda z: {"z": z, "texts": [f"{v:.3f}" for v in z[:, 0]]},
+    "boxes": lambda z: [{"boxes": row.repeat(1 + (row[0] > 0).int(), 1)} for row in z],
+    "beside others": lambda z: {"loss": z.mean(), "found": [(row, float(row[0])) for row in z]},
+}
+
+
+@pytest.mark.parametrize("samples", [8, 13])
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_entries_of_the_output_come_in_order(end: Any, samples: int) -> None:
+    module, x = Net(end=end), data(samples, 6)
+    output, expected = assert_same(module, x), module(x)
+    assert type(output) is type(expected)
+    if isinstance(output, dict) and "texts" in output:
+        assert output["texts"] == expected["texts"]
+    with torch.no_grad(), pipelined(module, x) as run:
+        alone = run(x)
+    assert len(alone) == len(expected)
+
+
+def test_entries_that_depend_on_other_samples_are_refused() -> None:
+    module = Net(end=lambda z: list((z - z.mean(0)).unbind()))
+    with (
+        pipelined(module, data(8, 6)) as run,
+        pytest.raises(SplitError, match=r"other values for micro-batches.*`output\[0\]`"),
+    ):
+        run(data(8, 6))
+
+
+def test_an_output_list_of_columns_stays_one() -> None:
+    for samples in (8, 9):
+        output = assert_same(Net(end=lambda z: [z, z.square()]), data(samples, 6))
+        assert [tuple(column.shape) for column in output] == [(samples, 4)] * 2
+    # As many columns as a micro-batch has samples.
+    output = assert_same(Net(end=lambda z: [z, z.square()]), data(8, 6), chunks=4)
+    assert len(output) == 2
+
+
+def test_lists_of_no_fixed_length_are_refused() -> None:
+    module = Net(end=lambda z: [row for row in z for _ in range(2)])
+    with (
+        pipelined(module, data(8, 6)) as run,
+        pytest.raises(SplitError, match="`output`: the module returns something of another"),
+    ):
+        run(data(8, 6))
+
+
+class Replaces(Averages):
+    def forward(self, images: list[Tensor]) -> Any:
+        for index, image in enumerate(images):
+            images[index] = image.mul(2)
+        return super().forward(images)
+
+
+def test_writing_to_the_list_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    images = _images(8)
+    with pipelined(Replaces(), (images, torch.zeros(8))) as run:
+        run(images)
+        run(images)
+    assert caplog.text.count("`Replaces.forward` writes to `images`, of which each") == 1
