@@ -11,6 +11,7 @@ from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.choice import PartitionError
 from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.engine.pipelining.origin import StepBatch
 from lightning_mgpu.engine.pipelining.pipeline import Pipeline
 from lightning_mgpu.engine.pipelining.splitter import Splitter
 from lightning_mgpu.engine.pipelining.tuning import Chunks
@@ -231,8 +232,9 @@ def _split(batch: Any, *args: Any, model: Any = (), **options: Any) -> tuple[int
 
     def forward(x: Any = None, mask: Any = None, *more: Any, key: Any = None) -> None: ...
 
-    call = Call.of(forward, args, kwargs)
-    splitting = Splitter(**options).split(call, forward, batch, lambda: model)
+    splitter, known = Splitter(**options), StepBatch(batch)
+    call = Call.of(forward, args, kwargs, splitter.pieces(forward, (args, kwargs), known))
+    splitting = splitter.split(call, forward, known, lambda: model)
     return splitting.size, set(splitting.dims)
 
 
@@ -286,15 +288,15 @@ def test_what_once_was_of_another_length_is_known() -> None:
 
     splitter = Splitter()
     for length in (8, 6):
-        call = Call.of(forward, (torch.ones(length, 3), MASK), {})
-        splitting = splitter.split(call, forward, [], list)
+        args = torch.ones(length, 3), MASK
+        call = Call.of(forward, args, {}, splitter.pieces(forward, args, StepBatch()))
+        splitting = splitter.split(call, forward, StepBatch(), list)
         assert (splitting.size, splitting.dims) == (length, {"x": 0})
 
 
 @pytest.mark.parametrize(
     ("args", "options", "message"),
     [
-        ((X, [1, 2, 3, 4, 5, 6]), {}, "`mask` is a list as long as the batch"),
         ((1.5,), {}, "none of the arguments is a tensor"),
         ((X, torch.ones(5)), {"split_args": ["x", "mask"]}, "named in `split_args`, but the batch"),
     ],
@@ -304,6 +306,21 @@ def test_what_cannot_be_split_is_refused(
 ) -> None:
     with pytest.raises(SplitError, match=message):
         _split([], *args, **options)
+
+
+def test_lists_as_long_as_the_batch_are_split_and_doubted_unless_they_are_its_own() -> None:
+    def forward(x: Any, names: Any) -> None: ...
+
+    names, splitter = ["a", "b", "c", "d", "e", "f"], Splitter()
+    for batch, is_doubted in ((None, True), (X, True), ((X, names), False)):
+        known = StepBatch(batch)
+        pieces = splitter.pieces(forward, (X, names), known)
+        call = Call.of(forward, (X, names), {}, pieces)
+        splitting = splitter.split(call, forward, known, list)
+        assert splitting.pieces == ("names",)
+        assert (
+            any("`names` is a list as long as" in text for text in splitting.doubts) == is_doubted
+        )
 
 
 def test_packed_sequences_are_refused() -> None:

@@ -37,42 +37,51 @@ class Output:
         latest: Sequence[Callable[[Tensor], Tensor]],
     ) -> None:
         self._counts, self._device, self._layouts = counts, device, layouts
-        self._known, self._latest = known, latest
         self._found: list[tuple[dict[int, Tensor], joining.Rows]] = []
         self._wanting: list[Tensor] = []
         columns = columns_of(results, counts, "output", layouts)
-        joined = [
-            leaf
-            for column in columns
-            for leaf in (self._entries(column) if column.entries else [self._leaf(column)])
-        ]
+        joined: list[Any] = []
+        for column in columns:
+            if column.entries:
+                joined += self._entries(column, latest)
+            else:
+                joined.append(self._leaf(column, known, latest))
         remaining = iter(joined)
         together = merged(results, columns, "output")
         self._output = map_leaves(lambda _: next(remaining), together)
 
-    def _leaf(self, column: Column) -> Any:
+    # (`known` and `latest` lead to activations, which go with the micro-batches.)
+
+    def _leaf(
+        self,
+        column: Column,
+        known: Callable[[Tensor], Tensor | None],
+        latest: Sequence[Callable[[Tensor], Tensor]],
+    ) -> Any:
         first = column.values[0]
         if not isinstance(first, Tensor):
             proven = bool(self._layouts)
             return same(column.values, self._counts, column.place, proven=proven)
-        own = self._known(first)
+        own = known(first)
         if own is not None:
             return own
-        pairs = zip(self._latest, column.values, strict=True)
+        pairs = zip(latest, column.values, strict=True)
         tensors = tuple(find(tensor) for find, tensor in pairs)
         moved = [tensor.detach().to(self._device) for tensor in tensors]
         with torch.no_grad():
             joined, rows = joining.join(moved, self._counts, column.place, self._layouts)
         return self._noted(dict(enumerate(tensors)), joined.detach(), rows)
 
-    def _entries(self, column: Column) -> Iterator[Any]:
+    def _entries(
+        self, column: Column, latest: Sequence[Callable[[Tensor], Tensor]]
+    ) -> Iterator[Any]:
         """The leaves of all entries, each of which is one micro-batch's."""
         for chunk, value in enumerate(column.values):
             for _, leaf in leaves(value, column.place):
                 if not isinstance(leaf, Tensor):
                     yield leaf
                     continue
-                tensor = self._latest[chunk](leaf)
+                tensor = latest[chunk](leaf)
                 rows = joining.Rows(None, owner=chunk)
                 yield self._noted({chunk: tensor}, tensor.detach().to(self._device), rows)
 
@@ -98,7 +107,7 @@ class Output:
 
     def split(self, gradients: Gradients) -> list[list[tuple[Tensor, Tensor]]]:
         """For each micro-batch, the tensors that it has returned, with their gradients."""
-        split: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(self._counts))]
+        split: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._counts]
         for (tensors, rows), gradient in zip(self._found, gradients, strict=True):
             parts = rows.split(gradient, len(self._counts))
             for chunk, tensor in tensors.items():
