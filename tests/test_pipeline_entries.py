@@ -197,3 +197,49 @@ def test_writing_to_the_list_is_told_of(caplog: pytest.LogCaptureFixture) -> Non
         run(images)
         run(images)
     assert caplog.text.count("`Replaces.forward` writes to `images`, of which each") == 1
+
+
+class Pads(Net):
+    """Texts of numbers, padded to the longest beside them, and a mean that counts the padding."""
+
+    def forward(self, rows: list[Tensor]) -> Any:
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return self.second(self.first(padded).mean(1))
+
+
+def _rows(lengths: list[int]) -> list[Tensor]:
+    return [data(length, 6, seed=index) for index, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("lengths", [[2, 3, 2, 2, 2, 2, 2, 2], [2] * 7 + [3]])
+@pytest.mark.parametrize("chunks", [4, 8])
+def test_padding_to_the_largest_of_a_part_is_found_wherever_samples_differ(
+    lengths: list[int], chunks: int
+) -> None:
+    rows = _rows(lengths)
+    with (
+        pipelined(Pads(), (rows, torch.zeros(8)), chunks=chunks) as run,
+        pytest.raises(SplitError, match="other values for micro-batches than for the whole batch"),
+    ):
+        run(rows)
+
+
+def test_micro_batches_that_are_padded_alike_pass() -> None:
+    """If each has a long one."""
+    rows = _rows([2, 3] * 4)
+    assert_same(Pads(), rows, batch=(rows, torch.zeros(8)))
+    with (
+        pipelined(Pads(), (rows, torch.zeros(8)), chunks=8) as run,
+        pytest.raises(SplitError, match="other values for micro-batches than for the whole batch"),
+    ):
+        run(rows)
+
+
+def test_padding_is_found_in_the_first_batch_that_needs_it() -> None:
+    even, uneven = _rows([2] * 8), _rows([2] * 6 + [3, 2])
+    module, batch = Pads(), [even, torch.zeros(8)]
+    with pipelined(module, batch) as run:
+        torch.testing.assert_close(run(even), module(even), rtol=0, atol=1e-9)
+        batch[0] = uneven
+        with pytest.raises(SplitError, match="other values for micro-batches"):
+            run(uneven)

@@ -7,7 +7,7 @@ from zoo import Row
 
 _OWN = "the loss has a denominator of its own: "
 _UNUSED = "layers that are left out have no gradient: `DDPStrategy(find_unused_parameters=True)`"
-_GRAPHS = "`pipeline` takes graphs whole (`chunks=1`)"
+_NODES = "nodes and edges handed on one by one: `pipeline` takes them whole (`chunks=1`)"
 
 
 def _rows(package: str, module: str, **models: str | tuple[str, dict[str, Any]]) -> Iterator[Row]:
@@ -109,14 +109,15 @@ ROWS = [
         retinanet=_but(
             "RetinaNet, lists of images and targets",
             pipeline="refused",
-            note='in a pipeline, cut a part that takes tensors (`module="net.head"`)',
+            note="images are padded to the largest of their micro-batch; cut what comes after that"
+            ' (`module="net.head"`)',
         ),
         fcos=_but(
             "FCOS, lists of images and targets",
             dp="warned",
             pipeline="refused",
             note="its losses are divided by the anchors that match in the batch; in a pipeline,"
-            ' cut a part that takes tensors (`module="net.head"`)',
+            ' cut a part without them (`module="net.head"`)',
         ),
     ),
     *_rows(
@@ -150,7 +151,7 @@ ROWS = [
             "GCN, loss over nodes",
             dp="needs advice",
             pipeline="refused",
-            note=_OWN + "shards weigh by nodes, `Shard(size=...)`; " + _GRAPHS,
+            note=_OWN + "shards weigh by nodes, `Shard(size=...)`; " + _NODES,
         ),
     ),
 ]

@@ -1,6 +1,7 @@
 """A few samples computed whole and in two micro-batches, side by side."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lightning_mgpu.engine.pipelining.held import Held
 from lightning_mgpu.engine.pipelining.joining import Layout, Layouts
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.trial import Trial
+from lightning_mgpu.engine.pipelining.unevenness import Window, telling
 
 __all__: list[str] = []
 
@@ -20,20 +22,33 @@ __all__: list[str] = []
 _SAMPLES = 5
 
 
+def window_of(split: Mapping[str, Any], counts: Sequence[int]) -> Window:
+    """Which samples tell most.
+
+    Args:
+        split: The lists and batches of graphs that are split, by name.
+        counts: Samples in each micro-batch.
+    """
+    total = min(_SAMPLES, sum(counts))
+    return telling(split, Window(0, total // 2, total), min(counts))
+
+
 class Comparison:
-    """One call's first samples, whole and in two parts.
+    """A few of one call's samples, whole and in two parts.
 
     Args:
         trial: Runs some of the samples.
         cut: The stages.
-        size: How many samples there are.
         devices: The device of each stage.
+        window: Which ones to compute.
     """
 
-    def __init__(self, trial: Trial, cut: Cut, size: int, devices: Sequence[torch.device]) -> None:
-        self._trial = trial
-        self._total = min(_SAMPLES, size)
-        self._counts = [self._total // 2, self._total - self._total // 2]
+    def __init__(
+        self, trial: Trial, cut: Cut, devices: Sequence[torch.device], window: Window
+    ) -> None:
+        self._trial, self._window = trial, window
+        self._counts = window.counts
+        self._total = sum(self._counts)
         self._coarse = _least_precise(cut, devices)
         self.differences: list[Difference] = []
         self.compared = self.random = 0
@@ -47,15 +62,15 @@ class Comparison:
             modules: All modules that stages run, by name.
         """
         self._start = start
-        first = self._counts[0]
-        self._whole = self._trial.run(0, self._total)
+        begin, middle, end, _ = self._window
+        self._whole = self._trial.run(begin, end)
         after_whole = Held(modules, start)
         start.restore(generators=False)
-        second = self._trial.run(first, self._total)
+        second = self._trial.run(middle, end)
         after_second = Held(modules, start)
         start.restore(generators=False)
-        self._parts = [self._trial.run(0, first), second]
-        self._trial.run(first, self._total)
+        self._parts = [self._trial.run(begin, middle), second]
+        self._trial.run(middle, end)
         self.held = after_whole, Held(modules, start), after_second, self._coarse
         start.restore(generators=False)
 
@@ -135,7 +150,7 @@ class Comparison:
         self, unequal: Mapping[str, Tensor], layouts: dict[str, Layout], proven: Layouts
     ) -> None:
         """Take out what differs from itself, too, when it is computed once more."""
-        again = self._trial.run(0, self._total)
+        again = self._trial.run(self._window.start, self._window.end)
         self._start.restore(generators=False)
         columns = columns_of([self._whole, again], [self._total] * 2, "output")
         pairs = ((column.place, column.values) for column in columns)

@@ -13,7 +13,7 @@ from lightning_mgpu.engine.compare import Difference
 from lightning_mgpu.engine.pipelining import pieces
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.calm import calm
-from lightning_mgpu.engine.pipelining.comparison import Comparison
+from lightning_mgpu.engine.pipelining.comparison import Comparison, window_of
 from lightning_mgpu.engine.pipelining.cutter import Cut
 from lightning_mgpu.engine.pipelining.held import Held
 from lightning_mgpu.engine.pipelining.joining import Layout, Layouts
@@ -21,6 +21,7 @@ from lightning_mgpu.engine.pipelining.left_behind import LeftBehind
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.splitter import Splitting
 from lightning_mgpu.engine.pipelining.trial import Trial
+from lightning_mgpu.engine.pipelining.unevenness import Window
 from lightning_mgpu.engine.random_state import RandomState
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Parity:
         trial: Trial,
         cut: Cut,
         splitting: Splitting,
+        counts: Sequence[int],
         modules: Mapping[str, nn.Module],
     ) -> Layouts:
         """Where the batch lies in the output of a call, which is compared if it is a new kind.
@@ -87,6 +89,7 @@ class Parity:
             trial: Runs some of its samples.
             cut: The stages.
             splitting: How its arguments are split.
+            counts: Samples in each micro-batch.
             modules: All modules that stages run, by name.
 
         Raises:
@@ -94,12 +97,15 @@ class Parity:
                 whether the arguments may be split like this, and nothing shows that they may.
         """
         root = next(iter(modules.values()))
-        key = (root.training, torch.is_grad_enabled(), call.kind, _way(call, splitting))
+        split = {name: call.pieces[name] for name in splitting.pieces}
+        window = window_of(split, counts)
+        way = _way(call, splitting), window.uneven
+        key = (root.training, torch.is_grad_enabled(), call.kind, way)
         found = self._known.get(key)
         if found is None:
             found = _Found()
             if self._mode != "off" and len(self._known) < _MAX_KINDS:
-                found = self._examine(trial, cut, splitting, dict(modules))
+                found = self._examine(trial, cut, splitting, dict(modules), window)
             self._known[key] = found
         if splitting.doubts and not found.proven:
             raise SplitError(" ".join(splitting.doubts)) from found.error
@@ -145,13 +151,18 @@ class Parity:
                 start.restore()
 
     def _examine(
-        self, trial: Trial, cut: Cut, splitting: Splitting, modules: dict[str, nn.Module]
+        self,
+        trial: Trial,
+        cut: Cut,
+        splitting: Splitting,
+        modules: dict[str, nn.Module],
+        window: Window,
     ) -> _Found:
-        compared = Comparison(trial, cut, splitting.size, self._devices)
+        compared = Comparison(trial, cut, self._devices, window)
         numbers = RandomState(torch.device("cpu"))
-        with self.unseen(modules) as start:
+        with self.unseen(modules) as held:
             try:
-                compared.run(start, modules)
+                compared.run(held, modules)
                 self._tell_draws(numbers.has_moved_beside_torch())
                 layouts = compared.compare(self._proven)
             except SplitError as error:
@@ -208,9 +219,10 @@ class Parity:
         found = "; ".join(map(str, differences[:3]))
         text = (
             f"`{self._kind}.forward` gives other values for micro-batches than for the whole batch:"
-            f" {found}. Something in it depends on other samples, such as `x.mean(0)`, `z @ z.T`"
-            " or attention along the first dimension. Compute that in the step, from the module's"
-            f" output, or use `chunks=1`.{_of(splitting)}"
+            f" {found}. Something in it depends on other samples, such as `x.mean(0)`, `z @ z.T`,"
+            " attention along the first dimension, or a loss with a denominator of its own. Compute"
+            " that in the step, from the module's output; cut another `module`, without it; or use"
+            f" `chunks=1`.{_of(splitting)}"
         )
         if self._mode == "error" or splitting.doubts:
             raise SplitError(f"{text} If it is meant so: `parity_check='warn'`.")

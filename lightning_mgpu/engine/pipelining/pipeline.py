@@ -153,7 +153,7 @@ class Pipeline:
         least = 2 if any(layer.training for layer in cut.normalised) else 1
         count = self.chunks.next(size) if torch.is_grad_enabled() else self.chunks.usual
         counts = mb.sizes(size, count, least)
-        layouts = self._checked(call, cut, splitting) if len(counts) > 1 else None
+        layouts = self._checked(call, cut, splitting, counts) if len(counts) > 1 else None
         with self._streams.step(
             self._kind(),
             len(counts),
@@ -203,14 +203,16 @@ class Pipeline:
                     log.debug("The module cannot be tried on %d samples.", samples, exc_info=True)
         raise AssertionError("unreachable")
 
-    def _checked(self, call: Call, cut: Cut, splitting: Splitting) -> Layouts | None:
+    def _checked(
+        self, call: Call, cut: Cut, splitting: Splitting, counts: Sequence[int]
+    ) -> Layouts | None:
         """Where the batch lies in the output; refuses what is not the whole batch's."""
         if self._parity is None:
             return None
         modules, trial = self._modules(), self._trial(call, splitting)
         is_used = partial(self._parity.uses, trial, modules)
         self._assigned.check(modules, splitting.size, self._step_batch(), is_used)
-        return self._parity.layouts(call, trial, cut, splitting, modules)
+        return self._parity.layouts(call, trial, cut, splitting, counts, modules)
 
     def _trial(self, call: Call, splitting: Splitting) -> Trial:
         return Trial(self.cutter.forward, call, splitting, self.devices, self._units)
