@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+# Two test processes with threads for every core each, which wait for one another by spinning, take
+# many times as long as one by one, and all the more where something else runs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import psutil
 import pytest
@@ -90,6 +94,9 @@ def ray_cluster() -> Iterator[None]:
     ):
         patched.setenv("RAY_TMPDIR", directory)
         patched.setenv("RAY_AUTH_MODE", "disabled")
+        # Else Ray takes its node for dead on a machine that is busy, and ends this process.
+        patched.setenv("RAY_health_check_failure_threshold", "100")
+        patched.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
         # Trials pickle what the tests define by its name.
         patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         with cluster.signal_handlers_kept():

@@ -72,6 +72,8 @@ def _daemon(program: str, **variables: str) -> Iterator[str]:
     directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it holds sockets
     ready = directory / "ready"
     environment = _own_environment(TMPDIR=str(directory), RAY_TMPDIR=str(directory), **variables)
+    # Else Ray takes a node for dead on a machine that is busy.
+    environment["RAY_health_check_failure_threshold"] = "100"
     subprocess.run([sys.executable, "-c", program, directory, ready], check=True, env=environment)
     deadline = time.monotonic() + 60
     while not ready.exists():

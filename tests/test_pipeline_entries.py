@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import boring
+import lightning.pytorch as pl
 import pytest
 import torch
 from pipelines import Net, assert_same, data, pipelined
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from lightning_mgpu import PipelineStrategy
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 
 WORDS = [
@@ -243,3 +247,43 @@ def test_padding_is_found_in_the_first_batch_that_needs_it() -> None:
         batch[0] = uneven
         with pytest.raises(SplitError, match="other values for micro-batches"):
             run(uneven)
+
+
+class Uncollated(pl.LightningModule):
+    """Gets batches as the data set's samples, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Counts()
+
+    def training_step(self, batch: list[dict[str, Any]], index: int) -> Tensor:
+        loss = self.net(batch) - torch.stack([sample["y"] for sample in batch])
+        return loss.square().mean()
+
+    def predict_step(self, batch: list[dict[str, Any]], index: int) -> Any:
+        return self.net(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_batches_that_are_lists_of_samples_train_as_on_one_device() -> None:
+    """Each sample has six numbers, which is no batch of six: the DataLoader tells."""
+
+    def loader() -> DataLoader[Any]:
+        samples: Any = [
+            {"x": data(6, seed=index), "y": data(4, seed=-index)} for index in range(26)
+        ]
+        return DataLoader(samples, batch_size=8, collate_fn=list)
+
+    alone, staged = Uncollated(), Uncollated()
+    boring.trainer("auto", 1, max_epochs=2).fit(alone, loader())
+    trainer = boring.trainer(PipelineStrategy(split_at=["net.second"]), 2, max_epochs=2)
+    trainer.fit(staged, loader())
+    boring.assert_same_weights(staged, alone)
+    for found, expected in zip(
+        trainer.predict(staged, loader()) or [],
+        boring.trainer("auto", 1).predict(alone, loader()) or [],
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
