@@ -287,3 +287,24 @@ def test_batches_that_are_lists_of_samples_train_as_on_one_device() -> None:
         strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+class Mixes(Net):
+    """Takes the batch as it is: inputs, others to mix them with, and how much."""
+
+    def forward(self, batch: list[Any]) -> Any:
+        x, other, weight = batch
+        return super().forward(x * weight + other * (1 - weight))
+
+
+@pytest.mark.parametrize("samples", [8, 3])
+def test_a_batch_with_as_many_parts_as_samples_stays_one(samples: int) -> None:
+    batch = [data(samples, 6), data(samples, 6, seed=2), torch.tensor(0.25, dtype=torch.float64)]
+    assert_same(Mixes(), batch, batch=batch)
+
+
+def test_what_is_named_needs_no_proof_within_a_dict_either() -> None:
+    texts, x = list(WORDS[:8]), data(8, 6)
+    with pipelined(Nested(), [x], split_args="batch", parity_check="off") as run:
+        found = run({"texts": texts, "x": x})
+    torch.testing.assert_close(found, Nested()({"texts": texts, "x": x}), rtol=0, atol=1e-9)

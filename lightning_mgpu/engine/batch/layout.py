@@ -87,6 +87,10 @@ class Layout:
         """Samples `start` to `stop` of the batch that was read last; arrays are views."""
         return self._cut(batch, start, stop, "batch", None)
 
+    def kind(self, path: str) -> Kind | None:
+        """What a list is in the batch that was read last; `None` if it has not been decided."""
+        return self._kinds.get(path)
+
     def _dimension(self, value: Any, top: Any) -> int:
         """The batch dimension of an array below the part `top` of the batch."""
         dim = self._dim if isinstance(self._dim, int) else self._dim.get(top, 0)

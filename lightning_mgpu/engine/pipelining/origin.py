@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch import Layout, leaves
-from lightning_mgpu.engine.batch.containers import is_container, parts
+from lightning_mgpu.engine.batch.containers import is_sequence, parts
+from lightning_mgpu.engine.batch.layout import Kind
 from lightning_mgpu.engine.graphs import is_graph_batch, tensors_of_graphs
 
 __all__: list[str] = []
@@ -33,14 +34,18 @@ class StepBatch:
         """How many samples there are, as far as its tensors agree."""
         self.problem = ""
         """Why that is not known."""
+        layout = layout or Layout()
         try:
-            self.size = None if batch is None else (layout or Layout()).read(batch)
+            self.size = None if batch is None else layout.read(batch)
         except ValueError as error:
             self.problem = str(error).rstrip(".")
         graphs = [leaf for leaf in found if is_graph_batch(leaf)]
         self.of_graphs = storages(t for graph in graphs for t in tensors_of_graphs(graph))
         """The memory of batches of graphs, which have other rows than one for each graph."""
-        self._containers = list(_containers(batch))
+        known = self.size is not None
+        self._lists = [
+            (value, layout.kind(path) if known else None) for path, value in _lists(batch, "batch")
+        ]
         self._by_storage: dict[int, list[Tensor]] = {}
         for tensor in self._tensors:
             self._by_storage.setdefault(_storage(tensor), []).append(tensor)
@@ -49,9 +54,9 @@ class StepBatch:
         """Whether it is one of the batch's tensors, or a view of one."""
         return bool(_storage(tensor)) and _storage(tensor) in self._by_storage
 
-    def holds(self, value: Any) -> bool:
-        """Whether it is one of the batch's containers."""
-        return any(value is own for own in self._containers)
+    def kind(self, value: Any) -> Kind | None:
+        """What a list is in the batch; `None` if it is none of the batch's, or not known."""
+        return next((kind for own, kind in self._lists if own is value), None)
 
     def dimension(self, tensor: Tensor) -> int | None:
         """The dimension of a view that is the first of the batch's tensor.
@@ -79,11 +84,11 @@ class StepBatch:
         return self.has(tensor) and bool(self.lengths & set(tensor.shape[1:]) - {1})
 
 
-def _containers(value: Any) -> Iterator[Any]:
-    if is_container(value):
-        yield value
-        for _, part in parts(value):
-            yield from _containers(part)
+def _lists(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if is_sequence(value):
+        yield path, value
+    for name, part in parts(value):
+        yield from _lists(part, path + name)
 
 
 def is_wrapped(tensor: Tensor) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_mgpu.engine.batch.containers import is_array, is_sequence, leaves, rebuild
+from lightning_mgpu.engine.batch.layout import signature
 from lightning_mgpu.engine.graphs import (
     attributes_of_graphs,
     graph_count,
@@ -66,7 +67,9 @@ def may_be_entries(value: Any, size: int) -> bool:
     if not is_sequence(value) or len(value) != size:
         return False
     lengths = _lengths(value)
-    return lengths != {size} if lengths else any(entry is not None for entry in value)
+    if not lengths:
+        return any(entry is not None for entry in value)
+    return lengths != {size} and len({signature(entry) for entry in value}) == 1
 
 
 def may_be_columns(value: Any) -> bool:

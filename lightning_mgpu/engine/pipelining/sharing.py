@@ -50,7 +50,7 @@ class Sharing:
         self.size = self._size()
         """Samples in the batch."""
         for name, piece in found.items():
-            self._check_piece(name, piece, name in given)
+            self._check_piece(name, piece, argument_of(name) in given)
 
     def _check_piece(self, name: str, piece: Any, is_named: bool) -> None:
         length = pieces.length(piece)
@@ -59,7 +59,7 @@ class Sharing:
                 f"`{name}` is a `{type(piece).__name__}` of {length} samples, but the batch has"
                 f" {self.size}."
             )
-        if not is_sequence(piece) or is_named or self.batch.holds(piece):
+        if not is_sequence(piece) or is_named or self.batch.kind(piece) == "samples":
             return
         argument = argument_of(name)
         self.suppose(

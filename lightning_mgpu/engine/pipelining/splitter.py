@@ -109,6 +109,9 @@ class Splitter:
         def tell(name: str, value: Any) -> bool:
             if argument_of(name) in whole:
                 return False
+            kind = batch.kind(value)
+            if kind is not None:
+                return size > 1 and kind == "samples"
             if name in given and is_sequence(value) and not may_be_columns(value):
                 return True
             return size > 1 and may_be_entries(value, size)
