@@ -802,3 +802,20 @@ def test_compiled_modules_are_not_compiled_for_the_check() -> None:
     model.net(X[:10])
     torch._dynamo.reset()
     assert 10 in sizes
+
+
+def test_padding_to_the_largest_of_a_shard_is_told_in_the_first_batch_that_has_some(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The first batch has rows of one length, the second has a longer one."""
+    lengths = [2] * 8 + [2] * 7 + [3]
+    rows: Any = [X[index : index + length] for index, length in enumerate(lengths)]
+
+    def padded(self: Any, batch: Any) -> Tensor:
+        return self(nn.utils.rnn.pad_sequence(batch, batch_first=True).mean(1)).square().mean()
+
+    fit(Net(padded), DataLoader(rows[:8], 8, collate_fn=list))
+    assert not warnings_of(caplog)
+    fit(Net(padded), DataLoader(rows, 8, collate_fn=list))
+    (warning,) = warnings_of(caplog)
+    assert "loss" in warning

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_mgpu.engine.batch import weighted_mean
+from lightning_mgpu.engine.batch.unevenness import differing
 from lightning_mgpu.engine.compare import (
     SINGLE_WITHIN_DOUBLE,
     Difference,
@@ -42,8 +43,9 @@ _MAX_STRUCTURES = 8
 class ParityCheck:
     """Compares what a step computes of a whole batch with what it computes of the shards.
 
-    Both are computed without lasting effects, on the first batch of each kind of step, and where
-    the structure of the batches changes.
+    Both are computed without lasting effects, on the first batch of each kind of step, where the
+    structure of the batches changes, and where lists are the first to differ in size between
+    shards, which a step may pad to the largest.
 
     Args:
         mode: What happens where they differ: ``"warn"``, ``"error"``, or ``"off"`` (no check).
@@ -52,7 +54,7 @@ class ParityCheck:
     def __init__(self, mode: Mode) -> None:
         self._mode = mode
         self._model: weakref.ref[LightningModule] | None = None
-        self._checked: dict[Hashable, None] = {}
+        self._checked: dict[Hashable, frozenset[str]] = {}
         self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,12 +77,17 @@ class ParityCheck:
         if self._model is None or self._model() is not model:
             self._model, self._checked, self._told = weakref.ref(model), {}, set()
         key = (step.name, step.dataloader_idx, signature(batch))
-        if key in self._checked or self._count(key[:2]) >= _MAX_STRUCTURES:
+        uneven = differing([shard.batch for shard in step.shards])
+        if key in self._checked:
+            if uneven <= self._checked[key]:
+                return
+            uneven |= self._checked[key]
+        elif self._count(key[:2]) >= _MAX_STRUCTURES:
             return
         found = _compared(step, batch, sharding, replicas, workers)
         if found is not None and self._mode == "error":
             raise ParityError(found.text)
-        self._checked[key] = None
+        self._checked[key] = uneven
         if found is not None and step.name not in self._told:
             self._told |= {step.name, _nan(step)} if found.tells_nan else {step.name}
             log.warning(found.text)

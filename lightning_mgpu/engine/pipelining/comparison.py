@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine.batch.unevenness import Window, telling
 from lightning_mgpu.engine.compare import Difference, compare
 from lightning_mgpu.engine.pipelining import joining
 from lightning_mgpu.engine.pipelining.columns import Column, columns_of, same
@@ -14,7 +15,6 @@ from lightning_mgpu.engine.pipelining.held import Held
 from lightning_mgpu.engine.pipelining.joining import Layout, Layouts
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.trial import Trial
-from lightning_mgpu.engine.pipelining.unevenness import Window, telling
 
 __all__: list[str] = []
 

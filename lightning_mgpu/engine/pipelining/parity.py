@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lightning_mgpu.engine.batch.unevenness import Window
 from lightning_mgpu.engine.compare import Difference
 from lightning_mgpu.engine.pipelining import pieces
 from lightning_mgpu.engine.pipelining.arguments import Call
@@ -21,7 +22,6 @@ from lightning_mgpu.engine.pipelining.left_behind import LeftBehind
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.splitter import Splitting
 from lightning_mgpu.engine.pipelining.trial import Trial
-from lightning_mgpu.engine.pipelining.unevenness import Window
 from lightning_mgpu.engine.random_state import RandomState
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,15 @@
 """Samples of different sizes, which a module may pad to the largest beside them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_mgpu.engine.batch.containers import is_sequence, leaves
+from lightning_mgpu.engine.batch.containers import is_sequence, leaves, parts
 
 __all__: list[str] = []
+
+_Sizes = list[tuple[int, ...]]
 
 
 class Window(NamedTuple):
@@ -44,7 +46,12 @@ def telling(pieces: Mapping[str, Any], window: Window, least: int) -> Window:
         The longest of those whose parts differ in most.
     """
     lists = {name: piece for name, piece in pieces.items() if is_sequence(piece)}
-    columns = [column for name, piece in lists.items() for column in _sizes(name, piece)]
+    columns = [
+        column
+        for name, piece in lists.items()
+        for column in _sizes(name, piece)
+        if len(set(column[1])) > 1
+    ]
     samples = min((len(sizes) for _, sizes in columns), default=0)
     for total in range(window.end - window.start, 2 * least - 1, -1):
         for start in range(samples - total + 1):
@@ -55,8 +62,31 @@ def telling(pieces: Mapping[str, Any], window: Window, least: int) -> Window:
     return window
 
 
+def differing(shards: Sequence[Any]) -> frozenset[str]:
+    """Lists in the parts of a batch, or places in their entries, that differ from part to part.
+
+    Args:
+        shards: The parts, of one structure.
+
+    Returns:
+        Those of which the largest or smallest tensors of two parts are not of a size.
+    """
+    found: dict[str, set[Any]] = {}
+    for shard in shards:
+        for name, sizes in _lists(shard, "batch"):
+            found.setdefault(name, set()).add((_extreme(max, sizes), _extreme(min, sizes)))
+    return frozenset(name for name, extremes in found.items() if len(extremes) > 1)
+
+
+def _lists(value: Any, path: str) -> Iterator[tuple[str, _Sizes]]:
+    if is_sequence(value):
+        yield from _sizes(path, value)
+    for name, part in parts(value):
+        yield from _lists(part, path + name)
+
+
 def _uneven(
-    columns: Sequence[tuple[str, list[tuple[int, ...]]]], start: int, middle: int, total: int
+    columns: Sequence[tuple[str, _Sizes]], start: int, middle: int, total: int
 ) -> frozenset[str]:
     return frozenset(
         f"{which.__name__} {name}"
@@ -66,19 +96,14 @@ def _uneven(
     )
 
 
-def _sizes(name: str, piece: Sequence[Any]) -> list[tuple[str, list[tuple[int, ...]]]]:
+def _sizes(name: str, piece: Sequence[Any]) -> list[tuple[str, _Sizes]]:
     """The shapes of the tensors at each place of the entries that all of them have."""
     entries = [
-        {
-            place: tuple(leaf.shape)
-            for place, leaf in leaves(entry, name)
-            if isinstance(leaf, Tensor)
-        }
+        {n: tuple(leaf.shape) for n, leaf in leaves(entry, name) if isinstance(leaf, Tensor)}
         for entry in piece
     ]
-    places = [place for place in entries[0] if all(place in entry for entry in entries)]
-    columns = [(place, [entry[place] for entry in entries]) for place in places]
-    return [(place, sizes) for place, sizes in columns if len(set(sizes)) > 1]
+    places = [name for name in (entries or [{}])[0] if all(name in entry for entry in entries)]
+    return [(place, [entry[place] for entry in entries]) for place in places]
 
 
 def _extreme(which: Callable[..., int], sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
