@@ -41,13 +41,17 @@ class Letters(Net):
     """Texts, beside what each of them weighs."""
 
     def forward(self, texts: Any, x: Tensor) -> Any:
-        lengths = torch.tensor([float(len(text)) for text in texts], dtype=torch.float64)
-        return self.second(self.first(x) * lengths.unsqueeze(1))
+        return _weighed(self, texts, x)
 
 
-class Nested(Letters):
-    def forward(self, batch: dict[str, Any]) -> Any:  # type: ignore[override]
-        return super().forward(batch["texts"], batch["x"])
+class Nested(Net):
+    def forward(self, batch: dict[str, Any]) -> Any:
+        return _weighed(self, batch["texts"], batch["x"])
+
+
+def _weighed(net: Net, texts: Any, x: Tensor) -> Any:
+    lengths = torch.tensor([float(len(text)) for text in texts], dtype=torch.float64)
+    return net.second(net.first(x) * lengths.unsqueeze(1))
 
 
 def _images(count: int) -> list[Tensor]:

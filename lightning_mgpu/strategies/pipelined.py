@@ -1,7 +1,7 @@
 """What strategies do whose processes each compute one submodule in stages."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ class Pipelined(InParts):
         self._expected: Cut | None = None
         self._in_summary: StagesInSummary | None = None
         self._step_batch = StepBatch()
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[Hashable, Layout] = {}
         self._uncalled: Uncalled | None = None
 
     @property
@@ -184,9 +184,11 @@ class Pipelined(InParts):
     def _batch_known(self, step: str, args: tuple[Any, ...]) -> Iterator[None]:
         model = self.lightning_module
         assert model is not None
-        if step not in self._layouts:
-            self._layouts[step] = Layout(lambda: loader_hint(model.trainer, step))
-        self._step_batch = StepBatch(args[0] if args else None, self._layouts[step])
+        kind = step, *args[2:]  # with the number of the DataLoader, if there are several
+        if kind not in self._layouts:
+            trainer = model.trainer
+            self._layouts[kind] = Layout(lambda: loader_hint(trainer, step))
+        self._step_batch = StepBatch(args[0] if args else None, self._layouts[kind])
         try:
             with hinted():
                 yield
@@ -197,6 +199,7 @@ class Pipelined(InParts):
         """Have the chosen submodule computed in stages."""
         model, devices = self.lightning_module, self.stage_devices
         assert model is not None
+        self._layouts = {}
         name, module = find_module(model, self._module)
         made = own_stages(model)
         self._override = Override(module)

@@ -99,6 +99,14 @@ def leaves(value: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
         yield from leaves(part, path + name)
 
 
+def sequences(value: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
+    """Every list and tuple whose entries have no names, each with how to get there."""
+    if is_sequence(value):
+        yield path, value
+    for name, part in parts(value):
+        yield from sequences(part, path + name)
+
+
 def holds_tensors(value: Any, depth: int = _DEEPEST_OBJECT) -> bool:
     """Whether a leaf that is no tensor has tensors among its attributes, or theirs."""
     if isinstance(value, (Tensor, PackedSequence)):

@@ -1,15 +1,18 @@
 """Samples of different sizes, which a module may pad to the largest beside them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_mgpu.engine.batch.containers import is_sequence, leaves, parts
+from lightning_mgpu.engine.batch.containers import is_sequence, leaves, sequences
 
 __all__: list[str] = []
 
 _Sizes = list[tuple[int, ...]]
+
+# Of a large batch, the first samples will do.
+_LOOKED_AT = 32
 
 
 class Window(NamedTuple):
@@ -53,12 +56,15 @@ def telling(pieces: Mapping[str, Any], window: Window, least: int) -> Window:
         if len(set(column[1])) > 1
     ]
     samples = min((len(sizes) for _, sizes in columns), default=0)
+    samples = min(samples, _LOOKED_AT)
     for total in range(window.end - window.start, 2 * least - 1, -1):
         for start in range(samples - total + 1):
             for middle in range(start + least, start + total - least + 1):
                 found = Window(start, middle, start + total, _uneven(columns, start, middle, total))
                 if len(found.uneven) > len(window.uneven):
                     window = found
+                if len(window.uneven) == 2 * len(columns):
+                    return window
     return window
 
 
@@ -73,16 +79,10 @@ def differing(shards: Sequence[Any]) -> frozenset[str]:
     """
     found: dict[str, set[Any]] = {}
     for shard in shards:
-        for name, sizes in _lists(shard, "batch"):
+        columns = [column for name, piece in sequences(shard) for column in _sizes(name, piece)]
+        for name, sizes in columns:
             found.setdefault(name, set()).add((_extreme(max, sizes), _extreme(min, sizes)))
     return frozenset(name for name, extremes in found.items() if len(extremes) > 1)
-
-
-def _lists(value: Any, path: str) -> Iterator[tuple[str, _Sizes]]:
-    if is_sequence(value):
-        yield from _sizes(path, value)
-    for name, part in parts(value):
-        yield from _lists(part, path + name)
 
 
 def _uneven(

@@ -1,13 +1,13 @@
 """Where a tensor comes from: the step's batch, the model, or neither."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch import Layout, leaves
-from lightning_mgpu.engine.batch.containers import is_sequence, parts
+from lightning_mgpu.engine.batch.containers import sequences
 from lightning_mgpu.engine.batch.layout import Kind
 from lightning_mgpu.engine.graphs import is_graph_batch, tensors_of_graphs
 
@@ -44,7 +44,7 @@ class StepBatch:
         """The memory of batches of graphs, which have other rows than one for each graph."""
         known = self.size is not None
         self._lists = [
-            (value, layout.kind(path) if known else None) for path, value in _lists(batch, "batch")
+            (value, layout.kind(path) if known else None) for path, value in sequences(batch)
         ]
         self._by_storage: dict[int, list[Tensor]] = {}
         for tensor in self._tensors:
@@ -82,13 +82,6 @@ class StepBatch:
     def disagrees(self, tensor: Tensor) -> bool:
         """Whether another dimension than its first is as long as another tensor of the batch."""
         return self.has(tensor) and bool(self.lengths & set(tensor.shape[1:]) - {1})
-
-
-def _lists(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if is_sequence(value):
-        yield path, value
-    for name, part in parts(value):
-        yield from _lists(part, path + name)
 
 
 def is_wrapped(tensor: Tensor) -> str | None:
