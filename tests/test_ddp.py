@@ -519,6 +519,6 @@ def test_notebook_like_driver_without_a_script() -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert done.stdout.split()[-1:] == ["0.0"], done.stderr
