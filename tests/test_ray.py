@@ -11,7 +11,12 @@ import pytest
 import ray
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
@@ -102,6 +107,9 @@ def test_epochs_of_one_trainer_add_up() -> None:
     boring.assert_same_weights(model, straight)
 
 
+_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK")
+
+
 class _Facts(pl.Callback):
     """Gathers what the workers know; a plain attribute comes back from rank 0."""
 
@@ -118,6 +126,9 @@ class _Facts(pl.Callback):
                 "sampler": (sampler.num_replicas, sampler.rank, sampler.shuffle),
                 "cwd": os.getcwd(),
                 "variable": os.environ.get("MGPU_TEST"),
+                "place": pl_module.all_gather(
+                    torch.tensor([int(os.environ[name]) for name in _PLACE])
+                ).tolist(),
                 "threads": torch.get_num_threads(),
                 "node": ray.get_runtime_context().get_assigned_resources(),
                 "trainer": trainer,
@@ -138,6 +149,7 @@ def test_workers_stand_where_the_driver_stands(
     assert seen["ranks"] == [0, 1]
     assert seen["world"] == (2, 1, 0)
     assert seen["sampler"] == (2, 0, True)
+    assert seen["place"] == [[0, 0, 2, 2, 0], [1, 1, 2, 2, 0]], "for data sharded by variables"
     assert (seen["cwd"], seen["variable"], seen["threads"]) == (str(tmp_path), "here", 1)
     assert seen["trainer"] is trainer, "what both sides have keeps its identity"
     trainer.fit_loop.max_epochs = 2
@@ -178,6 +190,24 @@ def test_logger_writes_where_the_driver_says(tmp_path: Path) -> None:
     trainer.fit(boring.Classifier(), datamodule=boring.Blobs())
     assert "train_loss_step" in Path(logger.log_dir, "metrics.csv").read_text()
     assert trainer.log_dir == str(tmp_path / "logs" / "version_0")
+
+
+class _Unfreezing(boring.Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        self.net[0].requires_grad_(self.current_epoch > 0)
+
+
+def test_parameters_that_are_unfrozen_train_as_on_one_device() -> None:
+    kwargs: Any = {"max_epochs": 3, "use_distributed_sampler": False}
+    expected, model = _Unfreezing(), _Unfreezing()
+    boring.trainer("auto", 1, **kwargs).fit(expected, datamodule=boring.Blobs(8))
+    _trainer(**kwargs).fit(model, datamodule=boring.Blobs(4, world_size=2))
+    assert not torch.equal(expected.net[0].weight, boring.Classifier().net[0].weight)
+    boring.assert_same_weights(model, expected)
 
 
 class _Tuned(boring.Classifier):
@@ -242,6 +272,19 @@ def test_original_exception_arrives_and_the_next_call_works() -> None:
     assert session._sessions == []
     _trainer().fit(boring.Classifier(), datamodule=boring.Blobs())
     assert len(session._sessions) == 1
+
+
+def test_weights_from_before_a_failed_run_are_not_saved_as_those_of_the_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = _trainer(callbacks=[OnExceptionCheckpoint(tmp_path)])
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(_Fails("raise"), datamodule=boring.Blobs())
+    assert "on_exception.ckpt is not written" in caplog.text
+    assert "storage_path" in caplog.text
+    assert not list(tmp_path.glob("*.ckpt"))
+    trainer.save_checkpoint(tmp_path / "asked.ckpt")
+    assert (tmp_path / "asked.ckpt").exists()
 
 
 def test_killed_worker_is_named() -> None:

@@ -22,19 +22,30 @@ RANK_VARIABLES = frozenset(
 )
 
 
-def of_rank(rank: "Rank") -> dict[str, str]:
-    """The variables of a rank on one machine, named and counted as by ``torchrun``.
+def of_rank(
+    rank: "Rank",
+    local_rank: int | None = None,
+    local_world_size: int | None = None,
+    node_rank: int = 0,
+) -> dict[str, str]:
+    """The variables of a rank, named and counted as by ``torchrun``.
 
     They are for code that shards data by them. The ranks themselves find each other without, so
     there is no address and no port.
+
+    Args:
+        rank: The rank.
+        local_rank: Its number on its node; default: all ranks are on one.
+        local_world_size: How many ranks are on its node; default: all.
+        node_rank: The number of its node.
     """
     return {
         "RANK": str(rank.rank),
-        "LOCAL_RANK": str(rank.rank),
+        "LOCAL_RANK": str(rank.rank if local_rank is None else local_rank),
         "WORLD_SIZE": str(rank.world_size),
-        "LOCAL_WORLD_SIZE": str(rank.world_size),
-        "NODE_RANK": "0",
-        "GROUP_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(rank.world_size if local_world_size is None else local_world_size),
+        "NODE_RANK": str(node_rank),
+        "GROUP_RANK": str(node_rank),
         _MARK: "1",
     }
 

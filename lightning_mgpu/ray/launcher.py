@@ -107,12 +107,14 @@ class RayLauncher(_Launcher):
     ) -> list[list[Parcel]]:
         state = ProcessState.capture(self._strategy.threads_per_worker, for_ranks=True)
         workers = self._take_workers(keeper)
+        self._strategy.run_failed = False
         try:
             results = workers.run(parcel, state, keeper.latest() if keeper is not None else None)
             if keeper is not None:
                 keeper.finish(workers)
         except BaseException:
             session.discard(workers)
+            self._strategy.run_failed = True
             # What they have written so far is of use all the more.
             loggers.go_on(trainer.loggers, began=True)
             raise

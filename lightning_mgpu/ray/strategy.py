@@ -1,5 +1,6 @@
 """Strategies on the workers of a Ray cluster: what they share, and distributed data parallel."""
 
+import logging
 import os
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -26,9 +26,12 @@ from lightning_mgpu.ray.place import Place, RayEnvironment
 from lightning_mgpu.ray.returned import weights_of
 from lightning_mgpu.ray.whole import Whole
 from lightning_mgpu.strategies.rank_data import process_loader
+from lightning_mgpu.strategies.rebuilt import RebuiltDDPStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+log = logging.getLogger(__name__)
 
 __all__: list[str] = []
 
@@ -61,6 +64,8 @@ class OnRay(ParallelStrategy, ABC):
         **kwargs: Any,
     ) -> None:
         self._has_trainer = False
+        self.run_failed = False
+        """Whether what this process holds is from before a run that has just failed."""
         self._trainers_accelerator: Accelerator | None = None
         self.min_workers, self.num_workers = asked.least_and_most(num_workers)
         asked.check_failures(max_failures)
@@ -197,6 +202,25 @@ class OnRay(ParallelStrategy, ABC):
             process_loader(self, dataloader)
         return dataloader
 
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        if self.run_failed:
+            log.warning(
+                "%s is not written when the run fails: the weights are gone with the workers, and"
+                " those here are from before the run. `%s(storage_path=...)` keeps the state of"
+                " the last whole epoch.",
+                *(filepath, type(self).__name__),
+            )
+            return
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def teardown(self) -> None:
+        self.run_failed = False
+        super().teardown()
+
     def set_world_ranks(self) -> None:
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
@@ -225,7 +249,7 @@ class OnRay(ParallelStrategy, ABC):
             prepared.share_next(self.lightning_module.trainer)
 
 
-class RayStrategy(OnRay, _LightningDDPStrategy):
+class RayStrategy(OnRay, RebuiltDDPStrategy):
     """Lightning's DDP, whose ranks are Ray actors; the program itself stays where it is.
 
     The Trainer is pickled and sent to the workers. When they are done, their weights, metrics,

@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
 from lightning_mgpu.launch.state import ProcessState
+from lightning_mgpu.launch.variables import of_rank
 from lightning_mgpu.ray import demand
 from lightning_mgpu.ray.parcel import Parcel, unpack
 from lightning_mgpu.ray.place import Place, machine
@@ -96,6 +97,10 @@ class TrainWorker:
                 _current = self
                 rank_zero_only.rank = job.place.rank  # type: ignore[attr-defined]
                 adopt(job.state, job.machine, self._environment, self._own)
+                place = job.place
+                os.environ.update(
+                    of_rank(place, place.local_rank, place.local_world_size, place.node_rank)
+                )
                 return unpack(parcel)(job.place, path), None
         except BaseException as error:
             return None, RemoteFailure.of(error)
