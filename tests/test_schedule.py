@@ -1,6 +1,7 @@
 """The timetable, where to cut, and how batches are split and joined: properties."""
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning_mgpu.engine.pipelining import columns, joining, microbatch, sched
 from lightning_mgpu.engine.pipelining.balance import balance
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.schedule import Task
+from lightning_mgpu.engine.pipelining.turns import Turns
 
 SHAPES = {"stages": st.integers(1, 8), "chunks": st.integers(1, 20)}
 
@@ -151,24 +153,59 @@ def test_values_that_differ_or_count_samples_are_refused(parts: list[float]) -> 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
 @pytest.mark.parametrize("chunks", [1, 2, 4, 7])
 def test_visits_of_a_straight_way_are_the_timetable(stages: int, chunks: int) -> None:
-    orders = schedule.visits(range(stages), chunks, stages)
-    for stage, order in enumerate(orders):
+    made = schedule.timetable(tuple(range(stages)), chunks, stages)
+    assert made.at_once == min(stages, chunks)
+    for stage, order in enumerate(made.orders):
         assert [visit.chunk for visit in order] == list(range(chunks))
         assert {visit.number for visit in order} == {stage}
 
 
 @given(way=st.lists(st.integers(0, 3), min_size=1, max_size=8), chunks=st.integers(1, 6))
 def test_visits_of_any_way_are_complete_and_can_be_made(way: list[int], chunks: int) -> None:
-    orders = schedule.visits(way, chunks, 4)
+    made = schedule.timetable(tuple(way), chunks, 4)
     every = {(chunk, number) for chunk in range(chunks) for number in range(len(way))}
-    assert sorted(every) == sorted((v.chunk, v.number) for order in orders for v in order)
+    assert sorted(every) == sorted((v.chunk, v.number) for order in made.orders for v in order)
     done = [0] * chunks
-    remaining = [list(order) for order in orders]
+    remaining = [list(order) for order in made.orders]
     while any(remaining):
-        ready = [order for order in remaining if order and done[order[0].chunk] == order[0].number]
+        under_way = [chunk for chunk in range(chunks) if done[chunk] < len(way)][: made.at_once]
+        ready = [
+            order
+            for order in remaining
+            if order and order[0].chunk in under_way and done[order[0].chunk] == order[0].number
+        ]
         assert ready, "they wait for each other"
         for order in ready:
             done[order.pop(0).chunk] += 1
+
+
+@settings(max_examples=30)
+@given(
+    expected=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    ways=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=6),
+)
+def test_nobody_waits_for_ever_whatever_ways_are_taken(
+    expected: list[int], ways: list[list[int]]
+) -> None:
+    made = schedule.timetable(tuple(expected), len(ways), 3)
+    turns = Turns(made.orders, [0, 1, 2])
+    todo, done = iter(range(len(ways))), []
+
+    def work() -> None:
+        for chunk in todo:
+            for number, stage in enumerate(ways[chunk]):
+                turns.enter(chunk, stage, number)
+                turns.leave(stage)
+            turns.finish(chunk)
+            done.append(chunk)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(made.at_once)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    turns.close()
+    assert sorted(done) == list(range(len(ways)))
 
 
 def _ticks(timetable: object) -> dict[Task, int]:

@@ -1,6 +1,6 @@
 """A module computed in stages, with micro-batches streaming through.
 
-Each micro-batch runs the module's own `forward` in a thread of its own (drawn in `traveller`).
+Threads run the module's own `forward`, for one micro-batch after another (drawn in `traveller`).
 
 Cutting: `observation` watches what `forward` calls, `measure` what that costs, `choice` and
 `balance` deal it out, `cutter` puts that together.

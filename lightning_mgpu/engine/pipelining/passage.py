@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch_norm import Recorder
-from lightning_mgpu.engine.context import on_device
+from lightning_mgpu.engine.context import ThreadContext, on_device
 from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.pipelining import schedule
 from lightning_mgpu.engine.pipelining.memory import Memory
@@ -39,8 +39,9 @@ _POLL_SECONDS = 0.05
 class Passage:
     """Micro-batches on their way through the stages, and their gradients on the way back.
 
-    Forward is one task a micro-batch, which runs the module's `forward`; backward one a stage (one
-    for all if they work one at a time), which works on the micro-batches' segments, the last first.
+    Forward is one task for each micro-batch that is on its way at once, which runs the module's
+    `forward` for one after another. Backward is one a stage (one for all if they work one at a
+    time), which works on the micro-batches' segments, the last first.
 
     Args:
         units: What belongs to stages.
@@ -83,8 +84,11 @@ class Passage:
         self._writers = writers
         self._recorder, self._deferred = recorder, deferred
         doors = [0] * len(devices) if one_at_a_time else list(range(len(devices)))
-        expected = schedule.visits([doors[stage] for stage in self._way], self.count, len(doors))
-        self._door_of, self._turns = doors, Turns(expected, doors)
+        way_of_doors = tuple(doors[stage] for stage in self._way)
+        plan = schedule.timetable(way_of_doors, self.count, len(set(doors)))
+        self.at_once = plan.at_once
+        """How many threads compute micro-batches, one after another."""
+        self._door_of, self._turns = doors, Turns(plan.orders, doors)
         self._log: list[list[tuple[int, Stay]]] = [[] for _ in doors]
         self._recording = recording
         self._call = recording.begin_call(self.count) if recording is not None else 0
@@ -122,10 +126,8 @@ class Passage:
         started = time.perf_counter()
         recompute = self._recomputed if self._checkpointed else None
         with self._units.attached(recompute), self._recorded(self._deferred):
-            workers.run(
-                [partial(self._forward, chunk) for chunk in range(self.count)],
-                abandon=self._turns.close,
-            )
+            task = partial(self._forward, iter(range(self.count)), ThreadContext.capture())
+            workers.run([task] * self.at_once, abandon=self._turns.close)
             if self._deferred:
                 self.statistics = self._recorder.take_parts(self.count)
         self.seconds += time.perf_counter() - started
@@ -196,7 +198,13 @@ class Passage:
                 stack.callback(self._recorder.detach)
             yield
 
-    def _forward(self, chunk: int) -> None:
+    def _forward(self, chunks: Iterator[int], context: ThreadContext) -> None:
+        for chunk in chunks:  # (of which several threads take: to get the next is one step)
+            # What one leaves behind in the thread, the next must not find.
+            with context.entered(self._devices[0]):
+                context.variables.copy().run(self._compute, chunk)
+
+    def _compute(self, chunk: int) -> None:
         traveller = self.travellers[chunk]
 
         def where() -> str:

@@ -267,7 +267,7 @@ class Pipeline:
         )
         inside: AbstractContextManager[None] = shadow.entered() if shadow else nullcontext()
         with inside:
-            passage.forward(self._crew(len(counts)))
+            passage.forward(self._crew(passage.at_once))
         self._ways[key] = passage.way
         if self._deferred:
             batch_norm.commit(cut.normalised, passage.statistics)
@@ -300,7 +300,7 @@ class Pipeline:
         def backward(gradients: Gradients, keep: bool) -> Gradients:
             try:
                 with shadow.entered(refresh=False):
-                    passage.backward(self._crew(passage.count), output.split(gradients), keep)
+                    passage.backward(self._workers, output.split(gradients), keep)
             finally:
                 if not keep:
                     output.forget()
@@ -312,7 +312,7 @@ class Pipeline:
         return graft(output.wanting(), [*arguments, *shadow.parameters], backward)
 
     def _crew(self, count: int) -> Workers:
-        """At least as many threads as there are micro-batches, and stages."""
+        """A thread for each micro-batch that is on its way at once, and for each stage."""
         if len(self._workers.devices) < count:
             self._workers.close()
             self._workers = Workers([self.devices[0]] * count, self._threads)

@@ -11,6 +11,7 @@ Three stages and four micro-batches::
 Backward is its mirror: it begins with the last stage and the last micro-batch.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -43,32 +44,57 @@ def backward(stages: int, chunks: int) -> Iterator[list[Task]]:
     return reversed(list(forward(stages, chunks)))
 
 
-def visits(way: Sequence[int], chunks: int, doors: int) -> list[list[Visit]]:
+class Timetable(NamedTuple):
+    """Who is let in where.
+
+    Attributes:
+        orders: For each door, the visits it expects, in order.
+        at_once: How many micro-batches are on their way at a time. Another sets out when one of
+            them has come to its end.
+    """
+
+    orders: tuple[tuple[Visit, ...], ...]
+    at_once: int
+
+
+@functools.lru_cache(maxsize=64)
+def timetable(way: tuple[int, ...], chunks: int, doors: int) -> Timetable:
     """The order in which micro-batches that all take the same way are let in.
 
     Each door takes the visit that can begin first, the furthest on its way if there are several:
-    for a way that goes through each door once that is `forward`.
+    for a way that goes through each door once that is `forward`. No more micro-batches are on
+    their way at once than it takes to be as quick as with all of them; each needs a thread.
 
     Args:
         way: The door of each visit, in order.
         chunks: Micro-batches.
         doors: How many doors there are.
-
-    Returns:
-        For each door, its visits.
     """
-    orders: list[list[Visit]] = [[] for _ in range(doors)]
+    shortest = len(_visits(way, chunks, chunks))
+    for at_once in range(min(doors, chunks), chunks + 1):
+        ticks = _visits(way, chunks, at_once)
+        if len(ticks) == shortest:
+            break
+    made = [visit for tick in ticks for visit in tick]
+    orders = (tuple(v for v in made if way[v.number] == door) for door in range(doors))
+    return Timetable(tuple(orders), at_once)
+
+
+def _visits(way: Sequence[int], chunks: int, at_once: int) -> list[list[Visit]]:
+    """The visits of each tick."""
+    ticks = []
     done = [0] * chunks
-    while any(number < len(way) for number in done):
-        # One tick: what has come to each door by now.
-        ready = [Visit(chunk, number) for chunk, number in enumerate(done) if number < len(way)]
-        for door in range(doors):
-            here = [visit for visit in ready if way[visit.number] == door]
-            if here:
-                chosen = max(here, key=lambda visit: (visit.number, -visit.chunk))
-                orders[door].append(chosen)
-                done[chosen.chunk] += 1
-    return orders
+    while under_way := [chunk for chunk in range(chunks) if done[chunk] < len(way)][:at_once]:
+        chosen: dict[int, Visit] = {}
+        for chunk in under_way:
+            number = done[chunk]
+            known = chosen.get(way[number])
+            if known is None or known.number < number:
+                chosen[way[number]] = Visit(chunk, number)
+        for visit in chosen.values():
+            done[visit.chunk] += 1
+        ticks.append(list(chosen.values()))
+    return ticks
 
 
 def of_stage(stage: int, timetable: Iterable[Iterable[Task]]) -> list[int]:

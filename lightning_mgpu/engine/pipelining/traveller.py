@@ -1,6 +1,6 @@
 """One micro-batch on its way through the stages.
 
-It runs the module's own `forward` in a thread of its own::
+A thread runs the module's own `forward` for it::
 
     forward of micro-batch 2:   glue | unit | unit | glue | unit ...
     holds the turn of:          ---- stage 0 ----- | ---- stage 1 ----
