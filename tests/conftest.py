@@ -14,9 +14,10 @@ from pathlib import Path
 # many times as long as one by one, and all the more where something else runs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The programs that tests start import Lightning in half the time (see there).
-_SITE = str(Path(__file__).parent / "site")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_SITE, os.environ.get("PYTHONPATH")]))
-sys.path.append(_SITE)
+sys.path.append(str(Path(__file__).parent / "site"))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (sys.path[-1], os.environ.get("PYTHONPATH")))
+)
 
 import hypothesis
 import psutil

@@ -277,7 +277,7 @@ def test_original_exception_arrives_and_the_next_call_works() -> None:
 def test_weights_from_before_a_failed_run_are_not_saved_as_those_of_the_failure(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = _trainer(callbacks=[OnExceptionCheckpoint(tmp_path)])
+    trainer = _trainer(callbacks=[OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True)
     with pytest.raises(ZeroDivisionError):
         trainer.fit(_Fails("raise"), datamodule=boring.Blobs())
     assert "on_exception.ckpt is not written" in caplog.text

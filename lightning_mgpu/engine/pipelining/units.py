@@ -94,10 +94,12 @@ class _Unit:
                 return None
             # Called in backward, by somebody's activation checkpointing.
             return values.map_tensors(self._moved, (args, kwargs))
+        if self._recompute is not None:
+            traveller.recomputing.append(None)  # for `_after`, which is called if this fails, too
         args, kwargs = traveller.enter_unit(self._name, self._stage, args, kwargs)
         if self._recompute is not None:
             recomputed = self._recompute(traveller, module, args, kwargs)
-            traveller.recomputing.append(recomputed)
+            traveller.recomputing[-1] = recomputed
             if recomputed is not None:
                 args, kwargs = recomputed.begin(traveller, args, kwargs)
         return args, kwargs
