@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--directory", default="outputs/timeline", help="(default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with_trainer(arguments.model, WARM_UP, arguments.chunks, arguments.directory)
+    with_trainer(arguments.model, WARM_UP, arguments.chunks, trace_dir=arguments.directory)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def _fit(model: pl.LightningModule, devices: int = 2, **kwargs: Any) -> pl.Train
     return trainer
 
 
-_OPTIONS = {"module", "split_at", "balance", "chunks", "checkpoint", "split_args"}
+_OPTIONS = {
+    *("module", "split_at", "balance", "chunks", "checkpoint", "split_args", "stages_per_device"),
+}
 
 
 def test_forward_is_put_back_and_hidden_from_copies() -> None:
@@ -162,13 +164,14 @@ def test_callbacks_work_as_on_one_device(tmp_path: Path) -> None:
     torch.testing.assert_close(stopped[1][2], stopped[0][2], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("per_device", [1, 2])
 @pytest.mark.parametrize("checkpoint", ["never", "except_last", "always"])
-def test_seeded_runs_repeat_bit_for_bit(checkpoint: Any) -> None:
+def test_seeded_runs_repeat_bit_for_bit(checkpoint: Any, per_device: int) -> None:
     weights = []
     for _ in range(3):
         torch.manual_seed(1)
         model = Dropping("adam")
-        _fit(model, checkpoint=checkpoint, max_epochs=2)
+        _fit(model, checkpoint=checkpoint, stages_per_device=per_device, max_epochs=2)
         weights.append(model.state_dict())
     for other in weights[1:]:
         for name, value in weights[0].items():
@@ -387,7 +390,15 @@ def test_table_of_stages_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     # (6 + 1) x 8 and (8 + 1) x 8 parameters of 8 bytes.
     assert lines[2].split() == ["0", "cpu", "0", "..", "1", "(2)", "1.02", "kB"]
     assert lines[3].split() == ["1", "cpu", "2", "..", "5", "(4)", "1.94", "kB"]
-    assert lines[4] == "4 micro-batches; stages wait 20% of the time if all take equally long."
+    assert lines[4] == "4 micro-batches; devices wait 20% of the time if all take equally long."
+
+
+def test_table_of_several_stages_on_a_device(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    _fit(Deep(), split_at=["net.2", "net.3", "net.4"], stages_per_device=2, chunks=4)
+    lines = _table(caplog)
+    assert [line.split()[2] for line in lines[2:6]] == ["0", "2", "3", "4"]
+    assert lines[6] == "4 micro-batches; devices wait 11% of the time if all take equally long."
 
 
 @pytest.mark.parametrize("kind", [ModelSummary, RichModelSummary])

@@ -51,7 +51,7 @@ def test_each_process_has_devices_of_its_own() -> None:
 
 def test_threads_are_shared_among_all_stages_of_a_machine() -> None:
     devices = [torch.device("cpu")] * 4
-    threads = PipelineDDPStrategy(parallel_devices=devices).stage_threads
+    threads = PipelineDDPStrategy(parallel_devices=devices).threads_per_device
     assert threads == max(1, available_cores() // 4)
 
 
@@ -76,6 +76,18 @@ def test_checkpoint_continues_on_one_device(tmp_path: Path) -> None:
     whole = boring.trainer("auto", 1, max_epochs=4)
     whole.fit(model, datamodule=boring.Blobs(12), ckpt_path=tmp_path / "half.ckpt")
     boring.assert_same_weights(model, expected)
+
+
+def test_several_stages_on_a_device_give_the_same() -> None:
+    alone, split = Deep(), Deep()
+    boring.trainer("auto", 1, max_epochs=2).fit(alone, datamodule=boring.Blobs(12))
+    boring.trainer(
+        PipelineDDPStrategy(stages=1, stages_per_device=3),
+        2,
+        max_epochs=2,
+        use_distributed_sampler=False,
+    ).fit(split, datamodule=boring.Blobs(6, world_size=2))
+    boring.assert_same_weights(split, alone)
 
 
 @pytest.mark.parametrize("find_unused_parameters", [False, True])

@@ -109,6 +109,21 @@ def test_error_of_the_second_stage_names_it() -> None:
     assert "stage 1 of 2 on cpu, micro-batch 0 of 4" in notes
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_error_of_a_later_stage_on_a_device_names_it(where: str) -> None:
+    class Here(Model):
+        stage = 1
+
+    Here.where = where
+    with pytest.raises(Fault) as raised:
+        _trainer(stages_per_device=2, balance=[1, 1, 1, 2]).fit(
+            Here(), boring.Blobs(8).train_dataloader()
+        )
+    notes = " ".join(getattr(raised.value, "__notes__", [str(raised.value.__cause__)]))
+    assert "stage 3 of 4 on cpu, micro-batch" in notes
+    assert not [t for t in threading.enumerate() if t.name.startswith("mgpu-worker")]
+
+
 def test_error_between_layers_names_the_line() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -279,6 +294,7 @@ def test_writing_in_place_to_what_others_use_is_right_or_refused(shared_with: st
     ("options", "message"),
     [
         ({"checkpoint": "sometimes"}, "use one of 'never', 'except_last', 'always'"),
+        ({"stages_per_device": 0}, r"`PipelineStrategy\(stages_per_device=0\)`: give a number"),
         ({"chunks": 0}, r"`PipelineStrategy\(chunks=0\)`: give a number"),
         ({"chunks": "many"}, r"`PipelineStrategy\(chunks='many'\)`: give a number"),
         ({"balance": "size"}, "use one of 'parameters', 'time', 'memory', or a list"),

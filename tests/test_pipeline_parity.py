@@ -181,6 +181,41 @@ def test_modes_of_checkpointing_give_the_same(checkpoint: Any) -> None:
     _compare(UNet, PipelineStrategy(checkpoint=checkpoint), devices=4)
 
 
+@pytest.mark.parametrize(("devices", "stages_per_device"), [(1, 2), (1, 3), (2, 2), (2, 3), (3, 2)])
+@pytest.mark.parametrize("checkpoint", ["never", "except_last", "always"])
+def test_several_stages_on_a_device_give_the_same(
+    devices: int, stages_per_device: int, checkpoint: Any
+) -> None:
+    options: Any = {"stages_per_device": stages_per_device, "checkpoint": checkpoint}
+    _compare(UNet, PipelineStrategy(chunks=5, **options), devices)
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (Dictionaries, {"split_at": ["lstm", "second", "third"], "split_args": ["inputs"]}),
+        (Partly, {"balance": [1, 1, 1, 1]}),
+        (InPlace, {"devices": 1, "split_at": "net.1"}),
+        (Penalised, {"devices": 1}),
+        (parity_models.HalfFrozen, {"devices": 1, "checkpoint": "always"}),
+        (parity_models.Tied, {}),
+    ],
+)
+def test_parity_of_models_with_several_stages_on_a_device(
+    build: Callable[[], pl.LightningModule], options: dict[str, Any]
+) -> None:
+    devices = options.pop("devices", 2)
+    _compare(build, PipelineStrategy(stages_per_device=2, **options), devices)
+
+
+def test_parity_of_manual_optimisation_with_several_stages_on_a_device() -> None:
+    alone, split = Manual(), Manual()
+    strategy = PipelineStrategy(stages_per_device=2)
+    for model, how, devices in ((alone, "auto", 1), (split, strategy, 2)):
+        boring.trainer(how, devices).fit(model, datamodule=boring.Blobs(10))
+    _assert_equal(alone, split)
+
+
 @pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-mixed", "bf16-true"])
 def test_parity_in_other_precisions(precision: Any) -> None:
     alone, split = Partly().float(), Partly().float()

@@ -147,6 +147,10 @@ _REFUSED = {
     "bandwidth": (["+plan.bandwidth=-1"], "plan: bandwidth=-1: give more than 0."),
     "unknown": (["+plan.chunk=[2]"], "has no argument `chunk`. Did you mean `chunks`?"),
     "strategy": (["+strategy=dp"], "mode=plan is for the pipeline. Leave `strategy` out"),
+    "stages-per-device": (
+        ["+strategy=pipeline", "strategy.stages_per_device=2"],
+        "strategy.stages_per_device=2: mode=plan compares pipelines with one stage on each device",
+    ),
     "split-at": (
         ["+strategy=pipeline", "strategy.split_at=net.9"],
         "mode=plan: `Sequential` has no submodule `9` at which a stage could begin.",

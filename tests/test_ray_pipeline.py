@@ -97,7 +97,7 @@ def test_each_worker_has_devices_of_its_own() -> None:
         assert strategy.stage_devices == [torch.device("cuda", i) for i in range(3)]
         assert strategy.root_device == torch.device("cuda", 0)
         assert (strategy.num_processes, strategy.world_size, strategy.global_rank) == (2, 2, 1)
-        assert strategy.stage_threads == 2
+        assert strategy.threads_per_device == 2
         assert strategy.bound_device is None
     finally:
         pl.utilities.rank_zero_only.rank = 0

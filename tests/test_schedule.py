@@ -179,6 +179,29 @@ def test_visits_of_any_way_are_complete_and_can_be_made(way: list[int], chunks: 
             done[order.pop(0).chunk] += 1
 
 
+def test_timetable_of_two_stages_on_each_of_two_devices() -> None:
+    made = schedule.timetable((0, 1, 0, 1), 4, 2)
+    assert [[(v.chunk, v.number) for v in order] for order in made.orders] == [
+        [(0, 0), (1, 0), (0, 2), (1, 2), (2, 0), (3, 0), (2, 2), (3, 2)],
+        [(0, 1), (1, 1), (0, 3), (1, 3), (2, 1), (3, 1), (2, 3), (3, 3)],
+    ]
+    assert made.at_once == 2
+
+
+@given(devices=st.integers(1, 5), per_device=st.integers(1, 4), more=st.integers(0, 12))
+def test_several_stages_on_a_device_leave_its_bubble_to_one_of_them(
+    devices: int, per_device: int, more: int
+) -> None:
+    chunks = devices + more
+    made = schedule.timetable(tuple(range(devices)) * per_device, chunks, devices)
+    assert len(made.ticks) == per_device * chunks + devices - 1
+    if chunks % devices == 0:
+        assert made.at_once == devices
+    share = chunks / (chunks + (devices - 1) / per_device)
+    stages = [2.0] * devices * per_device
+    assert schedule.waiting(stages, chunks, devices) == pytest.approx(1 - share)
+
+
 @settings(max_examples=30)
 @given(
     expected=st.lists(st.integers(0, 2), min_size=1, max_size=5),

@@ -89,10 +89,13 @@ def of(kind: Kind, found: list[Span]) -> dict[tuple[int, int], Span]:
 RECOMPUTED = {"never": 0, "except_last": 3, "always": 4}
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(("devices", "per_device"), [(2, 1), (3, 1), (2, 2)])
 @pytest.mark.parametrize("checkpoint", RECOMPUTED)
-def test_trace_has_every_task_once_and_in_order(stages: int, checkpoint: str) -> None:
-    fit(Deep(), stages, chunks=4, checkpoint=checkpoint)
+def test_trace_has_every_task_once_and_in_order(
+    devices: int, per_device: int, checkpoint: str
+) -> None:
+    fit(Deep(), devices, chunks=4, checkpoint=checkpoint, stages_per_device=per_device)
+    stages = devices * per_device
     found = spans()
     forward, backward = of("forward", found), of("backward", found)
     again = {(s.stage, s.chunk): s for s in found if s.kind == "recompute"}
@@ -102,8 +105,9 @@ def test_trace_has_every_task_once_and_in_order(stages: int, checkpoint: str) ->
     assert again.keys() == set(itertools.product(range(stages), recomputed))
 
     rounding = 1e-9
-    for stage in range(stages):
-        own = sorted((s for s in found if s.stage == stage), key=lambda span: span.start)
+    for device in range(devices):
+        own = [s for s in found if s.stage % devices == device]
+        own.sort(key=lambda span: span.start)
         for before, after in itertools.pairwise(own):
             assert before.end <= after.start + rounding
     for stage, chunk in everything:
@@ -163,6 +167,9 @@ def test_efficiency_of_known_spans() -> None:
     assert timeline.efficiency == 9 / 16
     assert timeline.ideal == 2 / 3
     assert Timeline.of(4, [8], []).efficiency == 0
+    # Where each of two devices has two stages, it waits for half as long.
+    assert Timeline.of(4, [8], [], 2).ideal == 8 / 8.5
+    assert replace(timeline, stages_per_device=2).efficiency == 9 / 8
     # Each call of the module has a bubble of its own.
     assert Timeline.of(2, [2, 2], []).ideal == 4 / 6
 

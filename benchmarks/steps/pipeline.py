@@ -20,10 +20,12 @@ from steps import gloo
 
 STAGES, CHUNKS, WARM_UP = 2, 8, 2
 CUT = "net.4"
+# The same pipeline with two stages on each device.
+FINER, FINER_CUT = "pipeline, 2 a device", ["net.2", "net.4", "net.6"]
 MODELS = ("mlp", "encoder")
 # Of `torch.distributed.pipelining`, in two processes over gloo.
 SCHEDULES = {"gloo gpipe": "GPipe", "gloo 1f1b": "1F1B"}
-WAYS = ("pipeline", "limit", "torchgpipe", *SCHEDULES, "one thread", "all cores")
+WAYS = ("pipeline", FINER, "limit", "torchgpipe", *SCHEDULES, "one thread", "all cores")
 
 
 def compare(
@@ -54,7 +56,9 @@ def measure(way: str, model: str, steps: int) -> float:
     elif way in SCHEDULES:
         stamps = gloo.stamps(SCHEDULES[way], model, CHUNKS, WARM_UP + steps + 1)
     else:
-        stamps = with_trainer(model, steps, CHUNKS if way == "pipeline" else None)
+        chunks = CHUNKS if way in ("pipeline", FINER) else None
+        finer = {"stages_per_device": 2, "split_at": FINER_CUT} if way == FINER else {}
+        stamps = with_trainer(model, steps, chunks, **finer)
     each = [after - before for before, after in itertools.pairwise(stamps[WARM_UP:])]
     factor = (CHUNKS + STAGES - 1) / (CHUNKS * STAGES) if way == "limit" else 1.0
     return median(each) * factor
@@ -124,9 +128,7 @@ def lit(model: str, stamps: list[float]) -> tuple[Any, Any]:
     return Lit(), batch
 
 
-def with_trainer(
-    model: str, steps: int, chunks: int | None, trace_dir: str | None = None
-) -> list[float]:
+def with_trainer(model: str, steps: int, chunks: int | None, **options: Any) -> list[float]:
     """The end of each step of a Trainer, with that many micro-batches or on one device."""
     import lightning.pytorch as pl
     import torch
@@ -138,7 +140,7 @@ def with_trainer(
     module, batch = lit(model, stamps)
     strategy: Any = "auto"
     if chunks:
-        strategy = PipelineStrategy(split_at=CUT, chunks=chunks, trace_dir=trace_dir)
+        strategy = PipelineStrategy(**{"split_at": CUT, "chunks": chunks, **options})
     trainer = pl.Trainer(
         devices=STAGES if chunks else 1,
         strategy=strategy,

@@ -63,6 +63,11 @@ def arranged(cfg: DictConfig) -> DictConfig:
             f"strategy={strategy}: mode=plan is for the pipeline. Leave `strategy` out, or use"
             " `+strategy=pipeline`."
         )
+    if strategy.get("stages_per_device", 1) != 1:
+        raise ConfigError(
+            f"strategy.stages_per_device={strategy.stages_per_device}: mode=plan compares pipelines"
+            " with one stage on each device. Leave it out."
+        )
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.strategy = {**strategy, "_target_": f"{Rehearsal.__module__}.Rehearsal"}

@@ -27,7 +27,8 @@ class RayPipelineStrategy(OnRay, PipelineDDPStrategy):
         max_failures: As `RayStrategy`.
         storage_path: As `RayStrategy`.
         placement_strategy: As `RayStrategy`.
-        stages: Devices of each worker, and stages of its pipeline (default 2).
+        stages: Devices of each worker, and stages of its pipeline (default 2), of which there are
+            more with `stages_per_device`.
         **kwargs: As `PipelineStrategy` from `module` on, and as Lightning's `DDPStrategy`.
 
     Raises:
@@ -59,7 +60,7 @@ class RayPipelineStrategy(OnRay, PipelineDDPStrategy):
 
     @property
     @override
-    def stage_threads(self) -> int:
+    def threads_per_device(self) -> int:
         return max(1, self.threads_per_worker // self.stages)
 
     @property

@@ -11,7 +11,7 @@ __all__ = ["PipelineStrategy"]
 
 
 class PipelineStrategy(Pipelined, SingleProcessStrategy):
-    """Trains one model that is cut into stages, one for each device of this process.
+    """Trains one model that is cut into stages, which lie on the devices of this process.
 
     The batch is split into micro-batches that stream through the stages (GPipe, Huang et al.,
     2019). The LightningModule is unchanged: only the `forward` of one submodule is computed in
@@ -22,7 +22,7 @@ class PipelineStrategy(Pipelined, SingleProcessStrategy):
 
     Args:
         accelerator: As Lightning's strategies.
-        parallel_devices: The devices, one for each stage; default: the Trainer's.
+        parallel_devices: The devices; default: the Trainer's.
         cluster_environment: As Lightning's strategies; only one process is allowed.
         checkpoint_io: As Lightning's strategies.
         precision_plugin: As Lightning's strategies.
@@ -33,8 +33,11 @@ class PipelineStrategy(Pipelined, SingleProcessStrategy):
         balance: Without `split_at`: layers in each stage, or what stages are to have about as much
             of: ``"parameters"`` (bytes of them, default), ``"time"`` or ``"memory"``, which are
             measured on the first batch. Measured times vary, and with them the cut.
-        chunks: Micro-batches; default: 4 for each stage. ``"auto"`` tries 1, 2, 4 and 8 for each
-            stage on the first batches, three times each, and keeps the quickest.
+        chunks: Micro-batches; default: 4 for each device. ``"auto"`` tries 1, 2, 4 and 8 for each
+            device on the first batches, three times each, and keeps the quickest.
+        stages_per_device: Stages on each device (default 1): with `s` devices stage `k` lies on
+            device `k % s`. More stages make devices wait less for the first micro-batch, and hand
+            over more often.
         checkpoint: Which micro-batches keep only the inputs of units (submodules that lie with one
             stage), which are computed again in backward: ``"never"``, ``"except_last"`` or
             ``"always"``.
@@ -61,7 +64,7 @@ class PipelineStrategy(Pipelined, SingleProcessStrategy):
 
     @property
     @override
-    def stage_devices(self) -> list[torch.device]:
+    def own_devices(self) -> list[torch.device]:
         return self.devices
 
     @classmethod

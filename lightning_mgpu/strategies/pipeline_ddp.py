@@ -29,7 +29,8 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
 
     Args:
         *args: As `DDPStrategy`.
-        stages: Devices of each process, and stages of its pipeline (default 2).
+        stages: Devices of each process, and stages of its pipeline (default 2), of which there are
+            more with `stages_per_device`.
         **kwargs: As `PipelineStrategy` from `module` on, and as `DDPStrategy`.
 
     Raises:
@@ -75,18 +76,18 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        return self.stage_devices[0]
+        return self.own_devices[0]
 
     @property
     @override
-    def stage_devices(self) -> list[torch.device]:
+    def own_devices(self) -> list[torch.device]:
         assert self.parallel_devices is not None
         first = self.local_rank * self.stages
         return self.parallel_devices[first : first + self.stages]
 
     @property
     @override
-    def stage_threads(self) -> int:
+    def threads_per_device(self) -> int:
         return max(1, available_cores() // len(self.parallel_devices or (0,)))
 
     @property

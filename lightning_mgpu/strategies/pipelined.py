@@ -40,7 +40,7 @@ _PARITY_CHECKS = ("error", "warn", "off")
 
 
 class Pipelined(InParts):
-    """Has one submodule of the LightningModule computed in stages, one for each device.
+    """Has one submodule of the LightningModule computed in stages on the process's devices.
 
     To be put before the strategy that makes the processes. The arguments are described by
     `PipelineStrategy`.
@@ -53,6 +53,7 @@ class Pipelined(InParts):
         split_at: str | Sequence[str] | None = None,
         balance: Sequence[int] | Literal["parameters", "time", "memory"] | None = None,
         chunks: int | Literal["auto"] | None = None,
+        stages_per_device: int = 1,
         checkpoint: Checkpoint = "never",
         split_args: str | int | Sequence[str | int] | Mapping[str | int, int] | None = (),
         broadcast_args: str | int | Sequence[str | int] | None = (),
@@ -63,12 +64,18 @@ class Pipelined(InParts):
     ) -> None:
         super().__init__(*args, **kwargs)
         _check_choices(type(self).__name__, split_at, balance, chunks)
+        if not isinstance(stages_per_device, int) or stages_per_device < 1:
+            raise ValueError(
+                f"`{type(self).__name__}(stages_per_device={stages_per_device!r})`: give a number"
+                " of stages, at least 1."
+            )
         _check_choice(type(self).__name__, "checkpoint", checkpoint, _CHECKPOINTS)
         _check_choice(type(self).__name__, "parity_check", parity_check, _PARITY_CHECKS)
         self._module = module
         self._split_at = [split_at] if isinstance(split_at, str) else split_at
         self._balance: Balance = "parameters" if balance is None else balance
         self._chunks = chunks
+        self._stages_per_device = stages_per_device
         self._checkpoint: Checkpoint = checkpoint
         self._split_args: SplitArgs = _plain(split_args)
         self._broadcast_args: str | int | Sequence[str | int] | None = _plain(broadcast_args)
@@ -88,12 +95,17 @@ class Pipelined(InParts):
 
     @property
     @abstractmethod
-    def stage_devices(self) -> list[torch.device]:
-        """This process's devices, one for each stage."""
+    def own_devices(self) -> list[torch.device]:
+        """This process's devices."""
 
     @property
-    def stage_threads(self) -> int | None:
-        """Intra-op threads of each stage; `None`: its share of the machine's cores."""
+    def stage_devices(self) -> list[torch.device]:
+        """The device of each stage."""
+        return self.own_devices * self._stages_per_device
+
+    @property
+    def threads_per_device(self) -> int | None:
+        """Intra-op threads of each device; `None`: its share of the machine's cores."""
         return None
 
     @override
@@ -206,8 +218,8 @@ class Pipelined(InParts):
         split_at = self._split_at
         if split_at is not None:
             split_at = [entry.removeprefix(f"{name}.") if name else entry for entry in split_at]
-        fixed = None if self._chunks == "auto" else self._chunks or 4 * len(devices)
-        chunks = Chunks(len(devices), fixed)
+        count = len(self.own_devices)
+        chunks = Chunks(count, None if self._chunks == "auto" else self._chunks or 4 * count)
         self._pipeline = Pipeline(
             Cutter(module, self._override.plain, len(devices), split_at, self._balance, made),
             Splitter(self._split_args, self._broadcast_args),
@@ -220,7 +232,8 @@ class Pipelined(InParts):
                 self._parity_check, type(module).__name__, devices, partial(muted, model)
             ),
             on_cut=self._on_cut,
-            threads=self.stage_threads,
+            threads=self.threads_per_device,
+            stages_per_device=self._stages_per_device,
         )
         self._uncalled = Uncalled(model, name, module, self._pipeline)
         self._override.install(self._pipeline)
@@ -235,7 +248,7 @@ class Pipelined(InParts):
         if not self._placed:
             assert self._pipeline is not None
             costs, chunks = self._pipeline.cutter.costs, self._pipeline.chunks.usual
-            show_stages(cut, self.stage_devices, chunks, costs)
+            show_stages(cut, self.stage_devices, chunks, costs, self._stages_per_device)
         self._placed.append(cut)
 
     @override

@@ -14,15 +14,20 @@ __all__: list[str] = []
 
 
 def show_stages(
-    cut: Cut, devices: Sequence[torch.device], chunks: int, costs: Mapping[str, Cost]
+    cut: Cut,
+    devices: Sequence[torch.device],
+    chunks: int,
+    costs: Mapping[str, Cost],
+    stages_per_device: int = 1,
 ) -> None:
-    """Log what each stage consists of, what it takes, and how long stages will wait.
+    """Log what each stage consists of, what it takes, and how long devices will wait.
 
     Args:
         cut: The stages.
         devices: One for each.
         chunks: Micro-batches.
         costs: Of each layer, if they have been measured.
+        stages_per_device: How many of the stages lie on each device.
     """
     measured = [stage_cost(layers, costs) for layers in cut.layers]
     header = ["stage", "device", "layers", "parameters"]
@@ -39,9 +44,9 @@ def show_stages(
         for row in rows
     ]
     times = [cost.seconds for cost in measured] if costs else [1.0] * len(devices)
-    waiting = schedule.waiting(times, chunks)
+    waiting = schedule.waiting(times, chunks, len(devices) // stages_per_device)
     lines.append(
-        f"{chunks} micro-batches; stages wait {waiting:.0%} of the time"
+        f"{chunks} micro-batches; devices wait {waiting:.0%} of the time"
         + (" (activations and time are those of one)." if costs else " if all take equally long.")
     )
     rank_zero_info("\n".join(["Pipeline:", *lines]))

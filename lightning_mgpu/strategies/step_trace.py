@@ -62,7 +62,9 @@ class StepTrace:
             self.write()
             yield
             return
-        recording = self._pipeline.recording = Recording(self._pipeline.devices)
+        recording = self._pipeline.recording = Recording(
+            self._pipeline.devices, self._pipeline.stages_per_device
+        )
         try:
             yield
         finally:

@@ -40,8 +40,8 @@ class Passage:
     """Micro-batches on their way through the stages, and their gradients on the way back.
 
     Forward is one task for each micro-batch that is on its way at once, which runs the module's
-    `forward` for one after another. Backward is one a stage (one for all if they work one at a
-    time), which works on the micro-batches' segments, the last first.
+    `forward` for one after another. Backward is one a door, which works on the micro-batches'
+    segments, the last first.
 
     Args:
         units: What belongs to stages.
@@ -56,7 +56,7 @@ class Passage:
         deferred: Whether those are kept for the caller, or updated with each micro-batch.
         shadow: What stands for parameters, if there is anything.
         recording: Takes down when stages work.
-        one_at_a_time: Whether a stage works only while no other does.
+        doors: Of each stage, what it shares with others: of those, one works at a time.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Passage:
         recorder: Recorder,
         deferred: bool,
         shadow: Shadow | None,
-        recording: Recording | None = None,
-        one_at_a_time: bool = False,
+        recording: Recording | None,
+        doors: Sequence[int],
     ) -> None:
         self._units, self._devices, self._way = units, devices, list(way)
         self._calls, self._streams, self._memory_of = list(calls), streams, memory_of
@@ -83,13 +83,12 @@ class Passage:
         ]
         self._writers = writers
         self._recorder, self._deferred = recorder, deferred
-        doors = [0] * len(devices) if one_at_a_time else list(range(len(devices)))
         way_of_doors = tuple(doors[stage] for stage in self._way)
-        plan = schedule.timetable(way_of_doors, self.count, len(set(doors)))
+        plan = schedule.timetable(way_of_doors, self.count, max(doors) + 1)
         self.at_once = plan.at_once
         """How many threads compute micro-batches, one after another."""
         self._door_of, self._turns = doors, Turns(plan.orders, doors)
-        self._log: list[list[tuple[int, Stay]]] = [[] for _ in doors]
+        self._log: list[list[tuple[int, Stay]]] = [[] for _ in plan.orders]
         self._recording = recording
         self._call = recording.begin_call(self.count) if recording is not None else 0
         self._since: dict[int, Any] = {}
@@ -159,7 +158,7 @@ class Passage:
             ready[id(traveller.stays[-1])].put(None)
         try:
             with self._units.attached(), self._recorded(bool(self._checkpointed)):
-                doors = sorted(set(self._door_of))
+                doors = range(len(self._log))
                 workers.run([partial(self._backward, door, ready, keep) for door in doors])
         except BaseException:
             self.forget()

@@ -52,7 +52,7 @@ class Pipeline:
     Args:
         cutter: Cuts the module.
         splitter: Tells which arguments carry the batch.
-        devices: One for each stage.
+        devices: One for each stage; those of the first stages again for later ones.
         chunks: How many micro-batches; a batch with fewer samples makes fewer.
         checkpoint: Which micro-batches keep only the inputs of units, which are computed again in
             backward: ``"never"``, ``"except_last"``, ``"always"``.
@@ -62,7 +62,8 @@ class Pipeline:
         parity: Compares the output for a few samples with that of the same in two micro-batches;
             default: no check of any kind.
         on_cut: Called after the module has been cut, before anything is computed.
-        threads: Intra-op threads of each stage; default: the machine's cores shared out evenly.
+        threads: Intra-op threads of each device; default: the machine's cores shared out evenly.
+        stages_per_device: How many of the stages lie on each of the devices.
         one_at_a_time: Whether a stage works only while no other does, as for measuring it.
     """
 
@@ -79,16 +80,20 @@ class Pipeline:
         parity: Parity | None = None,
         on_cut: Callable[[Cut], None] = lambda _: None,
         threads: int | None = None,
+        stages_per_device: int = 1,
         one_at_a_time: bool = False,
     ) -> None:
-        self._one_at_a_time = one_at_a_time
         self.cutter, self.devices = cutter, list(devices)
+        self.stages_per_device = stages_per_device
+        count = len(self.devices) // stages_per_device
+        # Of stages on the same device, one works at a time.
+        self._doors = [0 if one_at_a_time else stage % count for stage in range(len(self.devices))]
         self._splitter = splitter
         self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
         self._step_batch, self._on_cut, self._parity = step_batch, on_cut, parity
         self._check = parity or Parity("off", type(cutter.module).__name__, devices)
-        self._threads = threads or max(1, available_cores() // len(self.devices))
-        self._workers = Workers(self.devices, self._threads)
+        self._threads = threads or max(1, available_cores() // count)
+        self._workers = Workers(self.devices[:count], self._threads)
         self._streams = RandomStreams()
         self._streams.restart()
         self._cut: Cut | None = None
@@ -263,7 +268,7 @@ class Pipeline:
             self._deferred,
             shadow,
             self.recording,
-            self._one_at_a_time,
+            self._doors,
         )
         inside: AbstractContextManager[None] = shadow.entered() if shadow else nullcontext()
         with inside:
@@ -312,7 +317,7 @@ class Pipeline:
         return graft(output.wanting(), [*arguments, *shadow.parameters], backward)
 
     def _crew(self, count: int) -> Workers:
-        """A thread for each micro-batch that is on its way at once, and for each stage."""
+        """A thread for each micro-batch that is on its way at once, and for each device."""
         if len(self._workers.devices) < count:
             self._workers.close()
             self._workers = Workers([self.devices[0]] * count, self._threads)

@@ -19,9 +19,11 @@ class Recording:
 
     Args:
         devices: Of the stages.
+        stages_per_device: How many of them lie on each device.
     """
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
+    def __init__(self, devices: Sequence[torch.device], stages_per_device: int = 1) -> None:
+        self._stages_per_device = stages_per_device
         self._clocks = [_clock(device) for device in devices]
         self._chunks: list[int] = []
         # What each stage's thread takes down, with the stamps of its clock.
@@ -59,7 +61,7 @@ class Recording:
             for stage, chunk, call, kind, start, end in list(self._taken)
             for clock in [self._clocks[stage]]
         ]
-        return Timeline.of(len(self._clocks), self._chunks, spans)
+        return Timeline.of(len(self._clocks), self._chunks, spans, self._stages_per_device)
 
 
 class _Clock(Protocol):

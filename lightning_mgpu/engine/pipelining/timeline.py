@@ -38,14 +38,22 @@ class Timeline:
         stages: How many there are.
         chunks: Micro-batches of each call of the module.
         spans: By their start, the first of which is at 0.
+        stages_per_device: How many of the stages lie on each device.
     """
 
     stages: int
     chunks: tuple[int, ...]
     spans: tuple[Span, ...]
+    stages_per_device: int = 1
 
     @classmethod
-    def of(cls, stages: int, chunks: Iterable[int], spans: Iterable[Span]) -> "Timeline":
+    def of(
+        cls,
+        stages: int,
+        chunks: Iterable[int],
+        spans: Iterable[Span],
+        stages_per_device: int = 1,
+    ) -> "Timeline":
         """Spans in any order and on any clock."""
         ordered = sorted(spans, key=lambda span: (span.start, span.stage))
         zero = ordered[0].start if ordered else 0.0
@@ -56,7 +64,13 @@ class Timeline:
                 Span(s.stage, s.chunk, s.call, s.kind, s.start - zero, s.end - zero)
                 for s in ordered
             ),
+            stages_per_device,
         )
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return self.stages // self.stages_per_device
 
     @property
     def seconds(self) -> float:
@@ -70,11 +84,12 @@ class Timeline:
 
     @property
     def efficiency(self) -> float:
-        """The share of the stages' time in which they worked; the rest is the bubble."""
-        return self.busy / (self.stages * self.seconds) if self.seconds else 0.0
+        """The share of the devices' time in which they worked; the rest is the bubble."""
+        return self.busy / (self.devices * self.seconds) if self.seconds else 0.0
 
     @property
     def ideal(self) -> float:
         """The efficiency if all tasks took equally long and nothing else took time."""
-        ticks = sum(chunks + self.stages - 1 for chunks in self.chunks)
-        return sum(self.chunks) / ticks if ticks else 0.0
+        bubble = (self.devices - 1) / self.stages_per_device
+        takes = sum(chunks + bubble for chunks in self.chunks)
+        return sum(self.chunks) / takes if takes else 0.0

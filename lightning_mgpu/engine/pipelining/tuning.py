@@ -15,16 +15,16 @@ class Chunks:
     """A number of micro-batches.
 
     Args:
-        stages: How many stages there are.
-        fixed: The number; `None` to try 1, 2, 4 and 8 for each stage, one after another, and keep
+        devices: How many devices there are.
+        fixed: The number; `None` to try 1, 2, 4 and 8 for each device, one after another, and keep
             the quickest.
     """
 
-    def __init__(self, stages: int, fixed: int | None) -> None:
+    def __init__(self, devices: int, fixed: int | None) -> None:
         self._fixed = fixed
-        self._untried = [] if fixed is not None else [stages * factor for factor in _FACTORS]
+        self._untried = [] if fixed is not None else [devices * factor for factor in _FACTORS]
         self._seconds: dict[int, list[float]] = {count: [] for count in self._untried}
-        self._usual = 4 * stages
+        self._usual = 4 * devices
 
     @property
     def usual(self) -> int:
