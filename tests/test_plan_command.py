@@ -69,7 +69,7 @@ def test_plan_prints_the_best_rows_and_writes_all() -> None:
     for row in rows:
         assert float(row["seconds"]) > 0
         assert int(row["devices"]) == int(row["stages"]) * int(row["replicas"])
-        assert len(row["memory_of_stages"].split()) == int(row["stages"])
+        assert len(row["memory_of_devices"].split()) == int(row["stages"])
         assert len(row["split_at"].split()) == int(row["stages"]) - 1
     written = json.loads(Path("run/plan.json").read_text())
     assert len(written["rows"]) == len(rows)
@@ -149,7 +149,7 @@ _REFUSED = {
     "strategy": (["+strategy=dp"], "mode=plan is for the pipeline. Leave `strategy` out"),
     "stages-per-device": (
         ["+strategy=pipeline", "strategy.stages_per_device=2"],
-        "strategy.stages_per_device=2: mode=plan compares pipelines with one stage on each device",
+        "strategy.stages_per_device=2: say which numbers mode=plan is to compare instead",
     ),
     "split-at": (
         ["+strategy=pipeline", "strategy.split_at=net.9"],

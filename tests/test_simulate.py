@@ -101,7 +101,7 @@ def test_even_stages_take_what_the_formula_says(stages: int, chunks: int, second
     expected = stages * seconds + (chunks - 1) * seconds
     assert made.forward.seconds == pytest.approx(expected)
     assert made.backward.seconds == pytest.approx(expected)
-    assert made.waiting == pytest.approx(schedule.bubble(stages, chunks))
+    assert made.waiting == pytest.approx((stages - 1) / (chunks + stages - 1))
 
 
 @given(seconds=st.lists(st.floats(0.1, 10), min_size=1, max_size=6), chunks=st.integers(1, 12))
@@ -112,6 +112,28 @@ def test_uneven_stages_wait_for_the_slowest(seconds: list[float], chunks: int) -
     expected = sum(seconds) + (chunks - 1) * max(seconds)
     assert made.forward.seconds == pytest.approx(expected)
     assert made.waiting == pytest.approx(schedule.waiting(seconds, chunks))
+
+
+@given(load=loads(), devices=st.integers(1, 3))
+def test_no_device_with_several_stages_does_two_things_at_once(load: Load, devices: int) -> None:
+    for made in simulate.passage(load, devices):
+        assert len(made.tasks) == len(load.forward) * len(load.forward[0])
+        for device in range(devices):
+            tasks = [(task, span) for task, span in made.tasks.items()]
+            _assert_apart([span for task, span in tasks if task.stage % devices == device])
+
+
+@given(per_device=st.integers(1, 4), rounds=st.integers(1, 4), devices=st.integers(1, 4))
+def test_several_even_stages_on_a_device_take_what_the_formula_says(
+    per_device: int, rounds: int, devices: int
+) -> None:
+    chunks = rounds * devices
+    made = simulate.passage(_even(devices * per_device, chunks, 2.0), devices)
+    expected = 2.0 * (per_device * chunks + devices - 1)
+    assert made.forward.seconds == pytest.approx(expected)
+    assert made.backward.seconds == pytest.approx(expected)
+    bubble = (devices - 1) / per_device
+    assert made.waiting == pytest.approx(bubble / (chunks + bubble))
 
 
 def test_slow_link_sends_one_chunk_after_another() -> None:
@@ -199,6 +221,33 @@ def test_memory_of_each_way_to_checkpoint() -> None:
         assert found == pytest.approx([a + b for a, b in zip(weights, expected, strict=True)])
 
 
+def test_memory_of_several_stages_on_a_device() -> None:
+    weights = 1 + 2 + 3 + 10 + 20 + 30 + 1000 + 100 + 200 + 300
+    for checkpoint, expected in (
+        ("never", 64 * 1111 + 64 * 11001),
+        ("except_last", 3 * 16 * 1001 + 16 * 1111 + 16 * 11001),
+        ("always", 4 * 16 * 1001 + 16 * 11001),
+    ):
+        found = memory(_stages(2), 4, checkpoint, devices=1)  # type: ignore[arg-type]
+        assert found == pytest.approx([weights + expected])
+
+
+def test_several_stages_on_a_device_are_compared() -> None:
+    options = Options(stages=[1, 2], stages_per_device=[1, 2], chunks=[4], replicas=[1, 2])
+    plan = predict(_profile(), replace(options, checkpoint=["never"]))
+    found = {(row.stages, row.stages_per_device, row.replicas): row for row in plan.rows}
+    assert {shape: row.devices for shape, row in found.items()} == {
+        **{(1, 1, 1): 1, (1, 1, 2): 2, (2, 1, 1): 2, (2, 1, 2): 4},
+        **{(2, 2, 1): 1, (2, 2, 2): 2},
+    }
+    assert plan.left_out == ["stages 1 with 2 on each device: no multiple of it"]
+    one = found[2, 2, 1]
+    assert one.bubble == 0
+    assert one.memory == pytest.approx(sum(found[2, 1, 1].memory_of_devices))
+    # The same work as in one stage, and once more what a task takes beside its layers.
+    assert one.seconds == pytest.approx(found[1, 1, 1].seconds + 4 * 0.75)
+
+
 def test_checkpointing_takes_longer_and_less_memory() -> None:
     options = Options(
         stages=[3], chunks=[8], replicas=[1], checkpoint=["never", "except_last", "always"]
@@ -263,6 +312,7 @@ def test_stages_begin_where_the_user_wants() -> None:
     ("arguments", "message"),
     [
         ({"stages": []}, r"stages=\[\]: give numbers of at least 1"),
+        ({"stages_per_device": [0]}, r"stages_per_device=\[0\]: give numbers of at least 1"),
         ({"chunks": [4, 0]}, r"chunks=\[4, 0\]: give numbers of at least 1"),
         ({"checkpoint": []}, r"checkpoint=\[\]: give at least one"),
         ({"bandwidth": 0.0}, r"bandwidth=0.0: give more than 0"),

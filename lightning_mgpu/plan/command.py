@@ -65,8 +65,8 @@ def arranged(cfg: DictConfig) -> DictConfig:
         )
     if strategy.get("stages_per_device", 1) != 1:
         raise ConfigError(
-            f"strategy.stages_per_device={strategy.stages_per_device}: mode=plan compares pipelines"
-            " with one stage on each device. Leave it out."
+            f"strategy.stages_per_device={strategy.stages_per_device}: say which numbers mode=plan"
+            " is to compare instead, as `+plan.stages_per_device=[1,2]`."
         )
     cfg = cfg.copy()
     with open_dict(cfg):

@@ -19,6 +19,8 @@ class Options:
 
     stages: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     """Stages of each pipeline."""
+    stages_per_device: Sequence[int] = (1,)
+    """How many of the stages lie on each device."""
     chunks: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
     """Micro-batches."""
     replicas: Sequence[int] = (1, 2, 4, 8)
@@ -35,7 +37,7 @@ class Options:
     """Intra-op threads of each device, where that is a CPU."""
 
     def __post_init__(self) -> None:
-        for name in ("stages", "chunks", "replicas"):
+        for name in ("stages", "stages_per_device", "chunks", "replicas"):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"{name}={list(getattr(self, name))}: give numbers of at least 1.")
         if not self.checkpoint:

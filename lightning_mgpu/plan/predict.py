@@ -20,6 +20,7 @@ class Row:
 
     devices: int
     stages: int
+    stages_per_device: int
     replicas: int
     chunks: int
     """Micro-batches."""
@@ -29,14 +30,15 @@ class Row:
     samples_per_second: float
     """Of all replicas together."""
     bubble: float
-    """The share of forward and backward in which stages wait."""
+    """The share of forward and backward in which devices wait."""
     all_reduce: float
     """Seconds in which replicas sum their gradients."""
     memory: float
-    """Bytes of the stage that takes most."""
+    """Bytes of the device that takes most."""
     fits: bool
     """Whether a device has as much."""
-    memory_of_stages: list[float]
+    memory_of_devices: list[float]
+    """Of each device of one pipeline."""
     split_at: list[str]
     """Layers at which the second and later stages begin."""
 
@@ -73,9 +75,11 @@ def predict(profile: Profile, options: Options) -> Plan:
     rows = [
         row
         for cut in (Stages(profile, _cut(profile, count)) for count in stages)
+        for per_device in options.stages_per_device
+        if not len(cut) % per_device
         for count in chunks
         for checkpoint in options.checkpoint
-        for row in _rows(cut, options, count, checkpoint)
+        for row in _rows(cut, options, per_device, count, checkpoint)
     ]
     small = f"a batch of {profile.batch} samples"
     if profile.least > 1:
@@ -88,37 +92,65 @@ def predict(profile: Profile, options: Options) -> Plan:
         )
         if len(possible) < len(wanted)
     ]
+    for per_device in options.stages_per_device:
+        if odd := [count for count in stages if count % per_device]:
+            left_out.append(
+                f"stages {', '.join(map(str, odd))} with {per_device} on each device: no multiple"
+                " of it"
+            )
     return Plan(profile, rows, left_out)
 
 
-def memory(stages: Stages, chunks: int, checkpoint: Checkpoint) -> list[float]:
-    """The most bytes that each stage takes at once: weights, and activations of all chunks."""
+def memory(
+    stages: Stages, chunks: int, checkpoint: Checkpoint, devices: int | None = None
+) -> list[float]:
+    """The most bytes that each device takes at once: weights, and activations of all chunks.
+
+    Args:
+        stages: The stages.
+        chunks: Micro-batches.
+        checkpoint: Which of them keep only inputs.
+        devices: How many there are; default: one for each stage.
+    """
     costs = [stages.costs(size) for size in stages.profile.sizes(chunks)]
+    count = devices or len(stages)
     taken = []
-    for stage, span in enumerate(stages.spans):
-        whole = [of_chunk.held[stage] for of_chunk in costs]
-        inputs = [of_chunk.received[stage] for of_chunk in costs]
-        kept = {
-            "never": sum(whole),
-            # What is computed again is so from a copy of its inputs.
-            "except_last": sum(inputs[:-1]) + max(whole),
-            "always": sum(inputs) + max(whole),
-        }[checkpoint]
-        taken.append(stages.profile.weights_of(span).total + kept)
+    for device in range(count):
+        kept, last, again = 0.0, 0.0, 0.0
+        for stage in range(device, len(stages), count):
+            whole = [of_chunk.held[stage] for of_chunk in costs]
+            inputs = [of_chunk.received[stage] for of_chunk in costs]
+            kept += stages.profile.weights_of(stages.spans[stage]).total
+            if checkpoint == "never":
+                kept += sum(whole)
+                continue
+            # What is computed again is so from a copy of its inputs, one stage at a time.
+            again = max(again, *whole)
+            if checkpoint == "except_last":
+                kept, last = kept + sum(inputs[:-1]), last + whole[-1]
+            else:
+                kept += sum(inputs)
+        taken.append(kept + max(last, again))
     return taken
 
 
-def _rows(stages: Stages, options: Options, chunks: int, checkpoint: Checkpoint) -> Iterator[Row]:
-    profile = stages.profile
-    passed = simulate.passage(_load(stages, chunks, checkpoint, options))
+def _rows(
+    stages: Stages, options: Options, per_device: int, chunks: int, checkpoint: Checkpoint
+) -> Iterator[Row]:
+    profile, devices = stages.profile, len(stages) // per_device
+    passed = simulate.passage(_load(stages, devices, chunks, checkpoint, options), devices)
     alone = profile.own(chunks) + passed.seconds
-    taken = memory(stages, chunks, checkpoint)
-    gradients = max(profile.weights_of(span).gradients for span in stages.spans)
+    taken = memory(stages, chunks, checkpoint, devices)
+    gradients = max(
+        sum(profile.weights_of(span).gradients for span in stages.spans[device::devices])
+        for device in range(devices)
+    )
     for replicas in options.replicas:
         summing = simulate.all_reduce(gradients, replicas, options.bandwidth, options.latency)
         yield Row(
-            devices=len(stages) * replicas,
+            devices=devices * replicas,
             stages=len(stages),
+            stages_per_device=per_device,
             replicas=replicas,
             chunks=chunks,
             checkpoint=checkpoint,
@@ -128,7 +160,7 @@ def _rows(stages: Stages, options: Options, chunks: int, checkpoint: Checkpoint)
             all_reduce=summing,
             memory=max(taken),
             fits=options.memory is None or max(taken) <= options.memory,
-            memory_of_stages=taken,
+            memory_of_devices=taken,
             split_at=[profile.names[span.first] for span in stages.spans[1:]],
         )
 
@@ -145,7 +177,9 @@ def _cut(profile: Profile, stages: int) -> list[Span]:
     return [Span(*pair) for pair in pairwise([*starts, len(profile.names)])]
 
 
-def _load(stages: Stages, chunks: int, checkpoint: Checkpoint, options: Options) -> Load:
+def _load(
+    stages: Stages, devices: int, chunks: int, checkpoint: Checkpoint, options: Options
+) -> Load:
     costs = [stages.costs(size) for size in stages.profile.sizes(chunks)]
     forward = _by_stage([of_chunk.forward for of_chunk in costs])
     backward = _by_stage([of_chunk.backward for of_chunk in costs])
@@ -156,6 +190,7 @@ def _load(stages: Stages, chunks: int, checkpoint: Checkpoint, options: Options)
     links = {
         link: [options.latency + of_chunk.sent[link] / options.bandwidth for of_chunk in costs]
         for link in costs[0].sent
+        if (link.receiver - link.sender) % devices  # else it stays on the device
     }
     return Load(forward, backward, links)
 

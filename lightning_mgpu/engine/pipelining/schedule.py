@@ -12,7 +12,7 @@ Backward is its mirror: it begins with the last stage and the last micro-batch.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__: list[str] = []
@@ -30,18 +30,6 @@ class Task(NamedTuple):
 
     stage: int
     chunk: int
-
-
-def forward(stages: int, chunks: int) -> Iterator[list[Task]]:
-    """The tasks of each tick of a forward pass, which run at once."""
-    for tick in range(stages + chunks - 1):
-        first, last = max(0, tick - chunks + 1), min(tick, stages - 1)
-        yield [Task(stage, tick - stage) for stage in range(first, last + 1)]
-
-
-def backward(stages: int, chunks: int) -> Iterator[list[Task]]:
-    """The tasks of each tick of a backward pass."""
-    return reversed(list(forward(stages, chunks)))
 
 
 class Timetable(NamedTuple):
@@ -63,7 +51,7 @@ class Timetable(NamedTuple):
 def timetable(way: tuple[int, ...], chunks: int, doors: int) -> Timetable:
     """The order in which micro-batches that all take the same way are let in.
 
-    For a way that goes through each door once that is `forward`. On other ways, such as those of
+    For a way that goes through each door once that is GPipe's. On other ways, such as those of
     several stages on a device, a door lets in who is furthest on the way (depth first), or who is
     least far (breadth first, Lamy-Poirier, arXiv 2211.05953), whichever takes fewer ticks. Two
     stages on each of two devices and four micro-batches, depth first::
@@ -108,16 +96,6 @@ def _visits(way: Sequence[int], chunks: int, at_once: int, depth_first: bool) ->
             done[visit.chunk] += 1
         ticks.append(list(chosen.values()))
     return ticks
-
-
-def of_stage(stage: int, timetable: Iterable[Iterable[Task]]) -> list[int]:
-    """The micro-batches that one stage works on, in order."""
-    return [task.chunk for tick in timetable for task in tick if task.stage == stage]
-
-
-def bubble(stages: int, chunks: int) -> float:
-    """The share of time in which a stage waits, if all take equally long."""
-    return (stages - 1) / (chunks + stages - 1)
 
 
 def waiting(seconds: Sequence[float], chunks: int, devices: int | None = None) -> float:

@@ -1,6 +1,6 @@
 """The timetable with times: when each stage works on each micro-batch, and for how long it waits.
 
-An event simulation of `schedule`: a task begins as soon as its stage is through with the task
+An event simulation of `schedule`: a task begins as soon as its device is through with the task
 before and what it needs has arrived. Links between stages send one micro-batch after another, while
 stages compute.
 """
@@ -53,11 +53,13 @@ class Timetable:
         tasks: Of each task, its time.
         transfers: For each link and micro-batch, the time.
         seconds: Until all stages are done.
+        devices: How many there are.
     """
 
     tasks: dict[Task, Span] = field(default_factory=dict)
     transfers: dict[tuple[Link, int], Span] = field(default_factory=dict)
     seconds: float = 0.0
+    devices: int = 0
 
     @property
     def busy(self) -> float:
@@ -77,18 +79,30 @@ class Passage(NamedTuple):
 
     @property
     def waiting(self) -> float:
-        """The share of time in which stages wait."""
-        whole = len({task.stage for task in self.forward.tasks}) * self.seconds
+        """The share of time in which devices wait."""
+        whole = self.forward.devices * self.seconds
         return 1 - (self.forward.busy + self.backward.busy) / whole if whole else 0.0
 
 
-def passage(load: Load) -> Passage:
-    """Simulate one passage."""
+def passage(load: Load, devices: int | None = None) -> Passage:
+    """Simulate one passage.
+
+    Args:
+        load: What it consists of.
+        devices: How many there are; stage `k` lies on device `k` modulo that. Default: one for each
+            stage.
+    """
     stages, chunks = len(load.forward), len(load.forward[0])
+    count = devices or stages
+    way = tuple(stage % count for stage in range(stages))
+    ticks = [
+        [Task(stage, chunk) for chunk, stage in tick]
+        for tick in schedule.timetable(way, chunks, count).ticks
+    ]
     back = {Link(link.receiver, link.sender): times for link, times in load.links.items()}
     return Passage(
-        run(schedule.forward(stages, chunks), load.forward, load.links),
-        run(schedule.backward(stages, chunks), load.backward, back),
+        run(ticks, load.forward, load.links, count),
+        run(reversed(ticks), load.backward, back, count),
     )
 
 
@@ -96,24 +110,26 @@ def run(
     ticks: Iterable[Iterable[Task]],
     seconds: Sequence[Sequence[float]],
     links: Mapping[Link, Sequence[float]],
+    devices: int,
 ) -> Timetable:
     """Simulate one direction.
 
     Args:
-        ticks: The tasks, each after those that it needs; each stage takes its own in this order.
+        ticks: The tasks, each after those that it needs; each device takes its own in this order.
         seconds: Of each stage, for each micro-batch.
         links: Of each link, the seconds on the way for each micro-batch.
+        devices: How many there are.
     """
     incoming = _by(links, "receiver")
     outgoing = _by(links, "sender")
-    free = [0.0] * len(seconds)
+    free = [0.0] * devices
     line_free = dict.fromkeys(links, 0.0)
-    made = Timetable()
+    made = Timetable(devices=devices)
     for task in (task for tick in ticks for task in tick):
         stage, chunk = task
         arrived = (made.transfers[link, chunk].end for link in incoming.get(stage, ()))
-        start = max(free[stage], *arrived, 0.0)
-        end = free[stage] = start + seconds[stage][chunk]
+        start = max(free[stage % devices], *arrived, 0.0)
+        end = free[stage % devices] = start + seconds[stage][chunk]
         made.tasks[task] = Span(start, end)
         for link in outgoing.get(stage, ()):
             sent = max(end, line_free[link])
