@@ -293,6 +293,46 @@ def test_batches_that_are_lists_of_samples_train_as_on_one_device() -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
+class Either(pl.LightningModule):
+    """Gets lists with a tensor for each sample, or what torch's collation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Means()
+
+    def predict_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> Any:
+        return self.net(batch)
+
+
+class Means(Net):
+    """Of rows of the same length, each sample's a list of two or two in tensors side by side."""
+
+    def forward(self, batch: Any) -> Any:
+        is_samples = isinstance(batch, tuple)
+        pair = [torch.stack(side) for side in zip(*batch, strict=True)] if is_samples else batch
+        return self.second(self.first((pair[0] + 2 * pair[1]) / 3))
+
+
+def test_each_loader_has_batches_of_its_own_kind_and_each_call_anew() -> None:
+    def samples(count: int) -> Any:
+        return [[data(6, seed=i), data(6, seed=-i)] for i in range(1, count + 1)]
+
+    def listed() -> DataLoader[Any]:
+        return DataLoader(samples(8), batch_size=4, collate_fn=tuple)
+
+    def collated() -> DataLoader[Any]:
+        return DataLoader(samples(8), batch_size=4)
+
+    model = Either()
+    whole = model.net(next(iter(DataLoader(samples(8), batch_size=8))))
+    trainer = boring.trainer(PipelineStrategy(split_at=["net.second"], chunks=2), 2)
+    for loaders in ([listed(), collated()], [collated(), listed()], [listed()], [collated()]):
+        found = trainer.predict(model, loaders)
+        assert found is not None
+        for of_loader in found if len(loaders) > 1 else [found]:
+            torch.testing.assert_close(torch.cat(of_loader), whole, rtol=0, atol=1e-9)
+
+
 class Mixes(Net):
     """Takes the batch as it is: inputs, others to mix them with, and how much."""
 
