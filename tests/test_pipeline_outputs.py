@@ -113,6 +113,35 @@ def test_means_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("of which the mean over samples is taken") == 1
 
 
+@pytest.mark.parametrize(
+    "penalty", [lambda z: z.relu().sum(), lambda z: z.relu().mean()], ids=["sum", "mean"]
+)
+def test_a_number_that_is_zero_at_first_is_a_sum_or_a_mean_once_that_shows(penalty: Any) -> None:
+    module = Net(lambda z: z, lambda z: {"z": z, "penalty": penalty(z.abs() - 10)})
+    with pipelined(module) as run:
+        for scale in (0.1, 100.0, 0.1, 200.0):
+            x = scale * data(8, 6)
+            found, expected = run(x), module(x)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+            gradients = [
+                torch.autograd.grad(out["z"].sum() + out["penalty"], list(module.parameters()))
+                for out in (found, expected)
+            ]
+            torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-9)
+        assert float(found["penalty"]) > 1
+
+
+def test_a_number_that_is_no_mean_is_refused_once_that_shows() -> None:
+    def end(z: Tensor) -> Any:
+        excess = (z.abs() - 10).relu()
+        return {"z": z, "penalty": excess.sum() / (excess > 0).sum().clamp(min=1)}
+
+    with pipelined(Net(lambda z: z, end)) as run:
+        run(0.1 * data(8, 6))
+        with pytest.raises(SplitError, match=r"other values for micro-batches.*penalty"):
+            run(100 * data(8, 6))
+
+
 def test_numbers_that_are_no_means_are_refused() -> None:
     module = Net(end=lambda z: z[:, 0].sum() / (z[:, 1] > 0).sum())
     with (

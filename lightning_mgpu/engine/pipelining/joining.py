@@ -33,6 +33,10 @@ class Layout:
     entries: bool = False
 
 
+class Undecided(Exception):
+    """A number was the same for every micro-batch so far, so it may be a mean or a sum."""
+
+
 Layouts = Mapping[str, Layout]
 """By the place in the output, such as ``output['logits']``."""
 
@@ -101,7 +105,11 @@ def _blocks(tensor: Tensor, dim: int, count: int) -> Tensor:
 
 
 def join(
-    parts: Sequence[Tensor], counts: Sequence[int], path: str, layouts: Layouts | None = None
+    parts: Sequence[Tensor],
+    counts: Sequence[int],
+    path: str,
+    layouts: Layouts | None = None,
+    guess: bool = True,
 ) -> tuple[Tensor, Rows]:
     """Put a tensor of the output together.
 
@@ -111,12 +119,14 @@ def join(
         path: What to call the tensor.
         layouts: Where the batch lies in the output, as far as that has been found out; `None` if a
             first dimension that is a multiple of the batch's is good enough.
+        guess: Whether to take for a mean what has not been found out to be one.
 
     Returns:
         The tensor, and how it was joined.
 
     Raises:
         SplitError: The parts do not make a batch.
+        Undecided: `guess` is wrong, and it would be needed.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -129,6 +139,8 @@ def join(
         if any(not torch.equal(part, first) for part in parts[1:]):
             if not is_number(first):
                 raise SplitError(unjoinable(path, first))
+            if not guess:
+                raise Undecided(path)
             layout = MEAN
         else:
             # A loss may be the same for all samples by chance, as that of a head of zeros is. Each

@@ -25,6 +25,11 @@ class Output:
         device: Where the output goes.
         layouts: Where the batch lies in its tensors, as far as that has been found out.
         latest: For each micro-batch, finds what has been written to in place of a tensor.
+        guess: As `joining.join` has it.
+
+    Raises:
+        SplitError: It cannot be put together.
+        Undecided: As `joining.join`.
     """
 
     def __init__(
@@ -35,8 +40,10 @@ class Output:
         device: torch.device,
         layouts: joining.Layouts | None,
         latest: Sequence[Callable[[Tensor], Tensor]],
+        guess: bool,
     ) -> None:
         self._counts, self._device, self._layouts = counts, device, layouts
+        self._guess = guess
         self._found: list[tuple[dict[int, Tensor], joining.Rows]] = []
         self._wanting: list[Tensor] = []
         columns = columns_of(results, counts, "output", layouts)
@@ -69,7 +76,9 @@ class Output:
         tensors = tuple(find(tensor) for find, tensor in pairs)
         moved = [tensor.detach().to(self._device) for tensor in tensors]
         with torch.no_grad():
-            joined, rows = joining.join(moved, self._counts, column.place, self._layouts)
+            joined, rows = joining.join(
+                moved, self._counts, column.place, self._layouts, self._guess
+            )
         return self._noted(dict(enumerate(tensors)), joined.detach(), rows)
 
     def _entries(

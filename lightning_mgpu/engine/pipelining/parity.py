@@ -32,6 +32,8 @@ ParityCheck = Literal["error", "warn", "off"]
 
 # Calls that differ in structure are compared each on its own; more kinds are not.
 _MAX_KINDS = 64
+# How often each kind is.
+_MAX_LOOKS = 8
 
 
 @dataclass
@@ -42,11 +44,13 @@ class _Found:
         layouts: Where the batch lies in the output; empty if that was not looked at.
         proven: Whether micro-batches have given what the whole gives, in all tensors.
         error: What has kept it from being found out.
+        looks: How often it has been looked at.
     """
 
     layouts: Layouts = field(default_factory=dict)
     proven: bool = False
     error: Exception | None = None
+    looks: int = 1
 
 
 class Parity:
@@ -81,6 +85,7 @@ class Parity:
         splitting: Splitting,
         counts: Sequence[int],
         modules: Mapping[str, nn.Module],
+        anew: bool = False,
     ) -> Layouts:
         """Where the batch lies in the output of a call, which is compared if it is a new kind.
 
@@ -91,6 +96,8 @@ class Parity:
             splitting: How its arguments are split.
             counts: Samples in each micro-batch.
             modules: All modules that stages run, by name.
+            anew: Whether to compare a known kind once more, since this call shows more than the one
+                before.
 
         Raises:
             SplitError: Micro-batches give something else than the whole batch; or it is doubtful
@@ -102,10 +109,12 @@ class Parity:
         way = _way(call, splitting), window.uneven
         key = (root.training, torch.is_grad_enabled(), call.kind, way)
         found = self._known.get(key)
-        if found is None:
+        if found is None or (anew and found.looks < _MAX_LOOKS):
+            looks = found.looks + 1 if found is not None else 1
             found = _Found()
             if self._mode != "off" and len(self._known) < _MAX_KINDS:
                 found = self._examine(trial, cut, splitting, dict(modules), window)
+            found.looks = looks
             self._known[key] = found
         if splitting.doubts and not found.proven:
             raise SplitError(" ".join(splitting.doubts)) from found.error

@@ -18,7 +18,7 @@ from lightning_mgpu.engine.pipelining.assigned import Assigned
 from lightning_mgpu.engine.pipelining.choice import PartitionError
 from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipelining.given import Given
-from lightning_mgpu.engine.pipelining.joining import Layouts
+from lightning_mgpu.engine.pipelining.joining import Layouts, Undecided
 from lightning_mgpu.engine.pipelining.memory import Memory
 from lightning_mgpu.engine.pipelining.microbatch import SplitError
 from lightning_mgpu.engine.pipelining.origin import StepBatch
@@ -209,15 +209,21 @@ class Pipeline:
         raise AssertionError("unreachable")
 
     def _checked(
-        self, call: Call, cut: Cut, splitting: Splitting, counts: Sequence[int]
+        self,
+        call: Call,
+        cut: Cut,
+        splitting: Splitting,
+        counts: Sequence[int],
+        anew: bool = False,
     ) -> Layouts | None:
         """Where the batch lies in the output; refuses what is not the whole batch's."""
         if self._parity is None:
             return None
         modules, trial = self._modules(), self._trial(call, splitting)
-        is_used = partial(self._parity.uses, trial, modules)
-        self._assigned.check(modules, splitting.size, self._step_batch(), is_used)
-        return self._parity.layouts(call, trial, cut, splitting, counts, modules)
+        if not anew:
+            is_used = partial(self._parity.uses, trial, modules)
+            self._assigned.check(modules, splitting.size, self._step_batch(), is_used)
+        return self._parity.layouts(call, trial, cut, splitting, counts, modules, anew)
 
     def _trial(self, call: Call, splitting: Splitting) -> Trial:
         return Trial(self.cutter.forward, call, splitting, self.devices, self._units)
@@ -283,10 +289,13 @@ class Pipeline:
             argument = given.argument(tensor)
             return shadow.original(tensor) if argument is None and shadow else argument
 
-        output = Output(
-            *(results, known, counts, self.devices[0], layouts),
-            [traveller.stand_ins.latest for traveller in passage.travellers],
-        )
+        latest = [traveller.stand_ins.latest for traveller in passage.travellers]
+        given_out = results, known, counts, self.devices[0]
+        try:
+            output = Output(*given_out, layouts, latest, guess=False)
+        except Undecided:
+            layouts = self._checked(call, cut, splitting, counts, anew=True)
+            output = Output(*given_out, layouts, latest, guess=True)
         passage.settle()
         replaced = output.replace(output.wanting())
         if torch.is_grad_enabled():
