@@ -12,6 +12,7 @@ Backward is its mirror: it begins with the last stage and the last micro-batch.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,25 +61,29 @@ def timetable(way: tuple[int, ...], chunks: int, doors: int) -> Timetable:
         door 0  0.0  1.0  0.2  1.2  2.0  3.0  2.2  3.2
         door 1       0.1  1.1  0.3  1.3  2.1  3.1  2.3  3.3      (micro-batch.stage)
 
-    No more micro-batches are on their way at once than it takes to be that quick; each needs a
-    thread.
+    Few micro-batches are on their way at once, as many as it takes to be that quick (or up to twice
+    as many), since each needs a thread.
 
     Args:
         way: The door of each visit, in order.
         chunks: Micro-batches.
         doors: How many doors there are.
     """
-    ticks, at_once = min(
-        (
-            (_visits(way, chunks, at_once, depth_first), at_once)
-            for depth_first in (True, False)
-            for at_once in range(min(doors, chunks), chunks + 1)
-        ),
-        key=lambda found: (len(found[0]), found[1]),
-    )
-    made = [visit for tick in ticks for visit in tick]
-    orders = (tuple(v for v in made if way[v.number] == door) for door in range(doors))
-    return Timetable(tuple(map(tuple, ticks)), tuple(orders), at_once)
+    shortest = min(len(_visits(way, chunks, chunks, first)) for first in (True, False))
+    at_once = min(doors, chunks)
+    ticks = _quickest(way, chunks, at_once)
+    while len(ticks) > shortest:
+        at_once = min(2 * at_once, chunks)
+        ticks = _quickest(way, chunks, at_once)
+    orders: list[list[Visit]] = [[] for _ in range(doors)]
+    for visit in itertools.chain(*ticks):
+        orders[way[visit.number]].append(visit)
+    return Timetable(tuple(map(tuple, ticks)), tuple(map(tuple, orders)), at_once)
+
+
+def _quickest(way: Sequence[int], chunks: int, at_once: int) -> list[list[Visit]]:
+    """The visits of each tick, in the better of the two orders."""
+    return min((_visits(way, chunks, at_once, first) for first in (True, False)), key=len)
 
 
 def _visits(way: Sequence[int], chunks: int, at_once: int, depth_first: bool) -> list[list[Visit]]:
