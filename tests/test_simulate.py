@@ -12,7 +12,7 @@ from lightning_mgpu.engine.pipelining import schedule, simulate
 from lightning_mgpu.engine.pipelining.schedule import Task
 from lightning_mgpu.engine.pipelining.simulate import Link, Load
 from lightning_mgpu.plan.ledger import CALLER, Holders
-from lightning_mgpu.plan.options import Options
+from lightning_mgpu.plan.options import Checkpoint, Options
 from lightning_mgpu.plan.predict import memory, predict
 from lightning_mgpu.plan.profile import Profile, Sample, Span, Weights
 from lightning_mgpu.plan.stages import Stages
@@ -212,23 +212,25 @@ def test_links_go_one_way() -> None:
 def test_memory_of_each_way_to_checkpoint() -> None:
     # Both stages: what their layers keep, and what passes between them; the batch is not passed.
     weights = [1 + 2 + 3 + 10 + 20 + 30 + 1000, 100 + 200 + 300]
-    for checkpoint, expected in (
-        ("never", [64 * 1111, 64 * 11001]),
-        ("except_last", [16 * 1111, 3 * 16 * 1001 + 16 * 11001]),
-        ("always", [16 * 1111, 4 * 16 * 1001 + 16 * 11001]),
-    ):
-        found = memory(_stages(2), 4, checkpoint)  # type: ignore[arg-type]
+    cases: dict[Checkpoint, list[int]] = {
+        "never": [64 * 1111, 64 * 11001],
+        "except_last": [16 * 1111, 3 * 16 * 1001 + 16 * 11001],
+        "always": [16 * 1111, 4 * 16 * 1001 + 16 * 11001],
+    }
+    for checkpoint, expected in cases.items():
+        found = memory(_stages(2), 4, checkpoint)
         assert found == pytest.approx([a + b for a, b in zip(weights, expected, strict=True)])
 
 
 def test_memory_of_several_stages_on_a_device() -> None:
     weights = 1 + 2 + 3 + 10 + 20 + 30 + 1000 + 100 + 200 + 300
-    for checkpoint, expected in (
-        ("never", 64 * 1111 + 64 * 11001),
-        ("except_last", 3 * 16 * 1001 + 16 * 1111 + 16 * 11001),
-        ("always", 4 * 16 * 1001 + 16 * 11001),
-    ):
-        found = memory(_stages(2), 4, checkpoint, devices=1)  # type: ignore[arg-type]
+    cases: dict[Checkpoint, int] = {
+        "never": 64 * 1111 + 64 * 11001,
+        "except_last": 3 * 16 * 1001 + 16 * 1111 + 16 * 11001,
+        "always": 4 * 16 * 1001 + 16 * 11001,
+    }
+    for checkpoint, expected in cases.items():
+        found = memory(_stages(2), 4, checkpoint, devices=1)
         assert found == pytest.approx([weights + expected])
 
 

@@ -32,7 +32,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _import_quickly(loader: importlib.abc.Loader) -> None:
     def exec_module(module: ModuleType) -> None:
         # As it was, so that the module has the loader that it always has.
-        del loader.exec_module  # type: ignore[method-assign]
+        del vars(loader)["exec_module"]
         with _no_collection():
             if module.__name__ == "torchmetrics":
                 with _stand_ins():
@@ -40,7 +40,7 @@ def _import_quickly(loader: importlib.abc.Loader) -> None:
             else:
                 loader.exec_module(module)
 
-    loader.exec_module = exec_module  # type: ignore[method-assign]
+    vars(loader)["exec_module"] = exec_module
 
 
 @contextlib.contextmanager
@@ -74,8 +74,8 @@ def _stand_ins() -> Iterator[None]:
     modules = {name: ModuleType(name) for name in contents}
     for name, module in modules.items():
         vars(module).update(contents[name])
-    modules["matplotlib"].axes = modules["matplotlib.axes"]  # type: ignore[attr-defined]
-    modules["matplotlib"].pyplot = modules["matplotlib.pyplot"]  # type: ignore[attr-defined]
+    for name in ("axes", "pyplot"):
+        vars(modules["matplotlib"])[name] = modules[f"matplotlib.{name}"]
     if any(name in sys.modules for name in modules):  # somebody needs the real ones
         yield
         return
