@@ -7,7 +7,7 @@ what cannot be merged is told.
 
 import operator
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning_mgpu.engine.replication.additions import AdditionWatch
 from lightning_mgpu.engine.replication.copies import Copy
 from lightning_mgpu.engine.replication.holdings import Holding, state_of
 from lightning_mgpu.engine.replication.judge import Change, Judge
-from lightning_mgpu.engine.replication.remap import LONG_DICT
+from lightning_mgpu.engine.replication.places import Places
 from lightning_mgpu.engine.replication.tensors import TensorCopy
 from lightning_mgpu.engine.replication.tracked import (
     Additions,
@@ -70,9 +70,9 @@ class Effects:
             befores = [copied.before[index] for copied in self._copies]
             where = type(original).__name__
             was = self._copies[0].was[index]
-            self._merge_entries(_Places(vars(original), was, nows, befores, where))
+            self._merge_entries(Places(vars(original), was, nows, befores, where))
 
-    def _merge_entries(self, places: "_Places") -> None:
+    def _merge_entries(self, places: Places) -> None:
         """Attributes, or entries of a dict, that any replica has changed."""
         for key in places.changed():
             if not places.is_dict and key in self._copies[0].passed_over:
@@ -236,7 +236,7 @@ class Effects:
                     dict.__delitem__(original, key)
         nows = [holding.copied for holding in holdings]
         befores = [holding.before for holding in holdings]
-        places = _Places(original, first.was, nows, befores, first.where, is_dict=True)
+        places = Places(original, first.was, nows, befores, first.where, is_dict=True)
         if not isinstance(original, Counter):
             self._merge_entries(places)
             return
@@ -265,7 +265,7 @@ class Effects:
         nows = [dict(enumerate(holding.copied[:size])) for holding in holdings]
         befores = [dict(enumerate(holding.before)) for holding in holdings]
         target, was = dict(enumerate(first.original[:size])), dict(enumerate(first.was))
-        self._merge_entries(_Places(target, was, nows, befores, first.where, is_dict=True))
+        self._merge_entries(Places(target, was, nows, befores, first.where, is_dict=True))
         first.original[:size] = target.values()
 
     def _merge_array(self, first: Holding, holdings: Sequence[Holding]) -> None:
@@ -285,7 +285,7 @@ class Effects:
         target = dict(held)
         nows = [state_of(holding.copied) for holding in holdings]
         befores = [holding.before for holding in holdings]
-        self._merge_entries(_Places(target, first.was, nows, befores, first.where))
+        self._merge_entries(Places(target, first.was, nows, befores, first.where))
         for key, value in target.items():
             if value is not held.get(key, MISSING):
                 object.__setattr__(first.original, key, value)
@@ -300,68 +300,6 @@ class Effects:
                 for tensor in copied.tensors:
                     self._back[id(tensor.copied)] = tensor.original
         return self._back.get(id(value), untracked(value))
-
-
-class _Places:
-    """The entries of one dict, or the attributes of one object, on all replicas.
-
-    Args:
-        target: The master's now.
-        was: The master's at the start of the step.
-        nows: The others' now.
-        befores: The others' at the start of the step.
-        where: What they are the entries of.
-        is_dict: Whether it is a dict rather than attributes.
-        counts: Whether all numbers in it are counts.
-    """
-
-    def __init__(
-        self,
-        target: dict[Any, Any],
-        was: Mapping[Any, Any],
-        nows: Sequence[Mapping[Any, Any]],
-        befores: Sequence[Mapping[Any, Any]],
-        where: str,
-        is_dict: bool = False,
-        counts: bool = False,
-    ) -> None:
-        self.target, self.was, self.nows, self.befores = target, was, nows, befores
-        self.is_dict, self.counts = is_dict, counts
-        self._where = where
-
-    def name(self, key: Any) -> str:
-        return f"{self._where}[{key!r}]" if self.is_dict else f"{self._where}.{key}"
-
-    def owner(self, key: Any) -> str:
-        """What warnings about a key are said once for."""
-        return self._where if self.is_dict else self.name(key)
-
-    def is_long(self) -> bool:
-        """Whether it is a dict too long for its numbers to be tracked."""
-        return self.is_dict and len(self.was) > LONG_DICT
-
-    def changed(self) -> list[Any]:
-        """The keys under which any replica has put something else."""
-        keys: dict[Any, None] = {}
-        for now, before in ((self.target, self.was), *zip(self.nows, self.befores, strict=True)):
-            same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
-            if not same:
-                for key, value in now.items():
-                    if value is not before.get(key, MISSING):
-                        keys[key] = None
-        return list(keys)
-
-    def as_counts(self) -> "_Places":
-        """The same for a `Counter`, in which what is missing counts zero."""
-        for key in dict.fromkeys(key for now in self.nows for key in now):
-            self.target.setdefault(key, 0)
-        keys = [*self.target]
-        self.was, *self.befores = (
-            {key: held.get(key, 0) for key in keys} for held in (self.was, *self.befores)
-        )
-        self.nows = [{key: now.get(key, 0) for key in keys} for now in self.nows]
-        self.counts = True
-        return self
 
 
 def _is_refilled(now: Sequence[Any], before: Sequence[Any]) -> bool:
