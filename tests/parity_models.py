@@ -97,6 +97,20 @@ class HalfFrozen(Model):
         return nn.Sequential(frozen, nn.Tanh(), nn.Linear(8, 3))
 
 
-MODELS = (FrozenBatchNorm, NoDropout, Recurrent, Tied, Embedded, GradientPenalty, HalfFrozen)
+class Flattening(Recurrent):
+    """Asks for the weights to be moved side by side, as models for several GPUs do."""
+
+    class Net(Recurrent.Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.lstm.flatten_parameters()
+            return super().forward(x)
+
+    build = Net
+
+
+MODELS = (
+    *(FrozenBatchNorm, NoDropout, Recurrent, Flattening),
+    *(Tied, Embedded, GradientPenalty, HalfFrozen),
+)
 UNPICKLABLE_MODELS = (WeightNorm, SpectralNorm)
 """Torch pickles no parametrised modules, so they cannot be sent to other processes."""

@@ -47,7 +47,7 @@ class Strategy:
 
 
 _DOUBLE_BACKWARD = frozenset({"GradientPenalty"})
-_TWO_LAYERS = frozenset({"Recurrent", "Embedded"})
+_TWO_LAYERS = frozenset({"Recurrent", "Flattening", "Embedded"})
 # Changes its buffers with each micro-batch.
 _STATEFUL = frozenset({"SpectralNorm"})
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine.leaves import set_data
 from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.replication.structure import MAX_CONTAINER
 from lightning_mgpu.engine.workers import Workers
@@ -211,6 +212,49 @@ def test_memory_of_ones_own_follows_the_master(own_memory: bool, workers: Worker
             copied(torch.ones(1, 3)).sum().backward()
     totals = made.take_gradients(workers, 2)
     assert totals[[p is net.first.weight for p in made.parameters].index(True)] is not None
+
+
+def test_copy_whose_memory_was_taken_from_it_follows_the_master_again() -> None:
+    net = Net()
+    made = replicas(net, own_memory=True)
+    with made.step(2) as (_, copied):
+        weight = copied.first.weight
+    set_data(weight, weight.detach().clone())  # as cuDNN does, to have weights side by side
+    with torch.no_grad():
+        net.first.weight.fill_(5.0)
+    with made.step(2) as (_, copied):
+        assert copied.first.weight.unique().tolist() == [5.0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize("own_memory", [False, True])
+def test_recurrent_layers_have_the_weights_they_have_a_list_of(own_memory: bool) -> None:
+    net = Recurrent()
+    flat = net.lstm._flat_weights
+    made = replicas(net, own_memory=own_memory)
+    for _ in range(2):
+        with made.step(2) as modules:
+            for index, module in enumerate(modules):
+                # Else it moves them to other memory, on an accelerator.
+                assert not module.lstm._weights_have_changed()
+                listed = {id(weight) for weight in module.lstm._flat_weights}
+                assert listed <= {id(leaf) for leaf in made.leaves_of(index)}
+                module.lstm.flatten_parameters()
+        assert net.lstm._flat_weights is flat
+        assert "flatten_parameters" not in vars(net.lstm)
+        assert not net.lstm._weights_have_changed()
+    net.double()  # makes the list anew
+    with made.step(2) as modules:
+        assert not any(module.lstm._weights_have_changed() for module in modules)
+        assert modules[1](torch.ones(1, 1, 3, dtype=torch.float64)) is not None
 
 
 def test_freezing_and_swapped_storage_reach_the_copy() -> None:

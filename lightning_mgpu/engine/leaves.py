@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine.device import copy_into
+
 __all__: list[str] = []
 
 
@@ -56,6 +58,7 @@ class Leaves:
         self._parameters = list(parameters)
         elsewhere = any(parameter.device != device for parameter in parameters)
         self._buckets: list[_Bucket] = []
+        self._views: list[tuple[nn.Parameter, Tensor]] = []
         self.leaves: list[nn.Parameter] = [_alias(p, p.detach()) for p in parameters]
         self._shown: list[Tensor | None] = [None] * len(self.leaves)
         if elsewhere if own_memory is None else own_memory:
@@ -74,6 +77,9 @@ class Leaves:
                 set_data(leaf, parameter.data)  # somebody has swapped the storage
         for bucket in self._buckets:
             bucket.refresh()
+        for own, view in self._views:
+            if own.data_ptr() != view.data_ptr():
+                set_data(own, view)
 
     def is_alias(self) -> bool:
         """Whether the leaves are aliases, which count their writes together with the parameters."""
@@ -134,6 +140,7 @@ class Leaves:
             self._buckets.append(bucket)
             for i, view in zip(indices, bucket.views, strict=True):
                 self.leaves[i] = _alias(self._parameters[i], view)
+                self._views.append((self.leaves[i], view))
 
 
 class _Bucket:
@@ -150,7 +157,7 @@ class _Bucket:
 
     def refresh(self) -> None:
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])
-        self._flat.copy_(flat, non_blocking=True)
+        copy_into(self._flat, flat)
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ from typing import Any
 
 __all__: list[str] = []
 
-_MISSING = object()
+MISSING: Any = object()
+"""What is in a place that is empty."""
 
 
 class Patches:
@@ -29,7 +30,10 @@ class Patches:
         """Take them out, unless the step has put something in their place."""
         for holder, key, old, new in self._patches:
             if _at(holder, key) is new:
-                holder[key] = old
+                if old is MISSING:
+                    del holder[key]
+                else:
+                    holder[key] = old
 
     def is_stale(self) -> bool:
         """Whether a place no longer holds what it did."""
@@ -40,4 +44,4 @@ def _at(holder: Any, key: Any) -> Any:
     try:
         return holder[key]
     except (KeyError, IndexError):
-        return _MISSING
+        return MISSING

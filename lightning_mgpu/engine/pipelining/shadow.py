@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine import recurrent
 from lightning_mgpu.engine.leaves import Leaves
 from lightning_mgpu.engine.patches import Patches
 
@@ -120,7 +121,7 @@ class Shadow:
         for module in self._holders:
             stage = self._stage_of.get(id(module))
 
-            def leaf_of(parameter: nn.Parameter, stage: int | None = stage) -> Any:
+            def leaf_of(parameter: Tensor, stage: int | None = stage) -> Any:
                 if stage is None:
                     return self._leaves.leaves[self._index[id(parameter)]]
                 return self.borrow(parameter, stage)
@@ -128,8 +129,5 @@ class Shadow:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     patches.append((module._parameters, name, parameter, leaf_of(parameter)))
-            flat = vars(module).get("_flat_weights")  # recurrent layers keep a list of their own
-            if isinstance(flat, list):
-                leaves = [leaf_of(w) if id(w) in self._index else w for w in flat]
-                patches.append((vars(module), "_flat_weights", flat, leaves))
+            patches += recurrent.stand_ins(module, leaf_of)
         return patches

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_mgpu.engine import recurrent
 from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.compiled import (
     COMPILED_ATTRIBUTES,
@@ -136,6 +137,9 @@ class Copy(Replica):
                     self._update_attributes(state, vars(copied), skip)
             else:
                 self._update_attributes(state, vars(copied), skip)
+            if isinstance(copied, nn.RNNBase):
+                for holder, key, _, new in recurrent.stand_ins(copied, lambda weight: weight):
+                    holder[key] = new
 
     def _is_as_before(self, index: int, state: dict[str, Any], copied: dict[str, Any]) -> bool:
         """Whether one of torch's layers has the attributes that it had, and no hooks."""

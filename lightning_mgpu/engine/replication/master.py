@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
+from lightning_mgpu.engine import recurrent
 from lightning_mgpu.engine.patches import Patches
 from lightning_mgpu.engine.replication.replica import Replica
 from lightning_mgpu.engine.replication.structure import Structure
@@ -22,7 +23,10 @@ class Master(Replica):
         super().__init__(structure, *args)
         self.module = structure.modules[0]
         self._parts = [_parts(module) for module in structure.modules]
-        self._patches = Patches([*self._stand_ins(), *_uncompiled(structure.modules)])
+        patches = [*self._stand_ins(), *_uncompiled(structure.modules)]
+        for module in structure.modules:
+            patches += recurrent.stand_ins(module, self.remap)
+        self._patches = Patches(patches)
         self.overrides: Mapping[str, Any] = {}
 
     def is_stale(self) -> bool:
@@ -93,4 +97,5 @@ def _parts(module: nn.Module) -> list[Any]:
         *map(id, parameters.values()),
         *modules,
         *map(id, modules.values()),
+        id(vars(module).get("_flat_weights")),
     ]
