@@ -26,7 +26,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mgpu import DDPStrategy
+from lightning_mgpu import DDPStrategy, PipelineDDPStrategy
 from lightning_mgpu.launch.errors import LaunchError, UnpicklableError
 from lightning_mgpu.launch.pool import default_pool
 from lightning_mgpu.launch.rank import Rank
@@ -522,3 +522,18 @@ def test_notebook_like_driver_without_a_script() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert done.stdout.split()[-1:] == ["0.0"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        (DDPStrategy, {"cuda:0": "cuda:1"}),
+        (PipelineDDPStrategy, {"cuda:0": "cuda:2", "cuda:1": "cuda:3"}),
+    ],
+)
+def test_tensors_of_rank_zeros_devices_go_to_those_of_the_rank(
+    strategy: Any, expected: dict[str, str]
+) -> None:
+    devices = [torch.device("cuda", index) for index in range(4)]
+    launcher = PoolLauncher(None, strategy(parallel_devices=devices).devices_of)
+    assert launcher._locations(1) == expected

@@ -1,6 +1,7 @@
 """Imports point one way; held against the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ _MAY_IMPORT = {
     "ray": {"ray", "strategies", "engine", "launch", "report", "build", "errors"},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "report")
+_ASKS = r"device\.type$|\.is_cuda$|^torch\.(cuda|xpu|mps)\b"
 _FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -39,6 +41,21 @@ def test_imports_point_down(file: Path) -> None:
             assert names[0] not in ("lightning", "torchmetrics"), f"{file.name} imports {module}"
         assert names[0] != "torch" or part != "report", f"{file.name} imports {module}"
         assert names[0] != "ray" or part == "ray", f"{file.name} imports {module}"
+
+
+@pytest.mark.parametrize("part", ["engine", "strategies", "plan"])
+def test_only_one_file_asks_what_kind_a_device_is(part: str) -> None:
+    room = PACKAGE / "engine" / "device.py"
+    for file in sorted((PACKAGE / part).rglob("*.py")):
+        if file == room:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                text = ast.unparse(node)
+                asks = re.search(
+                    r"(device|_DEVICE)\.type$|\.is_cuda$|^torch\.(cuda|xpu|mps)\b", text
+                )
+                assert not asks, f"{file.relative_to(PACKAGE)}:{node.lineno}: {text}"
 
 
 def test_engine_shares_nothing_but_its_own_files() -> None:

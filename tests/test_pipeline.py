@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,33 @@ def test_seeded_runs_repeat_bit_for_bit(checkpoint: Any, per_device: int) -> Non
             assert torch.equal(other[name], value), name
 
 
-def test_recomputation_draws_the_same_masks() -> None:
+class Drawing(parity_models.Model):
+    """Draws in several ways, each of them within a layer."""
+
+    class Layer(nn.Module):
+        def __init__(self, features: int, draw: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.linear, self.draw = nn.Linear(6, features), draw
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.draw(self.linear(x))
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(
+            self.Layer(6, lambda x: x * torch.rand(x.shape)),
+            self.Layer(6, lambda x: torch.native_dropout(x, 0.5, True)[0]),  # takes no generator
+            self.Layer(6, lambda x: nn.functional.rrelu(x, training=True)),
+            self.Layer(3, lambda x: x + torch.randn_like(x)),
+        )
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", [Dropping, Drawing])
+def test_recomputation_draws_the_same_masks(kind: type[parity_models.Model]) -> None:
     weights = []
     for checkpoint in ("never", "except_last", "always"):
         torch.manual_seed(1)
-        model = Dropping()
+        model = kind()
         _fit(model, checkpoint=checkpoint, max_epochs=2)
         weights.append(model.state_dict())
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-12)

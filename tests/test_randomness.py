@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine.device import HOST
 from lightning_mgpu.engine.randomness import RandomStreams
 
 
@@ -106,6 +107,22 @@ def test_a_stream_goes_on_where_it_was_left() -> None:
         with stream.entered():
             second = torch.rand(4)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", DRAWS)
+def test_numbers_drawn_again_while_their_stream_is_entered_are_the_same(name: str) -> None:
+    with started().step("step", 1) as (stream,):
+        with stream.entered():
+            state = stream.state(HOST)
+            first, second = DRAWS[name](), DRAWS[name]()
+        with stream.entered():
+            with stream.at(state, HOST):
+                again = [DRAWS[name](), DRAWS[name]()]
+            third = DRAWS[name]()
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    assert not torch.equal(second, third)
 
 
 def test_generators_that_are_given_are_used() -> None:

@@ -4,11 +4,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.slot import on_caller
 from lightning_mgpu.engine.workers import LockstepError, Workers
 
@@ -268,3 +271,32 @@ def test_task_that_ends_while_others_call_is_refused(workers: Workers) -> None:
     with pytest.raises(LockstepError, match=r"Task 1 calls `step`.*but task 0 has ended"):
         workers.run([lambda: None, lambda: on_caller("step", int)])
     assert workers.run([lambda: 1]) == [1]
+
+
+@pytest.fixture
+def recorded() -> Iterator[tuple[nn.Module, Recorder]]:
+    layer = nn.BatchNorm1d(2)
+    recorder = Recorder([layer])
+    recorder.attach()
+    yield layer, recorder
+    recorder.detach()
+
+
+def test_batch_norm_in_a_thread_of_nobody_counts(
+    workers: Workers, recorded: tuple[nn.Module, Recorder]
+) -> None:
+    layer, recorder = recorded
+    workers.run([lambda: layer(torch.randn(4, 2))])
+    # Autograd has threads of its own for accelerators, in which it may compute again.
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(layer, torch.randn(4, 2)).result()
+    assert len(recorder.take()[0]) == 2
+
+
+def test_batch_norm_in_the_thread_of_another_slot_is_refused(
+    workers: Workers, recorded: tuple[nn.Module, Recorder]
+) -> None:
+    layer, _ = recorded
+    workers.run([lambda: layer(torch.randn(4, 2))])
+    with pytest.raises(RuntimeError, match="is called in the step of another"):
+        workers.run([lambda: None, lambda: layer(torch.randn(4, 2))])

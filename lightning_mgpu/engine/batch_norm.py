@@ -4,7 +4,6 @@ Each part (a replica's shard, a pipeline's micro-batch) is normalised with its o
 variance, but the running statistics are updated once, with those of the whole batch.
 """
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_mgpu.engine.slot import slot_here
 
 __all__: list[str] = []
 
@@ -52,11 +53,11 @@ class Recorder:
         self.layers = list(layers)
         self._part = part
         self._state = {id(layer): _Layer() for layer in layers}
-        self._thread: int | None = None
+        self._slot: int | None = None
 
     def attach(self) -> None:
-        """Hook into the layers, for the thread that first calls one."""
-        self._thread = None
+        """Hook into the layers, for the slot that first calls one."""
+        self._slot = None
         for layer in self.layers:
             layer._forward_pre_hooks[_HOOK] = self._before  # type: ignore[index]
             layer._forward_hooks[_HOOK] = self._after  # type: ignore[index]
@@ -82,8 +83,10 @@ class Recorder:
     def _before(self, layer: Any, _: Any) -> None:
         if not layer.training or layer.running_mean is None:
             return
-        self._thread = self._thread or threading.get_ident()
-        if self._thread != threading.get_ident() and self._part is None:
+        here = slot_here()
+        if self._slot is None:
+            self._slot = here
+        if here not in (None, self._slot) and self._part is None:
             raise RuntimeError(
                 f"A `{type(layer).__name__}` of one replica is called in the step of another, by a"
                 " reference that was not found when the model was copied. Keep modules in plain"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu.engine.device import has_float64
+
 __all__: list[str] = []
 
 # Relative to the largest magnitude in a tensor, so that sums over many terms, which depend on
@@ -155,7 +157,7 @@ def _of_integers(whole: Tensor, joined: Tensor) -> str | None:
 
 def _of_floats(whole: Tensor, joined: Tensor, tolerance: float) -> str | None:
     kind = torch.complex128 if whole.is_complex() or joined.is_complex() else torch.float64
-    if whole.device.type == "mps":  # which has no float64
+    if not has_float64(whole.device):
         whole, joined = whole.cpu(), joined.cpu()
     a, b = whole.to(kind), joined.to(kind)
     nan_a, nan_b = a.isnan(), b.isnan()

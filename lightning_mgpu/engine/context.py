@@ -1,63 +1,52 @@
 """What torch keeps per thread, carried from the caller to a worker."""
 
 import contextvars
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from lightning_mgpu.engine import device as kinds
+
 __all__: list[str] = []
-
-
-# Kinds of which there is but one device.
-_SINGLE = ("cpu", "meta")
-
-
-def make_current(device: torch.device) -> None:
-    """Have a device be the calling thread's current one of its kind."""
-    if device.type not in _SINGLE:
-        torch.get_device_module(device).set_device(device)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which a device is the current one of its kind."""
-    if device.type in _SINGLE:
-        return nullcontext()
-    made: AbstractContextManager[None] = torch.get_device_module(device).device(device)
-    return made
 
 
 @dataclass(frozen=True)
 class ThreadContext:
     """The thread-local state of one thread, to be entered in others.
 
-    Gradient mode, inference mode, autocast, the default device and context variables are a
-    thread's own. (Default dtype, determinism and anomaly detection are the process's.)
+    Gradient mode, inference mode, autocast, the default device, current streams and context
+    variables are a thread's own. (Default dtype, determinism and anomaly detection are the
+    process's.)
     """
 
     grad: bool
     inference: bool
     autocast: tuple[tuple[str, torch.dtype], ...]
     default_device: torch.device | None
+    streams: tuple[Any, ...]
     variables: contextvars.Context
 
     @classmethod
-    def capture(cls) -> "ThreadContext":
-        """The calling thread's state."""
-        kinds = {"cpu"}
-        if torch.accelerator.is_available():
-            kinds.add(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr]
+    def capture(cls, devices: Sequence[torch.device] = ()) -> "ThreadContext":
+        """The calling thread's state.
+
+        Args:
+            devices: Whose current streams are part of it.
+        """
         device = torch.get_default_device()
         return cls(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             tuple(
                 (kind, torch.get_autocast_dtype(kind))
-                for kind in sorted(kinds)
+                for kind in kinds.autocast_kinds()
                 if torch.is_autocast_enabled(kind)
             ),
-            device if device.type != "cpu" else None,
+            device if device != kinds.HOST else None,
+            kinds.side_streams(devices),
             contextvars.copy_context(),
         )
 
@@ -68,8 +57,9 @@ class ThreadContext:
         Context variables are not entered; run in `variables.copy()` for them.
         """
         with ExitStack() as stack:
-            if device.type == "cuda":
-                stack.enter_context(torch.cuda.device(device))
+            for stream in self.streams:
+                stack.enter_context(kinds.on_stream(stream))
+            stack.enter_context(kinds.on_device(device))
             if self.inference:
                 stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.set_grad_enabled(self.grad))

@@ -1,6 +1,8 @@
 """The part that our dispatch modes have in common."""
 
-from torch.utils._python_dispatch import TorchDispatchMode
+from typing import TypeVar
+
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 __all__: list[str] = []
 
@@ -19,3 +21,12 @@ class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
+
+
+Mode = TypeVar("Mode", bound=EagerMode)
+
+
+def innermost(kind: type[Mode]) -> Mode | None:
+    """The mode of a kind that was entered last, here or where this thread has its state from."""
+    entered = reversed(_get_current_dispatch_mode_stack())
+    return next((mode for mode in entered if isinstance(mode, kind)), None)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lightning_mgpu.engine.device import random_state, set_random_state
+
 __all__: list[str] = []
 
 
@@ -32,20 +34,16 @@ class RandomState:
         """Put the generators back to where they were."""
         torch_cpu, accelerator, python, numpy = self._state
         torch.default_generator.set_state(torch_cpu)
-        if accelerator is not None:
-            torch.get_device_module(self._device).set_rng_state(accelerator, self._device)
+        set_random_state(self._device, accelerator)
         random.setstate(python)
         if numpy is not None:
             sys.modules["numpy"].random.set_state(numpy)
 
     def _now(self) -> tuple[Any, ...]:
-        accelerator = None
-        if self._device.type != "cpu":
-            accelerator = torch.get_device_module(self._device).get_rng_state(self._device)
         numpy = sys.modules.get("numpy")
         return (
             torch.default_generator.get_state(),
-            accelerator,
+            random_state(self._device),
             random.getstate(),
             None if numpy is None else numpy.random.get_state(),
         )

@@ -1,19 +1,29 @@
 """Random numbers that do not depend on which thread comes first.
 
-torch has one generator for the CPU, shared by all threads. Here each task draws from a generator of
-its own, seeded from the caller's, so that seeded runs repeat bit for bit.
+torch has one generator a device, shared by all threads. Where several threads draw at once, which
+is so on the CPU, each task here draws from a generator of its own, seeded from the caller's, so
+that seeded runs repeat bit for bit. On an accelerator with one slot, the order is that slot's.
 """
 
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from lightning_mgpu.engine.dispatch import EagerMode
+from lightning_mgpu.engine.device import (
+    HOST,
+    default_generator,
+    is_accelerator,
+    put_generator,
+    random_state,
+    set_random_state,
+)
+from lightning_mgpu.engine.dispatch import EagerMode, innermost
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +39,14 @@ class RandomStreams:
     is done in the first step of each kind, and goes on for those kinds that turn out to draw. That
     one begins to draw later shows in torch's generator, and is told in a warning, since that one
     step cannot be repeated exactly.
+
+    Args:
+        devices: Those on which tasks compute side by side, each as often as tasks do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
+        counts = Counter(devices)
+        self._shared = [d for d in counts if counts[d] > 1 and is_accelerator(d)]
         self._draws: dict[str, bool] = {}
         self._base = b""
         self._count = 0
@@ -46,7 +61,7 @@ class RandomStreams:
     def finish(self) -> None:
         """Let torch's generator move on if the streams were used, so that a next run differs."""
         if any(self._draws.values()):
-            torch.default_generator.set_state(_generator(self._seed(-1)).get_state())
+            torch.default_generator.set_state(_generator(HOST, self._seed(-1)).get_state())
         self._draws = {}
 
     @contextmanager
@@ -60,14 +75,14 @@ class RandomStreams:
                 of this very step will be needed again.
         """
         supply = always or self._draws.get(kind, True)
-        streams = [Stream(self._seed(slot), supply) for slot in range(slots)]
+        streams = [Stream(self._seed(slot), supply, self._shared) for slot in range(slots)]
         self._count += 1
-        before = None if supply else torch.default_generator.get_state()
+        before = [] if supply else self._now()
         yield streams
         if supply:
             drawn = any(stream.drawn for stream in streams)
             self._draws[kind] = self._draws.get(kind, False) or drawn
-        elif not torch.equal(before, torch.default_generator.get_state()):  # type: ignore[arg-type]
+        elif not all(map(torch.equal, before, self._now())):
             self._draws[kind] = True
             log.warning(
                 "%s drew random numbers for the first time after steps that drew none, so those of"
@@ -76,6 +91,10 @@ class RandomStreams:
                 kind,
             )
 
+    def _now(self) -> list[torch.Tensor]:
+        """Where torch's generators are."""
+        return [default_generator(device).get_state() for device in (HOST, *self._shared)]
+
     def _seed(self, slot: int) -> int:
         text = b"%b %d %d" % (self._base, self._count, slot)
         digest = hashlib.blake2b(text, digest_size=8).digest()
@@ -83,74 +102,84 @@ class RandomStreams:
 
 
 class Stream:
-    """The random numbers of one slot in one step. Entered again, in backward, it goes on."""
+    """The random numbers of one slot in one step. Entered again, in backward, it goes on.
 
-    def __init__(self, seed: int, supply: bool) -> None:
-        self._seed, self._supply = seed, supply
-        self._generator = _generator(seed)
-        self._mode = _SupplyGenerator(self._generator) if supply else None
+    Args:
+        seed: Of all its generators.
+        supply: Whether to hand them to operations.
+        shared: The accelerators on which it has generators of its own, as on the CPU.
+    """
+
+    def __init__(self, seed: int, supply: bool, shared: Sequence[torch.device] = ()) -> None:
+        self._seed, self._shared = seed, shared
+        self._generators = {HOST: _generator(HOST, seed)}
+        self._mode = _SupplyGenerator(self) if supply else None
 
     @property
     def drawn(self) -> bool:
         """Whether an operation has drawn from it."""
         return self._mode is not None and self._mode.drawn
 
-    def again(self) -> "Stream":
-        """The same numbers from the beginning."""
-        return Stream(self._seed, self._supply)
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """Its own on a device; `None` where it draws from the device's."""
+        if device in self._shared and device not in self._generators:
+            self._generators[device] = _generator(device, self._seed)
+        return self._generators.get(device)
 
     def state(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where it is, together with a device's own generator."""
-        elsewhere = None
-        if device.type != "cpu":
-            elsewhere = torch.get_device_module(device.type).get_rng_state(device)
-        return self._generator.get_state(), elsewhere
+        """Where it is, on the host and on a device."""
+        own = self.generator(device)
+        elsewhere = random_state(device) if own is None else own.get_state()
+        return self._generators[HOST].get_state(), elsewhere
 
     @contextmanager
     def at(
         self, state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device
     ) -> Iterator[None]:
         """Draw the same numbers as from `state` on, in the calling thread."""
-        other = Stream(self._seed, self._supply)
-        numbers, elsewhere = state
-        other._generator.set_state(numbers)
-        if elsewhere is None:
-            with other.entered():
-                yield
-            return
-        on = torch.get_device_module(device.type)
-        now = on.get_rng_state(device)
-        on.set_rng_state(elsewhere, device)
+        now = self.state(device)
+        self._go_to(state, device)
         try:
-            with other.entered():
+            # (Not entered twice: the outer mode would see what the inner one has done.)
+            is_entered = getattr(_local, "stream", None) is self
+            with nullcontext() if is_entered else self.entered():
                 yield
         finally:
-            on.set_rng_state(now, device)
+            self._go_to(now, device)
+
+    def _go_to(self, state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+        numbers, elsewhere = state
+        self._generators[HOST].set_state(numbers)
+        own = self.generator(device)
+        if own is None:
+            set_random_state(device, elsewhere)
+        elif elsewhere is not None:
+            own.set_state(elsewhere)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Draw from this stream in the calling thread."""
-        before = getattr(_local, "generator", None)
-        _local.generator = self._generator
+        before = getattr(_local, "stream", None)
+        _local.stream = self
         try:
-            with _thread_aware, self._mode or nullcontext():
+            with _thread_aware(self._shared), self._mode or nullcontext():
                 yield
         finally:
-            _local.generator = before
+            _local.stream = before
 
 
-def _generator(seed: int) -> torch.Generator:
-    generator = torch.Generator()
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    generator = torch.Generator(device)
     generator.manual_seed(seed)
     return generator
 
 
 class _SupplyGenerator(EagerMode):
-    """Hands operations that draw on the CPU a generator, where they were not given one."""
+    """Hands operations that draw a stream's generator, where they were not given one."""
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, stream: Stream) -> None:
         super().__init__()
-        self._generator = generator
+        self.stream = stream
         self.drawn = False
 
     def __torch_dispatch__(
@@ -167,24 +196,28 @@ class _SupplyGenerator(EagerMode):
             if decomposed is not NotImplemented:
                 return decomposed
             return self._with_default_generator(func, args, kwargs)
-        if kwargs.get("generator") is None and _device(args, kwargs).type == "cpu":
-            self.drawn = True
-            kwargs = {**kwargs, "generator": self._generator}
+        if kwargs.get("generator") is None:
+            own = self.stream.generator(_device(args, kwargs))
+            if own is not None:
+                self.drawn = True
+                kwargs = {**kwargs, "generator": own}
         return func(*args, **kwargs)
 
     def _with_default_generator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """For the few operations that take no generator: lend torch's own our state."""
-        if _device(args, kwargs).type != "cpu":
+        device = _device(args, kwargs)
+        own = self.stream.generator(device)
+        if own is None:
             return func(*args, **kwargs)
         self.drawn = True
-        default = torch.default_generator
+        default = default_generator(device)
         with _lending:
             before = default.get_state()
-            default.set_state(self._generator.get_state())
+            default.set_state(own.get_state())
             try:
                 return func(*args, **kwargs)
             finally:
-                self._generator.set_state(default.get_state())
+                own.set_state(default.get_state())
                 default.set_state(before)
 
 
@@ -214,42 +247,64 @@ def _device(args: Any, kwargs: dict[str, Any]) -> torch.device:
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
             return value.device
-    return torch.device(kwargs.get("device") or "cpu")
+    return torch.device(kwargs.get("device") or HOST)
 
 
 _local = threading.local()
 
 
 class _ThreadAwareGenerator:
-    """torch's CPU generator, or the stream that the calling thread has entered.
+    """A device's generator in torch, or that of the stream that the calling thread has entered.
 
-    Activation checkpointing saves and restores the state of the CPU generator around each region,
-    by `torch.get_rng_state` and `torch.set_rng_state`. Threads that do so with the one generator
-    would put back each other's states.
+    Activation checkpointing saves and restores the states of generators around each region, by
+    `torch.get_rng_state` and the like. Threads that do so with the one generator would put back
+    each other's states.
     """
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(getattr(_local, "generator", None) or torch.default_generator, name)
+        stream = getattr(_local, "stream", None)
+        if stream is None:
+            # A thread of autograd's, which has the modes of the one that called for backward.
+            mode = innermost(_SupplyGenerator)
+            stream = None if mode is None else mode.stream
+        own = None if stream is None else stream.generator(self._device)
+        return getattr(own or default_generator(self._device), name)
 
 
 class _ThreadAware:
-    """While entered, by any number of users, `torch.random` knows of streams."""
+    """While entered, by any number of users, torch's own functions for a device know of streams."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._users = 0
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
-                vars(torch.random)["default_generator"] = _ThreadAwareGenerator()
+                self._put(_ThreadAwareGenerator(self._device))
             self._users += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                vars(torch.random)["default_generator"] = torch.default_generator
+                self._put(default_generator(self._device))
+
+    def _put(self, generator: Any) -> None:
+        put_generator(self._device, generator)
 
 
-_thread_aware = _ThreadAware()
+_aware = {HOST: _ThreadAware(HOST)}
+
+
+def _thread_aware(shared: Sequence[torch.device]) -> AbstractContextManager[Any]:
+    if not shared:
+        return _aware[HOST]
+    stack = ExitStack()
+    for device in (HOST, *shared):
+        stack.enter_context(_aware.setdefault(device, _ThreadAware(device)))
+    return stack

@@ -83,6 +83,12 @@ def on_caller(name: str, function: Callable[[], T]) -> T:
     return call.wait()
 
 
+def slot_here() -> int | None:
+    """The slot whose thread calls; `None` in any other, such as autograd's for an accelerator."""
+    slot = getattr(_here, "slot", None)
+    return None if slot is None else slot.index
+
+
 class Slot:
     """A worker's thread and the way to it."""
 

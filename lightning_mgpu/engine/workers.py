@@ -161,7 +161,7 @@ class _Run:
 
     def start(self, tasks: Sequence[Callable[[], Any]]) -> None:
         assert len(tasks) <= len(self._workers.devices), (tasks, self._workers.devices)
-        context = ThreadContext.capture()
+        context = ThreadContext.capture(self._workers.devices)
         for index, task in enumerate(tasks):
             job = Job(index, task, context, self._events)
             # Known before it runs, so that Ctrl-C in between finds it.

@@ -3,7 +3,7 @@
 import os
 import pickle
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pickle import PickleBuffer
 from types import SimpleNamespace
@@ -85,21 +85,23 @@ class Payload:
         self.close()
 
 
-def load(file: int, buffers: Sequence[Any] = ()) -> Any:
-    """The object in a `Payload`'s file, its tensors on the CPU, and close the file.
+def load(file: int, buffers: Sequence[Any] = (), locations: Mapping[str, str] | None = None) -> Any:
+    """The object in a `Payload`'s file, and close the file.
 
     Tensors are private mappings of the file: reading shares the memory, writing copies the page.
 
     Args:
         file: The payload's file, or a copy of it.
         buffers: Copies of the payload's `buffers`; the tensors will lie in them.
+        locations: Where tensors of an accelerator go, as ``{"cuda:0": "cuda:1"}``; those of others
+            stay where they were. Default: all tensors go to the CPU.
     """
     try:
         os.lseek(file, 0, os.SEEK_SET)
         with putting_in(buffers):
             return torch.load(
                 f"/dev/fd/{file}",
-                map_location="cpu",
+                map_location="cpu" if locations is None else dict(locations),
                 weights_only=False,
                 mmap=True,
                 pickle_module=pickle,

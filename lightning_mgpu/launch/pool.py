@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -61,6 +61,7 @@ class WorkerPool:
         timeout: timedelta,
         prepare: Callable[[Rank], None] | None = None,
         normal_exit: tuple[type[BaseException], ...] = (),
+        locations: Callable[[int], Mapping[str, str]] = lambda _: {},
     ) -> list[Any]:
         """Run a function on every rank and wait for all of them.
 
@@ -72,6 +73,8 @@ class WorkerPool:
             timeout: How long ranks wait for each other; a rank that is later counts as hung.
             prepare: Called on each worker before `remote` is unpickled; picklable by reference.
             normal_exit: Exceptions that end a rank's function without being a failure.
+            locations: For a rank, where tensors go that are on an accelerator here, as
+                ``{"cuda:0": "cuda:1"}``; default: to the same.
 
         Returns:
             The ranks' results, by rank. Those of the workers have their tensors on the CPU.
@@ -106,10 +109,14 @@ class WorkerPool:
 
             seconds = timeout.total_seconds()
             watch = stack.enter_context(Watch(workers, interrupter, seconds, unblock))
+
+            def run(rank: int) -> protocol.Run:
+                return protocol.Run(ranks[rank], state, prepare, normal_exit, locations(rank))
+
             ranks = [Rank(rank, world_size, rendezvous.port) for rank in range(world_size)]
             if remote is not None:
                 for rank, worker in workers.items():
-                    worker.send(protocol.Run(ranks[rank], state, prepare, normal_exit), remote.file)
+                    worker.send(run(rank), remote.file)
                     # To all at the same time, and a worker that takes nothing stops nobody.
                     deliveries.start(worker, protocol.Buffers(remote.buffers))
             watch.collect(protocol.Ready, _START_SECONDS)

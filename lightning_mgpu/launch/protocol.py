@@ -13,7 +13,7 @@ One launch, in order::
 `ShowStack` and `Stack` may come at any time in between.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class Run:
     state: ProcessState
     prepare: Callable[[Rank], None] | None
     normal_exit: tuple[type[BaseException], ...]
+    locations: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ class _Worker:
         os.environ.update(of_rank(run.rank))
         if run.prepare is not None:
             run.prepare(run.rank)
-        function = payload.load(file, self._inbox.expect(protocol.Buffers).buffers)
+        buffers = self._inbox.expect(protocol.Buffers).buffers
+        function = payload.load(file, buffers, run.locations)
         self._channel.send(protocol.Ready())
         self._inbox.expect(protocol.Go)
         try:

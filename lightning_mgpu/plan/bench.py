@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mgpu.engine import batch_norm
+from lightning_mgpu.engine.device import synchronize
 from lightning_mgpu.engine.pipelining import microbatch
 from lightning_mgpu.engine.pipelining.arguments import Call
 from lightning_mgpu.engine.pipelining.choice import PartitionError, opened_until
@@ -222,8 +223,7 @@ class Bench:
         )
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize([self._device])
         return time.perf_counter()
 
 

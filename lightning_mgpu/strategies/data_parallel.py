@@ -183,6 +183,7 @@ class DataParallelStrategy(SingleProcessStrategy):
                 own_attributes=OWN_ATTRIBUTES,
             )
             self._workers = Workers(self.devices)
+            self._streams = RandomStreams(self.devices)
             self._streams.restart()
         return self._replicas, self._workers
 

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_mgpu.engine.device import is_accelerator
 from lightning_mgpu.launch.rank import leave_group
 from lightning_mgpu.launch.variables import come_from_a_launch
 from lightning_mgpu.strategies.environment import PoolEnvironment
@@ -82,12 +83,17 @@ class DDPStrategy(RebuiltDDPStrategy):
                 f" example `torchrun --nnodes {self.num_nodes} --nproc-per-node"
                 f" {self.num_processes} ...` or SLURM's `srun`."
             )
-        self._launcher = PoolLauncher(self)
+        self._launcher = PoolLauncher(self, self.devices_of)
+
+    def devices_of(self, local_rank: int) -> list[torch.device]:
+        """The devices of one of the processes on this node."""
+        assert self.parallel_devices is not None
+        return [self.parallel_devices[local_rank]]
 
     @property
     def bound_device(self) -> torch.device | None:
         """The one device whose tensors this rank exchanges; `None` if there are several."""
-        return None if self.root_device.type == "cpu" else self.root_device
+        return self.root_device if is_accelerator(self.root_device) else None
 
     @override
     def setup_distributed(self) -> None:

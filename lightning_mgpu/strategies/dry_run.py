@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lightning_mgpu.engine import batch
+from lightning_mgpu.engine.device import without_autocast
 from lightning_mgpu.engine.random_state import RandomState
 from lightning_mgpu.engine.replication.isolation import Isolation
 from lightning_mgpu.engine.replication.sandbox import Sandbox, in_double
@@ -90,8 +91,8 @@ def _conditions(how: Conditions, device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         if not torch.is_inference_mode_enabled():
             stack.enter_context(torch.set_grad_enabled(how.grad))
-        if how.double and torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if how.double:
+            stack.enter_context(without_autocast(device))
         try:
             torch.backends.cudnn.benchmark = False
             if how.double:

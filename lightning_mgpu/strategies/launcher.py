@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,10 +38,13 @@ class PoolLauncher(_Launcher):
 
     Args:
         strategy: The strategy to launch for; its cluster environment is a `PoolEnvironment`.
+        devices_of: Tells the devices of each rank.
     """
 
-    def __init__(self, strategy: "DDPStrategy") -> None:
-        self._strategy = strategy
+    def __init__(
+        self, strategy: "DDPStrategy", devices_of: "Callable[[int], Sequence[torch.device]]"
+    ) -> None:
+        self._strategy, self._devices_of = strategy, devices_of
 
     @property
     @override
@@ -68,10 +71,16 @@ class PoolLauncher(_Launcher):
                 timeout=getattr(self._strategy, "_timeout", None) or default_pg_timeout,
                 prepare=_announce_rank,
                 normal_exit=(_TunerExitException,),
+                locations=self._locations,
             )
         if isinstance(results[0], RankPredictions):
             return merge_predictions(results)
         return results[0]
+
+    def _locations(self, rank: int) -> dict[str, str]:
+        """For each device of rank 0 the one that a rank has in its place."""
+        pairs = zip(self._devices_of(0), self._devices_of(rank), strict=True)
+        return {str(ours): str(theirs) for ours, theirs in pairs}
 
     @override
     def kill(self, signum: int) -> None:

@@ -20,6 +20,7 @@ from lightning_mgpu.engine.compare import (
     compare,
     signature,
 )
+from lightning_mgpu.engine.device import autocast_dtype, is_accelerator
 from lightning_mgpu.engine.replication.isolation import UnsafeError
 from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
@@ -94,7 +95,7 @@ class ParityCheck:
 
     def after(self, step: Step, losses: Sequence[Tensor | None], loss: Tensor | None) -> None:
         """Tell once of a loss that is NaN on some replicas only."""
-        if self._mode == "off" or loss is None or loss.device.type != "cpu":
+        if self._mode == "off" or loss is None or is_accelerator(loss.device):
             return  # on other devices, to look at it would wait for it
         if bool(loss.isnan()) and _nan(step) not in self._told:
             text = nan_message(step, {"loss": losses})
@@ -219,9 +220,9 @@ class _Comparison:
     def _precision(self) -> torch.dtype | None:
         """The least precise dtype that the step computes in."""
         dtypes = {p.dtype for p in self._master.parameters() if p.is_floating_point()}
-        kind = self._device.type
-        if torch.is_autocast_enabled(kind):
-            dtypes.add(torch.get_autocast_dtype(kind))
+        cast_to = autocast_dtype(self._device)
+        if cast_to is not None:
+            dtypes.add(cast_to)
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
     def _differences(

@@ -81,8 +81,12 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
     @property
     @override
     def own_devices(self) -> list[torch.device]:
+        return self.devices_of(self.local_rank)
+
+    @override
+    def devices_of(self, local_rank: int) -> list[torch.device]:
         assert self.parallel_devices is not None
-        first = self.local_rank * self.stages
+        first = local_rank * self.stages
         return self.parallel_devices[first : first + self.stages]
 
     @property

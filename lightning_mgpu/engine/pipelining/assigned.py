@@ -77,11 +77,12 @@ def _attributes(modules: Mapping[str, nn.Module]) -> Iterator[_Attribute]:
     for path, module in modules.items():
         kind, where = type(module).__name__, f" (in `{path}`)" if path else ""
         state = vars(module)
-        for name, value in state.items():
+        for name in [name for name in state if name not in _OWN]:
+            value = state[name]
             if isinstance(value, Tensor):
                 # (Parameters are no plain attributes, and `isinstance` of them takes long.)
                 yield _Attribute(f"`{kind}.{name}`{where}", state, name, value)
-            elif type(value) in _CONTAINERS and name not in _OWN:
+            elif type(value) in _CONTAINERS:
                 for place, leaf in leaves(value, f"{kind}.{name}"):
                     if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
                         yield _Attribute(f"`{place}`{where}", state, name, leaf)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_mgpu.engine.compiled import is_compiled
+from lightning_mgpu.engine.device import random_state, set_random_state
 
 __all__: list[str] = []
 
@@ -90,9 +91,8 @@ def _random_states(devices: Sequence[torch.device]) -> list[tuple[Any, ...]]:
         (random.setstate, random.getstate()),
         (torch.default_generator.set_state, torch.default_generator.get_state()),
     ]
-    for device in {device for device in devices if device.type != "cpu"}:
-        on = torch.get_device_module(device)
-        states.append((on.set_rng_state, on.get_rng_state(device), device))
+    for device in set(devices):
+        states.append((set_random_state, device, random_state(device)))
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         states.append((numpy.random.set_state, numpy.random.get_state()))

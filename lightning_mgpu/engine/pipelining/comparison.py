@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch.unevenness import Window, telling
 from lightning_mgpu.engine.compare import Difference, compare
+from lightning_mgpu.engine.device import HOST, autocast_dtype, rounds_float32
 from lightning_mgpu.engine.pipelining import joining
 from lightning_mgpu.engine.pipelining.columns import Column, columns_of, same
 from lightning_mgpu.engine.pipelining.cutter import Cut
@@ -169,15 +170,14 @@ class Comparison:
 
 def _least_precise(cut: Cut, devices: Sequence[torch.device]) -> torch.dtype | None:
     """The dtype whose rounding errors are to be expected."""
-    for kind in {"cpu", *(device.type for device in devices)}:
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
+    for device in {HOST, *devices}:
+        dtype = autocast_dtype(device)
+        if dtype is not None:
+            return dtype
     found = {t.dtype for tensors in cut.tensors for t in tensors.values() if t.is_floating_point()}
     half = sorted((t for t in found if t.itemsize < 4), key=lambda t: t.itemsize)
     if half:
         return half[0]
-    if any(device.type == "cuda" for device in devices) and (
-        torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    ):
+    if any(map(rounds_float32, devices)):
         return torch.bfloat16 if found <= {torch.float32} else None
     return None

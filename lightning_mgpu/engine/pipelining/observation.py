@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_mgpu.engine.compiled import inside_compiled
+from lightning_mgpu.engine.device import synchronize
 from lightning_mgpu.engine.pipelining import values
 
 __all__: list[str] = []
@@ -69,19 +70,24 @@ def observe(
     root = Called("", module)
     open_calls = [root]
     compiled = inside_compiled(module.modules())
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+
+    def now() -> float:
+        synchronize(devices)
+        return time.perf_counter()
 
     def before(called: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         given = [t for t in values.tensors((args, kwargs)) if not t.is_inference()]
         if isinstance(called, nn.modules.dropout._DropoutNd) and called.inplace:
             _mark(open_calls, given)  # (which drops nothing while it is watched)
-        made = Called(name, called, seconds=-_now(), given=[(t, t._version) for t in given])
+        made = Called(name, called, seconds=-now(), given=[(t, t._version) for t in given])
         open_calls[-1].children.append(made)
         open_calls.append(made)
 
     def after(called: nn.Module, args: Any, output: Any) -> None:
         if len(open_calls) > 1 and open_calls[-1].module is called:
             made = open_calls.pop()
-            made.seconds += _now()
+            made.seconds += now()
             made.writes |= any(tensor._version != version for tensor, version in made.given)
             made.given = []
 
@@ -111,9 +117,9 @@ def observe(
             stack.callback(inner.register_forward_hook(after, always_call=True).remove)
         if count_kept:
             stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
-        started = _now()
+        started = now()
         output = run()
-        root.seconds = _now() - started
+        root.seconds = now() - started
     return root, output
 
 
@@ -130,9 +136,3 @@ def _named(before: Callable[..., None], name: str) -> Callable[..., None]:
         before(module, args, kwargs, name)
 
     return hook
-
-
-def _now() -> float:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-    return time.perf_counter()

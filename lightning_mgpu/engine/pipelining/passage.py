@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch_norm import Recorder
-from lightning_mgpu.engine.context import ThreadContext, on_device
+from lightning_mgpu.engine.context import ThreadContext
+from lightning_mgpu.engine.device import on_device
 from lightning_mgpu.engine.notes import noted
 from lightning_mgpu.engine.pipelining import schedule
 from lightning_mgpu.engine.pipelining.memory import Memory

@@ -94,7 +94,7 @@ class Pipeline:
         self._check = parity or Parity("off", type(cutter.module).__name__, devices)
         self._threads = threads or max(1, available_cores() // count)
         self._workers = Workers(self.devices[:count], self._threads)
-        self._streams = RandomStreams()
+        self._streams = RandomStreams([] if one_at_a_time else self.devices[:count])
         self._streams.restart()
         self._cut: Cut | None = None
         expected = cutter.expected()

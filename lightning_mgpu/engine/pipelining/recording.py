@@ -1,12 +1,12 @@
 """Take down when the stages work, while they do."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from lightning_mgpu.engine.device import clock
 from lightning_mgpu.engine.pipelining.timeline import Kind, Span, Timeline
 
 __all__: list[str] = []
@@ -24,7 +24,7 @@ class Recording:
 
     def __init__(self, devices: Sequence[torch.device], stages_per_device: int = 1) -> None:
         self._stages_per_device = stages_per_device
-        self._clocks = [_clock(device) for device in devices]
+        self._clocks = [clock(device) for device in devices]
         self._chunks: list[int] = []
         # What each stage's thread takes down, with the stamps of its clock.
         self._taken: list[tuple[int, int, int, Kind, Any, Any]] = []
@@ -57,51 +57,8 @@ class Recording:
     def timeline(self) -> Timeline:
         """What has been taken down so far; waits for devices that are still at it."""
         spans = [
-            Span(stage, chunk, call, kind, clock.seconds(start), clock.seconds(end))
+            Span(stage, chunk, call, kind, own.seconds(start), own.seconds(end))
             for stage, chunk, call, kind, start, end in list(self._taken)
-            for clock in [self._clocks[stage]]
+            for own in [self._clocks[stage]]
         ]
         return Timeline.of(len(self._clocks), self._chunks, spans, self._stages_per_device)
-
-
-class _Clock(Protocol):
-    """Tells a device's time."""
-
-    def now(self) -> Any:
-        """A stamp of what the calling thread's device has reached."""
-
-    def seconds(self, stamp: Any) -> float:
-        """A stamp as a time of `time.perf_counter`."""
-
-
-class _HostClock:
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, stamp: float) -> float:
-        return stamp
-
-
-class _CudaClock:
-    """Stamps are events, which the device comes to in its turn: nothing waits for it meanwhile."""
-
-    def __init__(self, device: torch.device) -> None:
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()
-            self._zero = self.now()
-            self._zero.synchronize()
-            self._zero_seconds = time.perf_counter()
-
-    def now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def seconds(self, stamp: torch.cuda.Event) -> float:
-        stamp.synchronize()
-        milliseconds: float = self._zero.elapsed_time(stamp)
-        return self._zero_seconds + milliseconds / 1e3
-
-
-def _clock(device: torch.device) -> _Clock:
-    return _CudaClock(device) if device.type == "cuda" else _HostClock()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu.engine.device import copied
 from lightning_mgpu.engine.pipelining import position
 from lightning_mgpu.engine.pipelining.timeline import Kind
 
@@ -63,10 +64,10 @@ class Segment:
             if gradient is not None:
                 crossing.leaf.grad = None
                 roots.append(crossing.source)
-                seeds.append(gradient.to(crossing.source.device, non_blocking=True))
+                seeds.append(copied(gradient, crossing.source.device))
         for tensor, gradient in self.extra:
             roots.append(tensor)
-            seeds.append(gradient.to(tensor.device, non_blocking=True))
+            seeds.append(copied(gradient, tensor.device))
         self.extra = []
         if not keep:
             self.leaving = []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_mgpu.engine.batch.containers import is_container, parts, rebuild
+from lightning_mgpu.engine.device import copied
 from lightning_mgpu.engine.pipelining import position, values
 from lightning_mgpu.engine.pipelining.segments import Crossing, Graph
 
@@ -153,7 +154,7 @@ class StandIns:
                     return borrowed
             elif made_at < self._graph.start and torch.is_grad_enabled():
                 return self._cut(source, made_at, device if is_elsewhere else source.device)
-        return source.to(device, non_blocking=True) if is_elsewhere else source
+        return copied(source, device) if is_elsewhere else source
 
     def _check_memory(self, tensor: Tensor) -> None:
         """Refuse a tensor whose memory has been written to by another, of another segment.
@@ -182,7 +183,7 @@ class StandIns:
             )
 
     def _cut(self, source: Tensor, made_at: int, device: torch.device) -> Tensor:
-        leaf = source.detach().to(device, non_blocking=True).requires_grad_()
+        leaf = copied(source.detach(), device).requires_grad_()
         segment = self._graph.at(made_at)
         if segment is not None:
             segment.leaving.append(Crossing(source, leaf))

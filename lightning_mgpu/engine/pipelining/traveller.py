@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mgpu.engine.context import make_current
+from lightning_mgpu.engine.device import make_current
 from lightning_mgpu.engine.pipelining import position
 from lightning_mgpu.engine.pipelining.glue import Glue
 from lightning_mgpu.engine.pipelining.segments import Graph, Segment, Stay

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine.device import copied
 from lightning_mgpu.engine.pipelining import values
 from lightning_mgpu.engine.pipelining.recompute import Recomputed
 from lightning_mgpu.engine.pipelining.traveller import Traveller, current
@@ -31,9 +32,9 @@ class Units:
     def __init__(
         self, stage_of: Mapping[str, tuple[nn.Module, int]], devices: Sequence[torch.device]
     ) -> None:
-        several = len(set(devices)) > 1
+        all_devices = frozenset(devices)
         self._units = [
-            _Unit(name, module, stage, devices[stage] if several else None)
+            _Unit(name, module, stage, devices[stage], all_devices)
             for name, (module, stage) in stage_of.items()
         ]
 
@@ -55,9 +56,15 @@ class Units:
 
 class _Unit:
     def __init__(
-        self, name: str, module: nn.Module, stage: int, device: torch.device | None
+        self,
+        name: str,
+        module: nn.Module,
+        stage: int,
+        device: torch.device,
+        all_devices: frozenset[torch.device],
     ) -> None:
-        self._name, self._module, self._stage, self._device = name, module, stage, device
+        self._name, self._module, self._stage = name, module, stage
+        self._device, self._all_devices = device, all_devices
         self._recompute: Recompute | None = None
 
     def attach(self, recompute: Recompute | None) -> None:
@@ -90,7 +97,7 @@ class _Unit:
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         traveller = current()
         if traveller is None:
-            if self._device is None:
+            if len(self._all_devices) == 1:
                 return None
             # Called in backward, by somebody's activation checkpointing.
             return values.map_tensors(self._moved, (args, kwargs))
@@ -129,6 +136,4 @@ class _Unit:
         return output if after is None else after
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        assert self._device is not None
-        is_elsewhere = tensor.device.type == self._device.type and tensor.device != self._device
-        return tensor.to(self._device) if is_elsewhere else tensor
+        return copied(tensor, self._device) if tensor.device in self._all_devices else tensor

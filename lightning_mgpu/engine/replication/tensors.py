@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine.device import copy_into
+
 __all__: list[str] = []
 
 # What is added to a larger tensor is not told apart: that needs its values before the step.
@@ -49,7 +51,7 @@ class TensorCopy:
     def refresh(self) -> None:
         """Take over what has been written to the original, and forget what was to the copy."""
         if self._versions is None or self._versions != self._now():
-            self.copied.copy_(self.original, non_blocking=True)
+            copy_into(self.copied, self.original)
             if self.before is not None:
                 self.before.copy_(self.original)
             self._versions = self._now()
