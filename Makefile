@@ -3,6 +3,7 @@
 #   make test PYTEST_ARGS="-k pipeline"    only some tests
 #   make test WORKERS=0                    all tests in one process
 #   make zoo PYTEST_ARGS="-k bert"         only some models of other packages
+#   make gpu GPU_PYTHON=python3            with the packages of this Python, installing nothing
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -42,7 +43,7 @@ define install_zoo
 endef
 SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: help demo test test-fast zoo lint bench constraints clean
+.PHONY: help demo test test-fast zoo gpu lint bench constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +59,9 @@ test-fast: $(VENV)/.test ## The tests that take a few seconds
 
 zoo: $(ZOO)/.ready ## Train models of other packages, in an environment of their own
 	$(ZOO)/bin/python -m pytest -n $(WORKERS) tests/zoo $(PYTEST_ARGS)
+
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.test) ## On a machine with a GPU: its tests, then its benchmark
+	@$(if $(GPU_PYTHON),$(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py --tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## Ruff (rules, format) and mypy
 	$(BIN)/ruff check
