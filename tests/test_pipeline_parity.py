@@ -40,6 +40,17 @@ class UNet(parity_models.Model):
     build = Net
 
 
+class NormedRecurrent(parity_models.Recurrent):
+    """Weights that are computed anew at each call, of a layer that has a list of them."""
+
+    class Net(parity_models.Recurrent.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.utils.parametrizations.weight_norm(self.lstm, "weight_hh_l0")
+
+    build = Net
+
+
 class Dictionaries(parity_models.Model):
     """Several inputs and outputs, in structures; the module is called twice in a step."""
 
@@ -146,6 +157,7 @@ class Manual(parity_models.Model):
 
 MODELS: list[tuple[Callable[[], pl.LightningModule], dict[str, Any]]] = [
     (UNet, {"split_at": "net.up.1"}),
+    (NormedRecurrent, {}),
     (UNet, {"split_at": ["net.down.1"], "checkpoint": "always"}),
     (Dictionaries, {"split_at": "lstm", "split_args": ["inputs"]}),
     (Dictionaries, {"split_at": "second", "checkpoint": "except_last", "split_args": [0]}),

@@ -257,6 +257,22 @@ def test_recurrent_layers_have_the_weights_they_have_a_list_of(own_memory: bool)
         assert modules[1](torch.ones(1, 1, 3, dtype=torch.float64)) is not None
 
 
+@pytest.mark.parametrize("own_memory", [False, True])
+def test_parametrised_weights_of_recurrent_layers_are_computed_anew(own_memory: bool) -> None:
+    net = Recurrent()
+    nn.utils.parametrizations.weight_norm(net.lstm, "weight_hh_l0")
+    made = replicas(net, own_memory=own_memory)
+    x = torch.ones(3, 1, 3)
+    for scale in (1.0, 2.0, 3.0):
+        with torch.no_grad():
+            net.lstm.parametrizations.weight_hh_l0.original0.fill_(scale)
+            expected = net(x)
+            with made.step(2) as modules:
+                outputs = [module(x) for module in modules]
+        for output in outputs:
+            torch.testing.assert_close(output, expected)
+
+
 def test_freezing_and_swapped_storage_reach_the_copy() -> None:
     net = Net()
     made = replicas(net)

@@ -280,16 +280,15 @@ class _ThreadAware:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._users = 0
-        self._lock = threading.Lock()
 
     def __enter__(self) -> None:
-        with self._lock:
+        with _entering:
             if self._users == 0:
                 self._put(_ThreadAwareGenerator(self._device))
             self._users += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
+        with _entering:
             self._users -= 1
             if self._users == 0:
                 self._put(default_generator(self._device))
@@ -298,6 +297,7 @@ class _ThreadAware:
         put_generator(self._device, generator)
 
 
+_entering = threading.Lock()
 _aware = {HOST: _ThreadAware(HOST)}
 
 

@@ -25,20 +25,33 @@ def stand_ins(
         module: Any module; of others than recurrent layers there is nothing.
         stand_in: Finds what stands for a weight.
     """
-    state = vars(module)
-    if not isinstance(module, nn.RNNBase) or "_flat_weight_refs" not in state:
+    if not isinstance(module, nn.RNNBase):
         return []
-    names, flat = state["_flat_weights_names"], state["_flat_weights"]
-    own = [module._parameters.get(name) for name in names]
-    weights = [stand_in(weight) if weight is not None else None for weight in own]
-    # (A parametrised weight is computed anew at each call.)
-    kept = [new if new is not None else old for new, old in zip(weights, flat, strict=True)]
-    references = [None if weight is None else weakref.ref(weight) for weight in weights]
+    state = vars(module)
+    flat, references = state["_flat_weights"], state["_flat_weight_refs"]
+    if len(flat) != len(references):  # (somebody is at it)
+        return []
+    new_flat, new_references = list(flat), list(references)
+    for index, name in enumerate(state["_flat_weights_names"]):
+        weight = module._parameters.get(name)
+        if weight is not None:  # (else it is computed anew at each call, and found to be new)
+            new_flat[index] = stand_in(weight)
+            new_references[index] = weakref.ref(new_flat[index])
     return [
-        (state, "_flat_weights", flat, kept),
-        (state, "_flat_weight_refs", state["_flat_weight_refs"], references),
+        (state, "_flat_weights", flat, new_flat),
+        (state, "_flat_weight_refs", references, new_references),
         (state, "flatten_parameters", state.get("flatten_parameters", MISSING), _nothing),
     ]
+
+
+def list_of_weights(module: nn.Module) -> list[Any] | None:
+    """The list that a layer has of its weights; `None` if it makes a new one at each call."""
+    state = vars(module)
+    names = state.get("_flat_weights_names", ())
+    if not names or any(name not in module._parameters for name in names):
+        return None
+    flat: list[Any] = state["_flat_weights"]
+    return flat
 
 
 def _nothing() -> None:

@@ -126,7 +126,8 @@ class Passage:
         started = time.perf_counter()
         recompute = self._recomputed if self._checkpointed else None
         with self._units.attached(recompute), self._recorded(self._deferred):
-            task = partial(self._forward, iter(range(self.count)), ThreadContext.capture())
+            context = ThreadContext.capture(self._devices)
+            task = partial(self._forward, iter(range(self.count)), context)
             workers.run([task] * self.at_once, abandon=self._turns.close)
             if self._deferred:
                 self.statistics = self._recorder.take_parts(self.count)

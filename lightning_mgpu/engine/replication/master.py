@@ -97,5 +97,5 @@ def _parts(module: nn.Module) -> list[Any]:
         *map(id, parameters.values()),
         *modules,
         *map(id, modules.values()),
-        id(vars(module).get("_flat_weights")),
+        id(recurrent.list_of_weights(module)),
     ]
