@@ -75,7 +75,9 @@ def copy_into(target: Tensor, source: Tensor) -> None:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What the calling thread's operations on a device are cast to; `None` if to nothing."""
     kind = device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def autocast_kinds() -> tuple[str, ...]:
