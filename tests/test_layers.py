@@ -23,7 +23,7 @@ _MAY_IMPORT = {
     "ray": {"ray", "strategies", "engine", "launch", "report", "build", "errors"},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "report")
-_ASKS = r"device\.type$|\.is_cuda$|^torch\.(cuda|xpu|mps)\b"
+_ASKS = r"device\.type$|^\w+\.type (==|!=|in|not in) |\.is_cuda$|^torch\.(cuda|xpu|mps)\b"
 _FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -50,12 +50,8 @@ def test_only_one_file_asks_what_kind_a_device_is(part: str) -> None:
         if file == room:
             continue
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute):
-                text = ast.unparse(node)
-                asks = re.search(
-                    r"(device|_DEVICE)\.type$|\.is_cuda$|^torch\.(cuda|xpu|mps)\b", text
-                )
-                assert not asks, f"{file.relative_to(PACKAGE)}:{node.lineno}: {text}"
+            text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Compare)) else ""
+            assert not re.search(_ASKS, text), f"{file.relative_to(PACKAGE)}: {text}"
 
 
 def test_engine_shares_nothing_but_its_own_files() -> None:

@@ -212,6 +212,37 @@ def test_recomputation_draws_the_same_masks(kind: type[parity_models.Model]) -> 
     torch.testing.assert_close(weights[2], weights[0], rtol=0, atol=1e-12)
 
 
+class Again(nn.Module):
+    """Activation checkpointing of the user's own, around batch normalisation."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.again:
+            return torch.utils.checkpoint.checkpoint(self.layers, x, use_reentrant=False)
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize("split_at", ["net.1", "net.1.layers.1"])
+def test_statistics_count_once_whatever_is_computed_again(split_at: str, deferred: bool) -> None:
+    found = []
+    for again in (False, True):
+
+        class Normalised(parity_models.Model):
+            def build(self) -> nn.Module:
+                return nn.Sequential(Again(again), Again(again), Again(again), nn.Linear(6, 3))  # noqa: B023
+
+        model = Normalised()
+        strategy = PipelineStrategy(split_at=split_at, deferred_batch_norm=deferred)
+        boring.trainer(strategy).fit(model, datamodule=boring.Blobs(10))
+        found.append(model.state_dict())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
 def test_dropout_differs_between_micro_batches_steps_and_runs() -> None:
     class Ones(parity_models.Model):
         def __init__(self) -> None:

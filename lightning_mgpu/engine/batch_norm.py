@@ -4,7 +4,8 @@ Each part (a replica's shard, a pipeline's micro-batch) is normalised with its o
 variance, but the running statistics are updated once, with those of the whole batch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -115,6 +116,25 @@ class Recorder:
             buffers, layer.momentum = state.outside
             layer._buffers.update(buffers)
             state.outside = None
+
+
+@contextmanager
+def aside(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, running statistics stay as they are, whoever computes layers in training mode.
+
+    So in backward, where those who compute again have been counted before.
+    """
+    training = [layer for layer in layers_of(layers) if layer.training]
+    kept = [{name: layer._buffers[name] for name in _STATISTICS} for layer in training]
+    for layer, buffers in zip(training, kept, strict=True):
+        layer._buffers.update(
+            {name: None if b is None else torch.zeros_like(b) for name, b in buffers.items()}
+        )
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(training, kept, strict=True):
+            layer._buffers.update(buffers)
 
 
 def layers_of(modules: Iterable[nn.Module]) -> list[nn.Module]:

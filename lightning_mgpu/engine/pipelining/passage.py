@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.context import ThreadContext
 from lightning_mgpu.engine.device import on_device
@@ -159,7 +160,7 @@ class Passage:
         for traveller in self.travellers:
             ready[id(traveller.stays[-1])].put(None)
         try:
-            with self._units.attached(), self._recorded(bool(self._checkpointed)):
+            with self._units.attached(), self._counted():
                 doors = range(len(self._log))
                 workers.run([partial(self._backward, door, ready, keep) for door in doors])
         except BaseException:
@@ -198,6 +199,15 @@ class Passage:
                 stack.callback(self._recorder.take)
                 stack.callback(self._recorder.detach)
             yield
+
+    def _counted(self) -> AbstractContextManager[None]:
+        """Within, running statistics stay: those who compute again, we or the user, have counted.
+
+        What the user's activation checkpointing computes again, several stages may at once.
+        """
+        if self._checkpointed:
+            return self._recorded(True)
+        return batch_norm.aside(self._recorder.layers)
 
     def _forward(self, chunks: Iterator[int], context: ThreadContext) -> None:
         for chunk in chunks:  # (of which several threads take: to get the next is one step)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.compiled import inside_compiled
+from lightning_mgpu.engine.device import is_accelerator
 from lightning_mgpu.engine.leaves import Leaves, add_gradients
 from lightning_mgpu.engine.replication.additions import AdditionWatch, WatchMode
 from lightning_mgpu.engine.replication.copies import Copy
@@ -211,7 +212,7 @@ class Replicas:
             return gradients[0]
         root = self.devices[0]
         sizes = [parameter.numel() for parameter in self.parameters]
-        if root.type != "cpu" or sum(sizes) < _WORTH_SHARING:
+        if is_accelerator(root) or sum(sizes) < _WORTH_SHARING:
             return add_gradients(gradients, root, range(len(sizes)))
         # The sums are bound by memory: share them out.
         shares = _shares(sizes, count)
