@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from command import CONSOLE_SCRIPT, run, run_process, run_tiny, write_project
-from conftest import ROOT
 from hydra.experimental.callback import Callback
 from lightning.fabric.utilities.cloud_io import _load as load_checkpoint
 from omegaconf import OmegaConf
 
+ROOT = Path(__file__).parent.parent
 _CHOICES = sorted(
     (file.parent.name, file.stem)
     for file in (ROOT / "conf").glob("*/*.yaml")

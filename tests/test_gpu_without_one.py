@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
 
 
 def _python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
