@@ -226,17 +226,23 @@ class Again(nn.Module):
         return self.layers(x)
 
 
+class Normalised(parity_models.Model):
+    again = False
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(*(Again(self.again) for _ in range(3)), nn.Linear(6, 3))
+
+
+class NormalisedAgain(Normalised):
+    again = True
+
+
 @pytest.mark.parametrize("deferred", [True, False])
 @pytest.mark.parametrize("split_at", ["net.1", "net.1.layers.1"])
 def test_statistics_count_once_whatever_is_computed_again(split_at: str, deferred: bool) -> None:
     found = []
-    for again in (False, True):
-
-        class Normalised(parity_models.Model):
-            def build(self) -> nn.Module:
-                return nn.Sequential(Again(again), Again(again), Again(again), nn.Linear(6, 3))  # noqa: B023
-
-        model = Normalised()
+    for kind in (Normalised, NormalisedAgain):
+        model = kind()
         strategy = PipelineStrategy(split_at=split_at, deferred_batch_norm=deferred)
         boring.trainer(strategy).fit(model, datamodule=boring.Blobs(10))
         found.append(model.state_dict())

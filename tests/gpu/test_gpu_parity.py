@@ -8,7 +8,7 @@ import gpu_models as models
 import parity_models
 import pytest
 import torch
-from gpu_runs import CPU, GPU, TOLERANCE, assert_like_one_device, dp, pipeline
+from gpu_runs import CPU, GPU, ON_GPU, TOLERANCE, assert_like_one_device, dp, pipeline
 from lightning.pytorch import LightningModule
 from test_pipeline_parity import Dictionaries, UNet
 
@@ -85,7 +85,7 @@ def test_three_stages_with_skips_over_the_cut(
     ids=["dp", "dp-cpu", "pipeline", "pipeline-cpu"],
 )
 def test_images(strategy: Callable[[], Any], layout: torch.memory_format, pinned: bool) -> None:
-    pinned = pinned and torch.cuda.is_available()
+    pinned = pinned and ON_GPU
     assert_like_one_device(
         strategy(), models.FrozenStatistics, lambda: models.images(layout=layout, pinned=pinned)
     )
@@ -94,7 +94,7 @@ def test_images(strategy: Callable[[], Any], layout: torch.memory_format, pinned
 @pytest.mark.parametrize("side", [False, True], ids=["current", "side"])
 @pytest.mark.parametrize("strategy", [dp, pipeline])
 def test_work_is_in_the_stream_of_the_caller(strategy: Any, side: bool) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs streams")
+    if not ON_GPU:
+        pytest.skip("the CPU has no streams")
     with torch.cuda.stream(torch.cuda.Stream() if side else torch.cuda.current_stream()):
         assert_like_one_device(strategy(GPU, GPU), lambda: boring.Classifier("adam"))
