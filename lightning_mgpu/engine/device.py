@@ -27,6 +27,15 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
+def indexed(device: torch.device) -> torch.device:
+    """A device with its number: that of the thread's current one of its kind, if it has none."""
+    if device.type in _SINGLE:
+        return device
+    module = torch.get_device_module(device)
+    number = module.current_device() if device.index is None else device.index
+    return torch.device(device.type, number)
+
+
 def make_current(device: torch.device) -> None:
     """Have a device be the calling thread's current one of its kind."""
     if device.type not in _SINGLE:
@@ -111,7 +120,7 @@ def default_generator(device: torch.device) -> torch.Generator:
         return torch.default_generator
     if device not in _default_generators:
         module = torch.get_device_module(device)
-        _default_generators[device] = module.default_generators[_index(device)]
+        _default_generators[device] = module.default_generators[indexed(device).index]
     return _default_generators[device]
 
 
@@ -123,17 +132,11 @@ def put_generator(device: torch.device, generator: Any) -> None:
     default_generator(device)  # before it is out of reach
     module = torch.get_device_module(device)
     own = list(module.default_generators)
-    own[_index(device)] = generator
+    own[indexed(device).index] = generator
     vars(module)["default_generators"] = tuple(own)
 
 
 _default_generators: dict[torch.device, torch.Generator] = {}
-
-
-def _index(device: torch.device) -> int:
-    return int(
-        torch.get_device_module(device).current_device() if device.index is None else device.index
-    )
 
 
 def random_state(device: torch.device) -> Tensor | None:

@@ -18,6 +18,7 @@ import torch
 from lightning_mgpu.engine.device import (
     HOST,
     default_generator,
+    indexed,
     is_accelerator,
     put_generator,
     random_state,
@@ -247,7 +248,7 @@ def _device(args: Any, kwargs: dict[str, Any]) -> torch.device:
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
             return value.device
-    return torch.device(kwargs.get("device") or HOST)
+    return indexed(torch.device(kwargs.get("device") or HOST))
 
 
 _local = threading.local()
