@@ -1,0 +1,1 @@
+"""Private and version-dependent names of other packages, each behind a name of ours."""
