@@ -121,8 +121,9 @@ def test_command_module_needs_no_torch() -> None:
 def test_driver_of_a_sweep_needs_no_torch() -> None:
     """Seconds, and hundreds of megabytes, of which its trials have use and it has none."""
     code = (
-        "import sys, lightning_mgpu.ray.sweep.run, lightning_mgpu.ray.sweep.tuning;"
-        " from lightning_mgpu.launch.state import ProcessState; state = ProcessState.capture(1);"
+        "import sys, lightning_mgpu.sweep.main, lightning_mgpu.sweep.driver.ray_tune;"
+        " from lightning_mgpu.launch.process_state import ProcessState;"
+        " state = ProcessState.capture(1);"
         " print(state.torch, state.random, {'torch', 'lightning'} & set(sys.modules))"
     )
     assert _python(code) == "None None set()"

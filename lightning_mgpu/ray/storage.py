@@ -21,13 +21,11 @@ from pyarrow.fs import (
 from typing_extensions import override
 
 from lightning_mgpu.launch.errors import WorkerDiedError
-from lightning_mgpu.ray.autosave import Keeper
+from lightning_mgpu.ray.epoch_checkpoint import Keeper
 from lightning_mgpu.ray.worker import call_on_driver
 
 if TYPE_CHECKING:
-    from lightning_mgpu.ray.session import Session
-
-__all__: list[str] = []
+    from lightning_mgpu.ray.worker_group import Session
 
 log = logging.getLogger(__name__)
 

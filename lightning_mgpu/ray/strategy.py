@@ -19,21 +19,20 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_mgpu.ray import asked, prepared, session, train_worker, trial
-from lightning_mgpu.ray.autosave import DriverKeeper, Keeper
+from lightning_mgpu.ray import prepared_data, tune_placement, validation, worker_group
+from lightning_mgpu.ray.epoch_checkpoint import DriverKeeper, Keeper
+from lightning_mgpu.ray.gathered_state import Whole
 from lightning_mgpu.ray.launcher import RayLauncher
-from lightning_mgpu.ray.place import Place, RayEnvironment
-from lightning_mgpu.ray.returned import weights_of
-from lightning_mgpu.ray.whole import Whole
-from lightning_mgpu.strategies.rank_data import process_loader
-from lightning_mgpu.strategies.rebuilt import RebuiltDDPStrategy
+from lightning_mgpu.ray.ranks import Place, RayEnvironment
+from lightning_mgpu.ray.ray_train import prepare
+from lightning_mgpu.ray.trainer_state import weights_of
+from lightning_mgpu.strategies.ranks.rank_data import process_loader
+from lightning_mgpu.strategies.ranks.rebuilt import RebuiltDDPStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 log = logging.getLogger(__name__)
-
-__all__: list[str] = []
 
 
 class OnRay(ParallelStrategy, ABC):
@@ -67,15 +66,15 @@ class OnRay(ParallelStrategy, ABC):
         self.run_failed = False
         """Whether what this process holds is from before a run that has just failed."""
         self._trainers_accelerator: Accelerator | None = None
-        self.min_workers, self.num_workers = asked.least_and_most(num_workers)
-        asked.check_failures(max_failures)
-        asked.check_placement(placement_strategy)
+        self.min_workers, self.num_workers = validation.least_and_most(num_workers)
+        validation.check_failures(max_failures)
+        validation.check_placement(placement_strategy)
         super().__init__(cluster_environment=RayEnvironment(self.num_workers), **kwargs)
         self.init_hook = init_hook
         self.max_failures = max_failures
         self.storage_path = storage_path
         self.placement_strategy = placement_strategy
-        self._resources = asked.resources(
+        self._resources = validation.resources(
             type(self).__name__,
             self.devices_per_worker,
             {
@@ -110,9 +109,9 @@ class OnRay(ParallelStrategy, ABC):
         """Intra-op threads of each worker."""
         return max(1, int(self._resources.get("CPU", 1)))
 
-    def group(self) -> session.Group:
+    def group(self) -> worker_group.Group:
         """What to ask Ray for."""
-        group = session.Group(
+        group = worker_group.Group(
             least=self.min_workers,
             most=self.num_workers,
             resources=tuple(sorted(self._resources.items())),
@@ -120,7 +119,7 @@ class OnRay(ParallelStrategy, ABC):
             placement=self.placement_strategy,
         )
         for count in range(self.num_workers, self.min_workers - 1, -1):
-            if bundles := trial.reserved(count, self._resources):
+            if bundles := tune_placement.reserved(count, self._resources):
                 return replace(group, least=count, most=count, trial=bundles)
         return group
 
@@ -233,7 +232,7 @@ class OnRay(ParallelStrategy, ABC):
             )
         self._has_trainer = True
         # A worker of Ray Train is a rank already.
-        self._launcher = None if train_worker.take_place(self) else RayLauncher(self)
+        self._launcher = None if prepare.take_place(self) else RayLauncher(self)
 
     def setup_distributed(self) -> None:
         """Join the other ranks."""
@@ -246,7 +245,7 @@ class OnRay(ParallelStrategy, ABC):
             device_id=self.bound_device,
         )
         if self.lightning_module is not None:
-            prepared.share_next(self.lightning_module.trainer)
+            prepared_data.share_next(self.lightning_module.trainer)
 
 
 class RayStrategy(OnRay, RebuiltDDPStrategy):

@@ -16,17 +16,15 @@ import ray
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_mgpu.launch.errors import RemoteFailure
+from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
-from lightning_mgpu.launch.state import ProcessState
-from lightning_mgpu.launch.variables import of_rank
+from lightning_mgpu.launch.rank_variables import of_rank
 from lightning_mgpu.ray import demand
-from lightning_mgpu.ray.parcel import Parcel, unpack
-from lightning_mgpu.ray.place import Place, machine
+from lightning_mgpu.ray.object_store import Parcel, unpack
+from lightning_mgpu.ray.ranks import Place, machine
 
 if TYPE_CHECKING:
-    from lightning_mgpu.ray.autosave import Saved
-
-__all__: list[str] = []
+    from lightning_mgpu.ray.epoch_checkpoint import Saved
 
 # What a worker keeps of its own environment, whatever the driver's says.
 _OWN = ("RAY_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LD_", "PYTHON")
