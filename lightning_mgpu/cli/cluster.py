@@ -6,10 +6,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_mgpu.config.elsewhere import runs_elsewhere
+from lightning_mgpu.config.sweeper import RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray import STRATEGIES
 from lightning_mgpu.ray.address import address_of, given, is_client
-
-_RAY_TUNE = "ray_tune_sweeper"  # in the sweeper's `_target_`
 
 
 def is_laptop(cfg: DictConfig) -> bool:
@@ -40,7 +41,7 @@ def connect(strategy: Any, cfg: DictConfig) -> None:
                 f" hydra.sweeper.ray.{wrong[0]} instead."
             )
         return
-    if not getattr(strategy, "runs_elsewhere", False):
+    if not runs_elsewhere(strategy):
         if options:
             name, value = next(iter(options.items()))
             raise ConfigError(
@@ -59,14 +60,14 @@ def _is_on_ray(cfg: DictConfig, options: dict[str, Any]) -> bool:
     """Whether the run is on Ray, as far as can be told before its strategy is built."""
     strategy = cfg.get("strategy")
     target = strategy.get("_target_") if OmegaConf.is_dict(strategy) else strategy
-    return "address" in options or str(target).startswith("lightning_mgpu.ray.")
+    return "address" in options or str(target) in STRATEGIES
 
 
 def _is_trial() -> bool:
     """Whether this run is a trial of a sweep on Ray."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return False
-    return _RAY_TUNE in str(HydraConfig.get().sweeper.get("_target_"))
+    return bool(HydraConfig.get().sweeper.get("_target_") == RayTuneSweeperConf._target_)
 
 
 def _options(node: Any) -> dict[str, Any]:

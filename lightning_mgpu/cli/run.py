@@ -20,6 +20,7 @@ from lightning_mgpu.cli.checkpoint import check_checkpoint
 from lightning_mgpu.cli.cluster import connect, is_laptop
 from lightning_mgpu.cli.signals import StopOnSignal
 from lightning_mgpu.config.build import Parts, build
+from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.plan import command as planning
 from lightning_mgpu.plan.predict import Plan
@@ -92,7 +93,7 @@ def train(cfg: DictConfig) -> RunResult:
     stop = StopOnSignal(None if plans else output_dir / "checkpoints" / "interrupted.ckpt")
     with _seeded(cfg.get("seed")):
         parts = build(planning.arranged(cfg) if plans else cfg, callbacks=[stop])
-        stop.at_once = getattr(parts.trainer.strategy, "runs_elsewhere", False)
+        stop.at_once = runs_elsewhere(parts.trainer.strategy)
         connect(parts.trainer.strategy, cfg)
         if parts.trainer.is_global_zero:
             _save_config(cfg, output_dir)

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, open_dict
 
 from lightning_mgpu.config.arguments import accepted_keys, check_arguments, describe
+from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.strategies import DDPStrategy
 
@@ -198,7 +199,7 @@ def _without_foreign_defaults(
 
 def _wants_cpu_devices(trainer: DictConfig, strategy: Any) -> bool:
     """Whether ``devices: auto`` would leave a strategy for several devices with one CPU."""
-    if getattr(strategy, "runs_elsewhere", False):
+    if runs_elsewhere(strategy):
         return False  # it knows its devices
     if strategy in (None, "auto") or trainer.get("devices", "auto") != "auto":
         return False

@@ -30,6 +30,14 @@ _PUBLIC = {
     "keep_warm": "lightning_mgpu.ray.worker_group",
     "prepare_trainer": "lightning_mgpu.ray.ray_train.prepare",
 }
+STRATEGIES = tuple(
+    f"{where}.{name}"
+    for name, module in _PUBLIC.items()
+    if name.endswith("Strategy")
+    for where in (__name__, module)
+)
+"""What a config names as `_target_` to train on Ray."""
+
 _HOROVOD = (
     "Horovod has left Lightning. `RayStrategy` takes the same arguments and reduces the gradients"
     " with torch's own DDP, over NCCL or Gloo."

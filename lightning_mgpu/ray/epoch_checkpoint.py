@@ -5,7 +5,7 @@ import os
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -14,13 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
-from lightning_mgpu.ray.worker import call_on_driver
+from lightning_mgpu.ray.worker import Saved, call_on_driver
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-    from lightning_mgpu.ray.strategy import OnRay
-    from lightning_mgpu.ray.worker_group import Session
 
 Save = Callable[[dict[str, Any]], None]
 """Keeps a checkpoint in place of the last one; called on rank 0."""
@@ -32,27 +29,27 @@ class Autosave(Checkpoint):
     A `Checkpoint`, since Lightning calls those after all other callbacks.
 
     Args:
+        dump: Makes a checkpoint that rank 0 can save alone; called on all ranks.
         save: What to do with it.
     """
 
-    def __init__(self, save: Save) -> None:
-        self._save = save
+    def __init__(self, dump: "Callable[[Trainer], dict[str, Any]]", save: Save) -> None:
+        self._dump, self._save = dump, save
 
     @override
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        strategy: OnRay = trainer.strategy  # type: ignore[assignment]
-        checkpoint = strategy.dump_checkpoint(trainer)
+        checkpoint = self._dump(trainer)
         if trainer.is_global_zero:
             self._save(checkpoint)
             for logger in trainer.loggers:
                 logger.save()  # whoever goes on from here does not log it again
 
 
-class Saved(Protocol):
-    """A checkpoint on its way to workers that go on from it."""
+class CallsRanks(Protocol):
+    """Workers between two runs."""
 
-    def copy_to(self, file: IO[bytes]) -> bool:
-        """Write it to a file; whether there is one."""
+    def call(self, function: Callable[[], Any], ranks: Sequence[int] | None = None) -> list[Any]:
+        """Call a function on all of them, or on those of some ranks, and wait for the results."""
 
 
 class Keeper(ABC):
@@ -69,11 +66,11 @@ class Keeper(ABC):
         """The latest checkpoint, if there is one by now."""
 
     @abstractmethod
-    def check(self, workers: "Session") -> None:
+    def check(self, workers: CallsRanks) -> None:
         """Refuse workers that could not go on from here."""
 
     @abstractmethod
-    def finish(self, workers: "Session") -> None:
+    def finish(self, workers: CallsRanks) -> None:
         """Training is done, so nobody will go on from here."""
 
     @abstractmethod
@@ -96,11 +93,11 @@ class DriverKeeper(Keeper):
         return _Bytes(path.read_bytes()) if path.exists() else None
 
     @override
-    def check(self, workers: "Session") -> None:
+    def check(self, workers: CallsRanks) -> None:
         """Nothing to refuse: every worker gets the checkpoint from here."""
 
     @override
-    def finish(self, workers: "Session") -> None:
+    def finish(self, workers: CallsRanks) -> None:
         """Nothing to do: the file goes with the block."""
 
     def keep(self, data: bytes) -> None:

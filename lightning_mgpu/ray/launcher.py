@@ -34,7 +34,7 @@ from lightning_mgpu.strategies.ranks.predictions import RankPredictions, merge_p
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from lightning_mgpu.ray.strategy import OnRay
+    from lightning_mgpu.ray.on_ray import OnRay
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class _Entry:
         attached = callbacks_of(trainer)
         callbacks, args = list(attached), self.args
         if self.save is not None:
-            attached.append(Autosave(self.save))
+            attached.append(Autosave(self.strategy.dump_checkpoint, self.save))
         if resume is not None:
             # `Trainer._fit_impl(..., ckpt_path, weights_only)`; the file is our own.
             args = (*args[:-2], resume, False)

@@ -5,11 +5,11 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_mgpu.ray.strategy import OnRay
+from lightning_mgpu.ray.strategy import LaunchedOnRay
 from lightning_mgpu.strategies.pipeline_ddp import PipelineDDPStrategy
 
 
-class RayPipelineStrategy(OnRay, PipelineDDPStrategy):
+class RayPipelineStrategy(LaunchedOnRay, PipelineDDPStrategy):
     """Workers on a Ray cluster, each of which computes the model in stages.
 
     Within a worker `PipelineStrategy`, over GPUs or CPU threads of its own; between workers DDP,

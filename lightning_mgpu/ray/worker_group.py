@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -24,10 +24,7 @@ from lightning_mgpu.ray.monitor import Watch
 from lightning_mgpu.ray.object_store import Parcel
 from lightning_mgpu.ray.ranks import Place, machine, places
 from lightning_mgpu.ray.tune_placement import TrialBundles
-from lightning_mgpu.ray.worker import Job, TrainWorker
-
-if TYPE_CHECKING:
-    from lightning_mgpu.ray.epoch_checkpoint import Saved
+from lightning_mgpu.ray.worker import Job, Saved, TrainWorker
 
 # How long idle workers may take to show that they are alive.
 _ALIVE_SECONDS = 10.0
@@ -87,9 +84,7 @@ class Session:
             self.close()
             raise
 
-    def run(
-        self, parcel: Parcel, state: ProcessState, resume: "Saved | None"
-    ) -> list[list[Parcel]]:
+    def run(self, parcel: Parcel, state: ProcessState, resume: Saved | None) -> list[list[Parcel]]:
         """Run a pickled function on every worker and wait for all of them.
 
         Args:

@@ -17,6 +17,7 @@ from ray.train.lightning import RayTrainReportCallback
 from ray.train.torch import TorchTrainer
 
 from lightning_mgpu.config.build import build, build_node
+from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.ray import cluster
@@ -130,7 +131,7 @@ def _workers_of(cfg: DictConfig) -> ScalingConfig:
     if cfg.get("strategy") is None:
         return ScalingConfig(num_workers=1)
     strategy = build_node(cfg, "strategy")
-    if not getattr(strategy, "runs_elsewhere", False):
+    if not runs_elsewhere(strategy):
         raise ConfigError(
             f"strategy={type(strategy).__name__}: it has no workers on Ray. Set `+strategy=ray`, or"
             " none."

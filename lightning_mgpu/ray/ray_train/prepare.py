@@ -12,7 +12,7 @@ from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from lightning_mgpu.ray.strategy import OnRay
+    from lightning_mgpu.ray.on_ray import OnRay
 
 __all__ = ["prepare_trainer"]
 

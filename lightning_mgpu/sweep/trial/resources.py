@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from ray.tune import PlacementGroupFactory
 from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 
+from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.cluster import describe
 
@@ -100,7 +101,7 @@ def _runs_on_ray(node: Any) -> bool:
     if not isinstance(node, DictConfig) or "_target_" not in node:
         return False
     with contextlib.suppress(Exception):  # a node of somebody else's, or the trial will say
-        return bool(getattr(pkgutil.resolve_name(str(node._target_)), "runs_elsewhere", False))
+        return runs_elsewhere(pkgutil.resolve_name(str(node._target_)))
     return False
 
 
