@@ -8,9 +8,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
+
+from lightning_mgpu._compat.lightning import Callback, LightningModule, Trainer, TrainerFn
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,16 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, open_dict
 
+from lightning_mgpu._compat.lightning import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Logger,
+    Trainer,
+    _SubprocessScriptLauncher,
+)
 from lightning_mgpu.config.arguments import accepted_keys, check_arguments, describe
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError

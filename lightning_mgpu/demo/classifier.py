@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
+
+from lightning_mgpu._compat.lightning import LightningModule
 
 
 class Classifier(LightningModule):

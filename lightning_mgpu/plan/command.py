@@ -1,8 +1,8 @@
 """`mode=plan`: rehearse on one device, predict, and write down what was predicted."""
 
-from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lightning_mgpu._compat.lightning import Trainer
 from lightning_mgpu.config.build import Parts, build_node
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError

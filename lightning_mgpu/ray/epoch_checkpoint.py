@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import Checkpoint
 from lightning_mgpu.ray.worker import Saved, call_on_driver
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning_mgpu._compat.lightning import LightningModule, Trainer
 
 Save = Callable[[dict[str, Any]], None]
 """Keeps a checkpoint in place of the last one; called on rank 0."""

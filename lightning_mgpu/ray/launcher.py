@@ -8,12 +8,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
-from lightning.pytorch.trainer.call import _call_teardown_hook
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import (
+    TrainerFn,
+    TrainerStatus,
+    _call_teardown_hook,
+    _Launcher,
+    _TunerExitException,
+)
 from lightning_mgpu.launch.errors import (
     LaunchError,
     WorkerDiedError,
@@ -32,8 +35,7 @@ from lightning_mgpu.strategies.ranks.launcher import names_of_parts, set_live_st
 from lightning_mgpu.strategies.ranks.predictions import RankPredictions, merge_predictions
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
+    from lightning_mgpu._compat.lightning import Trainer
     from lightning_mgpu.ray.on_ray import OnRay
 
 log = logging.getLogger(__name__)

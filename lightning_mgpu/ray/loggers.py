@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from unittest.mock import patch
 
-from lightning.fabric.loggers.csv_logs import CSVLogger, _ExperimentWriter
-from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
+
+from lightning_mgpu._compat.lightning import CSVLogger, Logger, _ExperimentWriter
 
 log = logging.getLogger(__name__)
 

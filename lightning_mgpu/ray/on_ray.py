@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import (
+    Accelerator,
+    CPUAccelerator,
+    CUDAAccelerator,
+    MisconfigurationException,
+    ParallelStrategy,
+    TrainerFn,
+    reset_seed,
+)
 from lightning_mgpu.ray import prepared_data, tune_placement, validation, worker_group
 from lightning_mgpu.ray.epoch_checkpoint import DriverKeeper, Keeper
 from lightning_mgpu.ray.gathered_state import Whole
@@ -27,7 +31,7 @@ from lightning_mgpu.ray.trainer_state import weights_of
 from lightning_mgpu.strategies.ranks.rank_data import process_loader
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning_mgpu._compat.lightning import Trainer
 
 log = logging.getLogger(__name__)
 

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_mgpu._compat.lightning import LightningDataModule, is_overridden
 from lightning_mgpu.ray.trainer_state import dump, load, own_objects
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning_mgpu._compat.lightning import Trainer
 
 log = logging.getLogger(__name__)
 

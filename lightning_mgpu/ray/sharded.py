@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from lightning.fabric.strategies.fsdp import _get_full_state_dict_context
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import (
+    _PATH,
+    FSDPStrategy,
+    Strategy,
+    TrainerFn,
+    _get_full_state_dict_context,
+)
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray import cluster
 from lightning_mgpu.ray.gathered_state import Whole, tensors_of
@@ -21,7 +24,7 @@ from lightning_mgpu.ray.strategy import LaunchedOnRay
 from lightning_mgpu.ray.worker_group import Group
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning_mgpu._compat.lightning import Trainer
 
 
 class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):

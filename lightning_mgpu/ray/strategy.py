@@ -2,9 +2,9 @@
 
 from abc import ABC
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import MisconfigurationException
 from lightning_mgpu.ray.launcher import RayLauncher
 from lightning_mgpu.ray.on_ray import OnRay
 from lightning_mgpu.ray.ray_train import prepare

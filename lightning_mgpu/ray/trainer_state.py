@@ -10,20 +10,25 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder
-from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.trainer.states import TrainerFn, TrainerState
-from lightning.pytorch.tuner.lr_finder import _determine_lr_attr_name
-from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_setattr
 
+from lightning_mgpu._compat.lightning import (
+    LearningRateFinder,
+    TrainerFn,
+    TrainerState,
+    _determine_lr_attr_name,
+    _Loop,
+    lightning_getattr,
+    lightning_setattr,
+)
 from lightning_mgpu.launch.pickler import Pickler
 from lightning_mgpu.ray import loggers
 from lightning_mgpu.ray.gathered_state import Whole, plain_name, tensors_of
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, Trainer
     from torch.optim import Optimizer
+
+    from lightning_mgpu._compat.lightning import Callback, Trainer
 
 log = logging.getLogger(__name__)
 

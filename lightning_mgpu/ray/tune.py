@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback
 from ray import tune
 from ray.tune import Checkpoint, PlacementGroupFactory
 
+from lightning_mgpu._compat.lightning import Callback
 from lightning_mgpu.ray.worker import call_on_driver, is_worker
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning_mgpu._compat.lightning import Trainer
 
 __all__ = ["TuneReportCallback", "TuneReportCheckpointCallback", "get_tune_resources"]
 

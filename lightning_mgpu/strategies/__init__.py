@@ -3,9 +3,7 @@
 from functools import partial
 from typing import NoReturn
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import StrategyRegistry
-
+from lightning_mgpu._compat.lightning import MisconfigurationException, StrategyRegistry
 from lightning_mgpu.strategies.data_parallel import DataParallelStrategy
 from lightning_mgpu.strategies.distributed import DDPStrategy
 from lightning_mgpu.strategies.pipeline import PipelineStrategy

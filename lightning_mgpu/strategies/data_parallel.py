@@ -5,13 +5,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import (
+    Accelerator,
+    CheckpointIO,
+    ClusterEnvironment,
+    Precision,
+    _StrategyRegistry,
+)
 from lightning_mgpu.engine import batch_norm as engine_batch_norm
 from lightning_mgpu.engine.batch import Shard
 from lightning_mgpu.engine.data_parallel.loss import joint_loss

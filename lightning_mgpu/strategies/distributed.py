@@ -4,15 +4,17 @@ import atexit
 import functools
 
 import torch
-from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.fabric.utilities.distributed import _init_dist_connection
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.seed import reset_seed
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    MisconfigurationException,
+    _init_dist_connection,
+    _StrategyRegistry,
+    reset_seed,
+)
 from lightning_mgpu.engine.device import is_accelerator
 from lightning_mgpu.launch.rank import leave_group
 from lightning_mgpu.launch.rank_variables import come_from_a_launch

@@ -1,9 +1,9 @@
 """The pipelined model split: one model in stages, each on a device and a thread of its own."""
 
 import torch
-from lightning.fabric.strategies.registry import _StrategyRegistry
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import _StrategyRegistry
 from lightning_mgpu.strategies.base.single_process import SingleProcessStrategy
 from lightning_mgpu.strategies.stages.pipelined import Pipelined
 

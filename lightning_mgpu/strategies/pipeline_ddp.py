@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import MisconfigurationException, _StrategyRegistry
 from lightning_mgpu.engine.workers import available_cores
 from lightning_mgpu.strategies.distributed import DDPStrategy
 from lightning_mgpu.strategies.stages.pipelined import Pipelined

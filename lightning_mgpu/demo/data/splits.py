@@ -5,9 +5,10 @@ from collections.abc import Sized
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from lightning.pytorch import LightningDataModule
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset, random_split
+
+from lightning_mgpu._compat.lightning import LightningDataModule
 
 
 class Splits(NamedTuple):

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from ray.train import Result, RunConfig, ScalingConfig, get_checkpoint
 from ray.train.lightning import RayTrainReportCallback
 from ray.train.torch import TorchTrainer
 
+from lightning_mgpu._compat.lightning import Trainer, seed_everything
 from lightning_mgpu.config.build import build, build_node
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError

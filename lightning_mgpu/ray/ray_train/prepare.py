@@ -4,14 +4,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_mgpu._compat.lightning import MisconfigurationException
 from lightning_mgpu.ray.ranks import Place
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
+    from lightning_mgpu._compat.lightning import Trainer
     from lightning_mgpu.ray.on_ray import OnRay
 
 __all__ = ["prepare_trainer"]

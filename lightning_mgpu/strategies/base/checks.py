@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from lightning_mgpu._compat.lightning import MisconfigurationException, is_param_in_hook_signature
+
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    from lightning_mgpu._compat.lightning import LightningModule
 
 
 def check_one_process(strategy: str, num_nodes: int, world_size: int) -> None:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import default_collate
 
+from lightning_mgpu._compat.lightning import Trainer, is_overridden
 from lightning_mgpu.engine.batch import Hint
 
 _LOADERS = {

@@ -2,10 +2,9 @@
 
 from abc import ABC, abstractmethod
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ParallelStrategy
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import ParallelStrategy, Trainer
 from lightning_mgpu.strategies.base.checks import check_layer_sync, check_module
 
 

@@ -3,14 +3,19 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import (
+    Accelerator,
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Logger,
+    Precision,
+    Strategy,
+    Trainer,
+)
 from lightning_mgpu.strategies.base.checks import check_one_process
 from lightning_mgpu.strategies.base.multi_device import InParts
 

@@ -1,6 +1,6 @@
 """The callbacks of a Trainer."""
 
-from lightning.pytorch import Callback, Trainer
+from lightning_mgpu._compat.lightning import Callback, Trainer
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

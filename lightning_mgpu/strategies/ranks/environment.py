@@ -2,9 +2,9 @@
 
 from abc import ABC
 
-from lightning.fabric.plugins import ClusterEnvironment
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import ClusterEnvironment
 from lightning_mgpu.launch.rank import LOOPBACK, Rank
 
 

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import (
+    SIGTERMException,
+    TrainerFn,
+    _Launcher,
+    _TunerExitException,
+)
 from lightning_mgpu.launch.payload import Payload
 from lightning_mgpu.launch.pool import default_pool
 from lightning_mgpu.launch.rank import Rank
@@ -24,8 +27,8 @@ from lightning_mgpu.strategies.ranks.predictions import RankPredictions, merge_p
 
 if TYPE_CHECKING:
     import torch
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+    from lightning_mgpu._compat.lightning import DDPStrategy, Strategy, Trainer
 
 
 class PoolLauncher(_Launcher):

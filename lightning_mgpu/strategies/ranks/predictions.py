@@ -14,7 +14,7 @@ from lightning_mgpu.engine.batch import join_samples
 from lightning_mgpu.strategies.ranks.sample_dealing import LoaderOrder, chunks
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning_mgpu._compat.lightning import Trainer
 
 _ARRAYS = (torch.Tensor, np.ndarray)
 

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.trainer.states import TrainerFn
-
+from lightning_mgpu._compat.lightning import (
+    MisconfigurationException,
+    TrainerFn,
+    _DatasetSamplerWrapper,
+)
 from lightning_mgpu.strategies.ranks.sample_dealing import deal_out
 
 if TYPE_CHECKING:
-    from lightning.pytorch.strategies import ParallelStrategy
+    from lightning_mgpu._compat.lightning import ParallelStrategy
 
 
 def process_loader(strategy: "ParallelStrategy", loader: Any) -> None:

@@ -5,10 +5,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import DDPStrategy as _LightningDDPStrategy
 from lightning_mgpu.strategies.ranks.reduced import (
     Reduced,
     as_trainable,

@@ -18,12 +18,6 @@ from itertools import accumulate
 from typing import Any, Literal
 from unittest.mock import patch
 
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.overrides.distributed import (
-    UnrepeatedDistributedSampler,
-    UnrepeatedDistributedSamplerWrapper,
-    _IndexBatchSamplerWrapper,
-)
 from torch.utils.data import (
     BatchSampler,
     DistributedSampler,
@@ -31,6 +25,13 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+)
+
+from lightning_mgpu._compat.lightning import (
+    DistributedSamplerWrapper,
+    UnrepeatedDistributedSampler,
+    UnrepeatedDistributedSamplerWrapper,
+    _IndexBatchSamplerWrapper,
 )
 
 _Broadcast = Callable[[Any], Any]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_mgpu._compat.lightning import LightningModule
 from lightning_mgpu.engine.batch import weighted_mean
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -12,7 +12,7 @@ from lightning_mgpu.engine.batch import weighted_mean
 from lightning_mgpu.engine.worker_thread import on_caller
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    from lightning_mgpu._compat.lightning import LightningModule
 
 
 class ManualOptimization:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_mgpu._compat.lightning import LightningModule
 from lightning_mgpu.engine.batch import weighted_mean
 from lightning_mgpu.engine.batch.unevenness import differing
 from lightning_mgpu.engine.compare import (

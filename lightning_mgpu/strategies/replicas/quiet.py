@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-
+from lightning_mgpu._compat.lightning import DummyLogger, LightningModule, Trainer
 from lightning_mgpu.engine.data_parallel.copying.isolation import UnsafeError
 from lightning_mgpu.engine.data_parallel.copying.sandbox import Sandbox
 from lightning_mgpu.strategies.replicas.log_merging import LogRecorder

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 
+from lightning_mgpu._compat.lightning import LightningModule
 from lightning_mgpu.engine.batch import Shard, leaves, map_leaves
 from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import untracked
 from lightning_mgpu.engine.data_parallel.error_hints import hinted

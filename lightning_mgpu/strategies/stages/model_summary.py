@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelSummary
 
+from lightning_mgpu._compat.lightning import Callback, ModelSummary
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 from lightning_mgpu.strategies.stages.stage_table import parameter_bytes, readable_bytes
 

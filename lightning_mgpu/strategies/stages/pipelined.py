@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import Trainer, TrainerFn
 from lightning_mgpu.engine.batch import Layout
 from lightning_mgpu.engine.pipeline.check.parity import Parity, ParityCheck
 from lightning_mgpu.engine.pipeline.error_hints import hinted

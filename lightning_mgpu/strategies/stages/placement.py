@@ -6,11 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mgpu._compat.lightning import LightningModule, _DeviceDtypeModuleMixin
 from lightning_mgpu.engine.batch import leaves, map_leaves
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 

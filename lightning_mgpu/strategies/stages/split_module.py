@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_mgpu._compat.lightning import LightningModule
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 
 

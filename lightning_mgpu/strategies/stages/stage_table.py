@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_mgpu._compat.lightning import rank_zero_info
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
 from lightning_mgpu.engine.pipeline.runtime import schedule

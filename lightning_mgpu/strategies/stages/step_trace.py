@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-
+from lightning_mgpu._compat.lightning import (
+    MisconfigurationException,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
 from lightning_mgpu.engine.pipeline.profile.timeline import Span, Timeline

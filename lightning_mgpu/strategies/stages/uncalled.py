@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_mgpu._compat.lightning import LightningModule
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 

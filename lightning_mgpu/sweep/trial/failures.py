@@ -48,7 +48,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def _is_of_torch(error: BaseException) -> bool:
     import torch
-    from lightning.pytorch.utilities.memory import is_oom_error
+
+    from lightning_mgpu._compat.lightning import is_oom_error
 
     if isinstance(error, torch.OutOfMemoryError):
         return True

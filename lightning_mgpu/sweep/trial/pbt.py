@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
+
+from lightning_mgpu._compat.lightning import LRSchedulerConfig
 
 Groups = list[list[dict[str, Any]]]
 """For each optimizer and each of its parameter groups: hyperparameters by name."""

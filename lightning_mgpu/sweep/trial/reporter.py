@@ -16,12 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from hydra_plugins.ray_tune_sweeper import _lightning
+from lightning_mgpu._compat.lightning import (
+    Checkpoint,
+    LightningModule,
+    ModelCheckpoint,
+    Trainer,
+    TrainerFn,
+)
 from lightning_mgpu.ray import worker
 from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT
 from lightning_mgpu.sweep.trial import pbt
