@@ -1,35 +1,86 @@
 """Registers the strategies with Lightning when Lightning is there, and not before.
 
-It takes seconds to import, which programs that train nothing should not wait for: the command's
-``--help``, the driver of a sweep.
+Lightning takes seconds to import, which programs that train nothing should not wait for: the
+command's ``--help``, the driver of a sweep. Each of its namespaces has a registry of its own, and
+gets the same names; the classes behind them are imported when one is asked for.
 """
 
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, NoReturn
 
-_LIGHTNING = "lightning.pytorch"
-_STRATEGIES = "lightning_mgpu.strategies"
+from lightning_mgpu._compat.namespace import BOTH, Namespace, choose
+
+_STRATEGIES = {
+    "dp": ("DataParallelStrategy", "Data parallel in one process, a thread per device"),
+    "mgpu_ddp": (
+        "DDPStrategy",
+        "DDP through a pool of persistent workers; safe under Hydra multirun",
+    ),
+    "pipeline": ("PipelineStrategy", "One model in stages, one for each device"),
+    "pipeline_ddp": ("PipelineDDPStrategy", "Processes with a pipeline each, DDP between them"),
+}
+_ON_RAY = {
+    "ddp_ray": "RayStrategy",
+    "fsdp_ray": "RayShardedStrategy",
+    "pipeline_ray": "RayPipelineStrategy",
+}
 
 
 def register() -> None:
-    """Register the strategies now, or as soon as Lightning has been imported."""
-    if _LIGHTNING in sys.modules:
-        importlib.import_module(_STRATEGIES)
-    elif not any(isinstance(finder, _AfterLightning) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterLightning())
+    """Register the strategies with each namespace now, or as soon as it has been imported."""
+    listening = {f.namespace for f in sys.meta_path if isinstance(f, _AfterImport)}
+    for namespace in BOTH:
+        if namespace.pytorch in sys.modules:
+            _register(namespace)
+        elif namespace not in listening:
+            sys.meta_path.insert(0, _AfterImport(namespace))
 
 
-class _AfterLightning(MetaPathFinder):
+def _register(namespace: Namespace) -> None:
+    registry = importlib.import_module(namespace.module("pytorch.strategies")).StrategyRegistry
+    for name, (class_name, description) in _STRATEGIES.items():
+        if name not in registry:
+            create = partial(_create, namespace, name, class_name)
+            registry.register(name, create, description=description)
+    for name, class_name in _ON_RAY.items():
+        if name not in registry:
+            refuse = partial(_refuse, namespace, name, class_name)
+            registry.register(name, refuse, description="On Ray, given as an object")
+
+
+def _create(namespace: Namespace, name: str, class_name: str) -> Any:
+    try:
+        choose(namespace, f"its Trainer was given `strategy={name!r}`")
+    except TypeError as error:
+        raise TypeError(f"`{namespace.pytorch}.Trainer(strategy={name!r})`: {error}") from None
+    return getattr(importlib.import_module("lightning_mgpu.strategies"), class_name)()
+
+
+def _refuse(namespace: Namespace, name: str, class_name: str) -> NoReturn:
+    exceptions = importlib.import_module(namespace.module("fabric.utilities.exceptions"))
+    raise exceptions.MisconfigurationException(
+        f"`Trainer(strategy={name!r})`: a name cannot say how many workers to ask Ray for. Use"
+        f" `Trainer(strategy={class_name}(num_workers=...))` with `from lightning_mgpu.ray import"
+        f" {class_name}`."
+    )
+
+
+class _AfterImport(MetaPathFinder):
     """Finds Lightning as the others do, and has its loader call us when it has been imported."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self.namespace = namespace
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _LIGHTNING:
+        if fullname != self.namespace.pytorch:
             return None
         others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
         found = (finder.find_spec(fullname, path, target) for finder in others)
@@ -42,7 +93,7 @@ class _AfterLightning(MetaPathFinder):
             load(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            importlib.import_module(_STRATEGIES)
+            _register(self.namespace)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

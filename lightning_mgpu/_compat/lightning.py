@@ -69,7 +69,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import FSDPStrategy as FSDPStrategy
     from lightning.pytorch.strategies import ParallelStrategy as ParallelStrategy
     from lightning.pytorch.strategies import Strategy as Strategy
-    from lightning.pytorch.strategies import StrategyRegistry as StrategyRegistry
     from lightning.pytorch.strategies.launchers import (
         _SubprocessScriptLauncher as _SubprocessScriptLauncher,
     )
@@ -83,7 +82,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities import rank_zero_warn as rank_zero_warn
     from lightning.pytorch.utilities.exceptions import SIGTERMException as SIGTERMException
     from lightning.pytorch.utilities.exceptions import _TunerExitException as _TunerExitException
-    from lightning.pytorch.utilities.memory import is_oom_error as is_oom_error
     from lightning.pytorch.utilities.model_helpers import is_overridden as is_overridden
     from lightning.pytorch.utilities.parsing import lightning_getattr as lightning_getattr
     from lightning.pytorch.utilities.parsing import lightning_setattr as lightning_setattr
@@ -123,7 +121,6 @@ _NAMES = {
         "FSDPStrategy",
         "ParallelStrategy",
         "Strategy",
-        "StrategyRegistry",
     ),
     "pytorch.strategies.launchers": ("_SubprocessScriptLauncher",),
     "pytorch.strategies.launchers.launcher": ("_Launcher",),
@@ -132,7 +129,6 @@ _NAMES = {
     "pytorch.tuner.lr_finder": ("_determine_lr_attr_name",),
     "pytorch.utilities": ("rank_zero_info", "rank_zero_warn"),
     "pytorch.utilities.exceptions": ("SIGTERMException", "_TunerExitException"),
-    "pytorch.utilities.memory": ("is_oom_error",),
     "pytorch.utilities.model_helpers": ("is_overridden",),
     "pytorch.utilities.parsing": ("lightning_getattr", "lightning_setattr"),
     "pytorch.utilities.signature_utils": ("is_param_in_hook_signature",),

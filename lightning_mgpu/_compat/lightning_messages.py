@@ -60,7 +60,7 @@ def tip_loggers() -> list[logging.Logger]:
     ]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def says_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device has no memory left."""
     where = (namespace.known() or namespace.LIGHTNING).module("pytorch.utilities.memory")
     return bool(importlib.import_module(where).is_oom_error(error))

@@ -22,6 +22,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_mgpu._compat.lightning_messages import KNOWN_WARNINGS, is_tip, loggers, tip_loggers
 from lightning_mgpu.errors import ConfigError, SweepFailedError
 
 if TYPE_CHECKING:
@@ -32,13 +33,6 @@ log = logging.getLogger(__name__)
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: a traceback for everything
 _BAD_INPUT = 2
-
-_KNOWN_WARNINGS = (
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning with torch 2.13
-    "Experiment logs directory .* exists and is not empty",  # the run's directory, made by Hydra
-    "The '.*_dataloader' does not have many workers",
-    "The dirpath has changed from",  # of course: each run has a directory of its own
-)
 
 
 def main() -> None:
@@ -137,16 +131,17 @@ def _importing() -> Iterator[None]:
 def _quieten() -> None:
     """Leave out what tells a user of this command nothing."""
     # Lightning has a handler of its own; Hydra's shows the lines once, and keeps them in a file.
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
-    for message in _KNOWN_WARNINGS:
+    for logger in loggers():
+        logger.handlers.clear()
+        logger.propagate = True
+    for logger in tip_loggers():
+        logger.addFilter(_is_no_tip)
+    for message in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+    return not is_tip(record)
 
 
 def _refuse(error: Exception) -> NoReturn:

@@ -21,6 +21,11 @@ from lightning_mgpu._compat.lightning import (
     is_overridden,
     seed_everything,
 )
+from lightning_mgpu._compat.lightning_messages import (
+    finds_no_checkpoint,
+    names_missing_metric,
+    tells_of_another_model,
+)
 from lightning_mgpu.cli.checkpoint import check_checkpoint
 from lightning_mgpu.cli.cluster import connect, is_laptop
 from lightning_mgpu.cli.signals import StopOnSignal
@@ -35,8 +40,6 @@ from lightning_mgpu.strategies.ranks.predictions import join_batches
 log = logging.getLogger(__name__)
 
 _SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-# How `ModelCheckpoint` and `EarlyStopping` begin when what they monitor is not there.
-_NOT_LOGGED = ("could not find the monitored key", "Early stopping conditioned on metric")
 _MAX_SEED = 2**32 - 1  # numpy's
 
 
@@ -309,12 +312,12 @@ def _told_in_terms_of(cfg: DictConfig) -> Iterator[None]:
     try:
         yield
     except (MisconfigurationException, RuntimeError) as error:
-        if any(words in str(error) for words in _NOT_LOGGED):
+        if names_missing_metric(error):
             raise ConfigError(
                 f"metric={cfg.get('metric')}: {' '.join(str(error).split())} Set `metric=` to one"
                 " that is logged (with `metric_mode=min` for a loss), or to null."
             ) from error
-        if cfg.get("ckpt_path") is None or "Error(s) in loading state_dict" not in str(error):
+        if cfg.get("ckpt_path") is None or not tells_of_another_model(error):
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(
@@ -322,7 +325,7 @@ def _told_in_terms_of(cfg: DictConfig) -> Iterator[None]:
             " Use the model and the sizes it was trained with."
         ) from error
     except ValueError as error:
-        if f'(ckpt_path="{cfg.get("ckpt_path")}")' not in str(error):
+        if not finds_no_checkpoint(error, cfg.get("ckpt_path")):
             raise
         # One of Lightning's keywords (`hpc`), which finds nothing.
         raise ConfigError(f"ckpt_path={cfg.ckpt_path}: {error}") from error

@@ -21,6 +21,7 @@ from lightning_mgpu._compat.lightning import (
     Trainer,
     _SubprocessScriptLauncher,
 )
+from lightning_mgpu._compat.lightning_messages import lacks_device
 from lightning_mgpu.config.arguments import accepted_keys, check_arguments, describe
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
@@ -214,7 +215,7 @@ def _wants_cpu_devices(trainer: DictConfig, strategy: Any) -> bool:
 
 def _explain(error: BaseException, node: DictConfig) -> str:
     line = _line(error)
-    if "No supported gpu backend" in line or "accelerator is not available" in line:
+    if lacks_device(error):
         line = (
             f"accelerator={node.get('accelerator')}, devices={node.get('devices')}: this machine"
             " has none of that kind. Use `trainer=cpu`."

@@ -12,10 +12,14 @@ from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import (
     TrainerFn,
-    TrainerStatus,
-    _call_teardown_hook,
     _Launcher,
     _TunerExitException,
+)
+from lightning_mgpu._compat.lightning_loops import set_live_state_aside
+from lightning_mgpu._compat.lightning_trainer import (
+    end_search,
+    restore_signal_handlers,
+    resumed_from,
 )
 from lightning_mgpu.launch.errors import (
     LaunchError,
@@ -31,7 +35,7 @@ from lightning_mgpu.ray.ranks import Place
 from lightning_mgpu.ray.trainer_state import Returned, weights_of
 from lightning_mgpu.ray.worker import is_worker
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
-from lightning_mgpu.strategies.ranks.launcher import names_of_parts, set_live_state_aside
+from lightning_mgpu.strategies.ranks.launcher import names_of_parts
 from lightning_mgpu.strategies.ranks.predictions import RankPredictions, merge_predictions
 
 if TYPE_CHECKING:
@@ -181,25 +185,24 @@ class _Entry:
     def __call__(self, place: Place, resume: str | None = None) -> list[Parcel]:
         trainer = self.trainer
         attached = callbacks_of(trainer)
-        callbacks, args = list(attached), self.args
+        callbacks, args, kwargs = list(attached), self.args, self.kwargs
         if self.save is not None:
             attached.append(Autosave(self.strategy.dump_checkpoint, self.save))
         if resume is not None:
-            # `Trainer._fit_impl(..., ckpt_path, weights_only)`; the file is our own.
-            args = (*args[:-2], resume, False)
+            args, kwargs = resumed_from(self.function, args, kwargs, resume)
         self.strategy.take_place(place)
         loggers.go_on(trainer.loggers, began=resume is not None)
         try:
-            result = self.function(*args, **self.kwargs)
+            result = self.function(*args, **kwargs)
         except _TunerExitException:
-            _end_search(trainer)
+            end_search(trainer)
             result = None
         except BaseException:
             for logger in trainer.loggers:
                 logger.finalize("failed")
             raise
         finally:
-            trainer._signal_connector.teardown()
+            restore_signal_handlers(trainer)
         predictions = None
         if trainer.state.fn == TrainerFn.PREDICTING:
             predictions, result = RankPredictions.of(trainer, result), None
@@ -214,13 +217,6 @@ class _Entry:
             ),
             *([pack(predictions, {"predictions": predictions})] if predictions else []),
         ]
-
-
-def _end_search(trainer: "Trainer") -> None:
-    """What Lightning does where the `Tuner` stops a run that was for a search only."""
-    _call_teardown_hook(trainer)
-    trainer._teardown()
-    trainer.state.status, trainer.state.stage = TrainerStatus.FINISHED, None
 
 
 def _is_loss(error: Exception) -> bool:

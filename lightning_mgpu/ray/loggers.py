@@ -1,14 +1,13 @@
 """Loggers, which write on rank 0 of the workers and belong to the Trainer on the driver."""
 
-import csv
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
-from unittest.mock import patch
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_mgpu._compat.lightning import CSVLogger, Logger, _ExperimentWriter
+from lightning_mgpu._compat.lightning import Logger
+from lightning_mgpu._compat.lightning_loggers import adopt_file, has_written, restore_attribute
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +16,7 @@ def send(loggers: Iterable[Logger]) -> None:
     """On the driver, before loggers are pickled: find out what the workers would find out else."""
     for logger in loggers:
         _ = logger.version  # on first use, and by then the workers' directory is there
-        if isinstance(logger, CSVLogger) and logger._experiment is not None:
+        if has_written(logger):
             logger.save()  # or both sides would write the same rows
 
 
@@ -29,8 +28,8 @@ def go_on(loggers: Iterable[Logger], began: bool) -> None:
         began: Whether these loggers have written before, also if they do not know of it.
     """
     for logger in loggers:
-        if isinstance(logger, CSVLogger) and (began or logger._experiment is not None):
-            _adopt_file(logger)
+        if (began or has_written(logger)) and getattr(rank_zero_only, "rank", 0) == 0:
+            adopt_file(logger)
 
 
 def states(loggers: Iterable[Logger], dump: Callable[[Any], bytes]) -> list[dict[str, bytes]]:
@@ -52,23 +51,4 @@ def states(loggers: Iterable[Logger], dump: Callable[[Any], bytes]) -> list[dict
 def restore(logger: Logger, state: dict[str, bytes], load: Callable[[bytes], Any]) -> None:
     """Give the driver's logger the attributes of rank 0's."""
     for name, data in state.items():
-        value, mine = load(data), vars(logger).get(name)
-        if name != "_experiment" or mine is None:
-            vars(logger)[name] = value
-        elif isinstance(value, _ExperimentWriter) and isinstance(mine, _ExperimentWriter):
-            vars(mine).update(vars(value))  # somebody may hold it
-
-
-def _adopt_file(logger: CSVLogger) -> None:
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        return
-    if logger._experiment is None:
-        with patch.object(_ExperimentWriter, "_check_log_dir_exists", lambda _: None):
-            _ = logger.experiment
-    writer = logger._experiment
-    assert writer is not None
-    writer._fs.makedirs(writer.log_dir, exist_ok=True)  # this may be another machine
-    writer.metrics_keys = []
-    if writer._fs.isfile(writer.metrics_file_path):
-        with writer._fs.open(writer.metrics_file_path, "r", newline="") as file:
-            writer.metrics_keys = next(csv.reader(file), [])
+        restore_attribute(logger, name, load(data))

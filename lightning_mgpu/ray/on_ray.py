@@ -23,6 +23,7 @@ from lightning_mgpu._compat.lightning import (
     TrainerFn,
     reset_seed,
 )
+from lightning_mgpu._compat.lightning_trainer import checkpoint_of
 from lightning_mgpu.ray import prepared_data, tune_placement, validation, worker_group
 from lightning_mgpu.ray.epoch_checkpoint import DriverKeeper, Keeper
 from lightning_mgpu.ray.gathered_state import Whole
@@ -182,7 +183,7 @@ class OnRay(ParallelStrategy, ABC):
 
     def dump_checkpoint(self, trainer: "Trainer") -> dict[str, Any]:
         """A checkpoint that rank 0 can save alone; called on all ranks."""
-        return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        return checkpoint_of(trainer)
 
     @property
     def _environment(self) -> RayEnvironment:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_mgpu._compat.lightning import LightningDataModule, is_overridden
+from lightning_mgpu._compat.lightning_trainer import around_prepare_data
 from lightning_mgpu.ray.trainer_state import dump, load, own_objects
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
@@ -40,16 +41,13 @@ def share_next(trainer: "Trainer") -> None:
     }
     if trainer.world_size == 1 or not per_node:
         return
-    connector: Any = trainer._data_connector
-    original: Callable[[], None] = connector.prepare_data
 
-    def prepare_data() -> None:
-        del connector.prepare_data
+    def shared(prepare_data: Callable[[], None]) -> None:
         before = _State(own_objects(trainer, callbacks_of(trainer)))
-        original()
+        prepare_data()
         _share(before, trainer.local_rank, per_node)
 
-    connector.prepare_data = prepare_data
+    around_prepare_data(trainer, shared)
 
 
 @dataclass(frozen=True)

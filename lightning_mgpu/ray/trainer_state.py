@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_mgpu._compat.lightning import (
-    LearningRateFinder,
     TrainerFn,
     TrainerState,
-    _determine_lr_attr_name,
-    _Loop,
     lightning_getattr,
     lightning_setattr,
+)
+from lightning_mgpu._compat.lightning_loops import forget_loader_states, forget_restart
+from lightning_mgpu._compat.lightning_trainer import (
+    attribute_of_found_rate,
+    logged_values,
+    set_logged_values,
 )
 from lightning_mgpu.launch.pickler import Pickler
 from lightning_mgpu.ray import loggers
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 _LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
@@ -88,7 +90,7 @@ class Returned:
             result=result,
             state=trainer.state,
             should_stop=trainer.should_stop,
-            metrics={name: getattr(trainer._logger_connector, name) for name in _METRICS},
+            metrics=logged_values(trainer),
             loops={name: getattr(trainer, name).state_dict() for name in _LOOPS},
             batches=trainer.fit_loop.max_batches,
             callbacks=[_callback_state(callback, names) for callback in callbacks],
@@ -130,11 +132,10 @@ class Returned:
         for name, progress in self.loops.items():
             loop = getattr(trainer, name)
             loop.load_state_dict(progress)
-            _forget_restart(loop)
+            forget_restart(loop)
         trainer.fit_loop.max_batches = self.batches
-        trainer.fit_loop._combined_loader_states_to_load = []
-        for name, values in self.metrics.items():
-            setattr(trainer._logger_connector, name, values)
+        forget_loader_states(trainer)
+        set_logged_values(trainer, self.metrics)
         trainer.should_stop = self.should_stop
         vars(trainer.state).update(vars(self.state))
         return self.result
@@ -168,14 +169,6 @@ def _load_states(model: torch.nn.Module, optimizers: "list[Optimizer]", whole: W
             optimizer.state[tensors[name]] = state
 
 
-def _forget_restart(loop: _Loop) -> None:
-    """Take back what `load_state_dict` concludes: the next run starts, and does not go on."""
-    loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
-    for child in vars(loop).values():
-        if isinstance(child, _Loop):
-            _forget_restart(child)
-
-
 def _callback_state(callback: "Callback", names: dict[int, str]) -> bytes | dict[str, Any]:
     try:
         return dump(vars(callback), names)
@@ -188,10 +181,8 @@ def _found(trainer: "Trainer", callbacks: "Iterable[Callback]") -> dict[str, Any
     """What Lightning's search for a learning rate has set: it is the user's to read."""
     model, found = trainer.lightning_module, {}
     for callback in callbacks:
-        if not isinstance(callback, LearningRateFinder) or not callback._update_attr:
-            continue
-        if callback.optimal_lr is not None:
-            name = _determine_lr_attr_name(model, callback._attr_name)
+        name = attribute_of_found_rate(callback, model)
+        if name is not None:
             found[name] = lightning_getattr(model, name)
     return found
 

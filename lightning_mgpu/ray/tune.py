@@ -15,6 +15,7 @@ from ray import tune
 from ray.tune import Checkpoint, PlacementGroupFactory
 
 from lightning_mgpu._compat.lightning import Callback
+from lightning_mgpu._compat.lightning_trainer import checkpoint_of
 from lightning_mgpu.ray.worker import call_on_driver, is_worker
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class TuneReportCheckpointCallback(TuneReportCallback):
         self._filename = filename
 
     def _report(self, trainer: "Trainer", values: dict[str, float]) -> None:
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint = checkpoint_of(trainer)
         if trainer.is_global_zero:
             stream = io.BytesIO()
             torch.save(checkpoint, stream)

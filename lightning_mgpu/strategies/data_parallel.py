@@ -13,7 +13,6 @@ from lightning_mgpu._compat.lightning import (
     CheckpointIO,
     ClusterEnvironment,
     Precision,
-    _StrategyRegistry,
 )
 from lightning_mgpu.engine import batch_norm as engine_batch_norm
 from lightning_mgpu.engine.batch import Shard
@@ -145,13 +144,6 @@ class DataParallelStrategy(SingleProcessStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.predict_step_context():
             return self._step("predict_step", *args, **kwargs)
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        strategy_registry.register(
-            cls.strategy_name, cls, description="Data parallel in one process, a thread per device"
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Replicas and threads are made anew by the first step.

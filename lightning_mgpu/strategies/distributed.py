@@ -12,7 +12,6 @@ from lightning_mgpu._compat.lightning import (
     LightningEnvironment,
     MisconfigurationException,
     _init_dist_connection,
-    _StrategyRegistry,
     reset_seed,
 )
 from lightning_mgpu.engine.device import is_accelerator
@@ -124,15 +123,6 @@ class DDPStrategy(RebuiltDDPStrategy):
         if isinstance(self.cluster_environment, PoolEnvironment):
             process_loader(self, dataloader)
         return dataloader
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        strategy_registry.register(
-            cls.strategy_name,
-            cls,
-            description="DDP through a pool of persistent workers; safe under Hydra multirun",
-        )
 
 
 @functools.cache

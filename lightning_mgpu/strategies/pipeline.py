@@ -3,7 +3,6 @@
 import torch
 from typing_extensions import override
 
-from lightning_mgpu._compat.lightning import _StrategyRegistry
 from lightning_mgpu.strategies.base.single_process import SingleProcessStrategy
 from lightning_mgpu.strategies.stages.pipelined import Pipelined
 
@@ -66,10 +65,3 @@ class PipelineStrategy(Pipelined, SingleProcessStrategy):
     @override
     def own_devices(self) -> list[torch.device]:
         return self.devices
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        strategy_registry.register(
-            cls.strategy_name, cls, description="One model in stages, one for each device"
-        )

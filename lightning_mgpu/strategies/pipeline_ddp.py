@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_mgpu._compat.lightning import MisconfigurationException, _StrategyRegistry
+from lightning_mgpu._compat.lightning import MisconfigurationException
 from lightning_mgpu.engine.workers import available_cores
 from lightning_mgpu.strategies.distributed import DDPStrategy
 from lightning_mgpu.strategies.stages.pipelined import Pipelined
@@ -102,10 +102,3 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         # Without `device_ids` it leaves modules and batches where they are.
         return DistributedDataParallel(model, **self._ddp_kwargs)
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        strategy_registry.register(
-            cls.strategy_name, cls, description="Processes with a pipeline each, DDP between them"
-        )

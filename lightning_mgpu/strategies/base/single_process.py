@@ -3,30 +3,26 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import (
     Accelerator,
     Callback,
     LightningDataModule,
-    LightningModule,
     Logger,
     Precision,
     Strategy,
     Trainer,
 )
+from lightning_mgpu._compat.lightning_module import own_attributes
 from lightning_mgpu.strategies.base.checks import check_one_process
 from lightning_mgpu.strategies.base.multi_device import InParts
 
 SHARED_OBJECTS = (Trainer, Strategy, LightningDataModule, Logger, Callback)
 """Objects that a model may refer to and that no part of it has a copy of its own of."""
 
-OWN_ATTRIBUTES = (vars(LightningModule()).keys() - vars(nn.Module()).keys()) | {
-    "_hparams_initial",
-    "_hparams_name",
-    "_log_hyperparams",
-}
+OWN_ATTRIBUTES = own_attributes()
 """Attributes of a LightningModule that Lightning keeps for itself."""
 
 

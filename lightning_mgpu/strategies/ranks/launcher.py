@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
@@ -17,6 +16,11 @@ from lightning_mgpu._compat.lightning import (
     TrainerFn,
     _Launcher,
     _TunerExitException,
+)
+from lightning_mgpu._compat.lightning_loops import set_live_state_aside
+from lightning_mgpu._compat.lightning_trainer import (
+    restore_signal_handlers,
+    signal_handlers_before,
 )
 from lightning_mgpu.launch.payload import Payload
 from lightning_mgpu.launch.pool import default_pool
@@ -89,7 +93,7 @@ class PoolLauncher(_Launcher):
         if signum == signal.SIGTERM:
             # The program's own handler, which Lightning would call last.
             model = self._strategy.lightning_module
-            handlers = {} if model is None else model.trainer._signal_connector._original_handlers
+            handlers = {} if model is None else signal_handlers_before(model.trainer)
             if callable(handler := handlers.get(signal.SIGTERM)):
                 handler(signum, sys._getframe())
             # Lightning would go on to tell the other ranks by a collective, in the middle of
@@ -120,7 +124,7 @@ class _Entry:
             if self.trainer is not None:
                 # After a failure Lightning would do so when the launch is over, and put back the
                 # handlers that it found within.
-                self.trainer._signal_connector.teardown()
+                restore_signal_handlers(self.trainer)
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
             return RankPredictions.of(self.trainer, result)
         # Metrics are reduced over the ranks already.
@@ -172,23 +176,6 @@ def names_of_parts(
     names |= {"trainer.strategy": strategy}
     names |= {type(argument).__name__: argument for argument in args}
     return {**names, "trainer": trainer}
-
-
-def set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
-    """For as long as `stack` lasts, take away what every run makes anew on each rank.
-
-    Optimizer state may be twice the model's size, iterators hold live processes.
-    """
-    strategy = trainer.strategy
-    for name in ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
-        stack.enter_context(patch.object(strategy, name, []))
-    val_loop = trainer.fit_loop.epoch_loop.val_loop
-    evaluation = (val_loop, trainer.validate_loop, trainer.test_loop)
-    for loop in (trainer.fit_loop, *evaluation, trainer.predict_loop):
-        stack.enter_context(patch.multiple(loop, _combined_loader=None, _data_fetcher=None))
-        # The data of an earlier call; that of the coming one is among the arguments.
-        stack.enter_context(patch.object(loop._data_source, "instance", None))
-    stack.enter_context(patch.object(trainer.predict_loop, "_predictions", []))
 
 
 def _announce_rank(rank: Rank) -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 
+from lightning_mgpu._compat.lightning_loops import predict_loaders
 from lightning_mgpu.engine.batch import join_samples
 from lightning_mgpu.strategies.ranks.sample_dealing import LoaderOrder, chunks
 
@@ -37,8 +38,7 @@ class RankPredictions:
     @classmethod
     def of(cls, trainer: "Trainer", returned: Any) -> "RankPredictions":
         """This rank's share, taken when `Trainer.predict` has just `returned`."""
-        combined = trainer.predict_loop._combined_loader
-        loaders = combined.flattened if combined is not None else []
+        loaders = predict_loaders(trainer)
         nested = len(loaders) != 1
         if not returned:
             return cls(None, [], nested)

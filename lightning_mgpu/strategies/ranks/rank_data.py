@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_mgpu._compat.lightning import (
     MisconfigurationException,
     TrainerFn,
-    _DatasetSamplerWrapper,
 )
+from lightning_mgpu._compat.lightning_data import samplers_within
 from lightning_mgpu.strategies.ranks.sample_dealing import deal_out
 
 if TYPE_CHECKING:
@@ -62,7 +62,4 @@ def _samplers(loader: Any) -> Iterator[Any]:
             continue
         seen.add(id(sampler))
         yield sampler
-        names = ("sampler", "batch_sampler", "_sampler", "_batch_sampler")
-        found += [getattr(sampler, name, None) for name in names]
-        if isinstance(dataset := getattr(sampler, "dataset", None), _DatasetSamplerWrapper):
-            found.append(dataset)
+        found += samplers_within(sampler)

@@ -31,7 +31,12 @@ from lightning_mgpu._compat.lightning import (
     DistributedSamplerWrapper,
     UnrepeatedDistributedSampler,
     UnrepeatedDistributedSamplerWrapper,
-    _IndexBatchSamplerWrapper,
+)
+from lightning_mgpu._compat.lightning_data import (
+    inner_batch_sampler,
+    recorded_batches,
+    set_inner_batch_sampler,
+    whole_sampler,
 )
 
 _Broadcast = Callable[[Any], Any]
@@ -74,12 +79,12 @@ class LoaderOrder:
         """
         batch_sampler, sampler = getattr(loader, "batch_sampler", None), _sampler_of(loader)
         sizes, size, is_plain = [1] * count, 1, True
-        if isinstance(batch_sampler, _IndexBatchSamplerWrapper):
-            inner = batch_sampler._batch_sampler
+        if (recorded := recorded_batches(batch_sampler)) is not None:
+            inner, indices = recorded
             if isinstance(inner, _SharedBatches) and inner.order is not None:
                 return cls("position", inner.order.batches[:count], inner.order.sizes)
             # DataLoader workers fetch ahead of `limit_predict_batches`.
-            seen = [list(batch) for batch in batch_sampler.seen_batch_indices[:count]]
+            seen = [list(batch) for batch in indices[:count]]
             is_plain = type(inner) is BatchSampler
             sizes, size = [len(batch) for batch in seen], getattr(inner, "batch_size", 1)
         elif batch_sampler is not None:
@@ -126,16 +131,16 @@ def deal_out(loader: Any, limit: float, broadcast: _Broadcast) -> None:
     if type(sampler) is not UnrepeatedDistributedSamplerWrapper:
         return
     batch_sampler = getattr(loader, "batch_sampler", None)
-    inner = getattr(batch_sampler, "_batch_sampler", None)
-    dataset: Any = sampler.dataset
-    order = _SharedOrder(dataset._sampler, sampler.num_replicas, broadcast)
+    inner = inner_batch_sampler(batch_sampler)
+    order = _SharedOrder(whole_sampler(sampler), sampler.num_replicas, broadcast)
     most = limit if isinstance(limit, int) else None
     if batch_sampler is None or type(inner) is BatchSampler:
         order.cut(most if most is None else most * getattr(inner, "batch_size", 1))
         _set_order(sampler, order)
         return
     _set_order(sampler, order)
-    batch_sampler._batch_sampler = _SharedBatches(inner, sampler, order, most, broadcast)
+    shared = _SharedBatches(inner, sampler, order, most, broadcast)
+    set_inner_batch_sampler(batch_sampler, shared)
 
 
 def chunks(total: int, size: int) -> list[int]:

@@ -1,6 +1,5 @@
 """What replicas log in one step, recorded on each and logged once."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mgpu._compat.lightning import LightningModule
+from lightning_mgpu._compat.lightning_module import log_options, with_batch_size
 from lightning_mgpu.engine.batch import weighted_mean
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -16,11 +15,8 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.max,
     "min": torch.min,
 }
-# Among the arguments behind name and value.
-_BATCH_SIZE_POSITION = 9
 # A count that is equal for all shards by chance is soon another.
 _CONSTANT_STEPS = 3
-_SIGNATURE = inspect.signature(LightningModule.log)
 
 
 @dataclass(frozen=True)
@@ -44,14 +40,10 @@ class LogRecorder:
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Record a call; the arguments are those of `LightningModule.log`."""
-        try:
-            options = _SIGNATURE.bind_partial(None, name, value, *args, **kwargs).arguments
-        except TypeError:  # an override with other arguments
-            options = kwargs
         number = 0
         while (name, number) in self.calls:
             number += 1
-        self.calls[name, number] = _Call(value, args, kwargs, options)
+        self.calls[name, number] = _Call(value, args, kwargs, log_options(args, kwargs))
 
 
 class BatchSizes:
@@ -117,10 +109,9 @@ def replay(
         shares = [size for _, size in having]
         given = [call.options.get("batch_size") for call in calls]
         weights, size = batch_sizes.weigh(key[0], given, shares)
-        args, kwargs = calls[0].args, dict(calls[0].kwargs)
+        args, kwargs = calls[0].args, calls[0].kwargs
         if size is not None:
-            args = args[:_BATCH_SIZE_POSITION]
-            kwargs["batch_size"] = size
+            args, kwargs = with_batch_size(args, kwargs, size)
         how = _name(calls[0].options.get("reduce_fx", "mean"))
         value = _merge([call.value for call in calls], weights, how, original)
         log(key[0], value, *args, **kwargs)

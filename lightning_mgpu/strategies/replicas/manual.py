@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.lightning_module import lightning_optimizers
 from lightning_mgpu.engine.batch import weighted_mean
 from lightning_mgpu.engine.worker_thread import on_caller
 
@@ -56,7 +57,7 @@ class ManualOptimization:
             model.manual_backward(self._joint_loss(losses), *args, **kwargs)
 
         def optimizers(use_pl_optimizer: bool = True) -> Any:
-            found = strategy._lightning_optimizers if use_pl_optimizer else strategy.optimizers
+            found = lightning_optimizers(strategy) if use_pl_optimizer else strategy.optimizers
             stand_ins = [LockstepOptimizer(self, slot, optimizer) for optimizer in found]
             return stand_ins[0] if len(stand_ins) == 1 else stand_ins
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_mgpu._compat.lightning import DummyLogger, LightningModule, Trainer
+from lightning_mgpu._compat.lightning_module import set_trainer
 from lightning_mgpu.engine.data_parallel.copying.isolation import UnsafeError
 from lightning_mgpu.engine.data_parallel.copying.sandbox import Sandbox
 from lightning_mgpu.strategies.replicas.log_merging import LogRecorder
@@ -19,7 +20,7 @@ def silence(sandbox: Sandbox, recorder: LogRecorder) -> None:
         if not isinstance(module, LightningModule):
             continue
         state = vars(module)
-        state["_trainer"] = trainer
+        set_trainer(module, trainer)
         state["log"] = recorder.log
         state["print"] = _nothing
         state["optimizers"] = _Reads(type(module).optimizers, module)

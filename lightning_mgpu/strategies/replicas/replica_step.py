@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lightning_mgpu._compat.lightning import LightningModule
+from lightning_mgpu._compat.lightning_trainer import hook_owner
 from lightning_mgpu.engine.batch import Shard, leaves, map_leaves
 from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import untracked
 from lightning_mgpu.engine.data_parallel.error_hints import hinted
@@ -123,12 +124,11 @@ class Step:
 
         Lightning's own way to call hooks keeps state in the Trainer, and threads would mix it up.
         """
-        selector = module.trainer._data_connector._datahook_selector
         for hook, arguments in (
             ("transfer_batch_to_device", (device, self.dataloader_idx)),
             ("on_after_batch_transfer", (self.dataloader_idx,)),
         ):
-            owner = selector.get_instance(hook)
+            owner = hook_owner(module.trainer, hook)
             owner = module if isinstance(owner, LightningModule) else owner
             batch = getattr(owner, hook)(batch, *arguments)
         return batch

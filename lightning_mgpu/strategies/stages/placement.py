@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mgpu._compat.lightning import LightningModule, _DeviceDtypeModuleMixin
+from lightning_mgpu._compat.lightning import LightningModule
+from lightning_mgpu._compat.lightning_module import set_device
 from lightning_mgpu.engine.batch import leaves, map_leaves
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 
@@ -73,8 +74,7 @@ def place(model: LightningModule, cut: Cut, devices: Sequence[torch.device]) -> 
 
     model._apply(moved)  # type: ignore[no-untyped-call]
     for module in model.modules():
-        if isinstance(module, _DeviceDtypeModuleMixin):
-            module._device = devices[0]
+        set_device(module, devices[0])
 
 
 def state_to_parameters(optimizers: Iterable[Optimizer]) -> None:

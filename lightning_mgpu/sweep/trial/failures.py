@@ -10,6 +10,8 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning_messages import says_out_of_memory
+
 
 class TrialFailedError(RuntimeError):
     """A trial failed. In words, since the error itself may not be known where they are read."""
@@ -49,11 +51,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 def _is_of_torch(error: BaseException) -> bool:
     import torch
 
-    from lightning_mgpu._compat.lightning import is_oom_error
-
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error.args[0] if error.args else None, str) and is_oom_error(error)
+    return isinstance(error.args[0] if error.args else None, str) and says_out_of_memory(error)
 
 
 def reason(error: BaseException | None) -> str:

@@ -26,6 +26,8 @@ from lightning_mgpu._compat.lightning import (
     Trainer,
     TrainerFn,
 )
+from lightning_mgpu._compat.lightning_loops import is_epoch_trained
+from lightning_mgpu._compat.lightning_trainer import restore_model_and_callbacks
 from lightning_mgpu.ray import worker
 from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT
 from lightning_mgpu.sweep.trial import pbt
@@ -184,8 +186,7 @@ class ReportCallback(Checkpoint):
             return
         _tell(trainer, _note_restored)  # a second fit of the trial starts as the user says
         self._mutations = pbt.compare(json.loads((path / _GROUPS).read_text()), self._groups)
-        # Lightning restores what is left, loops and optimizers, right after this hook.
-        trainer._checkpoint_connector._restore_modules_and_callbacks(path / CHECKPOINT, False)
+        restore_model_and_callbacks(trainer, path / CHECKPOINT)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,7 +204,7 @@ class ReportCallback(Checkpoint):
         now = _numbers(trainer)
         self._validation_names |= {n for n, v in now.items() if self._before.get(n) != v}
         self._is_new = True
-        if not trainer.fit_loop.epoch_loop._is_training_done:  # else at the end of the epoch
+        if not is_epoch_trained(trainer):  # else at the end of the epoch
             self._report(trainer)
 
     @override

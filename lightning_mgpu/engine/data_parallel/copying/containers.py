@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import nn
 
+from lightning_mgpu._compat.namespace import PACKAGES as LIGHTNING_PACKAGES
+
 _STANDARD = (
     types.SimpleNamespace,
     argparse.Namespace,
     collections.UserDict,
     collections.UserList,
 )
-_LIBRARIES = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")
+_LIBRARIES = (*LIGHTNING_PACKAGES, "torch", "torchmetrics", "numpy")
 # A class that has one of these knows better than we do what a copy is, or is not to be copied.
 _OWN_WAYS = ("__del__", "__reduce__", "__getstate__", "__deepcopy__", "__copy__")
 

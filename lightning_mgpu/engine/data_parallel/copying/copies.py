@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_mgpu._compat.namespace import PACKAGES as LIGHTNING_PACKAGES
 from lightning_mgpu.engine import recurrent
 from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.compiled import (
@@ -193,7 +194,7 @@ def _class_numbers(kind: type) -> list[str]:
     return [
         name
         for base in kind.__mro__
-        if base.__module__.partition(".")[0] not in ("torch", "lightning", "builtins")
+        if base.__module__.partition(".")[0] not in (*LIGHTNING_PACKAGES, "torch", "builtins")
         for name, value in vars(base).items()
         if type(value) in (int, float) and not name.startswith("__")
     ]

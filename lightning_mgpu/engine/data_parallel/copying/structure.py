@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.namespace import PACKAGES as LIGHTNING_PACKAGES
+
 # Longer containers are shared rather than copied at every step.
 MAX_CONTAINER = 10_000
 
@@ -25,7 +27,10 @@ ATOMS: tuple[type, ...] = (
     *(torch.dtype, torch.device, torch.Size, torch.Generator, *weakref.ProxyTypes, weakref.ref),
 )
 _OPAQUE = (torch.optim.Optimizer, torch.utils.data.Dataset, torch.utils.data.DataLoader)
-_LIBRARIES = ("torch", "lightning", "torchmetrics", "numpy", "builtins", "functools", "collections")
+_LIBRARIES = (
+    *LIGHTNING_PACKAGES,
+    *("torch", "torchmetrics", "numpy", "builtins", "functools", "collections"),
+)
 
 
 def closed_over(function: types.FunctionType) -> list[Any]:

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.namespace import PACKAGES as LIGHTNING_PACKAGES
 from lightning_mgpu.engine.data_parallel.copying.structure import Structure
 
 _CONTAINERS = (dict, list, set, deque)
-_LIBRARIES = ("torch", "lightning", "torchmetrics", "numpy", "builtins")
+_LIBRARIES = (*LIGHTNING_PACKAGES, "torch", "torchmetrics", "numpy", "builtins")
 _FIRST_STEPS = 3
 _MOST_ENTRIES = 1000
 _NOTHING = object()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.namespace import PACKAGES as LIGHTNING_PACKAGES
 from lightning_mgpu.engine.compare import compare
 
 _MISSING = object()
@@ -17,7 +18,10 @@ _DEPTH = 4
 # Larger tensors and longer lists are data rather than state.
 _MAX_BYTES, _MAX_ENTRIES = 2**28, 1000
 # Objects of these packages are taken for parts of the machinery, not of the model.
-_FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_mgpu.", "numpy.", "builtins.")
+_FOREIGN = tuple(
+    f"{package}."
+    for package in (*LIGHTNING_PACKAGES, "lightning_mgpu", "torch", "numpy", "builtins")
+)
 _OWN = frozenset(vars(nn.Module()))
 
 

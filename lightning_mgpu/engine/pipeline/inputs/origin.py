@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.namespace import PACKAGES as LIGHTNING_PACKAGES
 from lightning_mgpu.engine.batch import Layout, leaves
 from lightning_mgpu.engine.batch.containers import sequences
 from lightning_mgpu.engine.batch.graphs import is_graph_batch, tensors_of_graphs
 from lightning_mgpu.engine.batch.layout import Kind
 
-_FOREIGN = ("torch.", "lightning.", "numpy.", "builtins")
+_FOREIGN = tuple(f"{package}." for package in (*LIGHTNING_PACKAGES, "torch", "numpy", "builtins"))
 
 
 class StepBatch:
