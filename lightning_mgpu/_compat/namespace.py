@@ -92,14 +92,32 @@ def choose(namespace: Namespace, reason: str) -> None:
         )
 
 
+def decided() -> Namespace | None:
+    """The namespace, if this process has decided, or whoever has set the environment variable."""
+    given = _by_variable()
+    return _chosen or (given[0] if given else None)
+
+
 def known() -> Namespace | None:
-    """The namespace as far as it is certain: what worker processes are to be told."""
-    if _chosen is not None:
-        return _chosen
-    if given := _by_variable():
-        return given[0]
+    """The namespace as far as it is certain: decided, or the only one that has been imported."""
     imported = _imported()
-    return imported[0] if len(imported) == 1 else None
+    return decided() or (imported[0] if len(imported) == 1 else None)
+
+
+def known_name() -> str | None:
+    """The name of `known`, for another process to `take_over`."""
+    namespace = known()
+    return None if namespace is None else namespace.name
+
+
+def take_over(name: str) -> None:
+    """Decide as the process has decided that started this one."""
+    choose(named(name), "as in the process that started this one")
+
+
+def reason() -> str:
+    """Why this process has decided as it has."""
+    return _reason
 
 
 def of_type(kind: type) -> Namespace | None:
@@ -128,7 +146,7 @@ def preload(name: str | None = None) -> None:
     """
     global _preloaded
     if name is not None:
-        choose(named(name), "as in the process that started this one")
+        take_over(name)
     elif _chosen is None and not _imported():
         _preloaded = LIGHTNING
     importlib.import_module((_chosen or LIGHTNING).pytorch)

@@ -15,6 +15,7 @@ from lightning_mgpu.launch import protocol
 from lightning_mgpu.launch.channel import Channel
 
 _BOOT = "from lightning_mgpu.launch.worker import main; main({fd}, {parent}, {main})"
+_PRELOAD = "from lightning_mgpu._compat.namespace import preload; preload({namespace!r}); "
 _EXIT_SECONDS = 5.0
 
 
@@ -27,9 +28,12 @@ class WorkerHandle:
     Args:
         environment: The worker's environment until its first launch.
         path: The worker's `sys.path` until its first launch; must find this package.
+        namespace: Which of Lightning's packages to import at once; `None` for neither.
     """
 
-    def __init__(self, environment: dict[str, str], path: Sequence[str]) -> None:
+    def __init__(
+        self, environment: dict[str, str], path: Sequence[str], namespace: str | None = None
+    ) -> None:
         self.channel, theirs = Channel.pair()
         boot = _BOOT.format(
             fd=theirs.fileno(),
@@ -40,7 +44,7 @@ class WorkerHandle:
         # Collecting garbage while importing costs a third of the start and finds none.
         entries = [entry for entry in path if isinstance(entry, str)]  # Python skips others too
         # Slow to import, and if the caller has use for it, so has a worker.
-        preload = "import lightning.pytorch; " if "lightning.pytorch" in sys.modules else ""
+        preload = "" if namespace is None else _PRELOAD.format(namespace=namespace)
         boot = f"import gc, sys; gc.disable(); sys.path[:] = {entries!r}; {preload}{boot}"
         with theirs:
             self._process = subprocess.Popen(

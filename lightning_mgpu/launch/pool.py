@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_mgpu._compat.namespace import known_name
 from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.handle import Deliveries, WorkerHandle
@@ -167,7 +168,7 @@ class WorkerPool:
             self._started_under.add(conditions)
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
         while len(self._workers) < count:
-            self._workers.append(WorkerHandle(environment, sys.path))
+            self._workers.append(WorkerHandle(environment, sys.path, known_name()))
         return self._workers[:count]
 
     def _settle(self) -> None:
@@ -230,6 +231,7 @@ class _Conditions:
 
     def __init__(self) -> None:
         self._environment = frozen_environment()
+        self._namespace = known_name()
         # `importlib.reload` gives a module a new spec; a worker would still run the old code.
         self._specs = {
             name: spec
@@ -240,8 +242,10 @@ class _Conditions:
 
     def still_hold(self, now: "_Conditions") -> bool:
         """Whether a process started under these conditions can serve under `now`."""
-        return self._environment == now._environment and all(
-            now._specs.get(name, spec) is spec for name, spec in self._specs.items()
+        return (
+            self._environment == now._environment
+            and self._namespace in (None, now._namespace)
+            and all(now._specs.get(name, spec) is spec for name, spec in self._specs.items())
         )
 
     def add(self, now: "_Conditions") -> None:

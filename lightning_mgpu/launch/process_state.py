@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
+from lightning_mgpu._compat import namespace
 from lightning_mgpu.launch.rank_variables import RANK_VARIABLES
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class ProcessState:
         random: Generator states; `None` if the receiver is to draw numbers of its own. Those of
             torch are left out if nobody seeded it: then each rank draws its own from there.
         hydra: Pickled singletons and resolvers of Hydra and OmegaConf; `None` if not in use.
+        namespace: Which of Lightning's packages is in use; `None` if that is not certain.
     """
 
     environment: dict[str, str]
@@ -48,6 +50,7 @@ class ProcessState:
     log_levels: dict[str, int]
     warning_filters: bytes | None
     hydra: bytes | None = field(repr=False)
+    namespace: str | None
 
     @classmethod
     def capture(cls, threads: int, *, for_ranks: bool = False) -> "ProcessState":
@@ -71,10 +74,13 @@ class ProcessState:
             log_levels=_log_levels(),
             warning_filters=_dump_or_none(warnings.filters),
             hydra=_hydra_state(),
+            namespace=namespace.known_name(),
         )
 
     def apply(self) -> None:
         """Take the state over in this process."""
+        if self.namespace is not None:
+            namespace.take_over(self.namespace)
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.directory)

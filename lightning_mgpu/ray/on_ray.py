@@ -25,9 +25,10 @@ from lightning_mgpu._compat.lightning import (
 )
 from lightning_mgpu._compat.lightning_trainer import checkpoint_of
 from lightning_mgpu.ray import prepared_data, tune_placement, validation, worker_group
+from lightning_mgpu.ray.environment import RayEnvironment
 from lightning_mgpu.ray.epoch_checkpoint import DriverKeeper, Keeper
 from lightning_mgpu.ray.gathered_state import Whole
-from lightning_mgpu.ray.ranks import Place, RayEnvironment
+from lightning_mgpu.ray.ranks import Place
 from lightning_mgpu.ray.trainer_state import weights_of
 from lightning_mgpu.strategies.ranks.rank_data import process_loader
 

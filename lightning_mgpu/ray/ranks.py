@@ -1,14 +1,14 @@
-"""Where a worker stands among the others, in Lightning's terms."""
+"""Where a worker stands among the others, and on which machine.
+
+Imports nothing of Lightning: workers import this before they know which of its packages is in use.
+"""
 
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from typing_extensions import override
-
 from lightning_mgpu.launch.rank import Rank
-from lightning_mgpu.strategies.ranks.environment import LaunchedEnvironment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,52 +41,3 @@ def machine() -> str:
     """What tells this machine (or container) from others: they share no files, or so we assume."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{platform.node()} {boot.read_text().strip() if boot.exists() else os.getuid()}"
-
-
-class RayEnvironment(LaunchedEnvironment):
-    """Ranks that Ray has placed. On the driver it answers for rank 0 of all workers.
-
-    Args:
-        num_workers: How many there will be.
-    """
-
-    def __init__(self, num_workers: int) -> None:
-        super().__init__()
-        self.place = Place(
-            0,
-            num_workers,
-            local_rank=0,
-            local_world_size=num_workers,
-            node_rank=0,
-            num_nodes=1,
-        )
-
-    @property
-    @override
-    def main_address(self) -> str:
-        return self.place.host
-
-    @property
-    @override
-    def main_port(self) -> int:
-        return self.place.port
-
-    @override
-    def world_size(self) -> int:
-        return self.place.world_size
-
-    @override
-    def set_world_size(self, size: int) -> None:
-        """Nothing to do: the number of workers is the strategy's."""
-
-    @override
-    def global_rank(self) -> int:
-        return self.place.rank
-
-    @override
-    def local_rank(self) -> int:
-        return self.place.local_rank
-
-    @override
-    def node_rank(self) -> int:
-        return self.place.node_rank

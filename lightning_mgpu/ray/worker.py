@@ -15,6 +15,7 @@ import cloudpickle
 import ray
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lightning_mgpu._compat.namespace import preload
 from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
@@ -52,9 +53,10 @@ class TrainWorker:
 
     Args:
         hook: A pickled function to call before all else.
+        namespace: Which of Lightning's packages the driver uses.
     """
 
-    def __init__(self, hook: bytes | None) -> None:
+    def __init__(self, hook: bytes | None, namespace: str) -> None:
         self._messages: queue.Queue[bytes | None] = queue.Queue(_MESSAGES)
         self._answers: queue.Queue[bytes] = queue.Queue()
         self._rendezvous: Rendezvous | None = None
@@ -65,8 +67,8 @@ class TrainWorker:
         self._environment = dict(os.environ)
         self._own = {name for name, value in os.environ.items() if before.get(name) != value}
         self._own |= set_by_ray()
-        # Never garbage: the modules imported so far, Lightning (by `place`) and torch among them.
-        # Keep every later collection off them.
+        preload(namespace)
+        # Never garbage: the modules imported so far. Keep every later collection off them.
         gc.freeze()
 
     def node(self) -> tuple[str, str]:

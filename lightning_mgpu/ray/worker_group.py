@@ -16,6 +16,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lightning_mgpu._compat.namespace import current
 from lightning_mgpu.launch.errors import WorkerDiedError
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.ray import cluster
@@ -191,9 +192,12 @@ class Session:
         # An option that Ray documents and does not declare.
         groups: Any = {"concurrency_groups": {"messages": 1, "demand": 1}}
         actor = ray.remote(**groups)(TrainWorker)
+        namespace = current().name
         for index in range(first, first + size):
             strategy = PlacementGroupSchedulingStrategy(self._reservation, index)
-            worker = actor.options(**options, scheduling_strategy=strategy).remote(group.hook)
+            worker = actor.options(**options, scheduling_strategy=strategy).remote(
+                group.hook, namespace
+            )
             self._workers.append(worker)
         nodes = ray.get([worker.node.remote() for worker in self._workers])
         # Neighbours get neighbouring ranks.

@@ -59,8 +59,8 @@ def test_message_of_an_accelerator_that_is_not_there(accelerator: str) -> None:
 
 
 def test_messages_of_memory() -> None:
-    assert lightning_messages.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert not lightning_messages.is_out_of_memory(RuntimeError("out of ideas"))
+    assert lightning_messages.says_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not lightning_messages.says_out_of_memory(RuntimeError("out of ideas"))
 
 
 def test_known_warnings_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

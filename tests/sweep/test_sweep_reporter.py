@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_mgpu.sweep.trial import pbt, reporter
-from lightning_mgpu.sweep.trial.reporter import NotFiniteError, Reporting
+from lightning_mgpu.sweep.trial import pbt, reporter, reporting
+from lightning_mgpu.sweep.trial.reporting import NotFiniteError, Reporting
 
 
 class Sent:
@@ -40,7 +40,11 @@ class Sent:
 @pytest.fixture
 def sent() -> Iterator[Sent]:
     yield Sent()
-    reporter.end()
+    reporting.end()
+
+
+def begin(trial: Reporting) -> None:
+    reporting.begin(trial, lambda _: [*reporter.callbacks()])
 
 
 _REPORTING = ("every_n_epochs", "saves", "restore_from")
@@ -48,8 +52,8 @@ _REPORTING = ("every_n_epochs", "saves", "restore_from")
 
 def make_trainer(sent: Sent, *, metrics: str = "val_loss", **options: Any) -> Trainer:
     """A Trainer as made within a trial; options of `Reporting` and of the Trainer."""
-    reporting = {name: options.pop(name) for name in _REPORTING if name in options}
-    reporter.begin(Reporting(send=sent, metrics=tuple(metrics.split()), **reporting))
+    given = {name: options.pop(name) for name in _REPORTING if name in options}
+    begin(Reporting(send=sent, metrics=tuple(metrics.split()), **given))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     given = {**quiet, "max_epochs": 2, "accelerator": "cpu", **options}
     callbacks = [*given.pop("callbacks", []), *reporter.callbacks()]
@@ -70,7 +74,7 @@ def test_outside_a_trial_there_is_no_callback() -> None:
 def test_lightning_finds_the_callback_by_itself(sent: Sent) -> None:
     names = [entry.value for entry in entry_points(group="lightning.pytorch.callbacks_factory")]
     assert "hydra_plugins.ray_tune_sweeper._lightning:callbacks" in names
-    reporter.begin(Reporting(send=sent, metrics=("val_loss",)))
+    begin(Reporting(send=sent, metrics=("val_loss",)))
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=1)
     trainer.fit(Classifier(), datamodule=Blobs())
     assert sent.epochs == [0]
@@ -143,7 +147,7 @@ def test_second_fit_goes_on_reporting(sent: Sent) -> None:
 def test_list_of_callbacks_that_two_trainers_share_reports_once(sent: Sent) -> None:
     callbacks: list[Any] = []
     for _ in range(2):
-        reporter.begin(Reporting(send=sent, metrics=("val_loss",)))
+        begin(Reporting(send=sent, metrics=("val_loss",)))
         callbacks += reporter.callbacks()
     trainer = Trainer(accelerator="cpu", logger=False, max_epochs=1, callbacks=callbacks)
     trainer.fit(Classifier(), datamodule=Blobs())
@@ -153,8 +157,8 @@ def test_list_of_callbacks_that_two_trainers_share_reports_once(sent: Sent) -> N
 def test_metric_that_is_not_logged_is_not_reported(sent: Sent) -> None:
     fit(sent, metrics="val_los")
     assert sent.metrics == []
-    assert reporter._current is not None
-    assert {"val_loss", "train_loss"} <= reporter._current.seen
+    assert reporting._current is not None
+    assert {"val_loss", "train_loss"} <= reporting._current.seen
 
 
 def test_nan_ends_the_trial(sent: Sent) -> None:
@@ -241,7 +245,7 @@ def exploit(tmp_path: Path, old: Tuned, new: Tuned, epochs: int = 3) -> Sent:
     fit(Keeping(tmp_path), old, saves=True)
     sent = Sent()
     fit(sent, new, restore_from=tmp_path / "1", max_epochs=epochs)
-    reporter.end()
+    reporting.end()
     return sent
 
 
@@ -250,7 +254,7 @@ def test_restored_trial_goes_on_with_weights_and_optimizer(tmp_path: Path) -> No
     old, new, whole = (Tuned("Adam", **same) for _ in range(3))
     sent = exploit(tmp_path, old, new)
     fit(Sent(), whole, max_epochs=3)
-    reporter.end()
+    reporting.end()
     assert sent.epochs == [2]
     for a, b in zip(new.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

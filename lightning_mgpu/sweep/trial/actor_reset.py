@@ -10,7 +10,6 @@ import threading
 import warnings
 
 import cloudpickle
-import lightning.pytorch  # noqa: F401  (so that its loggers are there before the first trial)
 import torch
 import torch.distributed
 

@@ -12,13 +12,11 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from hydra_plugins.ray_tune_sweeper import _lightning
 from lightning_mgpu._compat.lightning import (
     Checkpoint,
     LightningModule,
@@ -30,7 +28,7 @@ from lightning_mgpu._compat.lightning_loops import is_epoch_trained
 from lightning_mgpu._compat.lightning_trainer import restore_model_and_callbacks
 from lightning_mgpu.ray import worker
 from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT
-from lightning_mgpu.sweep.trial import pbt
+from lightning_mgpu.sweep.trial import pbt, reporting
 
 log = logging.getLogger(__name__)
 
@@ -38,101 +36,12 @@ CHECKPOINT = "checkpoint.ckpt"
 _GROUPS = "param_groups.json"
 
 
-class NotFiniteError(ArithmeticError):
-    """The metric of a trial is NaN or infinite."""
-
-
-@dataclass
-class Reporting:
-    """How the trial of this process reports.
-
-    Attributes:
-        send: Takes metrics and perhaps the directory of a checkpoint; ends the trial with
-            `SystemExit` if the scheduler says so.
-        metrics: What the sweep optimises; nothing if that is what the job returns.
-        saves: Whether each report comes with a checkpoint.
-        restore_from: The directory of a checkpoint from which the first `fit` goes on.
-        seen: Names of all metrics that were logged.
-        best_checkpoint: Where it lies, as it is reported.
-        sent: How many reports there were.
-        stopped: Whether the scheduler has ended the trial.
-    """
-
-    send: Callable[[dict[str, Any], Path | None], None]
-    metrics: tuple[str, ...]
-    every_n_epochs: int = 1
-    saves: bool = False
-    restore_from: Path | None = None
-    seen: set[str] = field(default_factory=set)
-    best_checkpoint: dict[str, str] = field(default_factory=dict)
-    sent: int = 0
-    stopped: bool = False
-
-
-_current: Reporting | None = None
-
-
-def begin(reporting: Reporting) -> None:
-    """A trial starts in this process."""
-    global _current
-    _current = reporting
-    _lightning.factory = callbacks
-
-
-def end() -> None:
-    """The trial is over."""
-    global _current
-    _current = None
-    _lightning.factory = None
-
-
-def is_stopped() -> bool:
-    """Whether the trial of this process has been told to end."""
-    return _current is not None and _current.stopped
-
-
 def callbacks() -> list[Checkpoint]:
     """What to add to a new Trainer."""
-    if _current is None:
+    trial = reporting.current()
+    if trial is None:
         return []
-    return [
-        ReportCallback(
-            _current.metrics, _current.every_n_epochs, _current.saves, _current.restore_from
-        )
-    ]
-
-
-def deliver(metrics: dict[str, Any], directory: Path | None) -> bool:
-    """Report, in the process of the trial; whether the trial is to end."""
-    if _current is None or _current.stopped:
-        return False
-    _current.sent += 1
-    try:
-        _current.send(metrics, directory)
-    except SystemExit:
-        _current.stopped = True
-    return _current.stopped
-
-
-def _deliver_files(metrics: dict[str, Any], files: dict[str, bytes]) -> bool:
-    """Report a checkpoint that was made on another machine, or may have been."""
-    with tempfile.TemporaryDirectory(prefix="trial-") as directory:
-        for name, data in files.items():
-            path = Path(directory, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        return deliver(metrics, Path(directory))
-
-
-def _note(seen: set[str], best_checkpoint: dict[str, str]) -> None:
-    if _current is not None:
-        _current.seen |= seen
-        _current.best_checkpoint |= best_checkpoint
-
-
-def _note_restored() -> None:
-    if _current is not None:
-        _current.restore_from = None
+    return [ReportCallback(trial.metrics, trial.every_n_epochs, trial.saves, trial.restore_from)]
 
 
 def _tell(trainer: Trainer, function: Callable[..., None], *args: Any) -> None:
@@ -182,9 +91,10 @@ class ReportCallback(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._groups = pbt.describe(trainer.optimizers)
         path, self._restore_from = self._restore_from, None
-        if path is None or (_current is not None and _current.restore_from is None):
+        trial = reporting.current()
+        if path is None or (trial is not None and trial.restore_from is None):
             return
-        _tell(trainer, _note_restored)  # a second fit of the trial starts as the user says
+        _tell(trainer, reporting.note_restored)  # a second fit of the trial starts as the user says
         self._mutations = pbt.compare(json.loads((path / _GROUPS).read_text()), self._groups)
         restore_model_and_callbacks(trainer, path / CHECKPOINT)
 
@@ -216,14 +126,14 @@ class ReportCallback(Checkpoint):
         self._is_new = False
         metrics = _numbers(trainer)
         best = _best_checkpoint(trainer)
-        _tell(trainer, _note, set(metrics), best)
+        _tell(trainer, reporting.note, set(metrics), best)
         is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if not is_due or not self._metrics or not self._metrics <= metrics.keys():
             return
         for name in sorted(self._metrics):
             if not math.isfinite(metrics[name]):
                 epoch = trainer.current_epoch
-                raise NotFiniteError(f"{name} is {metrics[name]} in epoch {epoch}")
+                raise reporting.NotFiniteError(f"{name} is {metrics[name]} in epoch {epoch}")
         directory = self._save(trainer) if self._saves else None
         more = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         try:
@@ -236,13 +146,13 @@ class ReportCallback(Checkpoint):
         stop = False
         if trainer.is_global_zero:
             if not worker.is_worker():
-                stop = deliver(metrics, directory)
+                stop = reporting.deliver(metrics, directory)
                 if stop and trainer.world_size == 1:
                     raise SystemExit(0)
             elif directory is None:
-                stop = worker.ask_driver(deliver, metrics, None)
+                stop = worker.ask_driver(reporting.deliver, metrics, None)
             else:
-                stop = worker.ask_driver(_deliver_files, metrics, _read(directory))
+                stop = worker.ask_driver(reporting.deliver_files, metrics, _read(directory))
         # Leaving from rank 0 alone would take the other ranks' processes with it, which the next
         # trial can use: all of them come to the end of `fit` together.
         trainer.should_stop = trainer.should_stop or trainer.strategy.broadcast(stop)

@@ -10,12 +10,13 @@ from typing import Any
 from ray.train._internal.session import get_session
 from ray.tune import Checkpoint
 
+from lightning_mgpu._compat.namespace import choose, named
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import compose
 from lightning_mgpu.sweep.settings.prepared import holds_sweep
-from lightning_mgpu.sweep.trial import reporter
 from lightning_mgpu.sweep.trial.failures import TrialFailedError, failures_in_words
 from lightning_mgpu.sweep.trial.output import output_to
+from lightning_mgpu.sweep.trial.reporting import NotFiniteError, Reporting, begin, end
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def run_trial(
     assert session is not None
     check_storage(plan.sweep_dir)
     restored = session.loaded_checkpoint
-    reporting = reporter.Reporting(
+    reporting = Reporting(
         send=_send,
         metrics=plan.objectives if plan.are_logged else (),
         every_n_epochs=plan.every_n_epochs,
@@ -83,7 +84,7 @@ def check_storage(sweep_dir: Path) -> None:
         )
 
 
-def _run(job: Job, cfg: Any, reporting: reporter.Reporting) -> Any:
+def _run(job: Job, cfg: Any, reporting: Reporting) -> Any:
     try:
         return job.run(cfg)
     except SystemExit as end:
@@ -99,7 +100,7 @@ def _send(metrics: dict[str, Any], directory: Path | None) -> None:
     session.report(metrics, checkpoint=checkpoint)
 
 
-def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> None:
+def _report_end(plan: TrialPlan, reporting: Reporting, value: Any) -> None:
     """Report what the job returned, where that is its result."""
     if plan.are_logged and reporting.sent:
         return
@@ -116,7 +117,7 @@ def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> N
         ) from None
     for number in values.values():
         if number != number:
-            raise reporter.NotFiniteError(f"the job returned {number}")
+            raise NotFiniteError(f"the job returned {number}")
     _send({**values, **reporting.best_checkpoint}, None)
 
 
@@ -130,9 +131,17 @@ def _by_objective(plan: TrialPlan, value: Any) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _reporting(reporting: reporter.Reporting) -> Iterator[None]:
-    reporter.begin(reporting)
+def _reporting(reporting: Reporting) -> Iterator[None]:
+    begin(reporting, _callbacks)
     try:
         yield
     finally:
-        reporter.end()
+        end()
+
+
+def _callbacks(namespace: str) -> list[Any]:
+    """What to add to a new Trainer, which is of that namespace."""
+    choose(named(namespace), "the trial has created a Trainer of it")
+    from lightning_mgpu.sweep.trial.reporter import callbacks
+
+    return [*callbacks()]

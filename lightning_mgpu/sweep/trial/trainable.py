@@ -14,6 +14,7 @@ from ray.tune.result import RESULT_DUPLICATE
 from ray.tune.trainable.function_trainable import FunctionTrainable
 from typing_extensions import override
 
+from lightning_mgpu._compat.namespace import preload
 from lightning_mgpu.sweep.trial.failures import TrialFailedError
 from lightning_mgpu.sweep.trial.resources import request
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
@@ -49,9 +50,10 @@ class HydraTrial(FunctionTrainable):
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         gc.disable()  # collecting garbage while importing costs a third of the time
         try:
+            threads, state, plan = pickle.loads(self.payload)
+            preload(state.namespace)  # its loggers are then there before the first trial
             from lightning_mgpu.sweep.trial.actor_reset import Scrubber, adopt
 
-            threads, state, plan = pickle.loads(self.payload)
             state = adopt(state, threads)
             state.apply()
             self._plan: TrialPlan = pickle.loads(plan)
@@ -72,13 +74,13 @@ class HydraTrial(FunctionTrainable):
 
     @override
     def cleanup(self) -> None:
-        from lightning_mgpu.sweep.trial import reporter
+        from lightning_mgpu.sweep.trial import reporting
 
         # Ray itself would end the process at once, in the middle of a checkpoint perhaps.
         session = get_session()
         if session is not None:
             session.finish(timeout=_REPORT_SECONDS)
-            if reporter.is_stopped():
+            if reporting.is_stopped():
                 session.finish(timeout=END_SECONDS - _REPORT_SECONDS)
         super().cleanup()  # type: ignore[no-untyped-call]
 
