@@ -42,6 +42,13 @@ class Namespace:
         part, dot, rest = path.partition(".")
         return {"pytorch": self.pytorch, "fabric": self.fabric}[part] + dot + rest
 
+    def translate(self, name: str, other: "Namespace") -> str:
+        """What a name of this package is called in `other`; any other name is as it was."""
+        for own, theirs in ((self.pytorch, other.pytorch), (self.fabric, other.fabric)):
+            if f"{name}.".startswith(f"{own}."):
+                return theirs + name.removeprefix(own)
+        return name
+
     def holds(self, module: str) -> bool:
         """Whether a module of that name is part of it."""
         return any(f"{module}.".startswith(f"{own}.") for own in (self.pytorch, self.fabric))
@@ -118,6 +125,18 @@ def take_over(name: str) -> None:
 def reason() -> str:
     """Why this process has decided as it has."""
     return _reason
+
+
+def describe() -> str:
+    """The namespace of this process; if the other is in use as well, how to decide for that."""
+    namespace = current()
+    for other in BOTH:
+        if other is not namespace and other.pytorch in sys.modules:
+            return (
+                f"`{namespace.pytorch}` ({_reason}; {VARIABLE}={other.name} in the environment"
+                " decides for the other)"
+            )
+    return f"`{namespace.pytorch}`"
 
 
 def of_type(kind: type) -> Namespace | None:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mgpu._compat.lightning_messages import KNOWN_WARNINGS, is_tip, loggers, tip_loggers
+from lightning_mgpu.config.namespace import follow_model
 from lightning_mgpu.errors import ConfigError, SweepFailedError
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
         _draw_sweep(cfg, wants_traceback)
         return None
     with _importing():
+        follow_model(cfg)
         from lightning_mgpu.cli.run import train
         from lightning_mgpu.cli.signals import Stopped
     _quieten()

@@ -24,6 +24,7 @@ from lightning_mgpu._compat.lightning import (
 from lightning_mgpu._compat.lightning_messages import lacks_device
 from lightning_mgpu.config.arguments import accepted_keys, check_arguments, describe
 from lightning_mgpu.config.elsewhere import runs_elsewhere
+from lightning_mgpu.config.namespace import hint, translated
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.strategies import DDPStrategy
 
@@ -85,13 +86,7 @@ def _check_type(obj: Any, kind: type | tuple[type, ...], path: str) -> None:
     if not isinstance(obj, kind):
         wanted = kind[0] if isinstance(kind, tuple) else kind
         raise ConfigError(
-            f"{path}: {describe(type(obj))} is not a {describe(wanted)}"
-            + (
-                "; derive it from `lightning.pytorch`, not from `pytorch_lightning`, whose classes"
-                " are others."
-                if any(base.__module__.startswith("pytorch_lightning") for base in type(obj).mro())
-                else "."
-            )
+            f"{path}: {describe(type(obj))} is not a {describe(wanted)}{hint(type(obj))}."
         )
 
 
@@ -140,6 +135,7 @@ def _node(cfg: DictConfig, key: str, path: str) -> DictConfig:
 
 
 def _build(node: DictConfig, path: str, **extra: Any) -> Any:
+    node = translated(node)
     target = _find_target(node, path)
     node = _without_foreign_defaults(node, target, path)
     try:

@@ -30,6 +30,7 @@ from lightning_mgpu.ray.epoch_checkpoint import DriverKeeper, Keeper
 from lightning_mgpu.ray.gathered_state import Whole
 from lightning_mgpu.ray.ranks import Place
 from lightning_mgpu.ray.trainer_state import weights_of
+from lightning_mgpu.strategies.base.belonging import Belonging
 from lightning_mgpu.strategies.ranks.rank_data import process_loader
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class OnRay(ParallelStrategy, ABC):
+class OnRay(Belonging, ParallelStrategy, ABC):
     """A strategy whose ranks are Ray actors; the program itself stays where it is.
 
     To be put before the strategy that trains. The arguments are described by `RayStrategy`.

@@ -1,29 +1,24 @@
 """`fit`: a config or a function of the user's, trained by Ray Train's `TorchTrainer`."""
 
 import copy
-import os
-import pickle
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 from omegaconf import DictConfig, OmegaConf
-from ray.train import Result, RunConfig, ScalingConfig, get_checkpoint
-from ray.train.lightning import RayTrainReportCallback
+from ray.train import Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from lightning_mgpu._compat.lightning import Trainer, seed_everything
+from lightning_mgpu._compat.lightning import seed_everything
 from lightning_mgpu.config.build import build, build_node
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.ray import cluster
 from lightning_mgpu.ray.ranks import machine
-from lightning_mgpu.ray.ray_train.prepare import prepare_trainer
-from lightning_mgpu.ray.worker import adopt, set_by_ray
+from lightning_mgpu.ray.ray_train.loop import TrainLoop
 
 __all__ = ["fit"]
 
@@ -76,36 +71,11 @@ def fit(
     resources = given.resources_per_worker  # or, under Ray Tune, what it is drawn from
     cpus: Any = resources.get("CPU", 1) if isinstance(resources, dict) else 1
     cluster.connect()
-    loop = _Loop(
+    loop = TrainLoop(
         ProcessState.capture(max(1, int(cpus))), machine(), bytes(cloudpickle.dumps(factory))
     )
     with cluster.signal_handlers_kept():
         return TorchTrainer(loop, scaling_config=given, run_config=run_config).fit()
-
-
-@dataclass(frozen=True)
-class _Loop:
-    """What each worker does."""
-
-    state: ProcessState
-    machine: str
-    factory: bytes
-
-    def __call__(self) -> None:
-        adopt(self.state, self.machine, os.environ, set_by_ray())
-        trainer, model, *data = pickle.loads(self.factory)()
-        assert isinstance(trainer, Trainer)
-        prepare_trainer(trainer)
-        names = ("train_dataloaders", "val_dataloaders")  # the former may be a data module
-        where: dict[str, Any] = dict(zip(names, data, strict=False))
-        checkpoint = get_checkpoint()
-        if checkpoint is None:
-            trainer.fit(model, **where)
-            return
-        with checkpoint.as_directory() as directory:
-            path = Path(directory, RayTrainReportCallback.CHECKPOINT_NAME)
-            # Of an earlier worker of this run, so whatever objects it holds may be loaded.
-            trainer.fit(model, **where, ckpt_path=path, weights_only=False)
 
 
 def _of_config(cfg: DictConfig) -> Callable[[], Fit]:

@@ -5,10 +5,11 @@ from abc import ABC, abstractmethod
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import ParallelStrategy, Trainer
+from lightning_mgpu.strategies.base.belonging import Belonging
 from lightning_mgpu.strategies.base.checks import check_layer_sync, check_module
 
 
-class InParts(ParallelStrategy, ABC):
+class InParts(Belonging, ParallelStrategy, ABC):
     """Several devices in one process: refuses what cannot be computed so, and ends its threads."""
 
     strategy_name: str

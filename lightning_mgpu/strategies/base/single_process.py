@@ -42,10 +42,6 @@ class SingleProcessStrategy(InParts):
         super().__init__(*args, **kwargs)
         self._initialised = True
 
-    def __repr__(self) -> str:
-        # `pytorch_lightning` shows this when it refuses an object of the other namespace.
-        return f"<{type(self).__name__}, for the Trainer of `lightning.pytorch`>"
-
     # Lightning refuses a strategy that has an accelerator or a precision by the arguments it was
     # made with, if the Trainer has them too. What an earlier Trainer has set is neither.
 

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import DDPStrategy as _LightningDDPStrategy
+from lightning_mgpu.strategies.base.belonging import Belonging
 from lightning_mgpu.strategies.ranks.reduced import (
     Reduced,
     as_trainable,
@@ -20,7 +21,7 @@ from lightning_mgpu.strategies.ranks.reduced import (
 log = logging.getLogger(__name__)
 
 
-class RebuiltDDPStrategy(_LightningDDPStrategy):
+class RebuiltDDPStrategy(Belonging, _LightningDDPStrategy):
     """Lightning's DDP, built anew where parameters are unfrozen, frozen or added."""
 
     _reduced: Reduced | None = None

@@ -11,6 +11,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 
 from lightning_mgpu.config.elsewhere import runs_elsewhere
+from lightning_mgpu.config.namespace import follow_model
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.cluster import describe
 
@@ -89,6 +90,8 @@ class Requests:
     def _bundles(self, overrides: list[str]) -> list[dict[str, float]]:
         """What the strategy of a trial reserves for its workers; none if it has none on Ray."""
         cfg = self._sweep.job.compose_ahead(overrides, self._sweep.directory)
+        if cfg.get(_STRATEGY) is not None:
+            follow_model(cfg)
         if not _runs_on_ray(cfg.get(_STRATEGY)):
             return []
         from lightning_mgpu.config.build import build_node  # Lightning, which is loaded now

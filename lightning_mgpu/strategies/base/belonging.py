@@ -1,0 +1,16 @@
+"""Which Trainers a strategy is for."""
+
+from typing_extensions import override
+
+from lightning_mgpu._compat.namespace import describe
+
+
+class Belonging:
+    """A strategy that says to which of Lightning's packages it belongs.
+
+    The Trainer of the other package refuses it, and shows it in the message.
+    """
+
+    @override
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}, for the Trainer of {describe()}>"
