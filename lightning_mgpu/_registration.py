@@ -36,7 +36,7 @@ def register() -> None:
     """Register the strategies with each namespace now, or as soon as it has been imported."""
     listening = {f.namespace for f in sys.meta_path if isinstance(f, _AfterImport)}
     for namespace in BOTH:
-        if namespace.pytorch in sys.modules:
+        if namespace.is_imported():
             _register(namespace)
         elif namespace not in listening:
             sys.meta_path.insert(0, _AfterImport(namespace))
@@ -93,7 +93,8 @@ class _AfterImport(MetaPathFinder):
             load(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _register(self.namespace)
+            if self.namespace.is_imported():
+                _register(self.namespace)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

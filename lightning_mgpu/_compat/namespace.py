@@ -49,6 +49,11 @@ class Namespace:
                 return theirs + name.removeprefix(own)
         return name
 
+    def is_imported(self) -> bool:
+        """Whether this process has imported it, and not the other one under its name."""
+        module = sys.modules.get(self.pytorch)
+        return module is not None and module.__name__ == self.pytorch
+
     def holds(self, module: str) -> bool:
         """Whether a module of that name is part of it."""
         return any(f"{module}.".startswith(f"{own}.") for own in (self.pytorch, self.fabric))
@@ -131,7 +136,7 @@ def describe() -> str:
     """The namespace of this process; if the other is in use as well, how to decide for that."""
     namespace = current()
     for other in BOTH:
-        if other is not namespace and other.pytorch in sys.modules:
+        if other is not namespace and other.is_imported():
             return (
                 f"`{namespace.pytorch}` ({_reason}; {VARIABLE}={other.name} in the environment"
                 " decides for the other)"
@@ -203,5 +208,5 @@ def _by_order() -> tuple[Namespace, str] | None:
 def _imported() -> list[Namespace]:
     """What has been imported, in that order, less what only `preload` has."""
     places = {name: place for place, name in enumerate(list(sys.modules))}
-    found = [n for n in BOTH if n.pytorch in places and n is not _preloaded]
+    found = [each for each in BOTH if each.is_imported() and each is not _preloaded]
     return sorted(found, key=lambda namespace: places[namespace.pytorch])

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType, SimpleNamespace
 
-_LARGE = ("torch", "torchmetrics", "lightning", "ray")
+import other_namespace
+
+_LARGE = ("torch", "torchmetrics", "lightning", "pytorch_lightning", "ray")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -88,3 +90,4 @@ def _stand_ins() -> Iterator[None]:
 
 
 sys.meta_path.insert(0, _Finder())
+other_namespace.install()
