@@ -244,7 +244,7 @@ def test_what_cannot_work_is_refused(given: RayTuneSweeperConf, message: str) ->
         ("optuna", "asha", "optuna", "search"),
         ("hyperopt", "asha", "hyperopt", "search"),
         ("bohb", "bohb", "hpbandster", "search"),
-        ("random", "pb2", "sklearn", "demo"),
+        ("random", "pb2", "sklearn", "search"),
         ("random", "asha", "ray", "ray"),
     ],
 )

@@ -122,7 +122,7 @@ def _check_installed(options: "RayTuneSweeperConf") -> None:
     if package is not None and find_spec(package) is None:
         missing.append((f"search_alg={options.search_alg.name}", package, "search"))
     if options.scheduler.name == "pb2" and find_spec("sklearn") is None:
-        missing.append(("scheduler=pb2", "scikit-learn", "demo"))
+        missing.append(("scheduler=pb2", "scikit-learn", "search"))
     if find_spec("ray") is None:
         missing.append(("sweeper=ray_tune", "ray", "ray"))
     for choice, package, extra in missing:
