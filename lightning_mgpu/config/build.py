@@ -25,7 +25,7 @@ from lightning_mgpu._compat.lightning_messages import lacks_device
 from lightning_mgpu.config.arguments import accepted_keys, check_arguments, describe
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.config.namespace import hint, translated
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, one_line
 from lightning_mgpu.strategies import DDPStrategy
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def _find_target(node: DictConfig, path: str) -> Callable[..., Any]:
         target = pkgutil.resolve_name(str(name))
     except Exception as error:
         raise ConfigError(
-            f"{path}._target_={name}: cannot be imported ({_line(error)})."
+            f"{path}._target_={name}: cannot be imported ({one_line(error)})."
             " Give the full dotted name, and start the command where Python finds the module."
         ) from error
     if not callable(target):
@@ -210,7 +210,7 @@ def _wants_cpu_devices(trainer: DictConfig, strategy: Any) -> bool:
 
 
 def _explain(error: BaseException, node: DictConfig) -> str:
-    line = _line(error)
+    line = one_line(error)
     if lacks_device(error):
         line = (
             f"accelerator={node.get('accelerator')}, devices={node.get('devices')}: this machine"
@@ -220,7 +220,3 @@ def _explain(error: BaseException, node: DictConfig) -> str:
         name = error.name.partition(".")[0]
         line += f". If that is a package, install it: `pip install {name}`."
     return line
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -21,6 +21,7 @@ from lightning_mgpu._compat.lightning_trainer import (
     restore_signal_handlers,
     resumed_from,
 )
+from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import (
     LaunchError,
     WorkerDiedError,
@@ -100,7 +101,7 @@ class RayLauncher(_Launcher):
                 log.warning(
                     "%s (failure %d of %d). New workers go on from the last epoch's end, or from"
                     " the beginning if there has been none.",
-                    " ".join(str(error).split())[:200],
+                    one_line(error, 200),
                     failures,
                     self._strategy.max_failures,
                 )
