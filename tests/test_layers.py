@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_mgpu._compat.namespace import PACKAGES
+
 _ENTRY = "hydra_plugins.ray_tune_sweeper._lightning"
 _PLUGIN = "hydra_plugins.ray_tune_sweeper.ray_tune_sweeper"
 PACKAGE = Path(__file__).parent.parent / "lightning_mgpu"
@@ -76,8 +78,10 @@ def test_imports_point_down(file: Path) -> None:
     for module in _imported(file):
         top = module.split(".")[0]
         if part in _NEVER_LIGHTNING:
-            assert top not in ("lightning", "torchmetrics"), f"{file.name} imports {module}"
+            assert top != "torchmetrics", f"{file.name} imports {module}"
             assert "_compat.lightning" not in module, f"{file.name} imports {module}"
+        if _name(file) != "lightning_mgpu._compat.lightning":
+            assert top not in PACKAGES, f"{file.name}: import {module} from _compat.lightning"
         assert top != "torch" or part != "timeline", f"{file.name} imports {module}"
         assert top != "ray" or part in ("ray", "sweep", "_compat"), f"{file.name} imports {module}"
 
@@ -149,16 +153,22 @@ def test_engine_shares_nothing_but_its_own_files() -> None:
         "import lightning_mgpu as m, threading as t; i = t.Thread(target=__import__,"
         " args=['lightning']); i.start(); i.join()",
         "import lightning_mgpu, importlib; importlib.reload(lightning_mgpu); import lightning",
+        "import lightning_mgpu; import pytorch_lightning",
+        "import pytorch_lightning.utilities, lightning_mgpu, pytorch_lightning",
     ],
 )
 def test_strategies_are_registered_whenever_lightning_is_there(imports: str) -> None:
     code = (
         f"{imports}\nfrom lightning.pytorch.strategies import StrategyRegistry as registry\n"
         "import sys; names = ('dp', 'mgpu_ddp', 'pipeline', 'pipeline_ddp')\n"
-        "ours = [type(f).__name__ for f in sys.meta_path if 'mgpu' in type(f).__module__]\n"
-        "print(all(name in registry for name in names), ours)"
+        "ours = [f.namespace.name for f in sys.meta_path if 'mgpu' in type(f).__module__]\n"
+        "print(all(name in registry for name in names), *ours)"
     )
-    assert _python(code) == "True []"  # and nobody listens any longer
+    if imports.endswith("pytorch_lightning"):
+        code = code.replace("lightning.pytorch.strategies", "pytorch_lightning.strategies")
+        assert _python(code) == "True lightning"
+    else:
+        assert _python(code) == "True pytorch_lightning"  # which is still listened for
 
 
 def test_other_modules_run_with_m_register_the_strategies(tmp_path: Path) -> None:

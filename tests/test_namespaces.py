@@ -136,42 +136,48 @@ def test_what_is_imported_in_advance_is_no_choice(stubs: Path) -> None:
 
 
 _BOTH = """
-import lightning.pytorch
-import pytorch_lightning as pl
-import lightning_mgpu
-cpu = dict(accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
+    __import__("lightning.pytorch")  # by some other package, say
+    import pytorch_lightning as pl
+    import lightning_mgpu
+
+    cpu = dict(accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
+
+    def refused(module, strategy):
+        try:
+            module.Trainer(strategy=strategy, **cpu)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 """
 
 
 @pytest.mark.slow
 def test_a_package_that_imports_the_other_does_no_harm() -> None:
-    program = (
-        f"__import__('lightning.pytorch')\n{_BOTH}"
-        "for name in ('dp', 'mgpu_ddp', 'pipeline', 'pipeline_ddp'):\n"
-        "    strategy = pl.Trainer(strategy=name, **cpu).strategy\n"
-        "    assert isinstance(strategy, pl.strategies.Strategy)\n"
-        "    assert strategy.strategy_name == name\n"
-        "print('done')"
-    )
-    assert _run(program) == "done"
+    program = """
+    for name in ("dp", "mgpu_ddp", "pipeline", "pipeline_ddp"):
+        strategy = pl.Trainer(strategy=name, **cpu).strategy
+        assert isinstance(strategy, pl.strategies.Strategy)
+        assert strategy.strategy_name == name
+    import lightning
+    print(refused(pl, "ddp_ray"))
+    print(refused(lightning.pytorch, "dp"))
+    """
+    on_ray, other = _run(_BOTH + program).splitlines()[-2:]
+    assert "MisconfigurationException: `Trainer(strategy='ddp_ray')`: a name cannot" in on_ray
+    assert "TypeError: `lightning.pytorch.Trainer(strategy='dp')`: " in other
+    assert "is `pytorch_lightning` here (its Trainer was given `strategy='dp'`)" in other
 
 
 @pytest.mark.slow
-def test_strategies_of_one_namespace_are_refused_by_the_other() -> None:
-    by_name = "pl.Trainer(strategy='dp', **cpu); lightning.pytorch.Trainer(strategy='dp', **cpu)"
-    told = _run(_BOTH + by_name)
-    assert "TypeError: `lightning.pytorch.Trainer(strategy='dp')`: " in told
-    assert "is `pytorch_lightning` here (its Trainer was given `strategy='dp'`)" in told
+def test_objects_of_one_namespace_are_refused_by_the_other() -> None:
+    program = """
+    import lightning
     for name in ("DataParallelStrategy", "DDPStrategy"):
-        told = _run(_BOTH + f"pl.Trainer(strategy=lightning_mgpu.{name}(), **cpu)")
-        assert f"<{name}, for the Trainer of `lightning.pytorch` (it was imported first;" in told
-        assert "LIGHTNING_MGPU_NAMESPACE=pytorch_lightning in the environment decides" in told
-
-
-@pytest.mark.slow
-def test_names_of_strategies_on_ray_say_what_to_do() -> None:
-    told = _run(_BOTH + "pl.Trainer(strategy='ddp_ray', **cpu)")
-    assert "MisconfigurationException: `Trainer(strategy='ddp_ray')`: a name cannot say" in told
+        print(refused(lightning.pytorch, getattr(lightning_mgpu, name)()))
+    """
+    told = _run("import pytorch_lightning" + textwrap.dedent(_BOTH + program))
+    for name in ("DataParallelStrategy", "DDPStrategy"):
+        assert f"<{name}, for the Trainer of `pytorch_lightning` (it was imported first;" in told
+    assert "LIGHTNING_MGPU_NAMESPACE=lightning in the environment decides" in told
 
 
 _MODEL = """

@@ -235,12 +235,6 @@ def test_trainer_arguments_that_do_not_fit_are_refused(monkeypatch: pytest.Monke
         boring.trainer("dp", 2)
 
 
-def test_the_other_namespace_is_named() -> None:
-    other = pytest.importorskip("pytorch_lightning")
-    with pytest.raises(ValueError, match=r"for the Trainer of `lightning\.pytorch`"):
-        other.Trainer(strategy=DataParallelStrategy(), accelerator="cpu", devices=2)
-
-
 def test_double_backward_outside_the_step_is_refused() -> None:
     class Model(boring.Classifier):
         def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
