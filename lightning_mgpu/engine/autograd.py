@@ -1,4 +1,4 @@
-"""Work done elsewhere, as one node of the caller's autograd graph."""
+"""Insert work done elsewhere into the caller's autograd graph as one node."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,7 +47,7 @@ def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backwar
 
 
 class _Link:
-    """What the two nodes of one graft share."""
+    """State shared by the two nodes of one graft."""
 
     def __init__(self, backward: Backward, values: tuple[Tensor, ...]) -> None:
         self.backward = backward
@@ -56,7 +56,7 @@ class _Link:
 
 
 class _Work(torch.autograd.Function):
-    """Inputs to a token on the CPU; does the work in backward."""
+    """Node from the inputs to a CPU token; does the work in backward."""
 
     @staticmethod
     def forward(ctx: Any, link: _Link, *inputs: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class _Work(torch.autograd.Function):
 
 
 class _Outputs(torch.autograd.Function):
-    """A token to the outputs; hands the gradients on in backward."""
+    """Node from the token to the outputs; passes the gradients on in backward."""
 
     @staticmethod
     def forward(ctx: Any, link: _Link, token: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Running statistics of a batch whose parts are normalised apart.
+"""Running statistics of a batch whose parts are normalised separately.
 
 Each part (a replica's shard, a pipeline's micro-batch) is normalised with its own mean and
 variance, but the running statistics are updated once, with those of the whole batch.
@@ -23,12 +23,12 @@ _HOOK = "lightning_mgpu.batch_norm"
 
 @dataclass
 class _Call:
-    """What one call of a layer saw: per channel, in the dtype of the running statistics."""
+    """Batch statistics of one call of a layer: per channel, in the running statistics' dtype."""
 
     count: float
     mean: Tensor
     variance: Tensor
-    """Unbiased."""
+    """Unbiased variance per channel."""
     part: int = 0
 
 
@@ -75,7 +75,7 @@ class Recorder:
         return taken
 
     def take_parts(self, count: int) -> list[list[list[_Call]]]:
-        """For each part, the calls of each layer since the last time."""
+        """The calls of each layer since the last time, for each part."""
         taken = self.take()
         return [[[c for c in calls if c.part == i] for calls in taken] for i in range(count)]
 
@@ -118,7 +118,7 @@ class Recorder:
 
 @contextmanager
 def aside(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, running statistics stay as they are, whoever computes layers in training mode.
+    """Context in which running statistics are not updated by layers in training mode.
 
     So in backward, where those who compute again have been counted before.
     """

@@ -11,7 +11,7 @@ COMPILED_ATTRIBUTES = frozenset({"forward", "dynamo_ctx"})
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether it is what `torch.compile` makes of a module."""
+    """Return whether a module was made by `torch.compile`."""
     # Costs a second to import, and nothing is compiled as long as nobody has.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
@@ -28,6 +28,6 @@ def inside_compiled(modules: Iterable[nn.Module]) -> set[int]:
 
 
 def compile_again(original: Any, copied: Any, inner: nn.Module) -> None:
-    """Have the copy of a compiled module call `inner`, the copy of what that was made of."""
+    """Make the copy of a compiled module call `inner`, the copy of the original module."""
     made = type(original)(inner, original.dynamo_ctx)
     vars(copied).update({key: vars(made)[key] for key in COMPILED_ATTRIBUTES})

@@ -1,4 +1,4 @@
-"""One worker thread: runs jobs one after another and says how they ended."""
+"""Worker thread that runs jobs one after another and reports their outcomes."""
 
 import ctypes
 import queue
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Cancelled(BaseException):
-    """Raised inside a task whose peers have failed; like `KeyboardInterrupt` no `Exception`."""
+    """Raised inside a task whose peers have failed; no `Exception`, like `KeyboardInterrupt`."""
 
 
 @dataclass
@@ -88,7 +88,7 @@ def slot_here() -> int | None:
 
 
 class Slot:
-    """A worker's thread and the way to it."""
+    """A worker thread and its queue."""
 
     def __init__(self, index: int, device: torch.device, threads: int) -> None:
         self.index = index

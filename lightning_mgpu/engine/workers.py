@@ -1,4 +1,4 @@
-"""Tasks side by side, one persistent thread per slot; the first error wins."""
+"""Run tasks in parallel, on one persistent thread per slot; the first error is raised."""
 
 import logging
 import os
@@ -86,7 +86,7 @@ class Workers:
         return run.results()
 
     def close(self) -> None:
-        """End the threads. The workers can be used again."""
+        """Stop the threads. The workers can be used again."""
         slots, self._slots = self._slots, []
         for slot in slots:
             slot.inbox.put(None)
@@ -142,7 +142,7 @@ def available_cores() -> int:
 
 
 class _Run:
-    """One `Workers.run`, as its caller sees it."""
+    """State of one `Workers.run` call."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class _Run:
         return [slot for slot, _ in self._busy.values()]
 
     def _drain(self, seconds: float) -> None:
-        """Let tasks end, and those end that wait for others."""
+        """Wait for tasks, and release those that wait for others."""
         deadline = time.monotonic() + seconds
         while self._busy:
             for call in self._calls.values():

@@ -1,4 +1,4 @@
-"""What a batch is: the only place that splits batches and joins outputs.
+"""Split batches and join outputs: the only package that does either.
 
 `containers` knows the structures, `layout` decides which parts of a batch have an entry per sample,
 `splitting` acts on that. `roles` tells how outputs are joined, `joining` does it, and `samples`

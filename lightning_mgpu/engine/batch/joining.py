@@ -1,4 +1,4 @@
-"""Put together what the shards of a batch have returned, as one step on all of it would have.
+"""Join the outputs of a batch's shards into the output of one step on the whole batch.
 
 What an output is, is decided from all shards at once: an array is joined along the dimension that
 is as long as each shard has samples, a list or tuple with as many entries as samples is joined
@@ -75,7 +75,7 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 class Joining:
-    """One joining of outputs; `roles` is how each place was joined."""
+    """Join one set of outputs; `roles` decides how each place is joined."""
 
     def __init__(
         self,

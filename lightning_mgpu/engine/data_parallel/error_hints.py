@@ -1,4 +1,4 @@
-"""What may be behind an error that a replica raises and one device would not."""
+"""Hints for errors that a replica raises and one device would not."""
 
 import re
 from collections.abc import Iterator

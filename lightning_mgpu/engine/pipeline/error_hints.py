@@ -1,4 +1,4 @@
-"""What may be behind an error that micro-batches raise and one device would not."""
+"""Hints for errors that micro-batches raise and one device would not."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""A module in stages: its `forward`, computed by all devices, micro-batch by micro-batch."""
+"""A module's `forward` in stages on several devices, micro-batch by micro-batch."""
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -45,7 +45,7 @@ _WAY_OUT = (
 
 
 class Pipeline:
-    """Stands for a module's `forward`, with the same results.
+    """Replacement for a module's `forward` with the same results.
 
     Args:
         cutter: Cuts the module.
@@ -108,12 +108,12 @@ class Pipeline:
         self._assigned = Assigned(self._modules())
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._streams.finish()
         self._workers.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's `forward` returns.
+        """Compute the module's `forward` in micro-batches on all stages.
 
         Raises:
             PartitionError: The module cannot be cut as asked.
@@ -133,11 +133,11 @@ class Pipeline:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether there is one micro-batch, by the user's wish."""
+        """Return whether the user wants a single micro-batch."""
         return self.chunks.usual == 1
 
     def _split(self, call: Call, batch: StepBatch) -> Splitting:
-        """How a call is split; not at all where a single micro-batch is wanted, or needed."""
+        """Decide how a call is split; not at all for a single micro-batch or a stateful call."""
         not_at_all = Splitting(1, {})
         if call.stateful() and not torch.is_grad_enabled():
             return not_at_all
@@ -214,7 +214,7 @@ class Pipeline:
         counts: Sequence[int],
         anew: bool = False,
     ) -> Layouts | None:
-        """Where the batch lies in the output; refuses what is not the whole batch's."""
+        """Find the batch dimensions of the output, and compare a few samples."""
         if self._parity is None:
             return None
         modules, trial = self._modules(), self._trial(call, splitting)
@@ -324,7 +324,7 @@ class Pipeline:
         return graft(output.wanting(), [*arguments, *shadow.parameters], backward)
 
     def _crew(self, count: int) -> Workers:
-        """A thread for each micro-batch that is on its way at once, and for each device."""
+        """Workers: a thread for each micro-batch in flight and for each device."""
         if len(self._workers.devices) < count:
             self._workers.close()
             self._workers = Workers([self.devices[0]] * count, self._threads)
@@ -334,7 +334,7 @@ class Pipeline:
         return self._memories.setdefault(id(unit), Memory([unit]))
 
     def _shadowed(self, cut: Cut) -> Shadow | None:
-        """What stands for parameters; nothing where they can be used themselves."""
+        """Replacements for parameters; `None` where the parameters can be used themselves."""
         if self._shadow is None or self._shadow.is_stale():
             self._shadow = Shadow(self.cutter.roots, cut.stage_of, cut.owner, self.devices)
         needed = torch.is_grad_enabled() or self._shadow.has_loans

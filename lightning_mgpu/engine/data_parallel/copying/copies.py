@@ -140,7 +140,7 @@ class Copy(Replica):
                     holder[key] = new
 
     def _is_as_before(self, index: int, state: dict[str, Any], copied: dict[str, Any]) -> bool:
-        """Whether one of torch's layers has the attributes that it had, and no hooks."""
+        """Return whether a torch layer has its attributes of before, and no hooks."""
         before = self._layer_states.get(index, ())
         return (
             len(before) == len(state)
@@ -177,14 +177,14 @@ class Copy(Replica):
 
 
 def _is_layer(value: Any) -> bool:
-    """Whether it is one of torch's modules, with no attributes of a user's as far as known."""
+    """Return whether `value` is a module of torch's own, without attributes added by the user."""
     if not type(value).__module__.startswith("torch."):
         return False
     return type(value) not in _BLANK or len(vars(value)) <= len(_BLANK_STATE)
 
 
 def _may_write(value: Any) -> bool:
-    """Whether a step may write to its attributes: on torch's own layers hooks do so, if anybody."""
+    """Return whether a step may write attributes of `value`; on torch's layers only hooks do."""
     return not _is_layer(value) or any(vars(value).get(key) for key in _HOOKS)
 
 

@@ -28,7 +28,7 @@ class Master(Replica):
         self.overrides: Mapping[str, Any] = {}
 
     def is_stale(self) -> bool:
-        """Whether modules or parameters are no longer those that were copied."""
+        """Return whether modules or parameters have been replaced since the copy."""
         return any(
             _parts(module) != parts
             for module, parts in zip(self.structure.modules, self._parts, strict=True)
@@ -87,7 +87,7 @@ def _uncompiled(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, Any, Any, A
 
 
 def _parts(module: nn.Module) -> list[Any]:
-    """What a module is made of: its class (a parametrisation changes it) and its parts by name."""
+    """Identity of a module's parts: its class (parametrizations change it) and children by name."""
     parameters, modules = module._parameters, module._modules
     return [
         type(module),

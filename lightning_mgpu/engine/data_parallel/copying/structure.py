@@ -1,4 +1,4 @@
-"""What can be reached from a module, for structural copies of it.
+"""Objects reachable from a module, found for structural copies of it.
 
 Unlike a deep copy, a structural copy has modules and containers of its own, while all else (data,
 loggers, functions) stays shared, needs no pickling, and parameters may alias the original's.
@@ -81,7 +81,7 @@ class Structure:
         self.names = [known.get(id(m), type(m).__name__) for m in self.modules]
 
     def is_opaque(self, value: Any) -> bool:
-        """Whether all replicas share an object, however much it refers to."""
+        """Return whether all replicas share an object, whatever it refers to."""
         return isinstance(value, _OPAQUE) or self._is_opaque(value)
 
     def parameter_names(self) -> list[str]:
@@ -95,7 +95,7 @@ class Structure:
         return [found.get(id(p), "a parameter that no module has") for p in self.parameters]
 
     def _visit(self, value: Any) -> bool:
-        """Whether `value` is, or leads to, one of our parts."""
+        """Return whether `value` is, or leads to, one of our parts."""
         if type(value) in ATOMS or isinstance(value, ATOMS):
             return False
         if id(value) in self._linked:

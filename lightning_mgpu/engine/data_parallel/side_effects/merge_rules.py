@@ -1,4 +1,4 @@
-"""What becomes of a value that the replicas have changed: the rules, and what is said about it.
+"""Rules for merging a value that the replicas have changed, and the warnings about it.
 
 For a number, or a small tensor, let d be what each replica has added, and s the size of its shard:
 
@@ -80,7 +80,7 @@ class Change:
 
 
 class Judge:
-    """Decides about changes, remembers decisions, and tells each thing once."""
+    """Decide about changes, remember decisions, and warn of each thing once."""
 
     def __init__(self) -> None:
         self.sizes: Sequence[int] = ()
@@ -111,7 +111,7 @@ class Judge:
         return self._assigned(change)
 
     def lost(self, name: str, owner: str = "") -> None:
-        """Tell that replicas have left something else in a place."""
+        """Warn that replicas have left different values in a place."""
         self._lost.add(name)
         self._tell(
             name,
@@ -125,12 +125,12 @@ class Judge:
         self._counts.add(owner)
 
     def is_due(self, name: str) -> bool:
-        """Whether to compare tensors at this change: at the first, second, fourth and so on."""
+        """Return whether to compare tensors at this change: the first, second, fourth and so on."""
         number = self._changes[name] = self._changes.get(name, 0) + 1
         return number & (number - 1) == 0
 
     def shared(self, name: str) -> None:
-        """Tell that all replicas write to the same memory."""
+        """Warn that all replicas write to the same memory."""
         self._tell(
             name,
             "The step writes to `%s`, which is too large for each replica to have a copy of: all"
@@ -139,7 +139,7 @@ class Judge:
         )
 
     def outside(self, name: str) -> None:
-        """Tell that a step writes to a variable outside of the model."""
+        """Warn that a step writes to a variable outside of the model."""
         self._tell(
             name,
             "The step, or a hook on a module, writes to the variable `%s` outside of the model. All"
@@ -148,7 +148,7 @@ class Judge:
         )
 
     def finish(self) -> None:
-        """Tell what could not be decided in this run."""
+        """Warn of what could not be decided in this run."""
         for name, doubt in self._doubts.items():
             if doubt.rule == "sum" and doubt.owner in self._counts:
                 continue  # as for other keys of the same dict
@@ -193,7 +193,7 @@ class Judge:
         return self._of_unequal(change, deltas, numbers)
 
     def _of_equal(self, change: Change, numbers: Sequence[float]) -> Rule:
-        """All have added the same whole number: by chance, for their samples, or for the step."""
+        """Choose the rule for equal additions of a whole number: per sample or per step."""
         size, delta = (self.sizes[0] if self.sizes else 1), numbers[0]
         even = len(set(self.sizes)) <= 1
         if even and (delta == size or (size > 1 and not delta % size and delta != sum(self.sizes))):
@@ -273,7 +273,7 @@ class Judge:
         return sum(value * (weight / total) for value, weight in parts)
 
     def _is_a_size(self, name: str, value: Any) -> bool:
-        """Whether a value that all have assigned is the size of their shards, rather than fixed."""
+        """Return whether a value that all have assigned is their shards' size, not fixed."""
         if name in self._independent or not self.sizes:
             return False
         if isinstance(value, torch.Size):
@@ -340,7 +340,7 @@ def _of_new_key(change: Change) -> Change:
 
 
 def _combined(first: Any, deltas: Sequence[Any], rule: Rule, weights: Sequence[float]) -> Any:
-    """The first replica's value with what it lacks of the others'."""
+    """Join the first replica's value with entries that only others have."""
     if rule == "once":
         return first
     if rule == "sum":
@@ -353,7 +353,7 @@ def _combined(first: Any, deltas: Sequence[Any], rule: Rule, weights: Sequence[f
 
 
 def _together(values: Sequence[Any], like: Any) -> list[Any]:
-    """Tensors where the first of them lies."""
+    """Tensors on the device of the first."""
     device = next((v.device for v in (like, *values) if isinstance(v, Tensor)), None)
     return [v.detach().to(device) if isinstance(v, Tensor) else v for v in values]
 
@@ -365,7 +365,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_scalar_like(value: Any) -> bool:
-    """Whether it is a number or a tensor that sums can be made of."""
+    """Return whether `value` is a number, or a tensor that can be summed."""
     return is_number(value) or (isinstance(value, Tensor) and value.dtype != torch.bool)
 
 

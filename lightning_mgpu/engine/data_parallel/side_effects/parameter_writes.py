@@ -1,4 +1,4 @@
-"""Seeing that a step writes to parameters, which all replicas would do at once."""
+"""Detect that a step writes to parameters, which all replicas would do at once."""
 
 from collections.abc import Sequence
 
@@ -41,14 +41,14 @@ class WriteCheck:
         self.note()
 
     def note(self) -> None:
-        """Take the parameters as they are."""
+        """Record the current versions of the parameters."""
         self._versions = self._now()
         self._values = self._sampled() if self._compares else None
         for leaves in self._leaves:
             leaves.assigned().clear()
 
     def check(self) -> None:
-        """Refuse to go on if parameters have been written to since.
+        """Raise an error if parameters have been written to since.
 
         Raises:
             RuntimeError: Names them.
@@ -76,7 +76,7 @@ class WriteCheck:
             )
 
     def _now(self) -> list[list[int]]:
-        """How often the leaves of each memory have been written to; aliases share slot 0's."""
+        """Version counters of the leaves, by memory; aliases share slot 0's."""
         first, *others = self._leaves
         own = [leaves for leaves in others if not leaves.is_alias()]
         return [leaves.versions() for leaves in (first, *own)]

@@ -1,4 +1,4 @@
-"""A few samples computed whole and in two micro-batches, side by side."""
+"""Compare a few samples computed whole with the same in two micro-batches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _SAMPLES = 5
 
 
 def window_of(split: Mapping[str, Any], counts: Sequence[int]) -> Window:
-    """Which samples tell most.
+    """Choose the samples whose comparison is most telling.
 
     Args:
         split: The lists and batches of graphs that are split, by name.
@@ -33,7 +33,7 @@ def window_of(split: Mapping[str, Any], counts: Sequence[int]) -> Window:
 
 
 class Comparison:
-    """A few of one call's samples, whole and in two parts.
+    """A few samples of one call, whole and in two parts.
 
     Args:
         trial: Runs some of the samples.
@@ -74,7 +74,7 @@ class Comparison:
         start.restore(generators=False)
 
     def compare(self, proven: Layouts) -> dict[str, Layout]:
-        """Find out where the batch lies in each tensor, and whether values are the same.
+        """Find the batch dimension of each tensor, and compare values.
 
         Args:
             proven: What earlier comparisons have shown.
@@ -148,7 +148,7 @@ class Comparison:
     def _leave_out_random(
         self, unequal: Mapping[str, Tensor], layouts: dict[str, Layout], proven: Layouts
     ) -> None:
-        """Take out what differs from itself, too, when it is computed once more."""
+        """Remove values that differ between two identical runs."""
         again = self._trial.run(self._window.start, self._window.end)
         self._start.restore(generators=False)
         columns = columns_of([self._whole, again], [self._total] * 2, "output")
@@ -167,7 +167,7 @@ class Comparison:
 
 
 def _least_precise(cut: Cut, devices: Sequence[torch.device]) -> torch.dtype | None:
-    """The dtype whose rounding errors are to be expected."""
+    """Least precise floating-point dtype, which determines the tolerance."""
     for device in {HOST, *devices}:
         dtype = autocast_dtype(device)
         if dtype is not None:

@@ -1,4 +1,4 @@
-"""Say what `forward` leaves behind in modules that is not the whole batch's."""
+"""Report what `forward` leaves in modules that does not cover the whole batch."""
 
 import logging
 from typing import Any
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class LeftBehind:
-    """Names attributes, buffers and hooks' containers that belong to one micro-batch.
+    """Find attributes, buffers and hooks' containers that belong to one micro-batch.
 
     Args:
         mode: Whether what requires a gradient is an ``"error"``.
@@ -68,7 +68,7 @@ class LeftBehind:
 
 
 def _is_passing(title: str, whole: Held, parts: Held, last: Held) -> bool:
-    """Whether it is a plain value that only says something about the call at hand."""
+    """Return whether an attribute is a plain value that describes the current call only."""
     found = [held.leaves.get(title, (None, False))[0] for held in (whole, parts, last)]
     if any(isinstance(value, (Tensor, float, complex)) for value in found):
         return False

@@ -1,4 +1,4 @@
-"""All that modules hold beside their parameters: recorded, put back, and compared."""
+"""Record, restore and compare everything that modules hold beside their parameters."""
 
 import functools
 import random
@@ -22,7 +22,7 @@ _OWN = frozenset(vars(nn.Module()))
 
 
 class Held:
-    """What modules hold at one time: attributes, buffers, and what these and hooks refer to.
+    """Snapshot of modules: attributes, buffers, and the objects these and hooks refer to.
 
     Args:
         modules: By name; without those they contain.
@@ -126,7 +126,7 @@ class Held:
 
 
 def differing(one: Held, other: Held, coarse: torch.dtype | None = None) -> Iterator[str]:
-    """The names of what two records differ in.
+    """Names of the entries in which two snapshots differ.
 
     Args:
         one: A record.
@@ -175,7 +175,7 @@ def _state_of(value: Any) -> dict[str, Any] | None:
 
 
 def _kept_by(function: Any) -> Iterator[tuple[str, Any]]:
-    """What a hook refers to beside its arguments."""
+    """Objects that a hook refers to beside its arguments, with their names."""
     if isinstance(function, functools.partial):
         for index, value in enumerate((*function.args, *function.keywords.values())):
             yield f"argument {index}", value

@@ -1,4 +1,4 @@
-"""Proof on the first batch: a few samples as one micro-batch and as two give the same."""
+"""Check on the first batch that one micro-batch and two give the same output."""
 
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ _MAX_LOOKS = 8
 
 @dataclass
 class _Found:
-    """What is known of one kind of call.
+    """Result of the check for one kind of call.
 
     Attributes:
         layouts: Where the batch lies in the output; empty if that was not looked at.
@@ -52,7 +52,7 @@ class _Found:
 
 
 class Parity:
-    """Compares a module's output for a few samples with that of the same in two micro-batches.
+    """Compare a module's output for a few samples with the same in two micro-batches.
 
     Args:
         mode: What to do where they differ: ``"error"``, ``"warn"``, or not to compare (``"off"``).
@@ -85,7 +85,7 @@ class Parity:
         modules: Mapping[str, nn.Module],
         anew: bool = False,
     ) -> Layouts:
-        """Where the batch lies in the output of a call, which is compared if it is a new kind.
+        """Batch dimensions of the outputs of a call; a call of a new kind is compared.
 
         Args:
             call: The call.
@@ -121,7 +121,7 @@ class Parity:
     def uses(
         self, trial: Trial, modules: Mapping[str, nn.Module], holder: dict[str, Any], key: str
     ) -> bool:
-        """Whether a call reads an attribute; taken for granted if nothing is to be compared.
+        """Return whether a call reads an attribute; `True` if nothing is to be compared.
 
         Args:
             trial: Runs some of its samples.
@@ -145,7 +145,7 @@ class Parity:
 
     @contextmanager
     def unseen(self, modules: Mapping[str, nn.Module]) -> Iterator[Held]:
-        """Within, what is computed draws nothing, logs nothing, and leaves no trace.
+        """Context whose work draws no random numbers, logs nothing and leaves no trace.
 
         Args:
             modules: All modules that are computed, by name.
@@ -237,7 +237,7 @@ class Parity:
 
 
 def _way(call: Call, splitting: Splitting) -> Hashable:
-    """How each argument is split, or whether one entry of it is for all samples."""
+    """Key for the way in which each argument is split, or broadcast from one entry."""
     whole = (name for name, t in call.tensors.items() if t.dim() and name not in splitting.dims)
     single = tuple(name for name in whole if call.tensors[name].shape[0] == 1)
     return (

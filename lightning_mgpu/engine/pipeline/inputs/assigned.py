@@ -23,7 +23,7 @@ class Assigned:
         self.update(modules)
 
     def update(self, modules: Mapping[str, nn.Module]) -> None:
-        """Take what the modules hold now for their own."""
+        """Accept the tensors that the modules hold now."""
         tensors = [found.tensor for found in _attributes(modules)]
         self._known = {id(tensor): weakref.ref(tensor) for tensor in tensors}
 

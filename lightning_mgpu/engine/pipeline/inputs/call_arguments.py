@@ -1,4 +1,4 @@
-"""The arguments of a call, taken apart."""
+"""Arguments of a call, split into tensors, pieces and structure."""
 
 import copy
 import inspect
@@ -23,7 +23,7 @@ _FLAGS = (bool, type(None))
 
 
 class Input:
-    """Stands for a tensor or a piece among the arguments of a call."""
+    """Placeholder of a tensor or a piece among the arguments of a call."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -31,7 +31,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a call, taken apart.
+    """Arguments of a call, split into tensors, pieces and structure.
 
     Attributes:
         tensors: By name: the parameter of `forward`, and where in it.
@@ -153,7 +153,7 @@ def _has_state(value: Any) -> bool:
 def _leaves(
     value: Any, name: str, is_piece: Callable[[str, Any], bool]
 ) -> Iterator[tuple[str, Any]]:
-    """Every leaf and piece, each with how to get there."""
+    """Every leaf and piece, each with its access path."""
     if not is_container(value) or is_piece(name, value):
         yield name, value
         return

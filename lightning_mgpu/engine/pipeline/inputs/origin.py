@@ -1,4 +1,4 @@
-"""Where a tensor comes from: the step's batch, the model, or neither."""
+"""Find a tensor's origin: the step's batch, the model, or neither."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -49,11 +49,11 @@ class StepBatch:
             self._by_storage.setdefault(_storage(tensor), []).append(tensor)
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether it is one of the batch's tensors, or a view of one."""
+        """Return whether a tensor is one of the batch's, or a view of one."""
         return bool(_storage(tensor)) and _storage(tensor) in self._by_storage
 
     def kind(self, value: Any) -> Kind | None:
-        """What a list is in the batch; `None` if it is none of the batch's, or not known."""
+        """Kind of a list in the batch; `None` if it is none of the batch's, or not known."""
         return next((kind for own, kind in self._lists if own is value), None)
 
     def dimension(self, tensor: Tensor) -> int | None:
@@ -78,12 +78,12 @@ class StepBatch:
         return None
 
     def disagrees(self, tensor: Tensor) -> bool:
-        """Whether another dimension than its first is as long as another tensor of the batch."""
+        """Return whether a later dimension has the length of another tensor of the batch."""
         return self.has(tensor) and bool(self.lengths & set(tensor.shape[1:]) - {1})
 
 
 def is_wrapped(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being sliced: ``"functorch"``, ``"nested"``, or its layout."""
+    """Reason why a tensor cannot be sliced: ``"functorch"``, ``"nested"``, or its layout."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "functorch"
     if tensor.is_nested:

@@ -1,4 +1,4 @@
-"""The arguments of one call beside the step's batch: which of them have an entry per sample."""
+"""Find the arguments of one call, beside the step's batch, that have an entry per sample."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_mgpu.engine.pipeline.microbatch import SplitError
 
 
 class Sharing:
-    """One call.
+    """Decisions about the arguments of one call.
 
     Args:
         tensors: Those that may be split, by name.
@@ -97,7 +97,7 @@ class Sharing:
         return dims, {name: t for name, t in self._tensors.items() if name not in named}
 
     def suspect(self, name: str, tensor: Tensor, reason: str) -> None:
-        """Note that a tensor goes whole, though it is as long as the batch."""
+        """Note that a tensor is broadcast although it is as long as the batch."""
         argument = argument_of(name)
         self._suspected.append(
             f"`{name}` of shape {tuple(tensor.shape)} is as long as the batch ({self.size}), but"
@@ -106,12 +106,12 @@ class Sharing:
         )
 
     def suppose(self, values: Sequence[Any], doubt: str) -> None:
-        """Note that tensors or lists are split, which is to be shown to be right."""
+        """Note that tensors or lists are split on an assumption that has to be checked."""
         self.unproven += values
         self._suspected.append(doubt)
 
     def doubts(self, dims: Mapping[str, int]) -> list[str]:
-        """What speaks against splitting along these dimensions."""
+        """Reasons against splitting along these dimensions."""
         samples = self.batch.size
         doubts = list(self._suspected)
         for name, tensor in self._tensors.items():
@@ -144,7 +144,7 @@ class Sharing:
         return doubts
 
     def _other_dimensions(self) -> dict[str, int]:
-        """The only ones that are as long as the step's batch, where no first one could be."""
+        """The only other dimensions that are as long as the batch, where no first one could be."""
         size, tensors = self.batch.size, self._tensors
         if self._named or self._seen or size in (None, 1):
             return {}

@@ -1,4 +1,4 @@
-"""Tells which arguments of a call carry the batch, and along which dimension."""
+"""Decide which arguments of a call carry the batch, and along which dimension."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ SplitArgs = str | int | Sequence[str | int] | Mapping[str | int, int] | None
 
 @dataclass(frozen=True)
 class Splitting:
-    """How the arguments of a call are shared out among micro-batches.
+    """Decision how to split a call's arguments into micro-batches.
 
     Attributes:
         size: Samples in the batch.
@@ -44,7 +44,7 @@ class Splitting:
 
 
 class Splitter:
-    """Tells which tensors carry the batch, and takes none for granted.
+    """Decide which tensors of a call carry the batch, and note what is unproven.
 
     Args:
         split_args: Parameters of `forward`, by name or position, whose tensors are split along
@@ -91,7 +91,7 @@ class Splitter:
     def pieces(
         self, forward: Callable[..., Any], arguments: Any, batch: StepBatch
     ) -> Callable[[str, Any], bool]:
-        """What tells of a container among the arguments whether it may be split by entry.
+        """Return a predicate that says whether a container argument may be split by entry.
 
         Args:
             forward: Which is called.
@@ -123,7 +123,7 @@ class Splitter:
         batch: StepBatch,
         fixed: Callable[[], Iterable[Tensor]],
     ) -> Splitting:
-        """How the arguments of a call are to be split.
+        """Decide how the arguments of a call are split.
 
         A tensor is split if it is named in `split_args`, if it comes from the step's batch, or if
         no other could carry the batch: along its first dimension, or along the one that is the

@@ -1,4 +1,4 @@
-"""Put together what the micro-batches return."""
+"""Join output tensors of the micro-batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lightning_mgpu.engine.pipeline.microbatch import SplitError
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the batch lies in a tensor of the output.
+    """Batch dimension of an output tensor.
 
     Attributes:
         dim: The dimension, whose length is the number of samples or a multiple of it; `None` if
@@ -32,7 +32,7 @@ class Layout:
 
 
 class Undecided(Exception):
-    """A number was the same for every micro-batch so far, so it may be a mean or a sum."""
+    """A number was the same for every micro-batch, so it may be a mean or a sum."""
 
 
 Layouts = Mapping[str, Layout]
@@ -46,7 +46,7 @@ ENTRIES = Layout(0, entries=True)
 
 @dataclass(frozen=True)
 class Rows:
-    """How a tensor of the output was joined.
+    """Record of how an output tensor was joined, to split its gradient.
 
     Attributes:
         counts: The entries of each micro-batch's part; `None` if it is the tensor of one of them.
@@ -98,7 +98,7 @@ def cat(parts: Sequence[Tensor], counts: Sequence[int], layout: Layout) -> tuple
 
 
 def _blocks(tensor: Tensor, dim: int, count: int) -> Tensor:
-    """A dimension as two, the second of which is the batch."""
+    """Split a dimension into two, the second of which is the batch."""
     return tensor.reshape(*tensor.shape[:dim], -1, count, *tensor.shape[dim + 1 :])
 
 
@@ -151,12 +151,12 @@ def join(
 
 
 def is_number(tensor: Tensor) -> bool:
-    """Whether it is a number that a mean can be taken of."""
+    """Return whether a tensor is a floating-point or complex scalar."""
     return tensor.dim() == 0 and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
-    """Where the batch lies in a tensor, told from what different numbers of samples have made.
+    """Find the batch dimension of a tensor from outputs for different numbers of samples.
 
     Args:
         column: The tensor for each number of samples.
@@ -178,7 +178,7 @@ def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
 
 
 def unjoinable(path: str, tensor: Tensor) -> str:
-    """What to say of a tensor that differs though it has no dimension for the batch."""
+    """Error message for a tensor that differs though it has no batch dimension."""
     if tensor.dim() == 0:
         return _scalar(path)
     return (
@@ -189,7 +189,7 @@ def unjoinable(path: str, tensor: Tensor) -> str:
 
 
 def unordered(path: str, tensor: Tensor, count: int) -> str:
-    """What to say of a tensor in which samples lie side by side or far apart."""
+    """Error message for a tensor whose order of samples cannot be told."""
     return (
         f"`{path}` has shape {tuple(tensor.shape)} for {count} samples, and random values, so that"
         " it cannot be told in which order the samples lie. Return it with a dimension of its own"
@@ -214,7 +214,7 @@ def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
 
 
 def _fits(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> bool:
-    """Whether a dimension grows with the number of samples, and no other does."""
+    """Return whether a dimension grows with the number of samples, and no other does."""
     if len({(part.dim(), *part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) > 1:
         return False
     if parts[0].dim() == 0:

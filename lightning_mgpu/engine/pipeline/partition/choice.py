@@ -1,4 +1,4 @@
-"""Which submodules are dealt out to stages, and where each stage begins."""
+"""Choose the submodules to distribute over stages, and where each stage begins."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -23,7 +23,7 @@ class PartitionError(ValueError):
 
 
 class Layers:
-    """The submodules that a call makes use of, some of which are opened.
+    """Submodules that a call uses, some replaced by their children.
 
     Args:
         called: The call.
@@ -61,7 +61,7 @@ class Layers:
 def choose(
     called: Called, stages: int, price: Callable[[str], float]
 ) -> tuple[Layers, list[int]] | None:
-    """Deal out layers so that the dearest stage is as cheap as can be.
+    """Distribute layers so that the most expensive stage is as cheap as possible.
 
     Layers are opened as long as that makes the dearest stage cheaper and it is not about a fair
     share.
@@ -115,7 +115,7 @@ def opened_until(called: Called, count: int, price: Callable[[str], float]) -> L
 
 
 def beginning_at(called: Called, starts: Sequence[str]) -> tuple[Layers, list[int]]:
-    """Deal out layers so that stages begin at the named ones.
+    """Distribute layers so that stages begin at the named ones.
 
     Args:
         called: What was observed.

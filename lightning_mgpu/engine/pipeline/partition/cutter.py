@@ -1,4 +1,4 @@
-"""Decides which stage each submodule belongs to, once, from what one call does."""
+"""Assign each submodule to a stage, once, from an observed call."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ _COPIES_OF_PARAMETERS = 4
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Which stage everything belongs to.
+    """Assignment of submodules, parameters and buffers to stages.
 
     Attributes:
         layers: Of each stage, the names of the submodules that it computes, in order.
@@ -101,12 +101,12 @@ class Cutter:
 
     @property
     def wants_costs(self) -> bool:
-        """Whether layers have to be measured before the module can be cut."""
+        """Return whether layers have to be measured before the module can be cut."""
         measured = self._balanced in ("time", "memory")
         return measured and self._starts is None and self._made is None
 
     def expected(self) -> Cut | None:
-        """What the cut is likely to be, before there is a call; `None` if that cannot be told."""
+        """The likely cut before the first call; `None` if that cannot be told."""
         if self.cut is not None or self.wants_costs:
             return self.cut
         called = registered(self.module)
@@ -241,7 +241,7 @@ class Cutter:
 
 
 class _Chain:
-    """Calls modules one after another, each with what the one before it has returned.
+    """Call modules one after another, each with the output of the one before.
 
     A tuple is handed on as several arguments.
     """

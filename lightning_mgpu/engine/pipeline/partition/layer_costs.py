@@ -1,4 +1,4 @@
-"""What each layer costs, for one micro-batch."""
+"""Measure the time and memory of each layer for one micro-batch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _TIMES = 4
 
 @dataclass
 class Cost:
-    """What a layer costs for one micro-batch.
+    """Time and memory of a layer for one micro-batch.
 
     Attributes:
         seconds: Of its forward and backward.

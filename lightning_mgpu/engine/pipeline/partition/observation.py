@@ -1,4 +1,4 @@
-"""What a module's `forward` calls, found out by watching it."""
+"""Find the submodules that a module's `forward` calls, by observing a call."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ class Called:
     kept: int = 0
     writes: bool = False
     given: list[tuple[Tensor, int]] = field(default_factory=list)
-    """The tensors that it was called with, and how often they had been written to."""
+    """Tensors among the arguments, with their version counters at the call."""
 
     def walk(self) -> Iterator["Called"]:
         """This call and all below, in order."""
@@ -45,7 +45,7 @@ class Called:
 
 
 def registered(module: nn.Module, name: str = "") -> Called:
-    """What is to be expected of a module whose `forward` calls its children in their order."""
+    """Calls to expect of a module whose `forward` calls its children in order."""
     compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
     children = [] if compiled else module.named_children()
     prefix = f"{name}." if name else ""
@@ -122,7 +122,7 @@ def observe(
 
 
 def _mark(calls: Sequence[Called], tensors: Sequence[Tensor]) -> None:
-    """Take down that calls write to what they were called with, if these tensors are."""
+    """Record which of its tensor arguments a call writes to."""
     memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     for call in calls:
         if any(given.untyped_storage().data_ptr() in memory for given, _ in call.given):

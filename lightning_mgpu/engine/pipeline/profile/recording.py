@@ -1,4 +1,4 @@
-"""Take down when the stages work, while they do."""
+"""Record when the stages work."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from lightning_mgpu.engine.pipeline.profile.timeline import Kind, Span, Timeline
 
 
 class Recording:
-    """Of one step.
+    """Recorded work of the stages in one step.
 
     Waiting for other stages and fetching what they send is not work.
 
@@ -29,7 +29,7 @@ class Recording:
 
     @property
     def calls(self) -> int:
-        """How often the module has been called."""
+        """Number of calls of the module."""
         return len(self._chunks)
 
     def begin_call(self, chunks: int) -> int:
@@ -39,7 +39,7 @@ class Recording:
 
     @contextmanager
     def taken_down(self, stage: int, chunk: int, call: int, kind: Kind) -> Iterator[None]:
-        """Within, the stage is at work."""
+        """Context in which a stage's work is recorded."""
         start = self.now(stage)
         yield
         self.add(stage, chunk, call, kind, start)
@@ -49,11 +49,11 @@ class Recording:
         return self._clocks[stage].now()
 
     def add(self, stage: int, chunk: int, call: int, kind: Kind, start: Any) -> None:
-        """Take down that a stage has been at work since a stamp."""
+        """Record a stage's work since a stamp."""
         self._taken.append((stage, chunk, call, kind, start, self.now(stage)))
 
     def timeline(self) -> Timeline:
-        """What has been taken down so far; waits for devices that are still at it."""
+        """Timeline of the recorded work; waits for devices to finish."""
         spans = [
             Span(stage, chunk, call, kind, own.seconds(start), own.seconds(end))
             for stage, chunk, call, kind, start, end in list(self._taken)

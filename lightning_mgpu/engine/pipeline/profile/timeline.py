@@ -1,4 +1,4 @@
-"""Which stage worked on which micro-batch, and when."""
+"""Timeline of a pipeline: the stages' work on micro-batches, with times."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What the stages did in one step.
+    """Work of all stages in one step.
 
     Attributes:
         stages: How many there are.
@@ -52,7 +52,7 @@ class Timeline:
         spans: Iterable[Span],
         stages_per_device: int = 1,
     ) -> "Timeline":
-        """Spans in any order and on any clock."""
+        """Timeline from spans in any order and on any clock."""
         ordered = sorted(spans, key=lambda span: (span.start, span.stage))
         zero = ordered[0].start if ordered else 0.0
         return cls(
@@ -67,12 +67,12 @@ class Timeline:
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return self.stages // self.stages_per_device
 
     @property
     def seconds(self) -> float:
-        """From the start of the first span to the end of the last."""
+        """Seconds from the start of the first span to the end of the last."""
         return max((span.end for span in self.spans), default=0.0)
 
     @property

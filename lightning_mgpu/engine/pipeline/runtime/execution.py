@@ -1,4 +1,4 @@
-"""One passage of a batch through the stages, forward and backward."""
+"""Execution of one batch on all stages, forward and backward."""
 
 import queue
 import time
@@ -37,7 +37,7 @@ _POLL_SECONDS = 0.05
 
 
 class Passage:
-    """Micro-batches on their way through the stages, and their gradients on the way back.
+    """Run micro-batches through the stages, and their gradients back.
 
     Forward is one task for each micro-batch that is on its way at once, which runs the module's
     `forward` for one after another. Backward is one a door, which works on the micro-batches'
@@ -169,19 +169,19 @@ class Passage:
         self.seconds += time.perf_counter() - started
 
     def settle(self) -> None:
-        """Forget what only forward needs."""
+        """Discard what only forward needs."""
         for traveller in self.travellers:
             traveller.settle()
 
     def forget(self) -> None:
-        """Have no backward any more."""
+        """Discard what backward needs."""
         self._is_spent = True
         self._log = []
         for traveller in self.travellers:
             traveller.forget()
 
     def describe(self, stage: int | None, chunk: int) -> str:
-        """A stage and a micro-batch, in words."""
+        """Format a stage and a micro-batch for a message."""
         where = (
             "before the first stage"
             if stage is None
@@ -199,9 +199,9 @@ class Passage:
             yield
 
     def _counted(self) -> AbstractContextManager[None]:
-        """Within, running statistics stay: those who compute again, we or the user, have counted.
+        """Context in which recomputation does not update running statistics again.
 
-        What the user's activation checkpointing computes again, several stages may at once.
+        Several stages may recompute at once for the user's activation checkpointing.
         """
         if self._checkpointed:
             return self._recorded(True)
@@ -231,7 +231,7 @@ class Passage:
         self._turns.enter(traveller.chunk, stage, len(traveller.stays))
 
     def _entered(self, traveller: Traveller) -> None:
-        """It is a micro-batch's turn."""
+        """Start a micro-batch's turn."""
         stay = traveller.stays[-1]
         self._log[self._door_of[stay.stage]].append((traveller.chunk, stay))
         if self._recording is not None:
@@ -288,10 +288,10 @@ def _wait(signal: "queue.SimpleQueue[None]") -> None:
 
 
 def _nothing(leaf: Tensor, stage: int) -> None:
-    """No parameter has anything that stands for it."""
+    """No parameter has a replacement."""
 
 
 def part_at_hand() -> int:
-    """The micro-batch that the calling thread computes."""
+    """Number of the micro-batch that the calling thread computes."""
     traveller = current()
     return -1 if traveller is None else traveller.chunk

@@ -1,4 +1,4 @@
-"""Where in a thread's autograd graph a tensor was made.
+"""Position of a tensor in its thread's autograd graph.
 
 Autograd numbers the nodes that a thread makes. That tells what was made before a certain moment
 without a mark on any tensor.
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def now() -> int:
-    """The number that the next node will have which this thread makes."""
+    """Sequence number of the next autograd node of this thread."""
     number: int = torch._C._autograd._get_sequence_nr()
     return number
 
 
 def of(tensor: Tensor) -> int | None:
-    """The number of the node that made a tensor; `None` if no node has."""
+    """Sequence number of the node that made a tensor; `None` if no node has."""
     node: Any = tensor.grad_fn
     if node is None:
         return None
