@@ -1,4 +1,4 @@
-"""The pool: workers that outlive a launch, and the launch itself."""
+"""Pool of workers that outlive a launch, and the launch itself."""
 
 import atexit
 import functools
@@ -33,7 +33,7 @@ _CLEANUP_SECONDS = 60.0
 
 
 class WorkerPool:
-    """Worker processes that are started when first needed and kept for later launches.
+    """Worker processes, started when first needed and kept for later launches.
 
     One launch at a time: the default process group is one per process. A failed launch kills the
     workers; the next one starts new ones. After a successful one they clean up while the caller
@@ -148,7 +148,7 @@ class WorkerPool:
             return results
 
     def close(self) -> None:
-        """End every worker. The pool can be used again."""
+        """Stop every worker. The pool can be used again."""
         self._settle()
         workers, self._workers = self._workers, []
         if os.getpid() == self._owner:  # a forked child must leave its parent's workers alone
@@ -156,7 +156,7 @@ class WorkerPool:
                 worker.close()
 
     def _take(self, count: int) -> list[WorkerHandle]:
-        """`count` workers fit to stand in for this process, started where there are too few."""
+        """Take `count` workers that suit this process; start those that are missing."""
         self._settle()
         conditions = _Conditions()
         fit = self._started_under is not None and self._started_under.still_hold(conditions)
@@ -171,7 +171,7 @@ class WorkerPool:
         return self._workers[:count]
 
     def _settle(self) -> None:
-        """Wait until the workers have cleaned up after the last launch; end those that cannot.
+        """Wait until the workers have cleaned up after a launch; kill those that cannot.
 
         What they do then, such as to finish a file that became garbage, must not be cut off.
         """
@@ -226,7 +226,7 @@ class WorkerPool:
 
 
 class _Conditions:
-    """What a worker cannot change any more once it runs, as it is in this process now."""
+    """State of this process that a running worker cannot adopt later."""
 
     def __init__(self) -> None:
         self._environment = frozen_environment()
@@ -239,13 +239,13 @@ class _Conditions:
         }
 
     def still_hold(self, now: "_Conditions") -> bool:
-        """Whether a process started under these conditions can serve under `now`."""
+        """Return whether a process started under these conditions can serve under `now`."""
         return self._environment == now._environment and all(
             now._specs.get(name, spec) is spec for name, spec in self._specs.items()
         )
 
     def add(self, now: "_Conditions") -> None:
-        """Take in the modules imported since: the coming launch may load them in the workers."""
+        """Add the modules imported since, which the next launch may load in the workers."""
         self._specs = now._specs | self._specs
 
 
@@ -261,7 +261,7 @@ def _intra_op_threads(count: int) -> Iterator[None]:
 
 @functools.cache
 def default_pool() -> WorkerPool:
-    """The pool that all strategies of this process share; its workers end with the process."""
+    """Pool shared by all strategies of this process; its workers end with the process."""
     pool = WorkerPool()
     atexit.register(pool.close)
     return pool

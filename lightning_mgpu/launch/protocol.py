@@ -1,4 +1,4 @@
-"""What the caller and a worker say to each other.
+"""Messages between the caller and a worker.
 
 One launch, in order::
 

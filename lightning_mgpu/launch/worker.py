@@ -1,4 +1,4 @@
-"""The life of a worker process: wait for a launch, run it, clean up, wait for the next.
+"""Main loop of a worker process: wait for a launch, run it, clean up.
 
 Started as ``python -c "from lightning_mgpu.launch.worker import main; main(...)"`` rather than
 with `multiprocessing`, so that nothing of the caller's ``__main__`` runs again.
@@ -31,7 +31,7 @@ _forked_by_main_thread = False
 
 
 def is_worker() -> bool:
-    """Whether this process is a worker of some pool."""
+    """Return whether this process is a worker of some pool."""
     return _running_in_worker
 
 
@@ -58,7 +58,7 @@ def main(descriptor: int, parent: int, spawned_by_main_thread: bool) -> None:
 
 
 class _Inbox:
-    """Messages for the main thread; a thread of its own answers what cannot wait."""
+    """Messages for the main thread; a second thread answers the urgent ones."""
 
     def __init__(self, channel: Channel, parent: int) -> None:
         self._channel = channel
@@ -168,7 +168,7 @@ def _note_forking_thread() -> None:
 
 
 def _die_with_main_thread() -> None:
-    """In a forked child, such as a DataLoader worker: go when this worker goes."""
+    """End a forked child, such as a DataLoader worker, when this worker ends."""
     if _forked_by_main_thread:  # another thread may end long before the process does
         _die_with_parent()
 
