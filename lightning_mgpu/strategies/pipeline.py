@@ -1,4 +1,4 @@
-"""The pipelined model split: one model in stages, each on a device and a thread of its own."""
+"""Pipeline parallelism in one process: one model in stages, each with a device and a thread."""
 
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -11,7 +11,7 @@ __all__ = ["PipelineStrategy"]
 
 
 class PipelineStrategy(Pipelined, SingleProcessStrategy):
-    """Trains one model that is cut into stages, which lie on the devices of this process.
+    """Train one model that is cut into stages on the devices of this process.
 
     The batch is split into micro-batches that stream through the stages (GPipe, Huang et al.,
     2019). The LightningModule is unchanged: only the `forward` of one submodule is computed in

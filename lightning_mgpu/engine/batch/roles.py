@@ -89,7 +89,7 @@ class Roles:
         return fits and agree(shapes, dim)
 
     def are_entries(self, values: Sequence[Any], path: str, inside: bool) -> bool:
-        """Whether these have an entry per sample (texts, boxes), unlike `[logits, labels]`."""
+        """Return whether there is an entry per sample (texts, boxes), unlike `[logits, labels]`."""
         lengths = [len(value) for value in values]
         if lengths != list(self._sizes):
             if len(set(lengths)) > 1:

@@ -1,4 +1,4 @@
-"""What strategies for one process and several devices refuse, before anything is trained."""
+"""Refuse, before training, what a process with several devices cannot run."""
 
 from typing import TYPE_CHECKING
 

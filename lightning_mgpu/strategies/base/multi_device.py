@@ -1,4 +1,4 @@
-"""What strategies have in common whose processes each compute a step in parts."""
+"""Base class of strategies whose processes compute a step on several devices each."""
 
 from abc import ABC, abstractmethod
 
@@ -10,7 +10,7 @@ from lightning_mgpu.strategies.base.checks import check_layer_sync, check_module
 
 
 class InParts(ParallelStrategy, ABC):
-    """Several devices in one process: refuses what cannot be computed so, and ends its threads."""
+    """Several devices in one process: refuses what cannot run there, and stops its threads."""
 
     strategy_name: str
 
@@ -29,4 +29,4 @@ class InParts(ParallelStrategy, ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Let go of threads and of all else that a run has set up."""
+        """Release threads and all else that a run has set up."""

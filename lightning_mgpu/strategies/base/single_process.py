@@ -1,4 +1,4 @@
-"""What strategies have in common that use several devices from a single process."""
+"""Base class of strategies that use several devices from a single process."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ OWN_ATTRIBUTES = (vars(LightningModule()).keys() - vars(nn.Module()).keys()) | {
 
 
 class SingleProcessStrategy(InParts):
-    """Several devices, one process: no process group, samplers as they are, nothing to reduce.
+    """Several devices, one process: no process group, no change of samplers, no reductions.
 
     The object may be given to one Trainer after another; it keeps the devices of the first.
     """
@@ -99,7 +99,7 @@ class SingleProcessStrategy(InParts):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is one process."""
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:

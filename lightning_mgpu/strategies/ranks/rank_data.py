@@ -1,4 +1,4 @@
-"""Dataloaders of ranks that were launched with the pickled objects of another process."""
+"""DataLoaders of ranks that were launched with another process's pickled objects."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def process_loader(strategy: "ParallelStrategy", loader: Any) -> None:
-    """What a launched rank does with each loader before it uses it.
+    """Prepare a loader for use in a launched rank.
 
     Raises:
         MisconfigurationException: The sampler is that of another rank.
@@ -52,7 +52,7 @@ def check_samplers(loader: Any, rank: int, world_size: int) -> None:
 
 
 def _samplers(loader: Any) -> Iterator[Any]:
-    """The samplers of a loader, with those that they take from."""
+    """Samplers of a loader, nested ones included."""
     found = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
     seen: set[int] = set()
     while found:

@@ -1,4 +1,4 @@
-"""Manual optimisation under replicas: what concerns all is done once, when all ask for it."""
+"""Manual optimisation on replicas: common calls are made once, when all replicas ask."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ManualOptimization:
-    """One step of manual optimisation, on all replicas.
+    """State of one step of manual optimisation on all replicas.
 
     Args:
         model: The master.
@@ -42,7 +42,7 @@ class ManualOptimization:
         self._values: dict[int, Any] = {}
 
     def overrides(self, slot: int) -> dict[str, Any]:
-        """Methods for replica `slot` that do their work in lockstep with the others'."""
+        """Methods of replica `slot` that work in lockstep with the other replicas."""
         model = self._model
         strategy = model.trainer.strategy
 
@@ -87,7 +87,7 @@ class ManualOptimization:
         }
 
     def step(self, slot: int, optimizer: Any, closure: Any, kwargs: dict[str, Any]) -> Any:
-        """One step of an optimizer, with the replicas' closures where they have any."""
+        """Step an optimizer once, with the replicas' closures if there are any."""
         if closure is None:
             return on_caller("optimizer.step", lambda: optimizer.step(**kwargs))
         self._closures[slot] = closure
@@ -96,7 +96,7 @@ class ManualOptimization:
         )
 
     def schedule(self, slot: int, scheduler: Any, value: Any) -> None:
-        """One step of a scheduler, with the mean of what the replicas tell it, if anything."""
+        """Step a scheduler once, with the mean of the replicas' metrics if there are any."""
         self._values[slot] = value
         on_caller("lr_scheduler.step", lambda: scheduler.step(*self._mean_value()))
 
@@ -112,7 +112,7 @@ class ManualOptimization:
 
 
 class LockstepOptimizer:
-    """One of the Trainer's optimizers, as a replica sees it."""
+    """Replica's view of one of the Trainer's optimizers."""
 
     def __init__(self, manual: ManualOptimization, slot: int, optimizer: Any) -> None:
         self._manual = manual
@@ -125,7 +125,7 @@ class LockstepOptimizer:
 
     @property
     def optimizer(self) -> "LockstepOptimizer":
-        """Torch's own optimizer, likewise."""
+        """Torch's own optimizer, in lockstep."""
         return LockstepOptimizer(self._manual, self._slot, self._real.optimizer)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
@@ -134,7 +134,7 @@ class LockstepOptimizer:
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
-        """As `LightningOptimizer.toggle_model`; there is nothing to synchronise."""
+        """Do as `LightningOptimizer.toggle_model`; there is nothing to synchronise."""
         model = self._manual._model
         on_caller("toggle_optimizer", lambda: model.toggle_optimizer(self._real))
         yield
@@ -157,7 +157,7 @@ class LockstepOptimizer:
 
 
 class LockstepScheduler:
-    """One of the Trainer's learning rate schedulers, as a replica sees it."""
+    """Replica's view of one of the Trainer's learning rate schedulers."""
 
     def __init__(self, manual: ManualOptimization, slot: int, scheduler: Any) -> None:
         self._manual = manual

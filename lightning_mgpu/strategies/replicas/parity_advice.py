@@ -1,4 +1,4 @@
-"""What to say of a step that computes something else on shards: where, likely reasons, advice."""
+"""Messages about steps that compute something else on shards: place, reasons, advice."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Findings:
-    """A step whose results differ, and what is known of it."""
+    """A step whose results differ, with the differences and conditions."""
 
     step: Step
     batch: Any
@@ -31,12 +31,12 @@ class Findings:
 
     @property
     def nan(self) -> str | None:
-        """What to say of values that are NaN on some replicas only, if there are any."""
+        """Message about values that are NaN on some replicas only, if there are any."""
         return nan_message(self.step, _by_shard(self))
 
 
 def message(found: Findings) -> str:
-    """All that is to be said, in several lines."""
+    """Full message, in several lines."""
     step, differences = found.step, found.differences
     lines = [
         f"`{step.name}` gives something else on {len(step.sizes)} shards (of"
@@ -55,7 +55,7 @@ def message(found: Findings) -> str:
 
 
 def nan_message(step: Step, values: Mapping[str, Sequence[Any]]) -> str | None:
-    """What to say of values that are NaN on some replicas only; `None` if there are none."""
+    """Message about values that are NaN on some replicas only; `None` if there are none."""
     for path, column in values.items():
         known = {slot: _is_nan(value) for slot, value in enumerate(column) if value is not None}
         bad = [slot for slot, is_nan in known.items() if is_nan]
@@ -69,7 +69,7 @@ def nan_message(step: Step, values: Mapping[str, Sequence[Any]]) -> str | None:
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """The loss in what `training_step` has returned."""
+    """Loss in the return value of `training_step`."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
 
@@ -128,7 +128,7 @@ def _went_whole(found: Findings) -> Iterator[str]:
 
 
 def _whole_in(whole: Any, shard: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Lists and tensors in a batch that a shard has whole, and how to get there."""
+    """Lists and tensors of a batch that a shard has whole, with their access paths."""
     parts, others = parts_of(whole), parts_of(shard)
     if parts is not None and others is not None and parts.keys() == others.keys():
         if _is_column(whole):
@@ -152,7 +152,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _rows(found: Findings) -> Iterator[str]:
-    """Tensors of the output whose first dimension is not the samples'."""
+    """Describe output tensors whose first dimension is not the samples'."""
     sizes, total = found.step.sizes, sum(found.step.sizes)
     columns = [dict(leaves(part.output, "output")) for part in found.parts]
     wrong = {difference.path for difference in found.differences}

@@ -1,4 +1,4 @@
-"""How the batches of one kind of step are split over replicas, and its outputs joined."""
+"""Split the batches of one kind of step over replicas, and join its outputs."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ Gather = Callable[[Sequence[Any], Sequence[int]], Any]
 
 
 class Sharding:
-    """Splits batches and joins outputs, and remembers what they look like.
+    """Split batches and join outputs, and remember their layout.
 
     Args:
         devices: One for each replica; joined tensors lie on the first.
@@ -44,17 +44,17 @@ class Sharding:
 
     @property
     def doubts(self) -> list[str]:
-        """What in the last batch may not be as it seems, in words."""
+        """Possible misinterpretations of the last batch, for messages."""
         return [] if self._scatter_fn is not None else self._layout.doubts
 
     def trial(self) -> "Sharding":
-        """The same for a trial run: it warns of nothing, and what it learns is its own."""
+        """Copy for a trial run, which logs no warnings and keeps what it learns to itself."""
         trial = copy.copy(self)
         trial._memory = self._memory.silent()
         return trial
 
     def confirm(self, trial: "Sharding") -> None:
-        """Take over how a trial has joined outputs: it was as on one device."""
+        """Take over a trial's way of joining outputs, which proved right."""
         self._memory = trial._memory
 
     def scatter(self, batch: Any, least: int = 1) -> list[Shard]:
@@ -82,7 +82,7 @@ class Sharding:
             ) from error
 
     def gather(self, outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
-        """What the step would have returned for the whole batch.
+        """Join the shards' outputs into that of the whole batch.
 
         Args:
             outputs: What it has returned for each shard.
@@ -122,7 +122,7 @@ class Sharding:
 
 
 def _samples_of(shards: Sequence[Shard], batch: Any) -> list[int] | None:
-    """Samples in the shards of a user's function, which may weigh by something else."""
+    """Sizes of shards made by a user's function, which may weigh by something else."""
     try:
         samples = [batch_size(shard.batch) for shard in shards]
         return samples if sum(samples) == batch_size(batch) else None  # or split otherwise

@@ -1,4 +1,4 @@
-"""What strategies do whose processes each compute one submodule in stages."""
+"""Mixin for strategies whose processes compute one submodule in stages."""
 
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ _PARITY_CHECKS = ("error", "warn", "off")
 
 
 class Pipelined(InParts):
-    """Has one submodule of the LightningModule computed in stages on the process's devices.
+    """Compute one submodule of the LightningModule in stages on the process's devices.
 
     To be put before the strategy that makes the processes. The arguments are described by
     `PipelineStrategy`.
@@ -127,7 +127,7 @@ class Pipelined(InParts):
 
     @override
     def model_to_device(self) -> None:
-        """Each stage to its device, and all else to the first."""
+        """Move each stage to its device, and all else to the first."""
         assert self.lightning_module is not None
         self._install()
         assert self._pipeline is not None
@@ -206,7 +206,7 @@ class Pipelined(InParts):
             self._step_batch = StepBatch()
 
     def _install(self) -> None:
-        """Have the chosen submodule computed in stages."""
+        """Replace the chosen submodule's `forward` by the pipeline."""
         model, devices = self.lightning_module, self.stage_devices
         assert model is not None
         self._layouts = {}
@@ -237,7 +237,7 @@ class Pipelined(InParts):
         self._override.install(self._pipeline)
 
     def _on_cut(self, cut: Cut) -> None:
-        """Lay a cut's stages on their devices, if they are not there yet."""
+        """Place a cut's stages on their devices, if they are not there yet."""
         if any(cut is placed for placed in self._placed):
             return
         assert self.lightning_module is not None
@@ -262,7 +262,7 @@ class Pipelined(InParts):
 
 
 def _plain(given: Any) -> Any:
-    """The same without containers of a config's own."""
+    """Convert containers of a config into plain ones."""
     if given is None or isinstance(given, (str, int)):
         return given
     return dict(given) if isinstance(given, Mapping) else list(given)

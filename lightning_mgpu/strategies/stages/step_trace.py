@@ -1,4 +1,4 @@
-"""One training step of a pipeline, measured and written to files."""
+"""Record one training step of a pipeline and write it to files."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ _FILE = "timeline.json"
 
 
 class StepTrace:
-    """Measures the fourth training step, or the last of a shorter run, and writes what came of it.
+    """Record the fourth training step, or the last of a shorter run, and write it to files.
 
     While numbers of micro-batches are being tried, steps do not count.
 
@@ -55,7 +55,7 @@ class StepTrace:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Within is a training step; its backward may come later, before the next."""
+        """Context of a training step; its backward may come later, before the next."""
         if self._counted == _WARM_STEP:
             self.write()
             yield
@@ -73,7 +73,7 @@ class StepTrace:
             self._counted += self._pipeline.chunks.settled
 
     def write(self) -> None:
-        """Write what was measured last, unless that is done."""
+        """Write the last recording, unless it has been written."""
         if self._measured is None:
             return
         (step, recording), self._measured = self._measured, None

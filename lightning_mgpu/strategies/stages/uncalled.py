@@ -1,4 +1,4 @@
-"""Notice a training step that does not call the module that is to be computed in stages."""
+"""Detect a training step that does not call the module to be computed in stages."""
 
 import logging
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Uncalled:
-    """Watches the first training step for calls that go around the split module's `forward`.
+    """Watch the first training step for calls that bypass the split module's `forward`.
 
     Args:
         model: The LightningModule.
@@ -39,7 +39,7 @@ class Uncalled:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Within is a training step.
+        """Context of a training step.
 
         Raises:
             PartitionError: It is the first, and has called all children of the split module, but
@@ -64,7 +64,7 @@ class Uncalled:
             )
 
     def end(self) -> None:
-        """Training is over."""
+        """Finish after training."""
         if self._steps and not self._calls:
             log.warning(
                 "`%s` was never called in `training_step`, so that nothing was computed in stages."
