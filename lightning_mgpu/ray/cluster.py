@@ -1,4 +1,4 @@
-"""The Ray cluster that this process works on: found, or started for it alone."""
+"""Connect this process to a Ray cluster, or start one."""
 
 import itertools
 import logging
@@ -38,7 +38,7 @@ _NEXT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class _Made:
-    """A connection that `connect` has made. It is gone when the program shuts Ray down."""
+    """A connection made by `connect`; it is gone when the program shuts Ray down."""
 
     connection: str
     ours: bool
@@ -49,7 +49,7 @@ _made: _Made | None = None
 
 
 def connection() -> str | None:
-    """Tells this process's connection to a cluster from all others; `None` if there is none.
+    """Identifier of this process's connection to a cluster; `None` if there is none.
 
     Actors, placement groups and objects of another connection are gone, or nobody's.
     """
@@ -65,7 +65,7 @@ def _own() -> _Made | None:
 
 
 def connect(options: Mapping[str, Any] | None = None) -> None:
-    """See to it that Ray runs.
+    """Connect to the cluster, or start one.
 
     A connection that is there already is used, an address among the options, or one that the user
     named in ``RAY_ADDRESS``, as ``ray job submit`` does. Otherwise a cluster of our own is started,
@@ -118,12 +118,12 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
 
 
 def in_a_line(error: Exception) -> str:
-    """What an error says."""
+    """Message of an error in a single line."""
     return " ".join(str(error).split())
 
 
 def reach(address: str) -> None:
-    """See whether somebody listens at an address, where Ray would try for minutes.
+    """Check that an address accepts connections; Ray itself would try for minutes.
 
     Raises:
         OSError: Nobody does.
@@ -134,7 +134,7 @@ def reach(address: str) -> None:
 
 
 def _refuse_another(asked: Mapping[str, Any]) -> None:
-    """A program has one connection: where we have made it, another cannot be asked for."""
+    """Refuse a second cluster: a program has one connection at a time."""
     made = _own()
     if made is None:
         return
@@ -146,13 +146,13 @@ def _refuse_another(asked: Mapping[str, Any]) -> None:
 
 
 def is_ours() -> bool:
-    """Whether the cluster was started by `connect`, so that nobody will ever add nodes to it."""
+    """Return whether `connect` started the cluster, so that it will never get more nodes."""
     made = _own()
     return made is not None and made.ours
 
 
 def fits(bundles: list[dict[str, float]], free: bool = False) -> bool:
-    """Whether the living nodes have room for all `bundles`, each on one node.
+    """Return whether the living nodes have room for all `bundles`, each on one node.
 
     Args:
         bundles: What is asked for.
@@ -166,7 +166,7 @@ def fits(bundles: list[dict[str, float]], free: bool = False) -> bool:
 def reserve(
     bundle: dict[str, float], least: int, most: int, placement: str = "PACK"
 ) -> PlacementGroup:
-    """Reserve equal bundles, one for each worker: as many as the cluster can give by now.
+    """Reserve equal bundles for as many workers as the cluster has room for.
 
     Args:
         bundle: What each worker needs.
@@ -219,7 +219,7 @@ def _try(bundles: list[dict[str, float]], placement: str, seconds: float) -> Pla
 
 
 def describe(resources: Mapping[str, float]) -> str:
-    """Resources as a person writes them: ``CPU: 2, GPU: 1``."""
+    """Format resources for a message: ``CPU: 2, GPU: 1``."""
     # Ray lists its nodes' addresses and its memory among them.
     wanted = {
         name: amount
@@ -245,7 +245,7 @@ def _too_little(asked: str) -> str:
 
 
 def fit_on(bundles: list[dict[str, float]], nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether nodes with these resources have room for all `bundles`, each on one node."""
+    """Return whether nodes with these resources have room for all `bundles`, each on one node."""
     left = [dict(node) for node in nodes]
     return all(_take_one(bundle, left) for bundle in bundles)
 
@@ -260,7 +260,7 @@ def _take_one(bundle: dict[str, float], nodes: list[dict[str, Any]]) -> bool:
 
 
 def _capacity(bundle: dict[str, float]) -> int:
-    """For how many such bundles the living nodes have room, were they all free."""
+    """Number of such bundles that fit on the living nodes when nothing else runs."""
     return _count(bundle, [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]])
 
 
@@ -269,7 +269,7 @@ def _count(bundle: dict[str, float], nodes: list[dict[str, Any]]) -> int:
 
 
 def turn_authentication_on() -> None:
-    """Ray's later versions do so themselves; a choice of the user's stands."""
+    """Turn on token authentication, as later versions of Ray do, unless the user chose."""
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         # It was read when Ray was imported.
@@ -283,7 +283,7 @@ def _short_directory() -> str | None:
 
 @contextmanager
 def signal_handlers_kept() -> Iterator[None]:
-    """Ray takes SIGTERM over, and ends the process by it; that is the program's own business."""
+    """Context that restores signal handlers: Ray replaces SIGTERM's, which ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Idle workers: they wait for the next call, and end when their time is over or others wait."""
+"""Stop idle workers after a time, or when others wait for their resources."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ _LOOK_SECONDS = 5.0
 
 
 class Rest:
-    """Waits in a thread until idle workers are to end, then ends them.
+    """Wait in a thread until idle workers are to stop, then stop them.
 
     One of the workers looks at what the cluster's other users wait for, so that this process makes
     no call to Ray by itself, which could come in the middle of `ray.shutdown`.
@@ -42,7 +42,7 @@ class Rest:
         threading.Thread(target=self._wait, name="mgpu-ray-idle", daemon=True).start()
 
     def stop(self) -> None:
-        """The next call has come, or the workers have ended."""
+        """Stop waiting: the next call has come, or the workers have been stopped."""
         self._stopped = True
         self._awake.set()
 
@@ -56,7 +56,7 @@ class Rest:
         self._end()
 
     def _is_asked(self) -> bool:
-        """Whether the worker has seen that others wait, or has died."""
+        """Return whether a worker has seen that others wait, or has died."""
         assert self._wanted is not None
         if self._wanted.exception() is not None or self._wanted.result():
             return True

@@ -1,4 +1,4 @@
-"""Runs the Trainer's entry points on Ray workers and brings home what they leave behind."""
+"""Run the Trainer's entry points on Ray workers and bring their state back."""
 
 import itertools
 import logging
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class RayLauncher(_Launcher):
-    """Sends the trainer to a session of workers; this process only waits.
+    """Run the trainer on a group of workers while this process waits.
 
     Args:
         strategy: The strategy to launch for.
@@ -148,14 +148,14 @@ class RayLauncher(_Launcher):
 
     @override
     def kill(self, signum: int) -> None:
-        """Lightning's way to hand a signal on; the session ends with the exception that follows."""
+        """Forward a signal; the workers are stopped by the exception that follows."""
         if signum == signal.SIGTERM:
             worker_group.close()
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A function of the trainer, as each worker runs it."""
+    """A function of the trainer, in the form in which each worker runs it."""
 
     strategy: "OnRay"
     trainer: "Trainer"
@@ -165,7 +165,7 @@ class _Entry:
     save: Save | None = None
 
     def pack(self) -> Parcel:
-        """This entry, less what the workers make anew.
+        """Pickle this entry, without what the workers make anew.
 
         Raises:
             UnpicklableError: Names the attribute at fault.
@@ -215,14 +215,14 @@ class _Entry:
 
 
 def _end_search(trainer: "Trainer") -> None:
-    """What Lightning does where the `Tuner` stops a run that was for a search only."""
+    """End the Trainer's run as Lightning does where the `Tuner` stops after a search."""
     _call_teardown_hook(trainer)
     trainer._teardown()
     trainer.state.status, trainer.state.stage = TrainerStatus.FINISHED, None
 
 
 def _is_loss(error: Exception) -> bool:
-    """Whether `error` says that a worker was lost, rather than that the program is at fault."""
+    """Return whether `error` reports a lost worker rather than a fault of the program."""
     if isinstance(error, WorkerDiedError):
         return True
     return is_collective_error(error) and not is_timeout_error(error)

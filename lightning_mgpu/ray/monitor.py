@@ -1,4 +1,4 @@
-"""Follow the ranks of a run, do what they ask for, and find out which of them failed first."""
+"""Monitor the ranks of a run, handle their requests, and find out which failed first."""
 
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -17,7 +17,7 @@ _LAST_WORDS_SECONDS = 2.0
 
 
 class Watch:
-    """Follows the ranks of one run until all are done or one has failed.
+    """Monitor the ranks of one run until all are done or one has failed.
 
     Args:
         runs: The pending results, each with its rank.
@@ -33,7 +33,7 @@ class Watch:
         self._give_up: float | None = None
 
     def outcomes(self) -> list[list[Parcel]]:
-        """What the ranks return, by rank; or the error that was first."""
+        """Return values of the ranks, by rank; raises the first error."""
         message: Future[Any] | None = self._next_message()
         while self._runs or message is not None:
             waiting = [*self._runs, *([message] if message is not None else [])]
@@ -51,7 +51,7 @@ class Watch:
         return future
 
     def _follow(self, message: "Future[Any]") -> "Future[Any] | None":
-        """Do what rank 0 asks for; what to wait for next."""
+        """Handle a request of rank 0; return the next thing to wait for."""
         try:
             asked = message.result()
         except RayError:
@@ -80,7 +80,7 @@ class Watch:
             raise failure.restore(rank)
 
     def _let_first_finish(self) -> None:
-        """Give rank 0 a moment to write what its loggers hold, before the workers are ended."""
+        """Give rank 0 a moment to flush its loggers before the workers are stopped."""
         first = next((run for run, rank in self._runs.items() if rank == 0), None)
         if first is not None:
             wait([first], _LAST_WORDS_SECONDS)

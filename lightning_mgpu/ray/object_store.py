@@ -1,4 +1,4 @@
-"""Objects on their way through Ray's object store."""
+"""Send pickled objects through Ray's object store."""
 
 import mmap
 import os
@@ -17,7 +17,7 @@ _Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Parcel:
-    """A pickled object as arrays, which Ray puts into its store and maps from there without a copy.
+    """A pickled object as arrays, which Ray stores and maps without a copy.
 
     Attributes:
         pickled: The object, less the memory of its large tensors.
@@ -47,7 +47,7 @@ def pack(obj: Any, names: dict[str, Any], tensors: Iterable[torch.Tensor] = ()) 
 
 
 def unpack(parcel: Parcel, copy: bool = True) -> Any:
-    """The object again, its tensors on the CPU.
+    """Unpickle the object, with its tensors on the CPU.
 
     Args:
         parcel: As Ray hands it out.

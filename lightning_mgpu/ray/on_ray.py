@@ -1,4 +1,4 @@
-"""What strategies on the workers of a Ray cluster share, but for the launching."""
+"""Mixin for strategies whose ranks are workers on a Ray cluster, without the launching."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class OnRay(ParallelStrategy, ABC):
-    """A strategy whose ranks are Ray actors; the program itself stays where it is.
+    """Strategy whose ranks are Ray actors, while the program stays where it is.
 
     To be put before the strategy that trains. The arguments are described by `RayStrategy`.
     """
@@ -85,7 +85,7 @@ class OnRay(ParallelStrategy, ABC):
     @property
     @override
     def accelerator(self) -> Accelerator | None:
-        """That of the Trainer.
+        """The Trainer's accelerator.
 
         Not kept where Lightning does, which takes that for an argument of the strategy when a
         second Trainer comes, and complains about it.
@@ -98,7 +98,7 @@ class OnRay(ParallelStrategy, ABC):
 
     @property
     def devices_per_worker(self) -> int:
-        """On how many devices each worker trains."""
+        """Number of devices on which each worker trains."""
         return 1
 
     @property
@@ -107,7 +107,7 @@ class OnRay(ParallelStrategy, ABC):
         return max(1, int(self._resources.get("CPU", 1)))
 
     def group(self) -> worker_group.Group:
-        """What to ask Ray for."""
+        """Request for workers."""
         group = worker_group.Group(
             least=self.min_workers,
             most=self.num_workers,
@@ -121,7 +121,7 @@ class OnRay(ParallelStrategy, ABC):
         return group
 
     def keeper(self) -> Keeper | None:
-        """Where `fit` keeps its state after each epoch; `None` if nobody has asked for that."""
+        """Keeper of the state after each epoch of `fit`; `None` if not asked for."""
         if self.storage_path is not None:
             from lightning_mgpu.ray.storage import StorageKeeper, absolute
 
@@ -129,7 +129,7 @@ class OnRay(ParallelStrategy, ABC):
         return DriverKeeper() if self.max_failures else None
 
     def check(self, trainer: "Trainer") -> None:
-        """Refuse what contradicts the number of workers.
+        """Refuse options that contradict the number of workers.
 
         Raises:
             MisconfigurationException: Says which argument of the Trainer is at fault.
@@ -167,17 +167,17 @@ class OnRay(ParallelStrategy, ABC):
 
     @property
     def bound_device(self) -> torch.device | None:
-        """The one device whose tensors this rank exchanges; `None` if there are several."""
+        """The device whose tensors this rank exchanges; `None` if there are several."""
         return self.root_device if self.root_device.type != "cpu" else None
 
     def gather(self, trainer: "Trainer") -> Whole:
-        """What rank 0 sends home when a run has ended; called on all ranks."""
+        """Gather the tensors that rank 0 sends to the driver after a run; called on all ranks."""
         # A checkpoint that is only to be tested is loaded as well.
         changed = trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path
         return Whole(weights_of(trainer) if changed else None)
 
     def dump_checkpoint(self, trainer: "Trainer") -> dict[str, Any]:
-        """A checkpoint that rank 0 can save alone; called on all ranks."""
+        """Build a checkpoint that rank 0 can save alone; called on all ranks."""
         return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
     @property

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
-    """Lightning's FSDP on the GPUs of a Ray cluster; the program itself stays where it is.
+    """Lightning's FSDP on the GPUs of a Ray cluster, while the program stays where it is.
 
     Parameters, gradients and optimizer state are shared out among the workers. When they are done,
     the whole of the weights and of the optimizers is put together on rank 0 and returns to the
@@ -131,7 +131,7 @@ class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
             return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _is_sharded(self) -> bool:
-        """Whether the model is as the workers have it, and not as it returns to the driver."""
+        """Return whether the model is sharded, as on workers and not on the driver."""
         assert self.model is not None
         return any(isinstance(part, FullyShardedDataParallel) for part in self.model.modules())
 
@@ -141,7 +141,7 @@ class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
             yield
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """All tensors of the model, on rank 0; the others have to call this, too."""
+        """All tensors of the model, on rank 0; collective."""
         assert self.lightning_module is not None
         with self._in_one_file():
             # Buffers are everywhere, and some of them are not in the state dict.

@@ -1,4 +1,4 @@
-"""Checkpoints of a training on storage that its workers share: a directory, or a URI."""
+"""Checkpoints on storage that all workers share: a directory or a URI."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ _MARK = ".shared"
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A path as it is from any working directory; a URI as it is."""
+    """Make a path absolute; a URI stays as it is."""
     text = os.fspath(path)
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
@@ -49,7 +49,7 @@ class Directory:
     has_some: bool = False
 
     def write(self, checkpoint: dict[str, Any]) -> None:
-        """Put a checkpoint in the place of the last one, or leave that as it is."""
+        """Replace the last checkpoint, or leave it unchanged on failure."""
         system, path = self._open()
         system.create_dir(path, recursive=True)
         name = f"epoch={checkpoint['epoch']}-step={checkpoint['global_step']}.ckpt"
@@ -64,7 +64,7 @@ class Directory:
                 system.delete_file(info.path)
 
     def copy_to(self, file: IO[bytes]) -> bool:
-        """Write the latest checkpoint to a file; whether there is one.
+        """Write the latest checkpoint to a file; return whether there is one.
 
         Raises:
             ValueError: It is known to be there and cannot be found from here.
@@ -84,7 +84,7 @@ class Directory:
         return True
 
     def mark(self) -> str | None:
-        """Leave a sign beside the directory; what was wrong."""
+        """Write a marker file beside the directory; return the error message, if any."""
         try:
             system, path = self._open()
             system.create_dir(path.rpartition("/")[0], recursive=True)
@@ -95,17 +95,17 @@ class Directory:
         return None
 
     def is_marked(self) -> bool:
-        """Whether the sign can be seen from here."""
+        """Return whether the marker file is visible to this process."""
         system, path = self._open()
         return bool(system.get_file_info(path + _MARK).type == FileType.File)
 
     def unmark(self) -> None:
-        """Take the sign away."""
+        """Remove the marker file."""
         system, path = self._open()
         system.delete_file(path + _MARK)
 
     def remove(self) -> None:
-        """Take the directory away with all that is in it, if it has come into being."""
+        """Remove the directory with its contents, if it exists."""
         system, path = self._open()
         if system.get_file_info(path).type != FileType.NotFound:
             system.delete_dir(path)
@@ -129,7 +129,7 @@ class Directory:
 
 
 class StorageKeeper(Keeper):
-    """Has rank 0 write them to storage. They stay there if training fails.
+    """Make rank 0 write checkpoints to storage, where they stay if training fails.
 
     Args:
         path: The strategy's `storage_path`; each training has a directory in it.
@@ -151,7 +151,7 @@ class StorageKeeper(Keeper):
 
     @override
     def check(self, workers: CallsRanks) -> None:
-        """Refuse storage that rank 0 cannot write to, or that is not one for all nodes.
+        """Refuse storage that rank 0 cannot write to, or that nodes do not share.
 
         Raises:
             ValueError: Says which.

@@ -1,4 +1,4 @@
-"""Distributed data parallel on the workers of a Ray cluster, and how all strategies get there."""
+"""Distributed data parallel on the workers of a Ray cluster."""
 
 from abc import ABC
 
@@ -12,7 +12,7 @@ from lightning_mgpu.strategies.ranks.rebuilt import RebuiltDDPStrategy
 
 
 class LaunchedOnRay(OnRay, ABC):
-    """Has the Trainer's entry points run on the workers, unless this process is one of them."""
+    """Run the Trainer's entry points on the workers, unless this process is one of them."""
 
     @override
     def _configure_launcher(self) -> None:
@@ -27,7 +27,7 @@ class LaunchedOnRay(OnRay, ABC):
 
 
 class RayStrategy(LaunchedOnRay, RebuiltDDPStrategy):
-    """Lightning's DDP, whose ranks are Ray actors; the program itself stays where it is.
+    """Lightning's DDP with Ray actors as ranks, while the program stays where it is.
 
     The Trainer is pickled and sent to the workers. When they are done, their weights, metrics,
     progress, callbacks and optimizers are those of the Trainer here. The workers stay for later

@@ -1,4 +1,4 @@
-"""Warm workers: a group of actors that outlives a call, and the groups that this driver keeps."""
+"""Groups of warm worker actors that outlive a call."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ _ALIVE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Group:
-    """What workers are asked for; a session serves every call that asks for the same.
+    """Request for workers; a worker group serves every call with the same request.
 
     Attributes:
         least: Number of workers to wait for.
@@ -52,23 +52,23 @@ class Group:
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """What to reserve for all workers, as many as are enough."""
+        """Resources to reserve, one bundle for each of the most workers."""
         return [dict(self.resources)] * self.most
 
     @property
     def held(self) -> list[str]:
-        """Names of the resources that the workers keep from others."""
+        """Names of the resources that the workers occupy."""
         names = [name for name, _ in self.resources]
         # A trial's bundles are for the trial's own tasks and actors, under names of their own.
         return names if self.trial is None else [f"{n}_group_{self.trial.group}" for n in names]
 
     def fits(self, count: int) -> bool:
-        """Whether the cluster seems to have so many workers' resources free."""
+        """Return whether the cluster seems to have resources for `count` workers free."""
         return cluster.fits([dict(self.resources)] * count, free=True)
 
 
 class Session:
-    """Workers that have been started, and what they hold of the cluster."""
+    """Running workers and the resources they hold."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -115,7 +115,7 @@ class Session:
         return Watch(runs, self._workers[0]).outcomes()
 
     def call(self, function: Callable[[], Any], ranks: Sequence[int] | None = None) -> list[Any]:
-        """Call a function of ours on some workers, or on all; what it returns."""
+        """Call a function on some or all workers between runs; return the results."""
         chosen = range(len(self._workers)) if ranks is None else ranks
         try:
             results: list[Any] = ray.get(
@@ -131,23 +131,23 @@ class Session:
         return len(self._workers)
 
     def rest(self, seconds: float) -> None:
-        """Wait for the next call, at most `seconds`, and until others wait for the resources."""
+        """Keep the workers for at most `seconds`, or until others wait for the resources."""
         self.busy = False
         first, end = self._workers[0], partial(close_if_idle, self)
         self._idle = Rest(first, self._calls, self.group.held, seconds, end)
 
     def wake(self) -> None:
-        """The next call has come."""
+        """Stop the idle timer: the next call has come."""
         if self._idle is not None:
             self._idle.stop()
         self.busy, self._idle = True, None
 
     def is_stale(self) -> bool:
-        """Whether Ray has been shut down since the workers were started, which ended them."""
+        """Return whether Ray has been shut down, which also ended the workers."""
         return self._connection != cluster.connection()
 
     def is_alive(self) -> bool:
-        """Whether every worker still answers."""
+        """Return whether every worker still answers."""
         try:
             ray.get([worker.node.remote() for worker in self._workers], timeout=_ALIVE_SECONDS)
         except RayError:
@@ -155,7 +155,7 @@ class Session:
         return True
 
     def close(self) -> None:
-        """End the workers and give back what they hold. May be called twice."""
+        """Stop the workers and free their resources. May be called twice."""
         self.busy = True  # nobody's any more
         if self._idle is not None:
             self._idle.stop()
@@ -209,7 +209,7 @@ _idle_seconds = 300.0
 
 
 def take(group: Group) -> Session:
-    """A session that nobody uses: a warm one, or else a new one."""
+    """Take an unused group: a warm one, or else a new one."""
     with _changing:
         for session in list(_sessions):
             if session.is_stale():
@@ -230,7 +230,7 @@ def take(group: Group) -> Session:
 
 
 def discard(session: Session) -> None:
-    """End a session."""
+    """Stop a group of workers."""
     with _changing:
         if session in _sessions:
             _sessions.remove(session)
@@ -238,14 +238,14 @@ def discard(session: Session) -> None:
 
 
 def close_if_idle(session: Session) -> None:
-    """End a session unless a call has come in the meantime."""
+    """Stop a group unless a call has come in the meantime."""
     with _changing:
         if not session.busy:
             discard(session)
 
 
 def keep_warm(seconds: float) -> None:
-    """Set how long workers wait for the next call before they end.
+    """Set how many seconds workers wait for the next call before they stop.
 
     Args:
         seconds: From now on; 0 ends them after each call.
@@ -257,12 +257,12 @@ def keep_warm(seconds: float) -> None:
 
 
 def idle_seconds() -> float:
-    """How long workers wait for the next call before they end."""
+    """Seconds that workers wait for the next call before they stop."""
     return _idle_seconds
 
 
 def close() -> None:
-    """End the workers that are kept for later calls, and free what they hold of the cluster."""
+    """Stop the workers that are kept for later calls, and free their resources."""
     with _changing:
         for session in list(_sessions):
             close_if_idle(session)

@@ -1,4 +1,4 @@
-"""Being one of the workers that somebody else has started with Ray Train's `TorchTrainer`."""
+"""Use a strategy inside an existing Ray Train worker."""
 
 import sys
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,10 @@ __all__ = ["prepare_trainer"]
 
 
 class TrainPlace(Place):
-    """The place of a worker of Ray Train, which has brought its ranks together already."""
+    """Ranks of a Ray Train worker, whose process group exists already."""
 
     def join_group(self, *_: Any, **__: Any) -> None:
-        """See that it has."""
+        """Check that the process group exists."""
         if not dist.is_initialized():
             raise RuntimeError(
                 "Ray Train has formed no process group. Start the workers with"
@@ -30,7 +30,7 @@ class TrainPlace(Place):
 
 
 def place() -> TrainPlace | None:
-    """Where this process stands among the workers of Ray Train; `None` if it is none of them."""
+    """Ranks of this process among Ray Train's workers; `None` if it is none of them."""
     train = sys.modules.get("ray.train")  # without which there is no such worker
     if train is None:
         return None
@@ -52,7 +52,7 @@ def place() -> TrainPlace | None:
 
 
 def take_place(strategy: "OnRay") -> bool:
-    """Make `strategy` that of this worker; whether it is one.
+    """Make `strategy` that of this worker; return whether this is one.
 
     Raises:
         MisconfigurationException: The strategy asks for other workers than there are.
@@ -86,7 +86,7 @@ def take_place(strategy: "OnRay") -> bool:
 
 
 def prepare_trainer(trainer: "Trainer") -> "Trainer":
-    """Check a Trainer within a worker of Ray Train, and have it report there.
+    """Check a Trainer within a worker of Ray Train, and make it report there.
 
     Unlike `ray.train.lightning.prepare_trainer` it takes any strategy whose ranks are those of Ray
     Train: ours, Ray's, or another with Ray's `RayLightningEnvironment`. Unless it has one, the
