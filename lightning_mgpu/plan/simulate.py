@@ -1,4 +1,4 @@
-"""The timetable with times: when each stage works on each micro-batch, and for how long it waits.
+"""Simulate a pipeline: start and end of each stage's work on each micro-batch.
 
 An event simulation of `schedule`: a task begins as soon as its device is through with the task
 before and what it needs has arrived. Links between stages send one micro-batch after another, while
@@ -14,14 +14,14 @@ from lightning_mgpu.engine.pipeline.runtime.schedule import Task
 
 
 class Span(NamedTuple):
-    """From when to when, in seconds after the first task's begin."""
+    """Start and end in seconds after the first task's start."""
 
     start: float
     end: float
 
 
 class Link(NamedTuple):
-    """From one stage to another, which waits for what comes over it."""
+    """Transfer from one stage to another, which waits for it."""
 
     sender: int
     receiver: int
@@ -29,7 +29,7 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Load:
-    """What a passage of a batch through the stages consists of.
+    """Durations of all work in forward and backward of a batch.
 
     Attributes:
         forward: Of each stage, the seconds it takes for each micro-batch.
@@ -45,7 +45,7 @@ class Load:
 
 @dataclass
 class Timetable:
-    """When everything happens.
+    """Times of all tasks and transfers.
 
     Attributes:
         tasks: Of each task, its time.
@@ -66,7 +66,7 @@ class Timetable:
 
 
 class Passage(NamedTuple):
-    """Forward and backward of a batch; all of forward is over when backward begins."""
+    """Times of forward and backward of a batch; all of forward ends before backward starts."""
 
     forward: Timetable
     backward: Timetable
@@ -77,13 +77,13 @@ class Passage(NamedTuple):
 
     @property
     def waiting(self) -> float:
-        """The share of time in which devices wait."""
+        """Share of time in which devices wait."""
         whole = self.forward.devices * self.seconds
         return 1 - (self.forward.busy + self.backward.busy) / whole if whole else 0.0
 
 
 def passage(load: Load, devices: int | None = None) -> Passage:
-    """Simulate one passage.
+    """Simulate forward and backward of a batch.
 
     Args:
         load: What it consists of.
@@ -138,7 +138,7 @@ def run(
 
 
 def all_reduce(size: float, replicas: int, bandwidth: float, latency: float) -> float:
-    """The seconds in which `replicas` sum their gradients in a ring.
+    """Seconds of a ring all-reduce of gradients over `replicas`.
 
     Args:
         size: Bytes of the gradients of each.

@@ -1,4 +1,4 @@
-"""What stages that are made of measured layers would take."""
+"""Costs of stages made of measured layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from lightning_mgpu.plan.simulate import Link
 
 @dataclass
 class Costs:
-    """What each stage takes for one micro-batch.
+    """Costs of each stage for one micro-batch.
 
     Attributes:
         forward: Seconds.
@@ -29,7 +29,7 @@ class Costs:
 
 
 class Stages:
-    """A profile's layers, dealt out to stages.
+    """A profile's layers, distributed to stages.
 
     What was not measured is taken to lie on a line between the micro-batches that were: small
     operations are less efficient, so that nothing is just proportional to their size.
@@ -48,7 +48,7 @@ class Stages:
         return len(self.spans)
 
     def costs(self, size: int) -> Costs:
-        """What each stage takes for a micro-batch of that many samples."""
+        """Costs of each stage for a micro-batch of `size` samples."""
         if size not in self._known:
             self._known[size] = Costs(
                 self._each(size, lambda costs: costs.forward),
