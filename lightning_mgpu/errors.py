@@ -2,8 +2,8 @@
 
 
 class ConfigError(ValueError):
-    """Something in the configuration is wrong: what, at which key, and what to do instead."""
+    """The configuration is wrong; the message says what, at which key, and what to do."""
 
 
 class SweepFailedError(RuntimeError):
-    """A hyperparameter search ended without a single result, or was lost."""
+    """A hyperparameter search ended without a result."""

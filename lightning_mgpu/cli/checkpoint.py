@@ -1,4 +1,4 @@
-"""Look at a checkpoint before a run depends on it."""
+"""Check a checkpoint before a run depends on it."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ _TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch
 
 
 def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
-    """Check that a checkpoint is there, whole, and one of Lightning's.
+    """Check that a checkpoint exists, is complete and was saved by Lightning.
 
     Tensors are not read, so this takes no time however large the file is. Remote paths and
     Lightning's keywords (``last``) are left to Lightning.
