@@ -1,4 +1,4 @@
-"""Runs a sweep, and says what has come of it."""
+"""Run a sweep and show its results."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ class FailedError(SweepFailedError, CompactHydraException):
 
 
 def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
-    """Search, show how it goes, and write the results to ``hydra.sweep.dir``.
+    """Search, show progress, and write the results to ``hydra.sweep.dir``.
 
     Raises:
         RefusedError: The options ask for what cannot be; nothing was started.
@@ -69,7 +69,7 @@ def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> N
 
 
 def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
-    """Whether the sweep is to be sent to a cluster; a connection that is there is used."""
+    """Return whether to submit the sweep to a cluster; an existing connection is used."""
     wanted, there = is_client(address_of(ray)), is_connected_as_client()
     if wanted and there is False:
         raise ConfigError(
@@ -99,7 +99,7 @@ def _search(sweep: Sweep) -> None:
 
 
 def _draw(sweep: Sweep) -> Path | None:
-    """The report's page, if it can be drawn; a sweep is worth more than its pictures."""
+    """Draw the report, and log a warning instead of an error if that fails."""
     from lightning_mgpu.sweep.report.draw import draw, missing
 
     again = f"python -m lightning_mgpu mode=report sweep={sweep.directory}"
@@ -122,7 +122,7 @@ def _draw(sweep: Sweep) -> Path | None:
 
 
 def _say_that_early(sweep: Sweep, why: str) -> None:
-    """Why there may be fewer results than were asked for."""
+    """Log why there are fewer results than asked for."""
     unfinished = sweep.records.count("unfinished")
     missing = sweep.num_samples - len(sweep.records.trials)
     log.warning(
@@ -135,7 +135,7 @@ def _say_that_early(sweep: Sweep, why: str) -> None:
 
 
 def _conclude(records: Records, path: Path, page: Path | None) -> None:
-    """The last lines: the best trial, and how to run it again."""
+    """Log the last lines: the best trial, and how to run it again."""
     failed = [record for record in records.ordered() if record.status == "failed"]
     if failed:
         log.warning(

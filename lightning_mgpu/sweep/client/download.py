@@ -1,4 +1,4 @@
-"""Copies the files of a sweep from the cluster, as far as they are not here yet."""
+"""Download the files of a sweep from the cluster, except those present already."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def download(head: Any, home: Path) -> None:
-    """Copy the files of a sweep, all checkpoints but the best left where they are.
+    """Download the files of a sweep; of the checkpoints only the best.
 
     Args:
         head: The actor that has run it.
@@ -47,7 +47,7 @@ def _is_of_another(head: Any, home: Path) -> bool:
 
 
 def _is_here(path: Path, file: File) -> bool:
-    """Whether it was copied before, or lies on storage that this machine shares."""
+    """Return whether a file was copied before, or lies on storage shared with this machine."""
     if not path.exists():
         return False
     stat = path.stat()

@@ -1,4 +1,4 @@
-"""The laptop's side: starts a sweep on a cluster by Ray Client, and shows how it goes."""
+"""Submit a sweep to a cluster through Ray Client, and show its output."""
 
 import codecs
 import contextlib
@@ -28,7 +28,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 def run_on_cluster(sweep: Sweep) -> None:
-    """Run a sweep that has been checked, to its end, on the cluster that its options name.
+    """Run a checked sweep to its end on the cluster that its options name.
 
     Its directory is the cluster's; a relative path begins at the home directory there. All but
     the checkpoints comes home, to the same relative path, or to the last name of an absolute one.
@@ -83,7 +83,7 @@ def _directory(sweep: Sweep) -> str:
 
 @contextlib.contextmanager
 def _connected(given: Mapping[str, Any]) -> Iterator[None]:
-    """A connection for the length of the block, unless there is one already."""
+    """Connect for the length of the block, unless connected already."""
     if ray.is_initialized():
         yield
         return
@@ -99,7 +99,7 @@ def _connected(given: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _start(command: Command, where: str) -> Any:
-    """The actor that runs the command there."""
+    """Start the actor that runs the command."""
     try:
         head: Any = ray.remote(num_cpus=0, resources={HEAD: 1e-3})(Head).remote()
         missing = ray.get(head.start.remote(command))
@@ -117,7 +117,7 @@ def _start(command: Command, where: str) -> Any:
 
 
 def _command(named: str, given: Mapping[str, Any]) -> Command:
-    """This command line, as the cluster can start it."""
+    """This command line in the form in which the cluster can start it."""
     _, *rest = program()
     module = rest[-1] if len(rest) > 1 else None
     here, script = Path.cwd().resolve(), Path(sys.argv[0]).resolve()
@@ -134,7 +134,7 @@ def _command(named: str, given: Mapping[str, Any]) -> Command:
 
 
 def _follow(head: Any) -> int:
-    """Pass on what the sweep writes there, and Ctrl-C from here; its exit code."""
+    """Forward the sweep's output and Ctrl-C; return the exit code."""
     streams = {1: _Echo(sys.stdout), 2: _Echo(sys.stderr)}
     with _interrupts() as interrupts:
         while True:
@@ -149,7 +149,7 @@ def _follow(head: Any) -> int:
 
 
 class _Echo:
-    """Writes what comes in pieces to a stream, as long as that takes it."""
+    """Write pieces of output to a stream as long as it accepts them."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream: TextIO | None = stream
@@ -169,7 +169,7 @@ class _Echo:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Ctrl-C adds to a list, instead of ending this process in the middle of a call.
+    """Context in which Ctrl-C adds to a list instead of interrupting a call.
 
     When two have not been seen to, a third does end it: the cluster may be gone.
     """
@@ -191,6 +191,6 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _show_cursor() -> None:
-    """A live table hides it, and has not come to its end."""
+    """Show the cursor again, which an interrupted live table leaves hidden."""
     if sys.stdout.isatty():
         sys.stdout.write(_SHOW_CURSOR)

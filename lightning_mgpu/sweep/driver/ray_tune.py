@@ -1,4 +1,4 @@
-"""Runs a prepared sweep with Ray Tune."""
+"""Run a prepared sweep with Ray Tune."""
 
 import contextlib
 import logging
@@ -46,7 +46,7 @@ _CHECKPOINT_SECONDS = "2"  # what a SIGKILL of the driver may cost
 
 
 class Ended(NamedTuple):
-    """How a sweep ended: by Ctrl-C, or before all its trials were done, and why."""
+    """End of a sweep: by Ctrl-C, or early and for which reason."""
 
     was_interrupted: bool
     why_early: str | None
@@ -135,7 +135,7 @@ def _name(trial: Any) -> str:
 
 
 def _directory_name(trial: Any) -> str:
-    """The number of a new trial, also if one of a driver that was killed has begun under it."""
+    """Directory name of a new trial; removes a directory that a killed driver left there."""
     name = _name(trial)
     # Where that one left its directory, on the same Ray, this one would get another name.
     shutil.rmtree(Path(trial.local_experiment_path) / name, ignore_errors=True)
@@ -144,7 +144,7 @@ def _directory_name(trial: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Ray Tune without output of its own, and its signal handlers undone at the end."""
+    """Run Ray Tune without its own output, and restore signal handlers at the end."""
     variables = {**_VARIABLES, "TUNE_GLOBAL_CHECKPOINT_S": _CHECKPOINT_SECONDS}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

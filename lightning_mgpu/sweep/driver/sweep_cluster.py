@@ -1,4 +1,4 @@
-"""A Ray of one's own for the length of a sweep, or a cluster that the user names."""
+"""Ray for the length of a sweep: started here, or a cluster that the user names."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 @contextlib.contextmanager
 def connected(options: Mapping[str, Any]) -> Iterator[None]:
-    """Ray for the length of the block; one that runs in this process already is used as it is.
+    """Provide Ray for the length of the block; one that runs in this process is used.
 
     Args:
         options: Arguments of `ray.init`. The address ``local`` is a private Ray, whatever else
@@ -62,7 +62,7 @@ def _init(where: str, arguments: Mapping[str, Any]) -> None:
 
 
 def refuse_resources(options: Mapping[str, Any]) -> None:
-    """Refuse to say what a cluster has that runs already."""
+    """Refuse options for the resources of a cluster that runs already."""
     for name in ("num_cpus", "num_gpus"):
         if options.get(name) is not None:
             raise ConfigError(
@@ -78,7 +78,7 @@ def _short_directory() -> Path:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """`ray.init` reads and leaves variables."""
+    """Restore environment variables that `ray.init` reads and leaves behind."""
     before = dict(os.environ)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -1,4 +1,4 @@
-"""Draws a sweep: ``mode=report``, and the end of each sweep."""
+"""Draw a sweep: ``mode=report``, and the end of each sweep."""
 
 from importlib.util import find_spec
 from pathlib import Path

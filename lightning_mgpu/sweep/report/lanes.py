@@ -18,7 +18,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Trials on workers.
+    """Bars of all trials in the lanes of workers.
 
     Attributes:
         resumed: When the sweep was resumed; the time in between is left out.
@@ -30,18 +30,18 @@ class Timeline:
 
     @property
     def end(self) -> float:
-        """When the last bar ends."""
+        """End of the last bar."""
         return max((bar.end for bar in self.bars), default=0.0)
 
     @property
     def busy(self) -> float:
-        """The share of the workers' time in which they had a trial."""
+        """Share of the workers' time in which they had a trial."""
         whole = self.end * len(self.lanes)
         return sum(bar.end - bar.start for bar in self.bars) / whole if whole else 0.0
 
 
 def timeline(sweep: Sweep) -> Timeline:
-    """Bars in lanes: a lane for each worker, or for several of which one followed the other."""
+    """Arrange bars in lanes, one for each worker or several consecutive workers."""
     stretches = sorted(
         ((stretch, trial) for trial in sweep.trials for stretch in trial.stretches),
         key=lambda pair: (pair[0].start, pair[1].number),
@@ -73,7 +73,7 @@ def _free_lane(free: list[float], hosts: list[str], start: float, host: str) -> 
 
 
 class _Clock:
-    """Seconds since the first trial began, without those between sessions."""
+    """Clock of seconds since the first trial began, without the time between sessions."""
 
     def __init__(self, starts: list[float], sweep: Sweep) -> None:
         ends = [stretch.end for trial in sweep.trials for stretch in trial.stretches]
@@ -92,7 +92,7 @@ class _Clock:
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """In which unit to measure so long a time, and how many seconds it has."""
+    """Unit for a duration, and its number of seconds."""
     for name, length in (("hours", 3600.0), ("minutes", 60.0)):
         if seconds > 3 * length:
             return name, length
@@ -100,7 +100,7 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 
 def clock(seconds: float) -> str:
-    """A time as a person writes it."""
+    """Format a duration for readers."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

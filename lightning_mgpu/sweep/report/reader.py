@@ -1,4 +1,4 @@
-"""Reads what a sweep has written down while it ran."""
+"""Read a sweep's journal."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ JOURNAL = "journal.jsonl"
 
 
 def read(directory: Path) -> Sweep:
-    """The sweep in a directory, be it finished, interrupted or under way.
+    """Read the sweep in a directory: finished, interrupted or running.
 
     Raises:
         ConfigError: There is none.
@@ -44,7 +44,7 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _Reader:
-    """Follows the events.
+    """State of the sweep after the events so far.
 
     Attributes:
         about: The latest of those that begin or resume the sweep.
@@ -59,7 +59,7 @@ class _Reader:
         self._now = 0.0
 
     def take(self, event: dict[str, Any]) -> None:
-        """The next event."""
+        """Process the next event."""
         if event["event"] == "sweep":
             self._close_all()  # what was under way when the sweep was ended
             self._sessions.append(event["time"])
@@ -71,7 +71,7 @@ class _Reader:
             getattr(self, f"_{event['event']}")(self._trials[event["trial"]], event)
 
     def sweep(self, directory: Path) -> Sweep:
-        """All there is."""
+        """The sweep so far."""
         self._close_all()
         about = self.about
         assert about is not None
@@ -135,7 +135,7 @@ def _is_before(report: Report, epoch: int | None) -> bool:
 
 
 def _first(value: Any) -> Any:
-    """Of several metrics the first."""
+    """First of several metrics."""
     return value[0] if isinstance(value, list) else value
 
 

@@ -1,4 +1,4 @@
-"""What is to be seen in a sweep, whoever draws it."""
+"""Views of a sweep common to all drawings."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ BEST = "#117a4b"
 
 @dataclass(frozen=True)
 class Curve:
-    """A trial's metric over its epochs; in pieces, where it went back in time."""
+    """A trial's metric over its epochs; in pieces where it was restored from earlier ones."""
 
     trial: Trial
     pieces: list[list[tuple[float, float]]]
@@ -24,7 +24,7 @@ class Curve:
 
 
 def curves(sweep: Sweep) -> list[Curve]:
-    """Those of all trials, the best one last, so that it is on top."""
+    """Curves of all trials, the best one last, so that it is on top."""
     best = sweep.best()
     found = []
     for trial in sweep.trials:
@@ -39,12 +39,12 @@ def curves(sweep: Sweep) -> list[Curve]:
 
 
 def has_curves(sweep: Sweep) -> bool:
-    """Whether some trial has reported more than once; else there are results, and no curves."""
+    """Return whether some trial has reported more than once."""
     return any(len(sweep.history(trial)) > 1 for trial in sweep.trials)
 
 
 def best_so_far(sweep: Sweep) -> list[tuple[int, float]]:
-    """By the trials' numbers, the best value up to each of them."""
+    """Best value so far at each trial number."""
     better = max if sweep.mode == "max" else min
     found: list[tuple[int, float]] = []
     for trial, value in sweep.valued():
@@ -53,19 +53,19 @@ def best_so_far(sweep: Sweep) -> list[tuple[int, float]]:
 
 
 def counts(sweep: Sweep) -> dict[str, int]:
-    """How many trials have ended how."""
+    """Number of trials by status."""
     found = {status: sum(t.status == status for t in sweep.trials) for status in STATUSES}
     return {status: number for status, number in found.items() if number}
 
 
 def longest_first(sweep: Sweep) -> list[Trial]:
-    """The trials that have reported, those with most epochs first."""
+    """Trials with reports, those with most epochs first."""
     reported = [trial for trial in sweep.trials if trial.reports]
     return sorted(reported, key=lambda trial: (-sweep.epochs(trial), trial.number))
 
 
 def saving(sweep: Sweep) -> str:
-    """In words what early stopping has saved."""
+    """Describe the epochs saved by early stopping."""
     trained = sum(map(sweep.epochs, sweep.trials))
     saved = sum(map(sweep.saved, sweep.trials))
     if not saved:
@@ -79,6 +79,6 @@ def saving(sweep: Sweep) -> str:
 
 
 def complete(sweep: Sweep) -> list[tuple[Trial, float]]:
-    """The trials that have a result and every value that was searched."""
+    """Trials that have a result and every searched value."""
     names = {dimension.name for dimension in sweep.dimensions}
     return [(trial, value) for trial, value in sweep.valued() if names <= trial.params.keys()]

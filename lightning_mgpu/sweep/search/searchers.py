@@ -1,4 +1,4 @@
-"""How the values of the next trial are found."""
+"""Build search algorithms, which choose the values of the next trial."""
 
 import pickle
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def build_searcher(
 
 
 class Trials(SearchAlgorithm):
-    """Asks a searcher for trials, and tells it which value of a run counts.
+    """Ask a searcher for trials, and report each run's value to it.
 
     Not a `SearchGenerator` itself, since population-based schedulers refuse those.
 
@@ -75,7 +75,7 @@ class Trials(SearchAlgorithm):
 
     @property
     def searcher(self) -> Searcher:
-        """Ray's schedulers for BOHB tell it when trials pause."""
+        """The searcher; Ray's schedulers for BOHB tell it when trials pause."""
         return self._generator.searcher
 
     @property
@@ -147,7 +147,7 @@ def trial_number(trial: Any) -> int:
 
 
 class _Drawing(Searcher):
-    """A searcher that learns nothing; its state is all there is to it."""
+    """Base class of searchers that learn nothing and whose state is small."""
 
     def __init__(self, metric: str) -> None:
         super().__init__(metric=metric, mode="max")
@@ -175,7 +175,7 @@ class _Drawing(Searcher):
 
 
 class RandomSearcher(_Drawing):
-    """Draws each value on its own."""
+    """Draw each value independently."""
 
     def __init__(self, metric: str, space: Space, seed: int | None) -> None:
         super().__init__(metric)

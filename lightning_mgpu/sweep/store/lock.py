@@ -1,4 +1,4 @@
-"""Keeps a second process from going on with a sweep that still runs."""
+"""Keep a second process from resuming a sweep that is still running."""
 
 import contextlib
 import logging

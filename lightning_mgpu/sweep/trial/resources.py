@@ -1,4 +1,4 @@
-"""What each trial reserves: for itself, or for its workers where its strategy has some on Ray."""
+"""Resources that each trial reserves for itself, or for its workers on Ray."""
 
 import contextlib
 import pkgutil
@@ -21,7 +21,7 @@ _STRATEGY = "strategy"
 
 
 class Requests:
-    """The resources of each trial of a sweep, by its values.
+    """Resources of each trial of a sweep, by its values.
 
     Args:
         sweep: The sweep.
@@ -33,11 +33,11 @@ class Requests:
         self._own = {"cpu": options.cpu, "gpu": options.gpu}
 
     def of(self, values: Mapping[str, Any]) -> PlacementGroupFactory:
-        """Of the trial that has these values."""
+        """Resources of the trial with these values."""
         return self._factory(self._bundles(self._sweep.space.overrides(values)))
 
     def check(self) -> None:
-        """See whether every trial can start, whatever its strategy and its number of workers.
+        """Check that every trial can start, whatever its strategy and number of workers.
 
         Raises:
             ConfigError: There is too little for it, its strategy cannot be built, or trials would
@@ -66,7 +66,7 @@ class Requests:
             self._refuse_changes()
 
     def _refuse_changes(self) -> None:
-        """A trial of population-based training keeps what it has reserved at first."""
+        """Refuse changes in population-based training, where trials keep their first resources."""
         scheduler = self._sweep.options.scheduler
         if scheduler.name not in ("pbt", "pb2"):
             return
@@ -87,7 +87,7 @@ class Requests:
         return PlacementGroupFactory([{}, *bundles], strategy="PACK")
 
     def _bundles(self, overrides: list[str]) -> list[dict[str, float]]:
-        """What the strategy of a trial reserves for its workers; none if it has none on Ray."""
+        """Bundles of a trial's workers; empty if its strategy has none on Ray."""
         cfg = self._sweep.job.compose_ahead(overrides, self._sweep.directory)
         if not _runs_on_ray(cfg.get(_STRATEGY)):
             return []
@@ -110,7 +110,7 @@ _requests: Requests | None = None
 
 @contextlib.contextmanager
 def requests_of(sweep: "Sweep") -> Iterator[None]:
-    """Have the trials of a sweep, while the block lasts, reserve what they need.
+    """Make the trials of a sweep reserve their resources while the block lasts.
 
     Raises:
         ConfigError: There is too little for them.
@@ -126,5 +126,5 @@ def requests_of(sweep: "Sweep") -> Iterator[None]:
 
 
 def request(values: Mapping[str, Any]) -> PlacementGroupFactory | None:
-    """What the trial with these values reserves; known to the sweep's own process alone."""
+    """Resources of the trial with these values; known in the sweep's own process only."""
     return None if _requests is None else _requests.of(values)

@@ -1,4 +1,4 @@
-"""What an actor does for one trial: compose the job, run it, report what it is worth."""
+"""Run one trial in an actor: compose the job, run it, report its result."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ LOG_FILE = "trial.log"
 
 
 class MetricMissingError(RuntimeError):
-    """A trial ended and has not said how good it is."""
+    """A trial ended without reporting the metric."""
 
 
 def run_trial(
@@ -71,7 +71,7 @@ def run_trial(
 
 
 def check_storage(sweep_dir: Path) -> None:
-    """See whether this machine has the directory that the sweep was begun in.
+    """Check that this machine has the directory in which the sweep was started.
 
     Raises:
         TrialFailedError: It has not; files of the trial would not be found where they belong.
@@ -100,7 +100,7 @@ def _send(metrics: dict[str, Any], directory: Path | None) -> None:
 
 
 def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> None:
-    """Report what the job returned, where that is its result."""
+    """Report the job's return value, if that is its result."""
     if plan.are_logged and reporting.sent:
         return
     try:
@@ -121,7 +121,7 @@ def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> N
 
 
 def _by_objective(plan: TrialPlan, value: Any) -> dict[str, float]:
-    """What a job returns: a number, or several by name or in the order of the objectives."""
+    """A job's return value by objective: a number, or several by name or in order."""
     names = plan.objectives
     if isinstance(value, dict):
         return {name: float(value[name]) for name in names}

@@ -1,4 +1,4 @@
-"""The actor that runs trials, each of them one Hydra job.
+"""Actor that runs trials, each of which is one Hydra job.
 
 The driver of a sweep imports this as well; what needs torch is imported by the actors alone.
 """
@@ -25,7 +25,7 @@ _REPORT_SECONDS = 60
 
 
 class HydraTrial(FunctionTrainable):
-    """Runs a trial on a thread of its actor, and the next one when it is over.
+    """Run a trial on a thread of its actor, and the next one afterwards.
 
     Attributes:
         payload: The pickled `TrialPlan` of the sweep.
@@ -35,7 +35,7 @@ class HydraTrial(FunctionTrainable):
 
     @classmethod
     def of(cls, plan: TrialPlan) -> type["HydraTrial"]:
-        """The trainable of a sweep."""
+        """Make the trainable of a sweep."""
         return type("HydraJob", (cls,), {"payload": plan.dumps(), "_name": "hydra"})
 
     @classmethod

@@ -79,7 +79,7 @@ def _add(
     width: float,
     opacity: float,
 ) -> None:
-    """Curves that go together are one trace, so that the legend hides them together."""
+    """Add related curves as one trace, so that the legend hides them together."""
     points = [point for curve in members for point in _points(sweep, curve)]
     x, y, texts, sizes = zip(*points, strict=True)
     status = members[0].trial.status
@@ -103,7 +103,7 @@ def _add(
 
 
 def _points(sweep: Sweep, curve: Curve) -> list[tuple[float | None, float | None, str, int]]:
-    """Place, value, words and size of the mark; with a gap after each piece."""
+    """Position, value, text and size of each mark; with a gap after each piece."""
     # All that is known of a trial is said at its end alone, or the page would be large.
     words = f"<b>trial {curve.trial.number}</b>, {curve.trial.status}"
     points: list[tuple[float | None, float | None, str, int]] = []
@@ -121,5 +121,5 @@ def _with_opacity(colour: str, opacity: float) -> str:
 
 
 def unit(sweep: Sweep) -> str:
-    """What is on the axis of curves."""
+    """Unit of the curves' horizontal axis."""
     return "epoch" if sweep.has_epochs else "report"

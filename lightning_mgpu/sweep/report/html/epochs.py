@@ -1,4 +1,4 @@
-"""How many epochs each trial was given, and how many it was not."""
+"""Bar chart: epochs trained and epochs saved by early stopping, per trial."""
 
 import plotly.graph_objects as go
 
@@ -10,7 +10,7 @@ _NUMBERS = 40  # of trials; where there are more, some are left out
 
 
 def epochs(sweep: Sweep) -> go.Figure | None:
-    """What each trial was given, and what stopping it has saved; `None` with nothing to see."""
+    """Draw epochs trained and saved per trial; `None` without epochs to show."""
     if not sweep.has_epochs or sweep.longest <= 1:
         return None
     order = {trial.number: place for place, trial in enumerate(longest_first(sweep))}

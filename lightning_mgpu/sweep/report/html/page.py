@@ -1,4 +1,4 @@
-"""The report's page: one file that needs no other."""
+"""Write the report as one self-contained HTML page."""
 
 from collections.abc import Iterator
 from html import escape
@@ -28,7 +28,7 @@ _COLUMN_WIDTH = 130  # of an axis of parallel coordinates, in pixels
 
 
 class _Section(NamedTuple):
-    """A figure, or what is there to read instead."""
+    """A figure, or a text in its place."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""The values that were searched, and what they did to the metric."""
+"""Figures of the searched values and their effect on the metric."""
 
 import math
 from html import escape
@@ -63,7 +63,7 @@ def _column(axis: Axis, values: list[Any]) -> dict[str, Any]:
 
 
 def importances(sweep: Sweep, importance: Importance | None) -> go.Figure | None:
-    """A bar for each value; `None` if there is nothing to say."""
+    """A bar for each value's importance; `None` if it cannot be estimated."""
     if importance is None:
         return None
     axes = {dimension.name: axis_of(sweep, dimension) for dimension in sweep.dimensions}
@@ -152,6 +152,6 @@ def _points(
 
 
 def _angle(axis: Axis) -> int:
-    """Names that are long or many are written at a slant."""
+    """Angle of labels: slanted if they are long or many."""
     words = [shorten(name) for name in axis.categories or ()]
     return -35 if sum(map(len, words)) > 36 else 0

@@ -39,7 +39,7 @@ def workers(sweep: Sweep) -> go.Figure | None:
 
 
 def _add(figure: go.Figure, sweep: Sweep, bars: list[Bar], unit: str, seconds: float) -> None:
-    """Bars of one outcome."""
+    """Add the bars of one outcome."""
     if not bars:
         return
     outcome = bars[0].outcome

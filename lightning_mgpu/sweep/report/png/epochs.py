@@ -1,4 +1,4 @@
-"""How many epochs each trial was given, and how many it was not."""
+"""Bar chart: epochs trained and epochs saved by early stopping, per trial."""
 
 from matplotlib.figure import Figure
 
@@ -8,7 +8,7 @@ from lightning_mgpu.sweep.report.views import COLOURS, longest_first, saving
 
 
 def epochs(sweep: Sweep) -> Figure | None:
-    """What each trial was given, and what stopping it has saved; `None` with nothing to see."""
+    """Draw epochs trained and saved per trial; `None` without epochs to show."""
     if not sweep.has_epochs or sweep.longest <= 1:
         return None
     trials = longest_first(sweep)

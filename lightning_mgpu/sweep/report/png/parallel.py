@@ -49,13 +49,13 @@ def _palette(sweep: Sweep) -> str:
 
 
 def _limits(values: list[float]) -> tuple[float, float]:
-    """Without the outermost twentieths, which would take all colours for themselves."""
+    """Limits of the colours, without the outermost twentieths of the values."""
     ordered, cut = sorted(values), len(values) // 20
     return ordered[cut], ordered[-1 - cut]
 
 
 def _scale(axis: Axis, column: list[float]) -> Scale:
-    """From values to heights between 0 and 1."""
+    """Scale from values to heights between 0 and 1."""
     low, high = min(column), max(column)
     if axis.categories is not None:
         low, high = -0.3, len(axis.categories) - 0.7
@@ -65,7 +65,7 @@ def _scale(axis: Axis, column: list[float]) -> Scale:
 
 
 def _marks(axes: Axes, place: int, axis: Axis, column: list[float], scale: Scale) -> None:
-    """The numbers and names along an axis."""
+    """Draw numbers and names along an axis."""
     if axis.log or axis.categories is not None:
         marks = [(axis.linear(at) if axis.log else at, words) for at, words in axis.marks()]
     else:

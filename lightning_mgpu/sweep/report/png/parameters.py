@@ -1,4 +1,4 @@
-"""The values that were searched, and what they did to the metric."""
+"""Figures of the searched values and their effect on the metric."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ _COLUMNS = 3
 
 
 def importances(sweep: Sweep, importance: Importance | None) -> Figure | None:
-    """A bar for each value; `None` if there is nothing to say."""
+    """A bar for each value's importance; `None` if it cannot be estimated."""
     if importance is None:
         return None
     labels = {d.name: axis_of(sweep, d).label for d in sweep.dimensions}

@@ -1,4 +1,4 @@
-"""All pictures of a sweep, each into a file of its own."""
+"""Draw all pictures of a sweep, one per file."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _DPI = 110
 
 
 def draw(sweep: Sweep, importance: Importance | None, directory: Path) -> list[Path]:
-    """Draw what there is to see; pictures of an earlier report are taken away."""
+    """Draw all pictures with content; remove those of an earlier report."""
     figures: dict[str, Figure | None] = {
         "learning_curves": learning_curves(sweep),
         "parallel_coordinates": parallel(sweep),
