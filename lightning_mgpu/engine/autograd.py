@@ -67,9 +67,9 @@ class _Work(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "Gradients of gradients (`create_graph=True`) cannot be taken through work that was"
-                " done on several devices. Take them inside the step with `strategy='dp'`, where"
-                " each replica has a graph of its own."
+                "Gradients of gradients (`create_graph=True`) cannot be computed through work"
+                " that was done on several devices. Compute them inside the step with"
+                " `strategy='dp'`, where each replica has its own graph."
             )
         gradients, ctx.link.gradients = ctx.link.gradients, ()
         keep = torch._C._autograd._get_current_graph_task_keep_graph()

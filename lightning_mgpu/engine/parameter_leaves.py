@@ -116,9 +116,9 @@ class Leaves:
         for leaf, shown in zip(self.leaves, self._shown, strict=True):
             if leaf.grad is not shown:
                 raise RuntimeError(
-                    "The step sets the gradient of a parameter, on one replica only as far as the"
-                    " others can tell. Use `self.manual_backward(loss)` rather than"
-                    " `loss.backward()`, and change gradients in place (`p.grad.mul_(0.5)`)."
+                    "`training_step` assigned `parameter.grad`; other replicas do not see it."
+                    " Use `self.manual_backward(loss)` rather than `loss.backward()`, and"
+                    " change gradients in place (`p.grad.mul_(0.5)`)."
                 )
 
     def take_gradients(self) -> list[Tensor | None]:

@@ -84,9 +84,9 @@ class RandomStreams:
         elif not all(map(torch.equal, before, self._now())):
             self._draws[kind] = True
             log.warning(
-                "%s drew random numbers for the first time after steps that drew none, so those of"
-                " this one step depend on which thread came first. From the next step on they"
-                " repeat under the same seed.",
+                "%s drew random numbers for the first time after steps without any: in this"
+                " one step they depend on the order of threads and cannot be reproduced. From"
+                " the next step on they can.",
                 kind,
             )
 

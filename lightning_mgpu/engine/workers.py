@@ -126,7 +126,7 @@ class Workers:
         if not stuck:
             return
         log.warning(
-            "The work on %s does not stop; its thread is left behind.",
+            "The task on %s does not stop; its thread keeps running.",
             ", ".join(f"slot {slot.index} ({slot.device})" for slot in stuck),
         )
         for slot in self._slots:

@@ -72,8 +72,8 @@ class DDPStrategy(RebuiltDDPStrategy):
             return
         if self._start_method != "popen":
             raise ValueError(
-                f"`{type(self).__name__}(start_method={self._start_method!r})`: this strategy has"
-                " a launcher of its own. Leave `start_method` out, or use Lightning's"
+                f"`{type(self).__name__}(start_method={self._start_method!r})`: this strategy"
+                " has its own launcher. Remove `start_method`, or use Lightning's"
                 " `strategy='ddp_spawn'`."
             )
         if self.num_nodes > 1:

@@ -63,9 +63,10 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
     def _check_devices(self, count: int) -> None:
         if count % self.stages:
             raise MisconfigurationException(
-                f"`Trainer(devices={count}, strategy=PipelineDDPStrategy(stages={self.stages}))`:"
-                f" {count} devices cannot be shared out among processes with {self.stages} stages"
-                f" each. Use a multiple of {self.stages}."
+                f"`Trainer(devices={count},"
+                f" strategy=PipelineDDPStrategy(stages={self.stages}))`: {count} devices"
+                f" cannot be divided into processes with {self.stages} stages each. Use a"
+                f" multiple of {self.stages}."
             )
 
     @property

@@ -246,7 +246,7 @@ def test_double_backward_outside_the_step_is_refused() -> None:
         def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
             loss.backward(create_graph=True)
 
-    with pytest.raises(RuntimeError, match=r"create_graph=True.*Take them inside the step"):
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*Compute them inside the step"):
         boring.trainer("dp", 2).fit(Model(), boring.Blobs())
 
 

@@ -365,7 +365,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_run(
 def test_a_directory_that_cannot_be_made_is_refused_before_training() -> None:
     Path("taken").write_text("")
     trainer = boring.trainer(PipelineStrategy(trace_dir="taken"), 2)
-    with pytest.raises(MisconfigurationException, match=r"trace_dir='taken'.*Name a directory"):
+    with pytest.raises(MisconfigurationException, match=r"trace_dir='taken'.*Choose a directory"):
         trainer.fit(Deep(), datamodule=boring.Blobs(8))
     assert trainer.global_step == 0
 

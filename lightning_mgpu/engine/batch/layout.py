@@ -200,10 +200,10 @@ class Layout:
                 raise ValueError(self._disagree(arrays[0][1], path, length))
         if fitting:
             raise ValueError(
-                f"it may have {' or '.join(map(str, fitting))} samples: lists in it may have an"
-                " entry per sample, or an array per input."
+                f"ambiguous: it may have {' or '.join(map(str, fitting))} samples, since lists"
+                " in it may have an entry per sample, or an array per input."
             )
-        raise ValueError(f"there is no tensor in it (a `{type(batch).__name__}`).")
+        raise ValueError(f"it has no tensor (a `{type(batch).__name__}`).")
 
     def _disagree(self, size: int, path: str, length: int) -> str:
         return (
@@ -231,8 +231,9 @@ class Layout:
             return
         if keeps_derived(value):
             raise ValueError(
-                f"`{path}` is a `{type(value).__name__}` that computes values from the whole batch"
-                " when it is made, and cannot be made again from a part of its fields."
+                f"`{path}` is a `{type(value).__name__}` that computes values from the whole"
+                " batch when it is constructed, and cannot be reconstructed from a part of"
+                " its fields."
             )
         if is_sequence(value):
             kind = self._kinds[path] = self._kind(value, size, path, top)
@@ -298,9 +299,9 @@ class Layout:
         if path == "batch" and len(value) == 2 and all(map(is_array, value)):
             return "columns"  # input and target
         raise ValueError(
-            f"`{path}` has {len(value)} entries, as many as there are samples, and each entry is as"
-            " long. It cannot be told whether that is an entry per sample or an array per input:"
-            " stack it to a tensor, or make it a dict of columns."
+            f"ambiguous: `{path}` has {len(value)} entries of that length, as many as samples:"
+            " an entry per sample, or an array per input. Stack it into a tensor, or make it"
+            " a dict of columns."
         )
 
     # Cutting
@@ -382,13 +383,13 @@ def _check_leaf(value: Any, path: str) -> None:
             layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
             raise ValueError(f"`{path}` is a {layout} tensor, which torch cannot slice.")
     elif isinstance(value, PackedSequence):
-        raise ValueError(f"`{path}` is a `PackedSequence`, whose samples do not lie in a row.")
+        raise ValueError(f"`{path}` is a `PackedSequence`, whose samples are interleaved.")
     elif isinstance(value, Iterator):
         raise ValueError(
             f"`{path}` is a `{type(value).__name__}`, which can be read only once. Make it a list."
         )
     elif not has_rows(value) and holds_tensors(value):
         raise ValueError(
-            f"`{path}` is a `{type(value).__name__}` that holds tensors, and how its samples lie in"
-            " it is not known. Make it a dataclass, or a dict of tensors."
+            f"`{path}` is a `{type(value).__name__}` that holds tensors in an unknown layout."
+            " Make it a dataclass, or a dict of tensors."
         )

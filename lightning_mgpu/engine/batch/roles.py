@@ -80,8 +80,8 @@ class Roles:
             if all(_equal_arrays(value, values[0]) for value in values):
                 return "same"
         raise ValueError(
-            f"`{path}` has shapes {listed(shapes)} for {listed(list(self._sizes))} samples, and"
-            " which dimension is the batch cannot be told. Return an entry per sample."
+            f"Ambiguous: `{path}` has shapes {listed(shapes)} for {listed(list(self._sizes))}"
+            " samples, and several dimensions may be the batch. Return an entry per sample."
         )
 
     def _is_batch(self, shapes: Sequence[tuple[int, ...]], dim: int, factor: int) -> bool:
@@ -95,7 +95,7 @@ class Roles:
             if len(set(lengths)) > 1:
                 raise ValueError(
                     f"`{path}` has {listed(lengths)} entries for {listed(list(self._sizes))}"
-                    " samples, which are neither an entry per sample nor the same for all."
+                    " samples: neither one per sample nor the same number for each part."
                 )
             if any(lengths):
                 self._memory.roles[path] = "columns"
@@ -110,8 +110,8 @@ class Roles:
         if not any(fitting):
             if isinstance(values[0], tuple) and lengths[0] == 2 and all(map(is_number, values[0])):
                 raise ValueError(
-                    f"`{path}` has two numbers for as many samples, which may be one for each, or"
-                    " two for all of them. Return a list for the former, a dict for the latter."
+                    f"Ambiguous: `{path}` has two numbers for two samples. Return a list for a"
+                    " number per sample, or a dict for two numbers per batch."
                 )
             return True
         return not self._are_columns(values, all(fitting), path, inside)
@@ -137,8 +137,8 @@ class Roles:
         if alike and (not all_fit or isinstance(entries[0], Mapping) or len(values[0]) > 2):
             return False
         raise ValueError(
-            f"`{path}` is a list of {len(values[0])} entries for as many samples, and each may be"
-            " one sample's or an array for all of them. Return a tuple or a dict for the latter."
+            f"Ambiguous: `{path}` is a list of {len(values[0])} entries for as many samples:"
+            " one per sample, or arrays for all of them. Return a tuple or a dict for arrays."
         )
 
     def are_keys_of_samples(self, values: Sequence[Mapping[Any, Any]]) -> bool:

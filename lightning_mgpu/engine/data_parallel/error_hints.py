@@ -15,22 +15,22 @@ _SHAPES = re.compile(
 _GRAPHS = re.compile(r"backward through the graph a second time|modified by an inplace operation")
 
 _KEPT = (
-    "Under `dp` each replica runs the step on its shard of the batch, on a thread of its own."
-    " What is kept between steps or in module-level variables, in closures or by hook objects"
-    " belongs to one replica, or is shared by all at once:"
+    "Under `dp` each replica runs the step on its shard of the batch, on its own thread."
+    " Values kept between steps, in module-level variables, in closures or by hook objects"
+    " belong to one replica, or are shared by all of them:"
 )
 _NOTES = (
     (
         _GRAPHS,
-        f"{_KEPT} a graph kept there may be another replica's, or the last step's. Keep such"
-        " tensors in attributes of the LightningModule or its modules, detached if they outlive the"
-        " step.",
+        f"{_KEPT} a graph kept there may belong to another replica or the last step. Keep such"
+        " tensors in attributes of the LightningModule or its modules, detached if they"
+        " outlive the step.",
     ),
     (
         _SHAPES,
-        f"{_KEPT} if one size is that of the whole batch and the other that of a shard, take the"
-        " size from the step's own tensors (`len(x)`), keep per-sample values in the batch, or"
-        " detach and cut what is kept to the shard.",
+        f"{_KEPT} if one size is that of the whole batch and the other that of a shard, take"
+        " the size from the step's own tensors (`len(x)`), keep per-sample values in the"
+        " batch, or detach the kept values and cut them to the shard.",
     ),
 )
 

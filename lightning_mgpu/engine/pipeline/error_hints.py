@@ -7,9 +7,9 @@ from lightning_mgpu.engine.error_notes import add_note
 
 _OF_A_PART = ("The size of tensor a (", "backward through the graph a second time")
 _HINT = (
-    "(What attributes or hooks keep from a module's `forward` belongs to one micro-batch: to use it"
-    " in the step, return it from the split module's `forward`. And what they hold before the call"
-    " goes to every micro-batch whole: hand it on as an argument.)"
+    "(Values that attributes or hooks keep from a module's `forward` belong to one"
+    " micro-batch: to use them in the step, return them from the split module's `forward`."
+    " Values set before the call go to every micro-batch whole: pass them as arguments.)"
 )
 
 

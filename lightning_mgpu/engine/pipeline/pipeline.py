@@ -39,8 +39,7 @@ log = logging.getLogger(__name__)
 # How many samples are computed to find out what a module's `forward` calls.
 _SAMPLES = 2
 _WAY_OUT = (
-    "(`chunks=1` fits every module: the batch stays whole, though stages then work one after"
-    " another.)"
+    "(`chunks=1` works for every module: the batch stays whole, but stages work one after another.)"
 )
 
 

@@ -12,13 +12,11 @@ from lightning_mgpu.strategies.base.checks import check_layer_sync, check_module
 class InParts(ParallelStrategy, ABC):
     """Several devices in one process: refuses what cannot run there, and stops its threads."""
 
-    strategy_name: str
-
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        check_layer_sync(self.strategy_name, self._layer_sync is not None)
-        check_module(self.strategy_name, self.lightning_module)
+        check_layer_sync(type(self).__name__, self._layer_sync is not None)
+        check_module(type(self).__name__, self.lightning_module)
         self._release()
         super().setup(trainer)
 

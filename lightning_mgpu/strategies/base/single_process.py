@@ -87,7 +87,7 @@ class SingleProcessStrategy(InParts):
 
     @num_nodes.setter
     def num_nodes(self, num_nodes: int) -> None:
-        check_one_process(self.strategy_name, num_nodes, self.world_size)
+        check_one_process(type(self).__name__, num_nodes, self.world_size)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -109,9 +109,10 @@ def _by_index(indices: list[list[list[int]]]) -> tuple[list[list[list[int]]], li
     flat = np.asarray([i for rank in indices for batch in rank for i in batch])
     if len(np.unique(flat)) < len(flat):
         rank_zero_warn(
-            "The sampler of the predict dataloader gives some samples more than once, and deals"
-            " samples out to the ranks by a rule of its own, so padding cannot be told from"
-            " repetition: the predictions of all are returned, in the order of the dataset."
+            "The sampler of the predict dataloader gives some samples more than once, and"
+            " distributes them to the ranks by its own rule, so padding cannot be"
+            " distinguished from repetition: all predictions are returned, in the order of"
+            " the dataset."
         )
     position = iter(np.argsort(np.argsort(flat, kind="stable"), kind="stable").tolist())
     places = [[[next(position) for _ in batch] for batch in rank] for rank in indices]
@@ -134,9 +135,9 @@ def _arrange(batches: list[Any], places: list[list[int]], sizes: list[int]) -> l
     joined = join_samples(batches, [len(batch) for batch in places])
     if joined is None:
         rank_zero_warn(
-            "`predict_step` returns something that cannot be taken apart by sample (its first"
-            " dimension is not the batch, or batches differ in shape), so the predictions of the"
-            " ranks are ordered batch by batch."
+            "The return value of `predict_step` cannot be split by sample (its first"
+            " dimension is not the batch, or batches differ in shape), so the predictions of"
+            " the ranks are ordered batch by batch."
         )
         return batches
     flat = np.asarray([i for batch in places for i in batch])

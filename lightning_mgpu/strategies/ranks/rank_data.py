@@ -41,13 +41,13 @@ def check_samplers(loader: Any, rank: int, world_size: int) -> None:
         if not all(type(value) is int for value in own) or own == (rank, world_size):
             continue
         raise MisconfigurationException(
-            f"The dataloader's `{type(sampler).__name__}(rank={own[0]}, num_replicas={own[1]})` is"
-            f" not that of rank {rank} of {world_size}: it was made before the ranks were launched,"
-            " or with other numbers. Leave it out, and Lightning puts one in; or make the"
-            " dataloader in `train_dataloader` and the like, with"
-            " `rank=self.trainer.global_rank, num_replicas=self.trainer.world_size`. To give every"
-            " rank all of the data, use `Trainer(use_distributed_sampler=False)` without such a"
-            " sampler."
+            f"The dataloader's `{type(sampler).__name__}(rank={own[0]},"
+            f" num_replicas={own[1]})` is not that of rank {rank} of {world_size}: it was made"
+            " before the ranks were launched, or with other numbers. Remove it, and Lightning"
+            " adds one; or create the dataloader in `train_dataloader` or the like, with"
+            " `rank=self.trainer.global_rank, num_replicas=self.trainer.world_size`. To give"
+            " every rank all of the data, use `Trainer(use_distributed_sampler=False)`"
+            " without such a sampler."
         )
 
 

@@ -63,7 +63,7 @@ class RebuiltDDPStrategy(_LightningDDPStrategy):
         parameters = self._reduced.outdated(may_shrink)
         if parameters is None:
             return
-        log.info("The trainable parameters have changed; DDP is built anew for them.")
+        log.info("The trainable parameters have changed; DDP is rebuilt for them.")
         own_buffers = nullcontext() if model.broadcast_buffers else kept_buffers(module)
         forget_buckets(self._ddp_comm_state)
         self._reduced, self._pl_static_graph_delay_done = None, False

@@ -229,9 +229,9 @@ class _SharedBatches:
         turns = self._turns(len(batches))
         if len(turns) > self._length:
             raise ValueError(
-                f"`{type(self._batch_sampler).__name__}` makes {len(batches)} batches, of which"
-                f" this rank has {len(turns)}, but by its `__len__` it has {self._length}. Have"
-                " `__len__` count the batches that `__iter__` makes of `self.sampler`."
+                f"`{type(self._batch_sampler).__name__}` makes {len(batches)} batches, of"
+                f" which this rank has {len(turns)}, but its `__len__` gives {self._length}."
+                " Make `__len__` count the batches that `__iter__` makes of `self.sampler`."
             )
         sizes = [len(batch) for batch in batches[: self._most]]
         starts = [0, *accumulate(sizes)]

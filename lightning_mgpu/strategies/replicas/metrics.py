@@ -159,9 +159,9 @@ class _Guard:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._inside:
                 raise RuntimeError(
-                    f"`{type(self._metric).__name__}.{name}()` in a step: there each replica knows"
-                    " of its shard only. Log the metric object, or do it in a hook, such as"
-                    " `on_train_epoch_end`."
+                    f"`{type(self._metric).__name__}.{name}()` in a step, where each replica"
+                    " has its shard only. Log the metric object, or call it in a hook, such"
+                    " as `on_train_epoch_end`."
                 )
             return function(*args, **kwargs)
 

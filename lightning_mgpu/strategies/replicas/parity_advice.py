@@ -39,17 +39,17 @@ def message(found: Findings) -> str:
     """Full message, in several lines."""
     step, differences = found.step, found.differences
     lines = [
-        f"`{step.name}` gives something else on {len(step.sizes)} shards (of"
-        f" {', '.join(map(str, step.sizes))} samples) than on the whole batch, so `strategy='dp'`"
-        " does not give the result of one device:",
+        f"`{step.name}` gives different results on {len(step.sizes)} shards (of"
+        f" {', '.join(map(str, step.sizes))} samples) than on the whole batch, so"
+        " `strategy='dp'` does not give the result of one device:",
         *(f"  {difference}" for difference in differences[:_SHOWN]),
     ]
     if len(differences) > _SHOWN:
         lines.append(f"  and {len(differences) - _SHOWN} more")
     lines += _reasons(found)
     lines.append(
-        "`DataParallelStrategy(parity_check='off')` switches off this comparison of the first"
-        " batch; docs/strategies.md tells what it does."
+        "`DataParallelStrategy(parity_check='off')` turns off this comparison of the first"
+        " batch (see docs/strategies.md)."
     )
     return "\n".join(lines)
 
@@ -77,17 +77,17 @@ def loss_in(output: Any) -> Tensor | None:
 def _reasons(found: Findings) -> Iterator[str]:
     values = {d.path for d in found.differences if not d.path.startswith("output")}
     special = [*_went_whole(found), *_rows(found), *_statistics(found)]
-    special += [f"{doubt}: see docs/batches.md for what can be done." for doubt in found.doubts]
+    special += [f"{doubt}: see docs/batches.md for what to do." for doubt in found.doubts]
     yield from special
     if found.nan is not None:
         yield found.nan[0].upper() + found.nan[1:]
         yield _DENOMINATOR
     elif "loss" in values and _is_sum(found):
         yield (
-            "The loss of the batch is the sum of the shards' losses, and `dp` takes their mean: use"
-            " a mean over samples (`reduction='mean'`, or divide by a constant number of them). If"
-            " it is divided by their number already, take that from the shard (`len(x)`) rather"
-            " than from a value that the whole batch has brought along."
+            "The loss of the batch is the sum of the shards' losses, and `dp` takes their"
+            " mean: use a mean over samples (`reduction='mean'`, or divide by a constant"
+            " number of them). If it is divided by their number already, take that from the"
+            " shard (`len(x)`) rather than from a value for the whole batch."
         )
     elif values:
         yield _DENOMINATOR
@@ -100,9 +100,9 @@ def _reasons(found: Findings) -> Iterator[str]:
 
 
 _DENOMINATOR = (
-    "If it is a mean over something other than samples (class weights, `ignore_index`, tokens), let"
-    " shards weigh by that: `DataParallelStrategy(scatter_fn=...)` with `Shard(batch, size)`, where"
-    " size is the sum of weights or the number of tokens."
+    "If it is a mean over something other than samples (class weights, `ignore_index`,"
+    " tokens), weigh shards by that: `DataParallelStrategy(scatter_fn=...)` with"
+    " `Shard(batch, size)`, where size is the sum of weights or the number of tokens."
 )
 _COUPLED = (
     "If it depends on the other samples of the batch (contrastive losses, statistics or"
@@ -111,8 +111,8 @@ _COUPLED = (
 )
 _COUNT = "If it is a count or a sum, log it with `reduce_fx='sum'`, or return an entry per sample."
 _OUTPUT = (
-    "Return a row of a tensor, or an entry of a list, for each sample, or put the replicas' outputs"
-    " together in `DataParallelStrategy(gather_fn=...)`."
+    "Return a row of a tensor, or an entry of a list, for each sample, or join the replicas'"
+    " outputs in `DataParallelStrategy(gather_fn=...)`."
 )
 
 
@@ -171,8 +171,8 @@ def _rows(found: Findings) -> Iterator[str]:
         else:
             yield (
                 f"`{path}` has {whole[0]} rows for {total} samples, so its rows are not the"
-                " samples: put it together in `DataParallelStrategy(gather_fn=...)`, or sum it up"
-                " in a torchmetrics object."
+                " samples: join it in `DataParallelStrategy(gather_fn=...)`, or sum it in a"
+                " torchmetrics object."
             )
 
 

@@ -100,8 +100,8 @@ class Sharding:
             return join(outputs, sizes, self._devices[0], self._memory, samples=samples)
         except ValueError as error:
             raise ValueError(
-                f"The outputs of the replicas cannot be put together: {error} Give"
-                " `DataParallelStrategy(gather_fn=...)` a function that does."
+                f"The outputs of the replicas cannot be joined: {error} Give"
+                " `DataParallelStrategy(gather_fn=...)` a function that joins them."
             ) from error
 
     def _scattered(self, batch: Any, scatter_fn: Scatter) -> list[Shard]:
@@ -109,13 +109,13 @@ class Sharding:
         shards = list(scatter_fn(batch, count))
         if not all(isinstance(shard, Shard) for shard in shards):
             raise TypeError(
-                "`scatter_fn` must return a list of `lightning_mgpu.Shard(batch, size)`; it has"
+                "`scatter_fn` must return a list of `lightning_mgpu.Shard(batch, size)`; it"
                 f" returned {sorted({type(shard).__name__ for shard in shards})}."
             )
         if not 1 <= len(shards) <= count:
             raise ValueError(
-                f"`scatter_fn` has made {len(shards)} shards for {count} devices; return at"
-                " least one and at most as many as there are devices."
+                f"`scatter_fn` made {len(shards)} shards for {count} devices; return at least"
+                " one and at most as many as there are devices."
             )
         self._samples = _samples_of(shards, batch)
         return shards

@@ -40,14 +40,14 @@ class StepTrace:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MisconfigurationException(
-                f"`trace_dir={str(directory)!r}`: {error}. Name a directory that can be made."
+                f"`trace_dir={str(directory)!r}`: {error}. Choose a directory that can be created."
             ) from error
         lacking = report.missing()
         if lacking:
             rank_zero_warn(
-                f"`trace_dir={str(directory)!r}` draws with {' and '.join(lacking)}, not installed"
-                " here, so there will be less than the JSON trace, a PNG and an HTML picture. For"
-                " all of them: `pip install 'lightning_mgpu[report]'`."
+                f"`trace_dir={str(directory)!r}`: {' and '.join(lacking)} not installed, so"
+                " pictures (PNG, HTML) beside the JSON trace will be missing. Install with"
+                " `pip install 'lightning_mgpu[report]'`."
             )
         self._path, self._pipeline = directory / _FILE, pipeline
         self._measured: tuple[int, Recording] | None = None

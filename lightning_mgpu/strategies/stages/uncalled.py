@@ -58,17 +58,18 @@ class Uncalled:
         if called and not self._calls and called == self._children.keys():
             raise PartitionError(
                 f"`{self._title}` was not called in the training step, but its submodules"
-                f" {', '.join(f'`{name}`' for name in sorted(called)[:4])} were, so that nothing"
-                " was computed in stages. Call the module itself, or name the one whose `forward`"
-                f' calls them: `module=...` (`""` is `{type(self._model).__name__}` itself).'
+                f" {', '.join(f'`{name}`' for name in sorted(called)[:4])} were, so nothing"
+                " was computed in stages. Call the module itself, or name the one whose"
+                ' `forward` calls them: `module=...` (`""` is'
+                f" `{type(self._model).__name__}` itself)."
             )
 
     def end(self) -> None:
         """Finish after training."""
         if self._steps and not self._calls:
             log.warning(
-                "`%s` was never called in `training_step`, so that nothing was computed in stages."
-                " Name the module that it calls by `module=...`.",
+                "`%s` was never called in `training_step`, so nothing was computed in stages."
+                " Name the module that is called: `module=...`.",
                 self._title,
             )
 

@@ -319,7 +319,8 @@ def test_lists_as_long_as_the_batch_are_split_and_doubted_unless_they_are_its_ow
         splitting = splitter.split(call, forward, known, list)
         assert splitting.pieces == ("names",)
         assert (
-            any("`names` is a list as long as" in text for text in splitting.doubts) == is_doubted
+            any("the list `names` has the batch's length" in text for text in splitting.doubts)
+            == is_doubted
         )
 
 

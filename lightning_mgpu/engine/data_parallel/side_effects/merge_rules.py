@@ -115,8 +115,8 @@ class Judge:
         self._lost.add(name)
         self._tell(
             name,
-            "The step writes something else to `%s` on each replica; replica 0's is kept."
-            " Log it with `self.log`, append it to a list or return it to have them all.",
+            "The step writes a different value to `%s` on each replica; replica 0's is kept."
+            " To keep all of them, log it with `self.log`, append it to a list or return it.",
             owner,
         )
 
@@ -133,18 +133,18 @@ class Judge:
         """Warn that all replicas write to the same memory."""
         self._tell(
             name,
-            "The step writes to `%s`, which is too large for each replica to have a copy of: all"
-            " of them have written to the same memory at once. Register it as a buffer, or write to"
-            " it in a hook such as `on_train_batch_end`, which runs once.",
+            "The step writes to `%s`, which is too large to be copied for each replica, so"
+            " that all replicas have written to the same memory at once. Register it as a"
+            " buffer, or write to it in a hook such as `on_train_batch_end`, which runs once.",
         )
 
     def outside(self, name: str) -> None:
         """Warn that a step writes to a variable outside of the model."""
         self._tell(
             name,
-            "The step, or a hook on a module, writes to the variable `%s` outside of the model. All"
-            " replicas, each on a thread of its own, share it, and may read what another has"
-            " written. Keep it in an attribute of the LightningModule (`self`).",
+            "The step, or a hook on a module, writes to the variable `%s` outside of the"
+            " model. All replicas share it, each in its own thread, and may read what another"
+            " has written. Keep it in an attribute of the LightningModule (`self`).",
         )
 
     def finish(self) -> None:
@@ -155,10 +155,10 @@ class Judge:
             taken = "once a step" if doubt.rule == "once" else "for every shard"
             self._tell(
                 name,
-                "Every replica has added the same to `%s` in each step, on shards of the same size:"
-                f" that may be one addition for the step, or one for each shard. It was added"
-                f" {taken}. If that is wrong, count in a hook such as `on_train_batch_end`, which"
-                " runs once and sees the whole batch.",
+                "Ambiguous: every replica added the same number to `%s` in each step, on"
+                " shards of the same size: once per step, or once per shard. It was added"
+                f" {taken}. If that is wrong, count in a hook such as `on_train_batch_end`,"
+                " which runs once and sees the whole batch.",
                 doubt.owner,
             )
         self._doubts = {}
@@ -222,9 +222,9 @@ class Judge:
         if not whole:
             self._tell(
                 name,
-                "The step adds numbers to `%s` that are not counts, and it does not show whether"
-                " they are sums over samples or means. What the replicas added was summed up, which"
-                " is right for sums. Log a mean with `self.log`, or weigh it by the number of"
+                "Ambiguous: the step adds numbers to `%s` that are not counts, and may be"
+                " sums or means over samples. The replicas' numbers were summed, which is"
+                " right for sums. Log a mean with `self.log`, or multiply it by the number of"
                 " samples.",
             )
             return self._settle(name, "sum")
@@ -254,8 +254,8 @@ class Judge:
             if self._is_a_size(name, values[0]):
                 self._tell(
                     name,
-                    "The step sets `%s` to the number of samples in a shard, as it seems; on one"
-                    " device that is the whole batch's. Set it in a hook such as"
+                    "The step appears to set `%s` to the number of samples in a shard; on one"
+                    " device it is that of the whole batch. Set it in a hook such as"
                     " `on_train_batch_start`, which sees the whole batch.",
                 )
             return values[0]
@@ -317,9 +317,9 @@ class Judge:
     def _tell_partial(self, name: str) -> None:
         self._tell(
             name,
-            "The step counts in `%s` on some replicas and not on others, as if once a step, but"
-            " by what is in the shard. What they counted was summed up. Decide in a hook such as"
-            " `on_train_batch_end`, which sees the whole batch.",
+            "The step counts in `%s` on some replicas and not on others, depending on the"
+            " shard. The counts were summed, although one device may count once per step."
+            " Count in a hook such as `on_train_batch_end`, which sees the whole batch.",
         )
 
     def _tell(self, name: str, text: str, owner: str = "") -> None:

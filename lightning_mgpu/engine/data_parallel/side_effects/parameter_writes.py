@@ -68,11 +68,11 @@ class WriteCheck:
             names = [f"`{self._names[index]}`" for index in sorted(written)]
             more = f" and {len(names) - 1} others" if len(names) > 1 else ""
             raise RuntimeError(
-                f"The step writes to the parameter {names[0]} in place{more}. Every replica does so"
-                " at once, on memory they share. Do it in a hook, which runs once:"
-                " `on_train_batch_end` (after the optimizer's step) or `on_before_backward` (before"
-                " it), for instance. Its values may have been changed already, so begin again from"
-                " a checkpoint or from a new model."
+                f"The step writes to the parameter {names[0]} in place{more}. All replicas do"
+                " so at once, in shared memory. Do it in a hook, which runs once:"
+                " `on_train_batch_end` (after the optimizer's step) or `on_before_backward`"
+                " (before it), for instance. Its values may have changed already: start again"
+                " from a checkpoint or a new model."
             )
 
     def _now(self) -> list[list[int]]:

@@ -43,22 +43,22 @@ class LeftBehind:
         with_gradient = [t for t in found if whole.leaves.get(t, (None, False))[1]]
         if with_gradient:
             text = (
-                f"{_listed(with_gradient)}: set by `forward`, and that runs once for each"
-                " micro-batch, so that it belongs to one of them and its gradient is wrong or"
-                " missing if it is added to the loss. Return it from the split module's `forward`"
-                " with an entry per sample, and take the mean in the step; if it is only looked"
-                " at, set a `.detach()`ed tensor."
+                f"{_listed(with_gradient)}: set by `forward`, which runs once for each"
+                " micro-batch: it covers one of them only, and its gradient is wrong or"
+                " missing if it is added to the loss. Return it from the split module's"
+                " `forward` with an entry per sample, and take the mean in the step; if it is"
+                " only displayed, set a `.detach()`ed tensor."
             )
             if self._mode == "error":
-                raise SplitError(f"{text} To go on all the same: `parity_check='warn'`.")
+                raise SplitError(f"{text} To continue anyway: `parity_check='warn'`.")
             self._warn(with_gradient, text)
         others = [title for title in found if title not in with_gradient]
         self._warn(
             others,
-            f"{_listed(others)}: changed by `forward`, which runs once for each micro-batch. So it"
-            " belongs to one of them, or has been updated more often than on one device. Return it"
-            " from the split module's `forward`, or update it in the step; `chunks=1` is as on one"
-            " device.",
+            f"{_listed(others)}: changed by `forward`, which runs once for each micro-batch:"
+            " it covers one of them only, or was updated more often than on one device."
+            " Return it from the split module's `forward`, or update it in the step;"
+            " `chunks=1` behaves as one device.",
         )
 
     def _warn(self, titles: list[str], text: str) -> None:

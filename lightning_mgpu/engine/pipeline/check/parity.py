@@ -192,9 +192,9 @@ class Parity:
         if has_drawn and not self._has_told_draws:
             self._has_told_draws = True
             log.warning(
-                "`%s.forward` draws from NumPy's generator or Python's, once for each micro-batch;"
-                " where several stages do so, in an order that varies from run to run. Draw from"
-                " torch's (`torch.rand(())`), or in the step.",
+                "`%s.forward` draws from NumPy's or Python's random generator, once for each"
+                " micro-batch; if several stages do so, the order varies from run to run."
+                " Draw from torch's (`torch.rand(())`), or in the step.",
                 self._kind,
             )
 
@@ -203,8 +203,8 @@ class Parity:
         if new:
             self._told_writes.update(new)
             log.warning(
-                "`%s.forward` writes to %s, of which each micro-batch has a part of its own: the"
-                " caller does not see it. Return what the caller needs.",
+                "`%s.forward` writes to %s, of which each micro-batch has its own part, so"
+                " the caller does not see it. Return what the caller needs.",
                 self._kind,
                 ", ".join(f"`{name}`" for name in new),
             )
@@ -213,9 +213,9 @@ class Parity:
         if places and not self._has_told_means:
             self._has_told_means = True
             log.info(
-                "%s: a number for each micro-batch of `%s.forward`, of which the mean over samples"
-                " is taken. If it has a denominator of its own (tokens that are not padding, class"
-                " weights), compute it in the step.",
+                "%s: a number for each micro-batch of `%s.forward`, averaged over samples. If"
+                " it has its own denominator (tokens that are not padding, class weights),"
+                " compute it in the step.",
                 ", ".join(f"`{place}`" for place in places[:3]),
                 self._kind,
             )
@@ -225,14 +225,14 @@ class Parity:
             return
         found = "; ".join(map(str, differences[:3]))
         text = (
-            f"`{self._kind}.forward` gives other values for micro-batches than for the whole batch:"
-            f" {found}. Something in it depends on other samples, such as `x.mean(0)`, `z @ z.T`,"
-            " attention along the first dimension, or a loss with a denominator of its own. Compute"
-            " that in the step, from the module's output; cut another `module`, without it; or use"
-            f" `chunks=1`.{_of(splitting)}"
+            f"`{self._kind}.forward` gives different values for micro-batches than for the"
+            f" whole batch: {found}. Something in it depends on other samples, such as"
+            " `x.mean(0)`, `z @ z.T`, attention along the first dimension, or a loss with its"
+            " own denominator. Compute that in the step, from the module's output; split"
+            f" another `module`, without it; or use `chunks=1`.{_of(splitting)}"
         )
         if self._mode == "error" or splitting.doubts:
-            raise SplitError(f"{text} If it is meant so: `parity_check='warn'`.")
+            raise SplitError(f"{text} If this is intended: `parity_check='warn'`.")
         log.warning(text)
 
 
@@ -250,7 +250,7 @@ def _way(call: Call, splitting: Splitting) -> Hashable:
 
 def _of(splitting: Splitting) -> str:
     return (
-        f" Or the batch is not where it seems: {' '.join(splitting.doubts)}"
+        f" Or the batch dimension is another one: {' '.join(splitting.doubts)}"
         if splitting.doubts
         else ""
     )

@@ -54,9 +54,9 @@ class Assigned:
             by_length = tensor.dim() and tensor.shape[0] == size and not title.startswith("buffer")
             if (of_batch or by_length) and is_used(holder, key):
                 raise SplitError(
-                    f"{title} of shape {tuple(tensor.shape)} was set before the call and has an"
-                    f" entry per sample (the batch has {size}), but every micro-batch would see all"
-                    " of it. Hand it on as an argument of the split module's `forward`."
+                    f"{title} of shape {tuple(tensor.shape)} was set before the call and has"
+                    f" an entry per sample (the batch has {size}), but every micro-batch would"
+                    " see all of it. Pass it as an argument of the split module's `forward`."
                 )
 
     def _knows(self, tensor: Tensor) -> bool:

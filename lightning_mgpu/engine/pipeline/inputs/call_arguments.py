@@ -81,7 +81,7 @@ class Call:
         for name, leaf in found:
             if isinstance(leaf, PackedSequence):
                 raise SplitError(
-                    f"`{name}` is a `PackedSequence`, whose samples lie in no row. Hand on the"
+                    f"`{name}` is a `PackedSequence`, whose samples are interleaved. Pass the"
                     " padded tensor and the lengths, and pack them in a submodule."
                 )
             if isinstance(leaf, Tensor):

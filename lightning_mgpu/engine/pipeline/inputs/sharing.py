@@ -62,9 +62,8 @@ class Sharing:
         argument = argument_of(name)
         self.suppose(
             [piece],
-            f"`{name}` is a list as long as the batch ({length}), which may be chance. Name"
-            f" `{argument}` in `split_args` if it has an entry per sample, else in"
-            " `broadcast_args`.",
+            f"Ambiguous: the list `{name}` has the batch's length {length}. Name `{argument}`"
+            " in `split_args` if it has an entry per sample, else in `broadcast_args`.",
         )
 
     def certain(self) -> tuple[dict[str, int], dict[str, Tensor]]:
@@ -81,16 +80,16 @@ class Sharing:
             elif length != 1:  # one entry for all samples is broadcast, as on one device
                 raise SplitError(
                     f"`{name}` of shape {tuple(self._tensors[name].shape)} is named in"
-                    f" `split_args`, but the batch has {self.size} samples, and its dimension"
-                    f" {dim} is not as long."
+                    f" `split_args`, but the batch has {self.size} samples, and dimension"
+                    f" {dim} has another length."
                 )
         dims |= {n: dim for n, dim in self._seen.items() if self._length(n, dim) == self.size}
         for name, dim in self._elsewhere.items():
             dims[name], shape = dim, tuple(self._tensors[name].shape)
             doubt = (
-                f"`{name}` of shape {shape} is split along its dimension {dim}, which is as long"
-                f" as the batch ({self.size}). Say whether that is right:"
-                f" `split_args={{{argument_of(name)!r}: {dim}}}`, or `broadcast_args`."
+                f"`{name}` of shape {shape} is split along its dimension {dim}, which has the"
+                f" batch's length ({self.size}). Confirm that with"
+                f" `split_args={{{argument_of(name)!r}: {dim}}}`, or use `broadcast_args`."
             )
             self.suppose([self._tensors[name].movedim(dim, 0)], doubt)
         named = (*self._named, *dims)
@@ -100,9 +99,9 @@ class Sharing:
         """Note that a tensor is broadcast although it is as long as the batch."""
         argument = argument_of(name)
         self._suspected.append(
-            f"`{name}` of shape {tuple(tensor.shape)} is as long as the batch ({self.size}), but"
-            f" {reason}. Name `{argument}` in `split_args` if it has an entry per sample, else in"
-            " `broadcast_args`."
+            f"`{name}` of shape {tuple(tensor.shape)} has the batch's length {self.size}, but"
+            f" {reason}. Name `{argument}` in `split_args` if it has an entry per sample, else"
+            " in `broadcast_args`."
         )
 
     def suppose(self, values: Sequence[Any], doubt: str) -> None:

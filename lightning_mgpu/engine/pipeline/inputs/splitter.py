@@ -172,7 +172,7 @@ class Splitter:
             name for name in others if name in self._gone_whole and not batch.has(others[name])
         ]
         for name in before:
-            sharing.suspect(name, others.pop(name), "it has gone to every micro-batch whole before")
+            sharing.suspect(name, others.pop(name), "it went to every micro-batch whole before")
         if len(others) == 1 and not dims:
             dims.update(dict.fromkeys(others, 0))
             return
@@ -182,9 +182,9 @@ class Splitter:
         if unclear:
             shapes = ", ".join(f"`{n}` of shape {tuple(others[n].shape)}" for n in unclear)
             text = (
-                f"As long as the batch ({size}), which may be chance: {shapes}. Name"
-                f" `{argument_of(unclear[0])}` in `split_args` if it has an entry per sample, else"
-                " in `broadcast_args`."
+                f"Ambiguous: {shapes}, as long as the batch ({size}). Name"
+                f" `{argument_of(unclear[0])}` in `split_args` if dimension 0 is the batch,"
+                " else in `broadcast_args`."
             )
             if size != batch.size or any(size in others[n].shape[1:] for n in unclear):
                 raise SplitError(text)

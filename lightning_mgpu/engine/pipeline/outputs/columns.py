@@ -47,9 +47,9 @@ def columns_of(
     names = [None if found is None else [name for name, _ in found] for found in below]
     if any(other != names[0] for other in names):
         raise SplitError(
-            f"`{path}`: the module returns something of another structure for each micro-batch of"
-            f" {list(counts)} samples. Return tensors or lists with an entry per sample, or make it"
-            " in the step."
+            f"`{path}`: the module returns a different structure for each micro-batch of"
+            f" {list(counts)} samples. Return tensors or lists with an entry per sample, or"
+            " build it in the step."
         )
     found = zip(*(pairs or () for pairs in below), strict=True)
     return [
@@ -106,9 +106,9 @@ def same(parts: Sequence[Any], counts: Sequence[int], path: str, *, proven: bool
     else:
         text = f"returns an object, a `{type(first).__name__}`,"
     raise SplitError(
-        f"`{path}`: the module {text} for each micro-batch of {list(counts)} samples, which cannot"
-        " be joined. Return tensors with an entry per sample, or leave it out (for a cache of keys"
-        " and values: `use_cache=False`)."
+        f"`{path}`: the module {text} for each micro-batch of {list(counts)} samples, which"
+        " cannot be joined. Return tensors with an entry per sample, or do not return it (for"
+        " a key-value cache: `use_cache=False`)."
     )
 
 

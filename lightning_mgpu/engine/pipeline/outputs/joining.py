@@ -191,9 +191,9 @@ def unjoinable(path: str, tensor: Tensor) -> str:
 def unordered(path: str, tensor: Tensor, count: int) -> str:
     """Error message for a tensor whose order of samples cannot be told."""
     return (
-        f"`{path}` has shape {tuple(tensor.shape)} for {count} samples, and random values, so that"
-        " it cannot be told in which order the samples lie. Return it with a dimension of its own"
-        " for the batch (`unflatten`), and flatten it in the step."
+        f"`{path}` has shape {tuple(tensor.shape)} for {count} samples, and random values, so"
+        " the order of the samples in it cannot be determined. Return it with a separate"
+        " dimension for the batch (`unflatten`), and flatten it in the step."
     )
 
 
@@ -227,9 +227,10 @@ def _fits(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> bool:
 def _no_batch(parts: Sequence[Tensor], counts: Sequence[int], path: str, dim: int) -> str:
     which = "first dimension" if dim == 0 else f"dimension {dim}"
     return (
-        f"`{path}`: the module returns a tensor whose {which} is not the batch: of micro-batches"
-        f" of {list(counts)} samples it has made {[tuple(part.shape) for part in parts]}. Return"
-        " tensors with an entry per sample, and compute the rest in the step."
+        f"`{path}`: the module returns a tensor whose {which} is not the batch: from"
+        f" micro-batches of {list(counts)} samples it made"
+        f" {[tuple(part.shape) for part in parts]}. Return tensors with an entry per sample,"
+        " and compute the rest in the step."
     )
 
 

@@ -136,8 +136,8 @@ def beginning_at(called: Called, starts: Sequence[str]) -> tuple[Layers, list[in
         place = names.index(start)
         if place < bounds[-1]:
             raise PartitionError(
-                f"Stages are to begin at {', '.join(starts)}, but `{start}` is called"
-                f" before `{starts[index - 1]}`. Give the split points in the order of their calls."
+                f"Stages should begin at {', '.join(starts)}, but `{start}` is called before"
+                f" `{starts[index - 1]}`. Give the split points in the order of their calls."
             )
         if place == bounds[-1]:
             raise PartitionError(

@@ -49,4 +49,4 @@ class Chunks:
             self._untried.pop(0)
         if not self._untried:
             self._fixed = min(self._seconds, key=lambda tried: min(self._seconds[tried][1:]))
-            log.info("chunks='auto': of %s, %d was quickest.", [*self._seconds], self._fixed)
+            log.info("chunks='auto': of %s, %d was fastest.", [*self._seconds], self._fixed)

@@ -51,8 +51,8 @@ class Given:
             copied = traveller is not None and traveller.stand_ins.was_copied_and_written(tensor)
             if copied or before.get(name, _version(tensor)) != _version(tensor):
                 raise RuntimeError(
-                    f"`forward` changes in place what others use, too: its argument `{name}`, which"
-                    " the caller or another micro-batch needs as it was. Make it work on a copy"
+                    f"`forward` modifies its argument `{name}` in place, but the caller or"
+                    " another micro-batch needs the original. Work on a copy"
                     " (`inplace=False`, `x.clone()`)."
                 )
         return output

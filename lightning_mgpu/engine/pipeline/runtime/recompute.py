@@ -60,17 +60,17 @@ class Recomputed:
         torch.set_grad_enabled(True)
         if _length(self._called) != self._length:
             raise RuntimeError(
-                f"A `{type(self._module).__name__}` adds to a list or dict that it is called with,"
-                " which would be lost where it is computed again in backward. Return what it adds,"
-                " or take `checkpoint='never'`."
+                f"A `{type(self._module).__name__}` adds to a list or dict among its"
+                " arguments, which is lost with activation checkpointing. Return what it"
+                " adds, or use `checkpoint='never'`."
             )
         self._moment = self._memory.after(self._before)
         del self._before, self._called
         if any(copy._version > 0 for copy in self._copies):
             raise RuntimeError(
-                f"A `{type(self._module).__name__}` writes to its input, which was not seen when it"
-                " was first called, so that it cannot be computed again in backward. Make it work"
-                " on a copy (`inplace=False`, `x.clone()`), or take `checkpoint='never'`."
+                f"A `{type(self._module).__name__}` writes to its input, which its first call"
+                " did not show, so it cannot be recomputed in backward. Work on a copy"
+                " (`inplace=False`, `x.clone()`), or use `checkpoint='never'`."
             )
         del self._copies
         traveller.begin_segment()

@@ -176,9 +176,9 @@ class StandIns:
             if base is not None and any(base is own for own in (latest, latest._base)):
                 continue
             raise RuntimeError(
-                f"A tensor of shape {tuple(tensor.shape)} shares memory with another that has been"
-                " written to in place since, on another stage of the pipeline. Write to a copy"
-                " (`x = x.clone()`, `inplace=False`)."
+                f"A tensor of shape {tuple(tensor.shape)} shares memory with another that was"
+                " written to in place afterwards, on another stage of the pipeline. Write to"
+                " a copy (`x = x.clone()`, `inplace=False`)."
             )
 
     def _cut(self, source: Tensor, made_at: int, device: torch.device) -> Tensor:
@@ -199,8 +199,8 @@ class StandIns:
         if tensor.device != self._devices[self._stage] or tensor._is_view():
             raise RuntimeError(
                 "The code between layers writes in place to a tensor of shape"
-                f" {tuple(tensor.shape)} that another stage of the pipeline has made. Write to a"
-                " copy of it (`x = x.clone()`)."
+                f" {tuple(tensor.shape)} that another stage of the pipeline has made. Write to"
+                " a copy of it (`x = x.clone()`)."
             )
         return self._rebase(tensor, made_at)
 
