@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray.address import LOCAL, address_of, given
 
@@ -107,19 +108,14 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
         # Where it forks for that among the threads of gRPC, the fork may fail.
         raise LaunchError(
             f"The Ray cluster at {address} could not start its server for this client"
-            f" ({in_a_line(error)[:300]}). Try again; its ray_client_server*.err say more. If they"
+            f" ({one_line(error, 300)}). Try again; its ray_client_server*.err say more. If they"
             " end with a fork, start the head with GRPC_ENABLE_FORK_SUPPORT=0 in its environment."
         ) from error
     except OSError as error:  # Ray's own is a ConnectionError
         raise LaunchError(
-            f"There is no Ray cluster at {address} ({in_a_line(error)[:300]}). Start"
+            f"There is no Ray cluster at {address} ({one_line(error, 300)}). Start"
             " one with `ray start --head`; set RAY_AUTH_MODE=token if it wants a token."
         ) from error
-
-
-def in_a_line(error: Exception) -> str:
-    """Message of an error in a single line."""
-    return " ".join(str(error).split())
 
 
 def reach(address: str) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
+from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import (
     LaunchError,
     WorkerDiedError,
@@ -94,7 +95,7 @@ class RayLauncher(_Launcher):
                 log.warning(
                     "%s (failure %d of %d). New workers go on from the last epoch's end, or from"
                     " the beginning if there has been none.",
-                    " ".join(str(error).split())[:200],
+                    one_line(error, 200),
                     failures,
                     self._strategy.max_failures,
                 )

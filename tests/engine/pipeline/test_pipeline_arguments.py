@@ -223,7 +223,7 @@ def test_writing_to_what_the_caller_differentiates_is_refused(checkpoint: Any) -
     x = data(8, 6).requires_grad_() * 1
     with (
         pipelined(module, split_at="2", checkpoint=checkpoint) as run,
-        pytest.raises(RuntimeError, match="modifies its argument `.*` in place"),
+        pytest.raises(RuntimeError, match=r"modifies its argument `.*` in place"),
     ):
         run(x)
 
