@@ -33,14 +33,16 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
     if "://" in ckpt_path or ckpt_path.partition(":")[0] in _KEYWORDS:
         return
     if ckpt_path == "best":  # another of Lightning's words
-        raise ConfigError("ckpt_path=best: known only within the run that fits. Give its path.")
+        raise ConfigError(
+            "ckpt_path=best: only known within the run that trains. Give the checkpoint's path."
+        )
     path = Path(ckpt_path)
     if not path.exists():
         raise ConfigError(f"ckpt_path={ckpt_path}: no such file (looked in {Path.cwd()}).")
     if path.is_dir():
         if any((path / name).exists() for name in _SHARDED):
             return
-        raise ConfigError(f"ckpt_path={ckpt_path}: a directory, and not that of a checkpoint.")
+        raise ConfigError(f"ckpt_path={ckpt_path}: a directory, but not that of a checkpoint.")
     if not zipfile.is_zipfile(path):
         raise _damaged(ckpt_path, "it is no zip archive, as `torch.save` writes them")
     try:
@@ -67,8 +69,8 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
             )
     if resume and "optimizer_states" not in content:
         raise ConfigError(
-            f"ckpt_path={ckpt_path}: holds the weights alone, from which training cannot go on. Use"
-            " one that was saved without `save_weights_only`."
+            f"ckpt_path={ckpt_path}: holds weights only, from which training cannot resume."
+            " Use one that was saved without `save_weights_only`."
         )
 
 

@@ -45,7 +45,7 @@ def connect(strategy: Any, cfg: DictConfig) -> None:
         if options:
             name, value = next(iter(options.items()))
             raise ConfigError(
-                f"ray.{name}={value}: nothing of this run would be on Ray. Add `+strategy=ray`."
+                f"ray.{name}={value}: nothing in this run uses Ray. Add `+strategy=ray`."
             )
         return
     from lightning_mgpu.ray import cluster

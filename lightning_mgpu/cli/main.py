@@ -172,9 +172,14 @@ def _refuse_to_write(error: OSError) -> NoReturn:
 def _tell_stopped(stopped: "Stopped") -> None:
     if stopped.checkpoint is not None:
         path = _relative(stopped.checkpoint)
-        print(f"Stopped by {stopped}. Saved: {path}\nGo on with: ckpt_path={path}", file=sys.stderr)
+        print(
+            f"Stopped by {stopped}. Saved: {path}\nResume with: ckpt_path={path}", file=sys.stderr
+        )
     else:
-        print(f"Stopped by {stopped}; there was no training under way to save.", file=sys.stderr)
+        print(
+            f"Stopped by {stopped}; no training was in progress, so nothing was saved.",
+            file=sys.stderr,
+        )
 
 
 def _draw_sweep(cfg: DictConfig, wants_traceback: bool) -> None:

@@ -74,7 +74,7 @@ def train(cfg: DictConfig) -> RunResult:
     mode = cfg.get("mode", "fit")
     if mode == "report":
         raise ConfigError(
-            "mode=report: draws what is there and trains nothing. Use the command, or"
+            "mode=report: only draws existing results. Use the command, or"
             " lightning_mgpu.sweep.report.draw.draw."
         )
     if mode not in _MODES:

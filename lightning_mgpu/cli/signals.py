@@ -85,7 +85,8 @@ class StopOnSignal(Callback):
         if self.at_once:
             raise Stopped(signum)
         log.warning(
-            "%s: stopping after this batch; once more to stop at once.", signal.Signals(signum).name
+            "%s: stopping after this batch; send it again to stop at once.",
+            signal.Signals(signum).name,
         )
 
     def _stop_if_asked(self) -> None:

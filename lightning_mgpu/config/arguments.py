@@ -60,7 +60,8 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], path: str) -> 
         if name in hints and not _fits(value, hints[name]):
             raise ConfigError(
                 f"{path}.{name}={OmegaConf.to_container(value) if _is_config(value) else value}:"
-                f" {describe(target)} wants {_words(hints[name])}{_instead(value, hints[name])}."
+                f" {describe(target)} expects"
+                f" {_words(hints[name])}{_instead(value, hints[name])}."
             )
 
 

@@ -67,7 +67,7 @@ def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
                 " whole command again, so each would run every job of this multirun. Use"
                 " `+strategy=ddp`, or `trainer.devices=1`."
             )
-        log.info("In a multirun, several devices are trained on with our own DDPStrategy.")
+        log.info("In a multirun, several devices are trained with `lightning_mgpu.DDPStrategy`.")
         trainer = _build(trainer_cfg, "trainer", **{**extra, "strategy": DDPStrategy()})
     _check_type(model, LightningModule, "model")
     _check_type(datamodule, (LightningDataModule, type(None)), "data")
@@ -81,8 +81,8 @@ def _check_type(obj: Any, kind: type | tuple[type, ...], path: str) -> None:
         raise ConfigError(
             f"{path}: {describe(type(obj))} is not a {describe(wanted)}"
             + (
-                "; derive it from `lightning.pytorch`, not from `pytorch_lightning`, whose classes"
-                " are others."
+                "; derive it from `lightning.pytorch`, not from `pytorch_lightning`, whose"
+                " classes are different."
                 if any(base.__module__.startswith("pytorch_lightning") for base in type(obj).mro())
                 else "."
             )

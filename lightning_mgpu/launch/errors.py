@@ -79,7 +79,7 @@ class RankHungError(TimeoutError):
         noun = "rank" if len(ranks) == 1 else "ranks"
         return cls(
             f"The other ranks waited more than {timeout:g} s for {noun}"
-            f" {', '.join(map(str, ranks))}. If that is only slow, raise the strategy's"
+            f" {', '.join(map(str, ranks))}. If those are only slow, raise the strategy's"
             f" `timeout`.\n{shown}",
             ranks,
         )

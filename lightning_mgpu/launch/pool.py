@@ -182,7 +182,9 @@ class WorkerPool:
         try:
             if all(worker.comes_to_rest(deadline) for worker in tidying):
                 return
-            log.warning("The workers do not come to rest; the next launch starts new ones.")
+            log.warning(
+                "The workers did not finish cleaning up in time; the next launch starts new ones."
+            )
         except BaseException:
             self.close()
             raise
@@ -205,9 +207,9 @@ class WorkerPool:
         try:
             if dist.is_initialized():
                 raise LaunchError(
-                    "A process group is initialised already, and not by us. Call"
-                    " `torch.distributed.destroy_process_group()` first, or start every rank from"
-                    " outside with `torchrun`."
+                    "A process group has been initialised already, by other code. Call"
+                    " `torch.distributed.destroy_process_group()` first, or start every rank"
+                    " from outside with `torchrun`."
                 )
             yield
         finally:

@@ -42,7 +42,7 @@ class Rehearsal(PipelineStrategy):
         """
         if self._profile is None:
             raise NothingMeasuredError(
-                "Training was over before everything had been measured. Give it more batches."
+                "Training ended before everything had been measured. Give it more batches."
             )
         return self._profile
 

@@ -18,7 +18,7 @@ def summary(plan: Plan) -> Group:
     """Table of the fastest row for each number of devices, with notes."""
     profile = plan.profile
     title = (
-        f"{len(profile.names)} layers, batches of {profile.batch}; the quickest way for each number"
+        f"{len(profile.names)} layers, batches of {profile.batch}; the fastest for each number"
         " of devices:"
     )
     made = Table(

@@ -113,8 +113,8 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
         ) from error
     except OSError as error:  # Ray's own is a ConnectionError
         raise LaunchError(
-            f"There is no Ray cluster at {address} ({one_line(error, 300)}). Start"
-            " one with `ray start --head`; set RAY_AUTH_MODE=token if it wants a token."
+            f"There is no Ray cluster at {address} ({one_line(error, 300)}). Start one with"
+            " `ray start --head`; set RAY_AUTH_MODE=token if it requires a token."
         ) from error
 
 

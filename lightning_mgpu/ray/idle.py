@@ -61,7 +61,7 @@ class Rest:
         if self._wanted.exception() is not None or self._wanted.result():
             return True
         log.warning(
-            "This version of Ray does not say what others wait for, so idle workers keep their"
+            "This version of Ray does not report pending requests, so idle workers keep their"
             " resources until `lightning_mgpu.ray.close()` or the end of `keep_warm`'s time."
         )
         self._awake.clear()

@@ -93,8 +93,8 @@ class RayLauncher(_Launcher):
                 if not _is_loss(error) or failures > self._strategy.max_failures:
                     raise
                 log.warning(
-                    "%s (failure %d of %d). New workers go on from the last epoch's end, or from"
-                    " the beginning if there has been none.",
+                    "%s (failure %d of %d). New workers resume from the end of the last"
+                    " epoch, or start from the beginning if there is none.",
                     one_line(error, 200),
                     failures,
                     self._strategy.max_failures,
@@ -133,8 +133,8 @@ class RayLauncher(_Launcher):
             raise
         if workers.size < most:
             log.warning(
-                "%d workers, of at most %d: the cluster has no more to give at present. A step's"
-                " batch is that of %d.",
+                "Training on %d workers, of at most %d: the cluster has no more resources"
+                " free at present. The batch of a step is that of %d workers.",
                 *(workers.size, most, workers.size),
             )
         return workers

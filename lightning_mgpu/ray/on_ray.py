@@ -204,9 +204,9 @@ class OnRay(ParallelStrategy, ABC):
     ) -> None:
         if self.run_failed:
             log.warning(
-                "%s is not written when the run fails: the weights are gone with the workers, and"
-                " those here are from before the run. `%s(storage_path=...)` keeps the state of"
-                " the last whole epoch.",
+                "%s is not written when the run fails: the weights are lost with the workers,"
+                " and those of this process are from before the run. `%s(storage_path=...)`"
+                " keeps the state of the last complete epoch.",
                 *(filepath, type(self).__name__),
             )
             return

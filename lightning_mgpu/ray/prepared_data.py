@@ -137,8 +137,8 @@ class _State:
                 dump(value, names)
             except Exception as error:
                 log.warning(
-                    "`prepare_data` sets `%s.%s`, which cannot be pickled (%s). The ranks that do"
-                    " not call `prepare_data` go without it: set it in `setup`.",
+                    "`prepare_data` sets `%s.%s`, which cannot be pickled (%s). The ranks"
+                    " that do not call `prepare_data` do not get it: set it in `setup`.",
                     type(self.owners[owner_name]).__name__,
                     name,
                     one_line(error, 200),

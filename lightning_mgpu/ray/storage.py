@@ -74,8 +74,8 @@ class Directory:
         if system.get_file_info(f"{path}/{_POINTER}").type == FileType.NotFound:
             if self.has_some:
                 raise ValueError(
-                    f"`storage_path`: the last checkpoint in {self.path} cannot be seen from the"
-                    " node on which training is to go on. Use storage that all nodes share."
+                    f"`storage_path`: the last checkpoint in {self.path} is not visible on the"
+                    " node where training is to resume. Use storage that all nodes share."
                 )
             return False
         with system.open_input_stream(f"{path}/{_POINTER}") as pointer:
@@ -167,10 +167,11 @@ class StorageKeeper(Keeper):
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
             raise ValueError(
-                f"`storage_path={self._asked!r}`: what rank 0 writes there, rank {blind[0]} on"
-                " another node cannot see, so if rank 0's node were lost, training could not go on."
-                " Use storage that all nodes share (a network mount, `s3://...`), or leave"
-                " `storage_path` out: the state then comes to this process instead."
+                f"`storage_path={self._asked!r}`: files that rank 0 writes there are not"
+                f" visible to rank {blind[0]} on another node, so training could not resume if"
+                " rank 0's node were lost. Use storage that all nodes share (a network mount,"
+                " `s3://...`), or remove `storage_path`: the state then comes to this process"
+                " instead."
             )
 
     @override
@@ -191,8 +192,8 @@ class StorageKeeper(Keeper):
         del _all[self._directory.path]
         if self.has_some:
             log.warning(
-                "The state of training at its last whole epoch's end is the checkpoint in %s. Give"
-                " it to `trainer.fit(..., ckpt_path=...)` to go on.",
+                "The state at the end of the last complete epoch is the checkpoint in %s."
+                " Resume with `trainer.fit(..., ckpt_path=...)`.",
                 self._directory.path,
             )
 

@@ -74,7 +74,7 @@ def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
     if wanted and there is False:
         raise ConfigError(
             f"{source_of(ray, 'hydra.sweeper.ray.address')}: this process uses another Ray"
-            " already. Call `ray.shutdown()` first, or leave the address away."
+            " already. Call `ray.shutdown()` first, or remove the address."
         )
     return wanted if there is None else there
 
@@ -87,7 +87,7 @@ def _search(sweep: Sweep) -> None:
     path = write_results(sweep.records, sweep.directory)
     if was_interrupted:
         log.warning(
-            "Interrupted. Results so far: %s\nGo on with: %s",
+            "Interrupted. Results so far: %s\nResume with: %s",
             _relative(path),
             resume_command(sweep.directory),
         )
@@ -113,7 +113,7 @@ def _draw(sweep: Sweep) -> Path | None:
     except Exception as error:
         line = one_line(error)
         log.warning(
-            "The report could not be drawn (%s: %s). Try again by: %s",
+            "The report could not be drawn (%s: %s). Try again with: %s",
             type(error).__name__,
             line,
             again,
@@ -126,7 +126,7 @@ def _say_that_early(sweep: Sweep, why: str) -> None:
     unfinished = sweep.records.count("unfinished")
     missing = sweep.num_samples - len(sweep.records.trials)
     log.warning(
-        "Ended early, since %s: %d trials unfinished, %d not begun. Go on with: %s",
+        "Stopped early, since %s: %d trials unfinished, %d not started. Resume with: %s",
         why,
         unfinished,
         missing,

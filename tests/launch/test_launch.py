@@ -499,7 +499,7 @@ def test_worker_that_does_not_come_to_rest_is_replaced(
         launch(leave_slow_garbage(tmp_path / "cleaned", 60.0), pool=pool)
         first = pool.pids[0]
         assert launch(rank_and_pid, pool=pool)[1] != (1, first)
-        assert "do not come to rest" in caplog.text
+        assert "did not finish cleaning up" in caplog.text
     finally:
         pool.close()
 
@@ -555,7 +555,7 @@ def test_foreign_process_group_is_refused() -> None:
     hook = sys.excepthook
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(LaunchError, match="group is initialised already, and not by us"):
+        with pytest.raises(LaunchError, match="group has been initialised already, by other code"):
             launch(rank_and_pid)
         assert dist.is_initialized()
     finally:

@@ -65,7 +65,7 @@ print(json.dumps([ours, sorted(heavy & set(sys.modules))]))
     [
         (("hydra.sweeper.mode=most",), "hydra.sweeper.mode=most: expected one of min, max"),
         (("hydra.sweeper.search_alg.sed=1",), "Could not override 'hydra.sweeper.search_alg.sed'"),
-        (("hydra/sweeper/scheduler=bohb",), "BOHB is both"),
+        (("hydra/sweeper/scheduler=bohb",), "BOHB needs both"),
         (("hydra/sweeper/search_alg=grid",), "model.lr: an interval of real numbers has no grid"),
         (("model.lrr=1,2",), "Could not override 'model.lrr'"),
         (("hydra.sweeper.resume=nowhere",), "hydra.sweeper.resume=nowhere: holds no sweep"),
@@ -114,7 +114,7 @@ def test_directory_of_another_sweep_is_refused() -> None:
     Path("sweep/search_space.yaml").write_text("{}\n")
     done = run(*SWEEP)
     assert done.code == 2
-    assert "holds a sweep already. Go on with it by hydra.sweeper.resume=" in done.err
+    assert "already holds a sweep. Resume it with hydra.sweeper.resume=" in done.err
 
 
 def test_resumed_sweep_with_another_space_is_refused() -> None:

@@ -421,7 +421,7 @@ def test_pictures_that_show_nothing_any_more_go() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "mode=report: of which sweep? Name its directory: sweep="),
+        ((), "mode=report: no sweep given. Set its directory: sweep="),
         (("sweep=nowhere",), "nowhere: there is no such directory"),
         (("sweep=.",), "there is no journal.jsonl. Name the directory of a sweep by"),
         (("sweep=damaged",), "journal.jsonl holds no sweep"),
@@ -475,7 +475,7 @@ def test_train_refuses_to_draw(tmp_path: Path) -> None:
 
     from lightning_mgpu.cli.run import train
 
-    with pytest.raises(ConfigError, match=r"mode=report: draws what is there.*command"):
+    with pytest.raises(ConfigError, match=r"mode=report: only draws existing results.*command"):
         train(OmegaConf.create({"mode": "report", "output_dir": str(tmp_path)}))
 
 

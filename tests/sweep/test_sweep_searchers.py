@@ -216,8 +216,8 @@ def test_only_schedulers_that_pause_need_checkpoints() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (options("bohb", "asha"), "search_alg=bohb .*scheduler=asha: BOHB is both"),
-        (options("random", "bohb"), "search_alg=random .*scheduler=bohb: BOHB is both"),
+        (options("bohb", "asha"), "search_alg=bohb .*scheduler=asha: BOHB needs both"),
+        (options("random", "bohb"), "search_alg=random .*scheduler=bohb: BOHB needs both"),
         (options("optuna", "pbt"), "the scheduler itself changes the values"),
         (options("hyperopt", "pb2"), "the scheduler itself changes the values"),
         (options("random", "pbt", metric=None), r"scheduler=pbt: .*hydra\.sweeper\.metric"),

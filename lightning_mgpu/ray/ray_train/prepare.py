@@ -64,8 +64,8 @@ def take_place(strategy: "OnRay") -> bool:
     name = type(strategy).__name__
     if most > 1 and not least <= here.world_size <= most:
         raise MisconfigurationException(
-            f"`{name}(num_workers={most if least == most else (least, most)})` within a worker of"
-            f" Ray Train, which has started {here.world_size}. Leave `num_workers` out there."
+            f"`{name}(num_workers={most if least == most else (least, most)})` within a worker"
+            f" of Ray Train, which has started {here.world_size}. Remove `num_workers` there."
         )
     from ray.train.torch import get_devices
 
@@ -106,13 +106,13 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     here = place()
     if here is None:
         raise MisconfigurationException(
-            "`prepare_trainer` is for the function that `TorchTrainer` calls on its workers. A"
-            " program that only wants to train on Ray gives its Trainer `strategy=RayStrategy()`."
+            "`prepare_trainer` works only in the function that `TorchTrainer` calls on its"
+            " workers. Elsewhere, to train on Ray, use `Trainer(strategy=RayStrategy())`."
         )
     if (trainer.global_rank, trainer.world_size) != (here.rank, here.world_size):
         raise MisconfigurationException(
             f"`{type(trainer.strategy).__name__}` takes this worker for rank"
-            f" {trainer.global_rank} of {trainer.world_size}, and for Ray Train it is rank"
+            f" {trainer.global_rank} of {trainer.world_size}, but for Ray Train it is rank"
             f" {here.rank} of {here.world_size}. Use `lightning_mgpu.ray.RayStrategy()`, or"
             " `plugins=[ray.train.lightning.RayLightningEnvironment()]`."
         )

@@ -32,10 +32,12 @@ def download(head: Any, home: Path) -> None:
             return
         _copy(head, missing, home)
     except OSError as error:
-        log.warning("Not all could be copied (%s). It is on the cluster: %s", error, place)
+        log.warning(
+            "Some files could not be downloaded (%s). They are on the cluster: %s", error, place
+        )
         return
     log.info(
-        "Copied to %s, of checkpoints only the best. All is on the cluster: %s",
+        "Downloaded to %s, of checkpoints only the best. All files are on the cluster: %s",
         os.path.relpath(home),
         place,
     )

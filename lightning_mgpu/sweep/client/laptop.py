@@ -42,8 +42,8 @@ def run_on_cluster(sweep: Sweep) -> None:
     home = Path(named if not os.path.isabs(named) else Path(named).name).absolute()
     if sweep.options.resume is None and holds_sweep(home):
         raise ConfigError(
-            f"hydra.sweep.dir={named}: {home} holds a sweep already, and the new one's files would"
-            " come there. Choose another directory."
+            f"hydra.sweep.dir={named}: {home} already holds a sweep, and the new one's files"
+            " would be downloaded there. Choose another directory."
         )
     where = source_of(sweep.options.ray, "hydra.sweeper.ray.address")
     with _connected(sweep.options.ray):
@@ -56,15 +56,15 @@ def run_on_cluster(sweep: Sweep) -> None:
         except (ConnectionError, RayError) as error:
             _show_cursor()
             raise SweepFailedError(
-                f"{where}: the cluster was lost ({one_line(error, 300)}). The sweep ends there"
-                f" and keeps its files. Go on with: {resume_command(Path(named))}"
+                f"{where}: the cluster was lost ({one_line(error, 300)}). The sweep stops"
+                f" there and keeps its files. Resume with: {resume_command(Path(named))}"
             ) from error
     if code == -signal.SIGINT:  # before it could save anything
         code = 128 + signal.SIGINT
     if code < 0:
         _show_cursor()
         raise SweepFailedError(
-            f"The sweep's own process on the cluster was killed (signal {-code}). Go on with:"
+            f"The sweep's own process on the cluster was killed (signal {-code}). Resume with:"
             f" {resume_command(Path(named))}"
         )
     if code:
@@ -75,8 +75,8 @@ def _directory(sweep: Sweep) -> str:
     named = os.path.normpath(sweep.options.resume or sweep.job.config.hydra.sweep.dir)
     if named.startswith(os.pardir):
         raise ConfigError(
-            f"hydra.sweep.dir={named}: lies on the cluster, where that is nowhere. Name an absolute"
-            " path, or one below the home directory there."
+            f"hydra.sweep.dir={named}: leads out of the home directory on the cluster. Give an"
+            " absolute path, or one below the home directory there."
         )
     return named
 
@@ -110,7 +110,7 @@ def _start(command: Command, where: str) -> Any:
         ) from error
     if missing is not None:
         raise ConfigError(
-            f"{where}: {missing}. Send your project along by"
+            f"{where}: {missing}. Submit your project with"
             " hydra.sweeper.ray.runtime_env.working_dir=."
         )
     return head

@@ -57,8 +57,8 @@ def tune(sweep: "Sweep") -> Ended:
     options = sweep.options
     if options.metric is None and stops_early(options):
         log.info(
-            "hydra.sweeper.metric is not set, so trials run to their end and what the job returns"
-            " counts (hydra.sweeper.mode=%s).",
+            "hydra.sweeper.metric is not set, so trials run to their end and the job's return"
+            " value counts (hydra.sweeper.mode=%s).",
             options.mode,
         )
     with (

@@ -55,9 +55,9 @@ def _init(where: str, arguments: Mapping[str, Any]) -> None:
         ray.init(**arguments)
     except OSError as error:  # Ray's own is a ConnectionError
         raise ConfigError(
-            f"{where}: no such cluster ({error})."
-            " Start one with `ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or"
-            " have a private Ray by hydra.sweeper.ray.address=local."
+            f"{where}: no such cluster ({error}). Start one with `ray start --head`, set"
+            " RAY_AUTH_MODE=token if it requires a token, or start a private Ray with"
+            " hydra.sweeper.ray.address=local."
         ) from error
 
 
@@ -66,8 +66,8 @@ def refuse_resources(options: Mapping[str, Any]) -> None:
     for name in ("num_cpus", "num_gpus"):
         if options.get(name) is not None:
             raise ConfigError(
-                f"hydra.sweeper.ray.{name}={options[name]}: what a cluster has is fixed where it is"
-                " started. Leave it out, or the address."
+                f"hydra.sweeper.ray.{name}={options[name]}: the resources of a cluster are"
+                " fixed when it is started. Remove this option, or the address."
             )
 
 

@@ -88,7 +88,7 @@ def _check_pair(options: "RayTuneSweeperConf") -> None:
     search, scheduler = options.search_alg.name, options.scheduler.name
     pair = f"hydra/sweeper/search_alg={search} hydra/sweeper/scheduler={scheduler}"
     if (search == "bohb") != (scheduler == "bohb"):
-        raise ConfigError(f"{pair}: BOHB is both. Set search_alg=bohb and scheduler=bohb.")
+        raise ConfigError(f"{pair}: BOHB needs both search_alg=bohb and scheduler=bohb.")
     if scheduler in _POPULATION and search not in ("random", "grid"):
         raise ConfigError(
             f"{pair}: the scheduler itself changes the values. Set search_alg=random for the first"

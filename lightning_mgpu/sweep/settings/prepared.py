@@ -97,9 +97,9 @@ class Sweep:
         if self.options.resume is None:
             if holds_sweep(self.directory):
                 raise ConfigError(
-                    f"hydra.sweep.dir={name_of(self.directory)}: holds a sweep already. Go on with"
-                    f" it by hydra.sweeper.resume={name_of(self.directory)}, or choose another"
-                    " directory."
+                    f"hydra.sweep.dir={name_of(self.directory)}: already holds a sweep. Resume"
+                    f" it with hydra.sweeper.resume={name_of(self.directory)}, or choose"
+                    " another directory."
                 )
             self.directory.mkdir(parents=True, exist_ok=True)
             path.write_text(yaml.safe_dump(identity, sort_keys=False))

@@ -213,7 +213,7 @@ def _dimension(override: Override) -> Dimension:
         return Interval(value.start, last, log="log" in tags, integer=True)
     values = tuple(_plain(item) for item in override.sweep_iterator())
     if not values:
-        raise ConfigError(f"{override.input_line}: holds no value at all.")
+        raise ConfigError(f"{override.input_line}: has no value.")
     return Choice(values)
 
 
@@ -225,7 +225,7 @@ def _interval(key: str, sweep: IntervalSweep, tags: set[str]) -> Interval:
         raise ConfigError(f"{key}: interval({sweep.start}, {sweep.end}) is empty.")
     if "log" in tags and sweep.start <= 0:
         raise ConfigError(
-            f"{key}: tag(log, interval({sweep.start}, {sweep.end})) must begin above 0."
+            f"{key}: tag(log, interval({sweep.start}, {sweep.end})) must start above 0."
         )
     low, high = (int(sweep.start), int(sweep.end)) if integer else (sweep.start, sweep.end)
     return Interval(low, high, log="log" in tags, integer=integer)

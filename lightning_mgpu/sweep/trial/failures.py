@@ -60,7 +60,7 @@ def _is_of_torch(error: BaseException) -> bool:
 def reason(error: BaseException | None) -> str:
     """Reason of a trial's failure in one line."""
     if isinstance(error, OutOfMemoryError):
-        return "out of memory, the machine's: Ray has ended its process"
+        return "out of memory on the machine: Ray killed the process"
     if isinstance(error, RayActorError):
         return "its process died (killed, or out of memory)"
     cause = getattr(error, "cause", None) or error

@@ -53,13 +53,13 @@ class Requests:
         for name, amount in wanted.items():
             if amount > there.get(name, 0):
                 raise ConfigError(
-                    f"strategy: the workers of a trial ask for {describe(wanted)}, and there are"
+                    f"strategy: the workers of a trial need {describe(wanted)}, but there are"
                     f" {describe(there)}. Ask for fewer or smaller ones (strategy.num_workers,"
-                    " strategy.num_cpus_per_worker), or join a cluster by"
+                    " strategy.num_cpus_per_worker), or join a cluster with"
                     " hydra.sweeper.ray.address."
                     if on_ray
-                    else f"hydra.sweeper.resources_per_trial.{name.lower()}={amount:g}: there are"
-                    f" {there.get(name, 0):g}. Ask for less, or join a cluster by"
+                    else f"hydra.sweeper.resources_per_trial.{name.lower()}={amount:g}: there"
+                    f" are {there.get(name, 0):g}. Ask for less, or join a cluster with"
                     " hydra.sweeper.ray.address."
                 )
         if on_ray:

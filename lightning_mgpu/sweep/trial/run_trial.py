@@ -64,8 +64,8 @@ def run_trial(
             _report_end(plan, reporting, value)
         if threads := threads_left():
             log.warning(
-                "Left running, and nobody can end them but the end of the process: threads %s. With"
-                " hydra.sweeper.reuse_actors=false each trial has a process of its own.",
+                "The trial left threads running that cannot be stopped: %s. With"
+                " hydra.sweeper.reuse_actors=false each trial has its own process.",
                 ", ".join(threads),
             )
 
@@ -78,8 +78,9 @@ def check_storage(sweep_dir: Path) -> None:
     """
     if not holds_sweep(sweep_dir):
         raise TrialFailedError(
-            f"{sweep_dir} of this machine, {platform.node()}, is not the sweep's. Set"
-            " hydra.sweep.dir to a directory on storage that all machines of the cluster share."
+            f"{sweep_dir} on this machine ({platform.node()}) is not the sweep's directory."
+            " Set hydra.sweep.dir to a directory on storage that all machines of the cluster"
+            " share."
         )
 
 
@@ -89,7 +90,7 @@ def _run(job: Job, cfg: Any, reporting: reporter.Reporting) -> Any:
     except SystemExit as end:
         if reporting.stopped:
             raise
-        raise RuntimeError(f"the job ended itself by sys.exit({end.code!r})") from end
+        raise RuntimeError(f"the job called sys.exit({end.code!r})") from end
 
 
 def _send(metrics: dict[str, Any], directory: Path | None) -> None:

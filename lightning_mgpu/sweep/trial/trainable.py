@@ -66,8 +66,8 @@ class HydraTrial(FunctionTrainable):
             return True
         # Ray tells nobody of a trial whose actor just says no.
         raise TrialFailedError(
-            f"was to follow a trial that had not ended {END_SECONDS} s after it was told to. With"
-            " hydra.sweeper.reuse_actors=false each trial has a process of its own."
+            f"the previous trial in this process did not stop within {END_SECONDS} s. With"
+            " hydra.sweeper.reuse_actors=false each trial has its own process."
         )
 
     @override
