@@ -251,7 +251,7 @@ def test_what_is_lost_on_the_head_ends_command_and_sweep(
             "hydra.sweeper.ray.num_cpus=4: the resources of a cluster",
         ),
         (("hydra.sweeper.ray.address=ray://127.0.0.1:1",), "There is no Ray cluster at ray://127"),
-        (("hydra.sweep.dir=../above",), "hydra.sweep.dir=../above: lies on the cluster"),
+        (("hydra.sweep.dir=../above",), "hydra.sweep.dir=../above: leads out of the home"),
         (("hydra.sweep.dir=other",), "already holds a sweep. Resume it with hydra.sweeper"),
         (("hydra.sweep.dir=mine",), "scripts/mine already holds a sweep, and the new one"),
     ],
