@@ -48,10 +48,10 @@ def connect(strategy: Any, cfg: DictConfig) -> None:
                 f"ray.{name}={value}: nothing in this run uses Ray. Add `+strategy=ray`."
             )
         return
-    from lightning_mgpu.ray import cluster
+    from lightning_mgpu.ray import connection
 
     try:
-        cluster.connect(options)
+        connection.connect(options)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"ray: {one_line(error)}") from error
 

@@ -22,7 +22,7 @@ from lightning_mgpu.launch.errors import (
     is_timeout_error,
 )
 from lightning_mgpu.launch.process_state import ProcessState
-from lightning_mgpu.ray import cluster, loggers, worker_group
+from lightning_mgpu.ray import connection, loggers, worker_group
 from lightning_mgpu.ray.epoch_checkpoint import Autosave, Keeper, Save
 from lightning_mgpu.ray.object_store import Parcel, pack, unpack
 from lightning_mgpu.ray.ranks import Place
@@ -73,7 +73,7 @@ class RayLauncher(_Launcher):
                 " the outer one."
             )
         self._strategy.check(trainer)
-        cluster.connect()
+        connection.connect()
         entry = _Entry(self._strategy, trainer, function, args, kw)
         keeper = self._strategy.keeper() if trainer.state.fn == TrainerFn.FITTING else None
         if keeper is None:

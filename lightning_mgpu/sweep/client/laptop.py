@@ -15,11 +15,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
-from lightning_mgpu.ray.address import address_of, source_of
-from lightning_mgpu.ray.cluster import connect
+from lightning_mgpu.ray.address import source_of
 from lightning_mgpu.sweep.client.download import download
 from lightning_mgpu.sweep.client.head import HEAD, Command, Head
-from lightning_mgpu.sweep.driver.sweep_cluster import QUIET, refuse_resources
+from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
 from lightning_mgpu.sweep.job.job import program
 from lightning_mgpu.sweep.settings.prepared import Sweep, holds_sweep
 from lightning_mgpu.sweep.store.results import resume_command
@@ -46,7 +45,7 @@ def run_on_cluster(sweep: Sweep) -> None:
             " would be downloaded there. Choose another directory."
         )
     where = source_of(sweep.options.ray, "hydra.sweeper.ray.address")
-    with _connected(sweep.options.ray):
+    with connected_to_ray(sweep.options.ray):
         head = _start(_command(named, sweep.options.ray), where)
         try:
             code = _follow(head)
@@ -79,23 +78,6 @@ def _directory(sweep: Sweep) -> str:
             " absolute path, or one below the home directory there."
         )
     return named
-
-
-@contextlib.contextmanager
-def _connected(given: Mapping[str, Any]) -> Iterator[None]:
-    """Connect for the length of the block, unless connected already."""
-    if ray.is_initialized():
-        yield
-        return
-    refuse_resources(given)
-    try:
-        connect({**QUIET, **given, "address": address_of(given)})
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"hydra.sweeper.ray: {one_line(error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _start(command: Command, where: str) -> Any:
