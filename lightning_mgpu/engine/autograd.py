@@ -38,7 +38,7 @@ def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backwar
     floating = [i for i, v in enumerate(values) if v.is_floating_point() or v.is_complex()]
     if not torch.is_grad_enabled() or not floating or not any(x.requires_grad for x in inputs):
         return values
-    link = _Link(backward, tuple(values[i] for i in floating))
+    link = _GraftState(backward, tuple(values[i] for i in floating))
     token = _Work.apply(link, *inputs)  # type: ignore[no-untyped-call]
     joined = _Outputs.apply(link, token)  # type: ignore[no-untyped-call]
     for i, output in zip(floating, joined, strict=True):
@@ -46,7 +46,7 @@ def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backwar
     return values
 
 
-class _Link:
+class _GraftState:
     """State shared by the two nodes of one graft."""
 
     def __init__(self, backward: Backward, values: tuple[Tensor, ...]) -> None:
@@ -59,7 +59,7 @@ class _Work(torch.autograd.Function):
     """Node from the inputs to a CPU token; does the work in backward."""
 
     @staticmethod
-    def forward(ctx: Any, link: _Link, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, link: _GraftState, *inputs: Tensor) -> Tensor:
         ctx.link = link
         return torch.zeros((), device="cpu", dtype=torch.float32)
 
@@ -80,7 +80,7 @@ class _Outputs(torch.autograd.Function):
     """Node from the token to the outputs; passes the gradients on in backward."""
 
     @staticmethod
-    def forward(ctx: Any, link: _Link, token: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, link: _GraftState, token: Tensor) -> tuple[Tensor, ...]:
         ctx.link = link
         ctx.set_materialize_grads(False)
         # No arguments, whose views as outputs could not be written to in place.

@@ -22,7 +22,7 @@ _HOOK = "lightning_mgpu.batch_norm"
 
 
 @dataclass
-class _Call:
+class _BatchStatistics:
     """Batch statistics of one call of a layer: per channel, in the running statistics' dtype."""
 
     count: float
@@ -36,7 +36,7 @@ class _Call:
 class _Layer:
     """The calls of one layer in one part, and what the layer holds otherwise."""
 
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[_BatchStatistics] = field(default_factory=list)
     outside: tuple[dict[str, Tensor | None], float | None] | None = None
 
 
@@ -68,13 +68,13 @@ class Recorder:
             layer._forward_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
             self._restore(layer)
 
-    def take(self) -> list[list[_Call]]:
+    def take(self) -> list[list[_BatchStatistics]]:
         """The calls of each layer since the last time."""
         taken = [self._state[id(layer)].calls for layer in self.layers]
         self._state = {id(layer): _Layer() for layer in self.layers}
         return taken
 
-    def take_parts(self, count: int) -> list[list[list[_Call]]]:
+    def take_parts(self, count: int) -> list[list[list[_BatchStatistics]]]:
         """The calls of each layer since the last time, for each part."""
         taken = self.take()
         return [[[c for c in calls if c.part == i] for calls in taken] for i in range(count)]
@@ -106,7 +106,7 @@ class Recorder:
         mean, variance = layer.running_mean, layer.running_var
         self._restore(layer)
         part = self._part() if self._part is not None else 0
-        state.calls.append(_Call(inputs[0].numel() / mean.numel(), mean, variance, part))
+        state.calls.append(_BatchStatistics(inputs[0].numel() / mean.numel(), mean, variance, part))
 
     def _restore(self, layer: Any) -> None:
         state = self._state[id(layer)]
@@ -141,7 +141,7 @@ def layers_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_Call]]]) -> None:
+def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_BatchStatistics]]]) -> None:
     """Update running statistics as if each layer had seen the parts as one batch.
 
     Args:
@@ -154,7 +154,7 @@ def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_Call]]]) -> N
             _update(layer, [call[number] for call in calls if number < len(call)])
 
 
-def _update(layer: Any, calls: Sequence[_Call]) -> None:
+def _update(layer: Any, calls: Sequence[_BatchStatistics]) -> None:
     """Chan, Golub and LeVeque's pooling of variances, then torch's moving average."""
     device = layer.running_mean.device
     means = [call.mean.to(device) for call in calls]

@@ -7,7 +7,7 @@ MISSING: Any = object()
 """What is in a place that is empty."""
 
 
-class Patches:
+class EntrySwap:
     """Replacements for entries of dicts and lists, with the originals.
 
     Args:

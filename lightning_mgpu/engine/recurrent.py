@@ -17,7 +17,7 @@ from lightning_mgpu.engine.entry_swap import MISSING
 def stand_ins(
     module: nn.Module, stand_in: Callable[[Tensor], Tensor]
 ) -> list[tuple[dict[str, Any], str, Any, Any]]:
-    """Replacements for a recurrent layer's lists of weights, as `Patches` takes them.
+    """Replacements for a recurrent layer's lists of weights, as `EntrySwap` takes them.
 
     Args:
         module: Any module; of others than recurrent layers there is nothing.

@@ -33,7 +33,7 @@ _PATIENCE_SECONDS = 10.0
 _STOP, _LOOK = b"s", b"l"
 
 
-class Watch:
+class LaunchMonitor:
     """Collect the workers' answers and find the cause of a failed launch.
 
     Whatever goes wrong ends in one conclusion: every worker is killed, the rendezvous closed (so
@@ -73,7 +73,7 @@ class Watch:
         # One byte ends the watch, the other makes it look at its deadlines again.
         self._control_reader, self._control_writer = os.pipe()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "LaunchMonitor":
         self._thread.start()
         return self
 

@@ -19,7 +19,7 @@ from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.handle import Deliveries, WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupter
-from lightning_mgpu.launch.monitor import Watch
+from lightning_mgpu.launch.monitor import LaunchMonitor
 from lightning_mgpu.launch.process_state import ProcessState, frozen_environment, threads_per_rank
 from lightning_mgpu.launch.rank import GroupGuard, Rank, Rendezvous, abort_group, leave_group
 from lightning_mgpu.launch.rank_variables import RANK_VARIABLES, shown
@@ -45,7 +45,7 @@ class WorkerPool:
         self._tidying: list[WorkerHandle] = []  # who has yet to say that it is idle
         self._launching = threading.Lock()
         self._owner = os.getpid()
-        self._started_under: _Conditions | None = None
+        self._started_under: _FixedState | None = None
 
     @property
     def pids(self) -> list[int]:
@@ -108,7 +108,7 @@ class WorkerPool:
                     threading.Thread(target=abort_group, daemon=True).start()
 
             seconds = timeout.total_seconds()
-            watch = stack.enter_context(Watch(workers, interrupter, seconds, unblock))
+            watch = stack.enter_context(LaunchMonitor(workers, interrupter, seconds, unblock))
 
             def run(rank: int) -> protocol.Run:
                 return protocol.Run(ranks[rank], state, prepare, normal_exit, locations(rank))
@@ -158,7 +158,7 @@ class WorkerPool:
     def _take(self, count: int) -> list[WorkerHandle]:
         """Take `count` workers that suit this process; start those that are missing."""
         self._settle()
-        conditions = _Conditions()
+        conditions = _FixedState()
         fit = self._started_under is not None and self._started_under.still_hold(conditions)
         if not fit or len(self.pids) < len(self._workers) or os.getpid() != self._owner:
             self.close()
@@ -227,7 +227,7 @@ class WorkerPool:
             raise
 
 
-class _Conditions:
+class _FixedState:
     """State of this process that a running worker cannot adopt later."""
 
     def __init__(self) -> None:
@@ -240,13 +240,13 @@ class _Conditions:
             and not str(getattr(spec, "origin", "")).startswith((sys.prefix, sys.base_prefix))
         }
 
-    def still_hold(self, now: "_Conditions") -> bool:
+    def still_hold(self, now: "_FixedState") -> bool:
         """Return whether a process started under these conditions can serve under `now`."""
         return self._environment == now._environment and all(
             now._specs.get(name, spec) is spec for name, spec in self._specs.items()
         )
 
-    def add(self, now: "_Conditions") -> None:
+    def add(self, now: "_FixedState") -> None:
         """Add the modules imported since, which the next launch may load in the workers."""
         self._specs = now._specs | self._specs
 

@@ -123,15 +123,15 @@ class _Worker:
         with GroupGuard():
             try:
                 result = self._run(run, file)
-                parcel = payload.Payload(result, {f"result of rank {run.rank.rank}": result})
+                packed = payload.Payload(result, {f"result of rank {run.rank.rank}": result})
             except BaseException as error:
                 self._channel.send(protocol.Failed(RemoteFailure.of(error)))
                 # Peers may still be talking to us: only the caller knows when to end this.
                 self._inbox.next()
                 raise
             _flush()  # the caller may go on as soon as it hears of us
-            with parcel:
-                self._channel.send(protocol.Done(), parcel.file)
+            with packed:
+                self._channel.send(protocol.Done(), packed.file)
             del result
             self._inbox.expect(protocol.Release)
         _flush()

@@ -13,8 +13,8 @@ from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.device import synchronize
 from lightning_mgpu.engine.pipeline import microbatch
 from lightning_mgpu.engine.pipeline.check.parity import Parity
-from lightning_mgpu.engine.pipeline.check.sample_run import Trial
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.check.sample_run import SampleRun
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter, Splitting
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, opened_until
@@ -143,7 +143,7 @@ class Bench:
         fixed = (*self._module.parameters(), *self._module.buffers())
         batch = self._step_batch()
         is_piece = self._splitter.pieces(self._forward, (args, kwargs), batch)
-        call = Call.of(self._forward, args, kwargs, is_piece)
+        call = CallArguments.of(self._forward, args, kwargs, is_piece)
         splitting = self._splitter.split(call, self._forward, batch, lambda: fixed)
         self.batch = splitting.size
         training = [m for m in batch_norm.layers_of(self._module.modules()) if m.training]
@@ -160,7 +160,9 @@ class Bench:
         """Samples in each micro-batch."""
         return microbatch.sizes(self.batch, chunks, self.least)
 
-    def _cutters(self, call: Call, splitting: Splitting, stages: int) -> tuple[Cutter, Cutter]:
+    def _cutters(
+        self, call: CallArguments, splitting: Splitting, stages: int
+    ) -> tuple[Cutter, Cutter]:
         """Cutters for a stage per layer, and for a single stage."""
         module, forward = self._module, self._forward
         if self._made is not None:
@@ -169,7 +171,7 @@ class Bench:
             assert apart.cut is not None
             self._know(apart.cut)
             return apart, Cutter(module, forward, 1, made=[_InARow(self._made)])
-        trial = Trial(forward, call, splitting, [self._device])
+        trial = SampleRun(forward, call, splitting, [self._device])
         run = partial(trial.run, 0, splitting.size)
         unseen = Parity("off", "", [self._device]).unseen
         with unseen(dict(module.named_modules())), torch.no_grad():

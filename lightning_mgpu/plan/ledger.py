@@ -41,8 +41,8 @@ class Ledger:
     def __init__(self, own: Iterable[Tensor]) -> None:
         self._own = {_memory(tensor) for tensor in own}
         self._batch: set[int] = set()
-        self._entries: list[_Entry] = []
-        self._latest: dict[int, _Entry] = {}
+        self._entries: list[_MemoryRecord] = []
+        self._latest: dict[int, _MemoryRecord] = {}
 
     def total(self) -> dict[Holders, int]:
         """Bytes by their holders."""
@@ -78,14 +78,14 @@ class Ledger:
         """Record a tensor needed by a layer's backward."""
         self._entry(tensor, layer).keepers.add(layer)
 
-    def _entry(self, tensor: Tensor, producer: int) -> "_Entry":
+    def _entry(self, tensor: Tensor, producer: int) -> "_MemoryRecord":
         key = _memory(tensor)
         if key is None or key in self._own:
-            return _Entry(producer)
+            return _MemoryRecord(producer)
         if key in self._batch:
             key = tensor.data_ptr()  # micro-batches are views of one memory
         if key not in self._latest:
-            self._latest[key] = _Entry(producer)
+            self._latest[key] = _MemoryRecord(producer)
             self._entries.append(self._latest[key])
         entry = self._latest[key]
         entry.size = max(entry.size, min(tensor.untyped_storage().nbytes(), tensor.nbytes))
@@ -93,7 +93,7 @@ class Ledger:
 
 
 @dataclass
-class _Entry:
+class _MemoryRecord:
     producer: int
     size: int = 0
     keepers: set[int] = field(default_factory=set)

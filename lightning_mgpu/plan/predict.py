@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from lightning_mgpu.engine.pipeline.partition.balance import balance
 from lightning_mgpu.plan import simulate
 from lightning_mgpu.plan.options import Checkpoint, Options
-from lightning_mgpu.plan.profile import Profile, Span
+from lightning_mgpu.plan.profile import LayerRange, Profile
 from lightning_mgpu.plan.simulate import Load
 from lightning_mgpu.plan.stages import Stages
 
@@ -163,7 +163,7 @@ def _rows(
         )
 
 
-def _cut(profile: Profile, stages: int) -> list[Span]:
+def _cut(profile: Profile, stages: int) -> list[LayerRange]:
     """Layers of each stage: as the user wants, or so that the slowest is as fast as possible."""
     if len(profile.split_at) == stages - 1:
         starts = [0, *map(profile.names.index, profile.split_at)]
@@ -172,7 +172,7 @@ def _cut(profile: Profile, stages: int) -> list[Span]:
         sample = profile.samples[len(profile.samples) // 2]
         costs = [f + b for f, b in zip(sample.forward, sample.backward, strict=True)]
         starts = [0, *accumulate(balance(costs, stages)[:-1])]
-    return [Span(*pair) for pair in pairwise([*starts, len(profile.names)])]
+    return [LayerRange(*pair) for pair in pairwise([*starts, len(profile.names)])]
 
 
 def _load(

@@ -35,7 +35,7 @@ class Weights:
         return self.parameters + self.gradients + self.state
 
 
-class Span(NamedTuple):
+class LayerRange(NamedTuple):
     """Range of a stage's layers, from the first to before the end."""
 
     first: int
@@ -111,7 +111,7 @@ class Profile:
         """Seconds of a step outside of the module."""
         return on_line([(sample.chunks, sample.own) for sample in self.samples], chunks)
 
-    def weights_of(self, span: Span) -> Weights:
+    def weights_of(self, span: LayerRange) -> Weights:
         """Bytes of a stage that do not depend on the batch."""
         own = sum(self.weights[slice(*span)], self.rest if span.first == 0 else Weights())
         layers = range(*span)

@@ -14,7 +14,7 @@ from lightning_mgpu.plan.bench import Bench, NothingMeasuredError
 from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.profile import Profile, Weights
 from lightning_mgpu.strategies import PipelineStrategy
-from lightning_mgpu.strategies.stages.placement import Override
+from lightning_mgpu.strategies.stages.placement import ForwardOverride
 from lightning_mgpu.strategies.stages.split_module import find_module, own_stages
 
 
@@ -54,7 +54,7 @@ class Rehearsal(PipelineStrategy):
         name, module = find_module(model, self._module)
         made = own_stages(model)
         self._prefix = f"{name}." if name and made is None else ""
-        self._override = Override(module)
+        self._override = ForwardOverride(module)
         self._bench = Bench(
             module,
             self._override.plain,

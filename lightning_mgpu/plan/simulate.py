@@ -13,7 +13,7 @@ from lightning_mgpu.engine.pipeline.runtime import schedule
 from lightning_mgpu.engine.pipeline.runtime.schedule import Task
 
 
-class Span(NamedTuple):
+class TimeSpan(NamedTuple):
     """Start and end in seconds after the first task's start."""
 
     start: float
@@ -44,7 +44,7 @@ class Load:
 
 
 @dataclass
-class Timetable:
+class SimulatedTimes:
     """Times of all tasks and transfers.
 
     Attributes:
@@ -54,8 +54,8 @@ class Timetable:
         devices: How many there are.
     """
 
-    tasks: dict[Task, Span] = field(default_factory=dict)
-    transfers: dict[tuple[Link, int], Span] = field(default_factory=dict)
+    tasks: dict[Task, TimeSpan] = field(default_factory=dict)
+    transfers: dict[tuple[Link, int], TimeSpan] = field(default_factory=dict)
     seconds: float = 0.0
     devices: int = 0
 
@@ -65,11 +65,11 @@ class Timetable:
         return sum(span.end - span.start for span in self.tasks.values())
 
 
-class Passage(NamedTuple):
+class BatchTimes(NamedTuple):
     """Times of forward and backward of a batch; all of forward ends before backward starts."""
 
-    forward: Timetable
-    backward: Timetable
+    forward: SimulatedTimes
+    backward: SimulatedTimes
 
     @property
     def seconds(self) -> float:
@@ -82,7 +82,7 @@ class Passage(NamedTuple):
         return 1 - (self.forward.busy + self.backward.busy) / whole if whole else 0.0
 
 
-def passage(load: Load, devices: int | None = None) -> Passage:
+def passage(load: Load, devices: int | None = None) -> BatchTimes:
     """Simulate forward and backward of a batch.
 
     Args:
@@ -98,7 +98,7 @@ def passage(load: Load, devices: int | None = None) -> Passage:
         for tick in schedule.timetable(way, chunks, count).ticks
     ]
     back = {Link(link.receiver, link.sender): times for link, times in load.links.items()}
-    return Passage(
+    return BatchTimes(
         run(ticks, load.forward, load.links, count),
         run(reversed(ticks), load.backward, back, count),
     )
@@ -109,7 +109,7 @@ def run(
     seconds: Sequence[Sequence[float]],
     links: Mapping[Link, Sequence[float]],
     devices: int,
-) -> Timetable:
+) -> SimulatedTimes:
     """Simulate one direction.
 
     Args:
@@ -122,17 +122,17 @@ def run(
     outgoing = _by(links, "sender")
     free = [0.0] * devices
     line_free = dict.fromkeys(links, 0.0)
-    made = Timetable(devices=devices)
+    made = SimulatedTimes(devices=devices)
     for task in (task for tick in ticks for task in tick):
         stage, chunk = task
         arrived = (made.transfers[link, chunk].end for link in incoming.get(stage, ()))
         start = max(free[stage % devices], *arrived, 0.0)
         end = free[stage % devices] = start + seconds[stage][chunk]
-        made.tasks[task] = Span(start, end)
+        made.tasks[task] = TimeSpan(start, end)
         for link in outgoing.get(stage, ()):
             sent = max(end, line_free[link])
             line_free[link] = sent + links[link][chunk]
-            made.transfers[link, chunk] = Span(sent, line_free[link])
+            made.transfers[link, chunk] = TimeSpan(sent, line_free[link])
     made.seconds = max(free)
     return made
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from lightning_mgpu.plan.ledger import CALLER, Holders
-from lightning_mgpu.plan.profile import Profile, Sample, Span, on_line
+from lightning_mgpu.plan.profile import LayerRange, Profile, Sample, on_line
 from lightning_mgpu.plan.simulate import Link
 
 
@@ -39,7 +39,7 @@ class Stages:
         spans: Those of each stage.
     """
 
-    def __init__(self, profile: Profile, spans: Sequence[Span]) -> None:
+    def __init__(self, profile: Profile, spans: Sequence[LayerRange]) -> None:
         self.profile, self.spans = profile, list(spans)
         self._measured = [(sample.size, _costs(sample, self.spans)) for sample in profile.samples]
         self._known: dict[int, Costs] = {}
@@ -72,7 +72,7 @@ class Stages:
         return {link: on_line(of_link, size) for link, of_link in points.items()}
 
 
-def _costs(sample: Sample, spans: Sequence[Span]) -> Costs:
+def _costs(sample: Sample, spans: Sequence[LayerRange]) -> Costs:
     forward, backward = (
         [overhead + until[span.end] - until[span.first] for span in spans]
         for overhead, until in zip(

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
-from lightning_mgpu.engine.pipeline.profile.timeline import Kind, Timeline
+from lightning_mgpu.engine.pipeline.profile.timeline import Kind, PipelineTimeline
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
 from lightning_mgpu.plan.ledger import Ledger, Watched
 from lightning_mgpu.plan.profile import Sample
@@ -122,7 +122,7 @@ def sample_of(apart: Turn, whole: Turn, batch: int) -> Sample:
     )
 
 
-def _seconds(timeline: Timeline, kind: Kind) -> list[float]:
+def _seconds(timeline: PipelineTimeline, kind: Kind) -> list[float]:
     """Seconds of each stage for all micro-batches."""
     taken = [0.0] * timeline.stages
     for span in timeline.spans:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
-from lightning_mgpu.ray.worker import Saved, call_on_driver
+from lightning_mgpu.ray.worker import SavedCheckpoint, call_on_driver
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -52,7 +52,7 @@ class CallsRanks(Protocol):
         """Call a function on all of them, or on those of some ranks, and wait for the results."""
 
 
-class Keeper(ABC):
+class CheckpointKeeper(ABC):
     """The driver's view of where one training's checkpoints are kept; removed with the block.
 
     Attributes:
@@ -62,7 +62,7 @@ class Keeper(ABC):
     save: Save
 
     @abstractmethod
-    def latest(self) -> Saved | None:
+    def latest(self) -> SavedCheckpoint | None:
         """The latest checkpoint, if there is one by now."""
 
     @abstractmethod
@@ -74,13 +74,13 @@ class Keeper(ABC):
         """Finish: training is done, so nobody will resume from here."""
 
     @abstractmethod
-    def __enter__(self) -> "Keeper": ...
+    def __enter__(self) -> "CheckpointKeeper": ...
 
     @abstractmethod
     def __exit__(self, *_: Any) -> None: ...
 
 
-class DriverKeeper(Keeper):
+class DriverKeeper(CheckpointKeeper):
     """Keep checkpoints in a file on the driver, so that nodes need no shared storage."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True)
-class Whole:
+class GatheredState:
     """Tensors that rank 0 sends to the driver.
 
     Attributes:

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 5.0
 
 
-class Rest:
+class IdleTimer:
     """Wait in a thread until idle workers are to stop, then stop them.
 
     One of the workers looks at what the cluster's other users wait for, so that this process makes

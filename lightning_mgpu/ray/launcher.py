@@ -23,10 +23,10 @@ from lightning_mgpu.launch.errors import (
 )
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.ray import connection, loggers, worker_group
-from lightning_mgpu.ray.epoch_checkpoint import Autosave, Keeper, Save
-from lightning_mgpu.ray.object_store import Parcel, pack, unpack
-from lightning_mgpu.ray.ranks import Place
-from lightning_mgpu.ray.trainer_state import Returned, weights_of
+from lightning_mgpu.ray.epoch_checkpoint import Autosave, CheckpointKeeper, Save
+from lightning_mgpu.ray.object_store import PackedObject, pack, unpack
+from lightning_mgpu.ray.ranks import RankAssignment
+from lightning_mgpu.ray.trainer_state import TrainerState, weights_of
 from lightning_mgpu.ray.worker import is_worker
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 from lightning_mgpu.strategies.ranks.launcher import names_of_parts, set_live_state_aside
@@ -74,21 +74,21 @@ class RayLauncher(_Launcher):
             )
         self._strategy.check(trainer)
         connection.connect()
-        entry = _Entry(self._strategy, trainer, function, args, kw)
+        entry = _WorkerEntry(self._strategy, trainer, function, args, kw)
         keeper = self._strategy.keeper() if trainer.state.fn == TrainerFn.FITTING else None
         if keeper is None:
             return self._bring_home(trainer, self._run(trainer, entry.pack()))
         with keeper:
-            parcel = replace(entry, save=keeper.save).pack()
-            return self._bring_home(trainer, self._run_until_done(trainer, parcel, keeper))
+            packed = replace(entry, save=keeper.save).pack()
+            return self._bring_home(trainer, self._run_until_done(trainer, packed, keeper))
 
     def _run_until_done(
-        self, trainer: "Trainer", parcel: Parcel, keeper: Keeper
-    ) -> list[list[Parcel]]:
+        self, trainer: "Trainer", packed: PackedObject, keeper: CheckpointKeeper
+    ) -> list[list[PackedObject]]:
         """Start again from the latest checkpoint when workers are lost, as often as allowed."""
         for failures in itertools.count(1):
             try:
-                return self._run(trainer, parcel, keeper)
+                return self._run(trainer, packed, keeper)
             except Exception as error:
                 if not _is_loss(error) or failures > self._strategy.max_failures:
                     raise
@@ -102,13 +102,13 @@ class RayLauncher(_Launcher):
         raise AssertionError
 
     def _run(
-        self, trainer: "Trainer", parcel: Parcel, keeper: Keeper | None = None
-    ) -> list[list[Parcel]]:
+        self, trainer: "Trainer", packed: PackedObject, keeper: CheckpointKeeper | None = None
+    ) -> list[list[PackedObject]]:
         state = ProcessState.capture(self._strategy.threads_per_worker, for_ranks=True)
         workers = self._take_workers(keeper)
         self._strategy.run_failed = False
         try:
-            results = workers.run(parcel, state, keeper.latest() if keeper is not None else None)
+            results = workers.run(packed, state, keeper.latest() if keeper is not None else None)
             if keeper is not None:
                 keeper.finish(workers)
         except BaseException:
@@ -120,7 +120,7 @@ class RayLauncher(_Launcher):
         workers.rest(worker_group.idle_seconds())
         return results
 
-    def _take_workers(self, keeper: Keeper | None) -> worker_group.Session:
+    def _take_workers(self, keeper: CheckpointKeeper | None) -> worker_group.WorkerGroup:
         most, workers = self._strategy.num_workers, worker_group.take(self._strategy.group())
         try:
             if keeper is not None:
@@ -139,12 +139,12 @@ class RayLauncher(_Launcher):
             )
         return workers
 
-    def _bring_home(self, trainer: "Trainer", results: list[list[Parcel]]) -> Any:
+    def _bring_home(self, trainer: "Trainer", results: list[list[PackedObject]]) -> Any:
         # Weights are copied into the model at once: they need no memory in between.
-        returned: Returned = unpack(results[0][0], copy=False)
+        returned: TrainerState = unpack(results[0][0], copy=False)
         result = returned.restore(trainer)
         if trainer.state.fn == TrainerFn.PREDICTING:
-            return merge_predictions([unpack(parcels[1]) for parcels in results])
+            return merge_predictions([unpack(packs[1]) for packs in results])
         return result
 
     @override
@@ -155,7 +155,7 @@ class RayLauncher(_Launcher):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _WorkerEntry:
     """A function of the trainer, in the form in which each worker runs it."""
 
     strategy: "OnRay"
@@ -165,7 +165,7 @@ class _Entry:
     kwargs: dict[str, Any]
     save: Save | None = None
 
-    def pack(self) -> Parcel:
+    def pack(self) -> PackedObject:
         """Pickle this entry, without what the workers make anew.
 
         Raises:
@@ -177,7 +177,7 @@ class _Entry:
             set_live_state_aside(self.trainer, stack)
             return pack(self, names, weights_of(self.trainer).values())
 
-    def __call__(self, place: Place, resume: str | None = None) -> list[Parcel]:
+    def __call__(self, place: RankAssignment, resume: str | None = None) -> list[PackedObject]:
         trainer = self.trainer
         attached = callbacks_of(trainer)
         callbacks, args = list(attached), self.args
@@ -204,7 +204,7 @@ class _Entry:
             predictions, result = RankPredictions.of(trainer, result), None
         whole, returned = self.strategy.gather(trainer), None  # all ranks have a part in it
         if place.rank == 0:
-            returned = Returned.of(trainer, result, callbacks, whole)
+            returned = TrainerState.of(trainer, result, callbacks, whole)
         return [
             pack(
                 returned,

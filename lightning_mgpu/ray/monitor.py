@@ -8,7 +8,7 @@ import cloudpickle
 from ray.exceptions import RayError
 
 from lightning_mgpu.launch.errors import WorkerDiedError
-from lightning_mgpu.ray.object_store import Parcel
+from lightning_mgpu.ray.object_store import PackedObject
 
 # How long to wait for somebody to name a cause when all that is known is that a peer was lost.
 _CAUSE_SECONDS = 10.0
@@ -16,7 +16,7 @@ _CAUSE_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 2.0
 
 
-class Watch:
+class RunMonitor:
     """Monitor the ranks of one run until all are done or one has failed.
 
     Args:
@@ -28,11 +28,11 @@ class Watch:
         # Futures, since `ray.wait` swallows what a signal's handler raises.
         self._runs = {run.future(): rank for run, rank in runs.items()}
         self._first = first
-        self._results: dict[int, list[Parcel]] = {}
+        self._results: dict[int, list[PackedObject]] = {}
         self._lost: dict[int, BaseException] = {}  # who reports no more than a lost peer
         self._give_up: float | None = None
 
-    def outcomes(self) -> list[list[Parcel]]:
+    def outcomes(self) -> list[list[PackedObject]]:
         """Return values of the ranks, by rank; raises the first error."""
         message: Future[Any] | None = self._next_message()
         while self._runs or message is not None:

@@ -20,9 +20,9 @@ from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from lightning_mgpu.ray import prepared_data, tune_placement, validation, worker_group
-from lightning_mgpu.ray.epoch_checkpoint import DriverKeeper, Keeper
-from lightning_mgpu.ray.gathered_state import Whole
-from lightning_mgpu.ray.ranks import Place, RayEnvironment
+from lightning_mgpu.ray.epoch_checkpoint import CheckpointKeeper, DriverKeeper
+from lightning_mgpu.ray.gathered_state import GatheredState
+from lightning_mgpu.ray.ranks import RankAssignment, RayEnvironment
 from lightning_mgpu.ray.trainer_state import weights_of
 from lightning_mgpu.strategies.ranks.rank_data import process_loader
 
@@ -106,9 +106,9 @@ class OnRay(ParallelStrategy, ABC):
         """Intra-op threads of each worker."""
         return max(1, int(self._resources.get("CPU", 1)))
 
-    def group(self) -> worker_group.Group:
+    def group(self) -> worker_group.WorkerRequest:
         """Request for workers."""
-        group = worker_group.Group(
+        group = worker_group.WorkerRequest(
             least=self.min_workers,
             most=self.num_workers,
             resources=tuple(sorted(self._resources.items())),
@@ -120,7 +120,7 @@ class OnRay(ParallelStrategy, ABC):
                 return replace(group, least=count, most=count, trial=bundles)
         return group
 
-    def keeper(self) -> Keeper | None:
+    def keeper(self) -> CheckpointKeeper | None:
         """Keeper of the state after each epoch of `fit`; `None` if not asked for."""
         if self.storage_path is not None:
             from lightning_mgpu.ray.storage import StorageKeeper, absolute
@@ -151,7 +151,7 @@ class OnRay(ParallelStrategy, ABC):
                 f" {each} device{'s' if each > 1 else ''}. Leave `devices` out."
             )
 
-    def take_place(self, place: Place) -> None:
+    def take_place(self, place: RankAssignment) -> None:
         """Become the strategy of one worker."""
         environment = self._environment
         environment.place = place
@@ -170,11 +170,11 @@ class OnRay(ParallelStrategy, ABC):
         """The device whose tensors this rank exchanges; `None` if there are several."""
         return self.root_device if self.root_device.type != "cpu" else None
 
-    def gather(self, trainer: "Trainer") -> Whole:
+    def gather(self, trainer: "Trainer") -> GatheredState:
         """Gather the tensors that rank 0 sends to the driver after a run; called on all ranks."""
         # A checkpoint that is only to be tested is loaded as well.
         changed = trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path
-        return Whole(weights_of(trainer) if changed else None)
+        return GatheredState(weights_of(trainer) if changed else None)
 
     def dump_checkpoint(self, trainer: "Trainer") -> dict[str, Any]:
         """Build a checkpoint that rank 0 can save alone; called on all ranks."""

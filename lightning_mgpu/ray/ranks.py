@@ -12,7 +12,7 @@ from lightning_mgpu.strategies.ranks.environment import LaunchedEnvironment
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place(Rank):
+class RankAssignment(Rank):
     """Ranks of one worker, and the address where the ranks meet."""
 
     local_rank: int
@@ -21,11 +21,11 @@ class Place(Rank):
     num_nodes: int
 
 
-def places(nodes: list[str]) -> list[Place]:
+def places(nodes: list[str]) -> list[RankAssignment]:
     """Assign ranks to workers, given the node on which each runs."""
     order = list(dict.fromkeys(nodes))
     return [
-        Place(
+        RankAssignment(
             rank=rank,
             world_size=len(nodes),
             local_rank=nodes[:rank].count(node),
@@ -52,7 +52,7 @@ class RayEnvironment(LaunchedEnvironment):
 
     def __init__(self, num_workers: int) -> None:
         super().__init__()
-        self.place = Place(
+        self.place = RankAssignment(
             0,
             num_workers,
             local_rank=0,

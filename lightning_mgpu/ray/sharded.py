@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray import connection
-from lightning_mgpu.ray.gathered_state import Whole, tensors_of
+from lightning_mgpu.ray.gathered_state import GatheredState, tensors_of
 from lightning_mgpu.ray.strategy import LaunchedOnRay
-from lightning_mgpu.ray.worker_group import Group
+from lightning_mgpu.ray.worker_group import WorkerRequest
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -72,7 +72,7 @@ class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
             )
 
     @override
-    def group(self) -> Group:
+    def group(self) -> WorkerRequest:
         if "GPU" in self._resources and connection.is_ours() and not torch.cuda.is_available():
             raise LaunchError(
                 f"`RayShardedStrategy(num_workers={self.num_workers})` trains on GPUs only, and"
@@ -93,10 +93,10 @@ class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
         return super()._setup_model(model)
 
     @override
-    def gather(self, trainer: "Trainer") -> Whole:
+    def gather(self, trainer: "Trainer") -> GatheredState:
         fitted = trainer.state.fn == TrainerFn.FITTING
         weights = self._weights() if fitted or trainer.ckpt_path else None
-        return Whole(weights, self._optimizer_states() if fitted else None)
+        return GatheredState(weights, self._optimizer_states() if fitted else None)
 
     @override
     def dump_checkpoint(self, trainer: "Trainer") -> dict[str, Any]:

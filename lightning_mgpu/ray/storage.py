@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import WorkerDiedError
-from lightning_mgpu.ray.epoch_checkpoint import CallsRanks, Keeper
+from lightning_mgpu.ray.epoch_checkpoint import CallsRanks, CheckpointKeeper
 from lightning_mgpu.ray.worker import call_on_driver
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class Directory:
         return system, path
 
 
-class StorageKeeper(Keeper):
+class StorageKeeper(CheckpointKeeper):
     """Make rank 0 write checkpoints to storage, where they stay if training fails.
 
     Args:

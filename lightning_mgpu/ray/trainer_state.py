@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_set
 
 from lightning_mgpu.launch.pickler import Pickler
 from lightning_mgpu.ray import loggers
-from lightning_mgpu.ray.gathered_state import Whole, plain_name, tensors_of
+from lightning_mgpu.ray.gathered_state import GatheredState, plain_name, tensors_of
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
 @dataclass(frozen=True)
-class Returned:
+class TrainerState:
     """State of rank 0's Trainer after a run.
 
     Attributes:
@@ -62,12 +62,12 @@ class Returned:
     found: dict[str, Any]
     optimizers: bytes | None
     precision: dict[str, Any]
-    whole: Whole
+    whole: GatheredState
 
     @classmethod
     def of(
-        cls, trainer: "Trainer", result: Any, callbacks: "Iterable[Callback]", whole: Whole
-    ) -> "Returned":
+        cls, trainer: "Trainer", result: Any, callbacks: "Iterable[Callback]", whole: GatheredState
+    ) -> "TrainerState":
         """Take the state when a run of `trainer` has just returned `result`.
 
         Args:
@@ -155,7 +155,9 @@ def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> N
             tensor.copy_(weights[name])
 
 
-def _load_states(model: torch.nn.Module, optimizers: "list[Optimizer]", whole: Whole) -> None:
+def _load_states(
+    model: torch.nn.Module, optimizers: "list[Optimizer]", whole: GatheredState
+) -> None:
     """Load the states of optimizers that were sent without."""
     tensors = tensors_of(model)
     for optimizer, states in zip(optimizers, whole.optimizer_states or (), strict=False):
@@ -191,7 +193,7 @@ def _found(trainer: "Trainer", callbacks: "Iterable[Callback]") -> dict[str, Any
     return found
 
 
-def _optimizers(trainer: "Trainer", names: dict[int, str], whole: Whole) -> bytes | None:
+def _optimizers(trainer: "Trainer", names: dict[int, str], whole: GatheredState) -> bytes | None:
     optimizers: list[Optimizer] = trainer.strategy.optimizers
     if whole.optimizer_states is not None:
         for optimizer in optimizers:

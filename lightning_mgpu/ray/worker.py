@@ -20,8 +20,8 @@ from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
 from lightning_mgpu.launch.rank_variables import of_rank
 from lightning_mgpu.ray import demand
-from lightning_mgpu.ray.object_store import Parcel, unpack
-from lightning_mgpu.ray.ranks import Place, machine
+from lightning_mgpu.ray.object_store import PackedObject, unpack
+from lightning_mgpu.ray.ranks import RankAssignment, machine
 
 # What a worker keeps of its own environment, whatever the driver's says.
 _OWN = ("RAY_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LD_", "PYTHON")
@@ -32,15 +32,15 @@ _MESSAGES = 2
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSpec:
     """Data that a worker needs before it unpickles the user's objects."""
 
-    place: Place
+    place: RankAssignment
     state: ProcessState
     machine: str
 
 
-class Saved(Protocol):
+class SavedCheckpoint(Protocol):
     """A checkpoint sent to workers that resume from it."""
 
     def copy_to(self, file: IO[bytes]) -> bool:
@@ -83,13 +83,13 @@ class TrainWorker:
         return self._rendezvous.port
 
     def run(
-        self, job: Job, parcel: Parcel, resume: Saved | None
-    ) -> tuple[list[Parcel] | None, RemoteFailure | None]:
-        """Unpickle a function and call it: the parcels it returns, or its error.
+        self, job: RunSpec, packed: PackedObject, resume: SavedCheckpoint | None
+    ) -> tuple[list[PackedObject] | None, RemoteFailure | None]:
+        """Unpickle a function and call it: the packed objects it returns, or its error.
 
         Args:
             job: All else that belongs to the run.
-            parcel: The function, of the place and of a path.
+            packed: The function, of the place and of a path.
             resume: The checkpoint that will lie at the path.
         """
         global _current
@@ -103,7 +103,7 @@ class TrainWorker:
                 os.environ.update(
                     of_rank(place, place.local_rank, place.local_world_size, place.node_rank)
                 )
-                return unpack(parcel)(job.place, path), None
+                return unpack(packed)(job.place, path), None
         except BaseException as error:
             return None, RemoteFailure.of(error)
         finally:
@@ -174,7 +174,7 @@ def ask_driver(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def _as_file(saved: Saved | None) -> Iterator[str | None]:
+def _as_file(saved: SavedCheckpoint | None) -> Iterator[str | None]:
     """Path of the checkpoint as a file during the block; `None` without a checkpoint."""
     # In memory: nothing stays behind when the worker is killed.
     with os.fdopen(os.memfd_create("lightning_mgpu"), "wb") as file:

@@ -19,19 +19,19 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from lightning_mgpu.launch.errors import WorkerDiedError
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.ray import cluster, connection
-from lightning_mgpu.ray.idle import Rest
-from lightning_mgpu.ray.monitor import Watch
-from lightning_mgpu.ray.object_store import Parcel
-from lightning_mgpu.ray.ranks import Place, machine, places
+from lightning_mgpu.ray.idle import IdleTimer
+from lightning_mgpu.ray.monitor import RunMonitor
+from lightning_mgpu.ray.object_store import PackedObject
+from lightning_mgpu.ray.ranks import RankAssignment, machine, places
 from lightning_mgpu.ray.tune_placement import TrialBundles
-from lightning_mgpu.ray.worker import Job, Saved, TrainWorker
+from lightning_mgpu.ray.worker import RunSpec, SavedCheckpoint, TrainWorker
 
 # How long idle workers may take to show that they are alive.
 _ALIVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Group:
+class WorkerRequest:
     """Request for workers; a worker group serves every call with the same request.
 
     Attributes:
@@ -67,15 +67,15 @@ class Group:
         return cluster.fits([dict(self.resources)] * count, free=True)
 
 
-class Session:
+class WorkerGroup:
     """Running workers and the resources they hold."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: WorkerRequest) -> None:
         self.group = group
         self.busy = True
         self._reservation: PlacementGroup | None = None
         self._workers: list[Any] = []
-        self._idle: Rest | None = None
+        self._idle: IdleTimer | None = None
         self._calls = 0
         self._connection = connection.connection()
         try:
@@ -84,11 +84,13 @@ class Session:
             self.close()
             raise
 
-    def run(self, parcel: Parcel, state: ProcessState, resume: Saved | None) -> list[list[Parcel]]:
+    def run(
+        self, packed: PackedObject, state: ProcessState, resume: SavedCheckpoint | None
+    ) -> list[list[PackedObject]]:
         """Run a pickled function on every worker and wait for all of them.
 
         Args:
-            parcel: A function of the `Place`, which returns parcels.
+            packed: A function of the `RankAssignment`, which returns packed objects.
             state: The driver's state, for the workers to take over.
             resume: A checkpoint for the function to go on from.
 
@@ -105,14 +107,14 @@ class Session:
             port = ray.get(self._workers[0].listen.remote(host))
         except RayError as error:
             raise WorkerDiedError(0, None) from error
-        sent = ray.put(parcel)
+        sent = ray.put(packed)
         checkpoint = ray.put(resume)
         self._calls += 1
         runs = {}
         for worker, place in zip(self._workers, self._places, strict=True):
-            job = Job(replace(place, host=host, port=port), state, machine())
+            job = RunSpec(replace(place, host=host, port=port), state, machine())
             runs[worker.run.remote(job, sent, checkpoint)] = place.rank
-        return Watch(runs, self._workers[0]).outcomes()
+        return RunMonitor(runs, self._workers[0]).outcomes()
 
     def call(self, function: Callable[[], Any], ranks: Sequence[int] | None = None) -> list[Any]:
         """Call a function on some or all workers between runs; return the results."""
@@ -134,7 +136,7 @@ class Session:
         """Keep the workers for at most `seconds`, or until others wait for the resources."""
         self.busy = False
         first, end = self._workers[0], partial(close_if_idle, self)
-        self._idle = Rest(first, self._calls, self.group.held, seconds, end)
+        self._idle = IdleTimer(first, self._calls, self.group.held, seconds, end)
 
     def wake(self) -> None:
         """Stop the idle timer: the next call has come."""
@@ -199,16 +201,16 @@ class Session:
         # Neighbours get neighbouring ranks.
         order = sorted(range(size), key=lambda i: [n for n, _ in nodes].index(nodes[i][0]))
         self._workers = [self._workers[i] for i in order]
-        self._places: list[Place] = places([nodes[i][0] for i in order])
+        self._places: list[RankAssignment] = places([nodes[i][0] for i in order])
         self._address: str = nodes[order[0]][1]
 
 
-_sessions: list[Session] = []
+_sessions: list[WorkerGroup] = []
 _changing = threading.RLock()
 _idle_seconds = 300.0
 
 
-def take(group: Group) -> Session:
+def take(group: WorkerRequest) -> WorkerGroup:
     """Take an unused group: a warm one, or else a new one."""
     with _changing:
         for session in list(_sessions):
@@ -223,13 +225,13 @@ def take(group: Group) -> Session:
                 discard(session)
         if group.trial is None and not group.fits(group.most):
             close()
-    session = Session(group)
+    session = WorkerGroup(group)
     with _changing:
         _sessions.append(session)
     return session
 
 
-def discard(session: Session) -> None:
+def discard(session: WorkerGroup) -> None:
     """Stop a group of workers."""
     with _changing:
         if session in _sessions:
@@ -237,7 +239,7 @@ def discard(session: Session) -> None:
     session.close()
 
 
-def close_if_idle(session: Session) -> None:
+def close_if_idle(session: WorkerGroup) -> None:
     """Stop a group unless a call has come in the meantime."""
     with _changing:
         if not session.busy:

@@ -5,12 +5,12 @@ from lightning.fabric.strategies.registry import _StrategyRegistry
 from typing_extensions import override
 
 from lightning_mgpu.strategies.base.single_process import SingleProcessStrategy
-from lightning_mgpu.strategies.stages.pipelined import Pipelined
+from lightning_mgpu.strategies.stages.pipelined import PipelineMixin
 
 __all__ = ["PipelineStrategy"]
 
 
-class PipelineStrategy(Pipelined, SingleProcessStrategy):
+class PipelineStrategy(PipelineMixin, SingleProcessStrategy):
     """Train one model that is cut into stages on the devices of this process.
 
     The batch is split into micro-batches that stream through the stages (GPipe, Huang et al.,

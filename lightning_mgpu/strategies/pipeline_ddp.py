@@ -11,12 +11,12 @@ from typing_extensions import override
 
 from lightning_mgpu.engine.workers import available_cores
 from lightning_mgpu.strategies.distributed import DDPStrategy
-from lightning_mgpu.strategies.stages.pipelined import Pipelined
+from lightning_mgpu.strategies.stages.pipelined import PipelineMixin
 
 __all__ = ["PipelineDDPStrategy"]
 
 
-class PipelineDDPStrategy(Pipelined, DDPStrategy):
+class PipelineDDPStrategy(PipelineMixin, DDPStrategy):
     """Train in several processes, each of which computes the model in stages.
 
     ``Trainer(devices=4, strategy=PipelineDDPStrategy(stages=2))`` is two processes with two devices

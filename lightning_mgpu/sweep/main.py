@@ -19,7 +19,7 @@ from lightning_mgpu.ray.address import (
 )
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.submitted import receive
-from lightning_mgpu.sweep.settings.prepared import SPACE, Sweep
+from lightning_mgpu.sweep.settings.prepared import SPACE, PreparedSweep
 from lightning_mgpu.sweep.store.lock import locked
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
 from lightning_mgpu.sweep.store.results import job_command, resume_command, write_results
@@ -57,7 +57,7 @@ def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> N
     sent = receive()
     if sent is not None:
         options.ray, options.resume = sent.adopt(job, options.ray, options.resume)
-    sweep = Sweep.prepare(job, options, arguments)
+    sweep = PreparedSweep.prepare(job, options, arguments)
     if _is_on_laptop(options.ray):
         from lightning_mgpu.sweep.client.laptop import run_on_cluster
 
@@ -79,7 +79,7 @@ def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
     return wanted if there is None else there
 
 
-def _search(sweep: Sweep) -> None:
+def _search(sweep: PreparedSweep) -> None:
     options = sweep.options
     from lightning_mgpu.sweep.driver.ray_tune import tune  # Ray, now that there is something to run
 
@@ -98,7 +98,7 @@ def _search(sweep: Sweep) -> None:
     _conclude(sweep.records, path, page)
 
 
-def _draw(sweep: Sweep) -> Path | None:
+def _draw(sweep: PreparedSweep) -> Path | None:
     """Draw the report, and log a warning instead of an error if that fails."""
     from lightning_mgpu.sweep.report.draw import draw, missing
 
@@ -121,7 +121,7 @@ def _draw(sweep: Sweep) -> Path | None:
         return None
 
 
-def _say_that_early(sweep: Sweep, why: str) -> None:
+def _say_that_early(sweep: PreparedSweep, why: str) -> None:
     """Log why there are fewer results than asked for."""
     unfinished = sweep.records.count("unfinished")
     missing = sweep.num_samples - len(sweep.records.trials)

@@ -26,7 +26,7 @@ from torch.distributed import HashStore
 
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.payload import Payload
-from lightning_mgpu.launch.pool import WorkerPool, _Conditions, default_pool
+from lightning_mgpu.launch.pool import WorkerPool, _FixedState, default_pool
 from lightning_mgpu.launch.process_state import threads_per_rank
 from lightning_mgpu.launch.rank import Rank
 from lightning_mgpu.launch.rank_variables import RANK_VARIABLES, of_rank
@@ -607,12 +607,12 @@ def test_conditions_tell_a_reloaded_module(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("mgpu_known")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    before = _Conditions()
-    assert before.still_hold(_Conditions())
+    before = _FixedState()
+    assert before.still_hold(_FixedState())
     importlib.reload(module)
-    assert not before.still_hold(_Conditions())
+    assert not before.still_hold(_FixedState())
     monkeypatch.delitem(sys.modules, module.__name__)
-    assert before.still_hold(_Conditions())
+    assert before.still_hold(_FixedState())
 
 
 def test_frozen_variable_needs_new_workers() -> None:

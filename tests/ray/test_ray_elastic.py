@@ -59,7 +59,7 @@ class _Workers:
 
     room = 0
 
-    def __init__(self, group: worker_group.Group) -> None:
+    def __init__(self, group: worker_group.WorkerRequest) -> None:
         self.group, self.busy = group, True
         self.size = max(group.least, min(group.most, self.room))
         self.is_alive, self.is_stale = lambda: True, lambda: False
@@ -76,7 +76,7 @@ def test_warm_workers_give_way_to_more(monkeypatch: pytest.MonkeyPatch) -> None:
         workers.busy = False
         return workers
 
-    monkeypatch.setattr(worker_group.Group, "fits", lambda group, count: count <= free)
+    monkeypatch.setattr(worker_group.WorkerRequest, "fits", lambda group, count: count <= free)
     elastic, fixed = RayStrategy(num_workers=(2, 4)), RayStrategy(num_workers=3)
     _Workers.room = 2
     first = take(elastic)

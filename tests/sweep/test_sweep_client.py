@@ -248,7 +248,7 @@ def test_what_is_lost_on_the_head_ends_command_and_sweep(
         (("hydra.sweeper.ray.runtime_env.working_dir=null",), "app.py is not there"),
         (
             ("hydra.sweeper.ray.num_cpus=4",),
-            "hydra.sweeper.ray.num_cpus=4: the resources of a cluster",
+            "num_cpus=4: the resources of the cluster at",
         ),
         (("hydra.sweeper.ray.address=ray://127.0.0.1:1",), "There is no Ray cluster at ray://127"),
         (("hydra.sweep.dir=../above",), "hydra.sweep.dir=../above: leads out of the home"),

@@ -7,15 +7,15 @@ takes joined ones apart again. `docs/batches.md` has the rules as a table.
 
 from lightning_mgpu.engine.batch.containers import leaves, map_leaves
 from lightning_mgpu.engine.batch.joining import gather, join, weighted_mean
-from lightning_mgpu.engine.batch.layout import Hint, Layout
+from lightning_mgpu.engine.batch.layout import BatchLayout, Hint
 from lightning_mgpu.engine.batch.roles import JoinMemory
 from lightning_mgpu.engine.batch.samples import join_samples
 from lightning_mgpu.engine.batch.splitting import Shard, batch_size, scatter, split
 
 __all__ = [
+    "BatchLayout",
     "Hint",
     "JoinMemory",
-    "Layout",
     "Shard",
     "batch_size",
     "gather",

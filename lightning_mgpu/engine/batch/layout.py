@@ -46,7 +46,7 @@ class Hint:
     collated: bool = False
 
 
-class Layout:
+class BatchLayout:
     """Layout of batches of one kind; remembers its decisions.
 
     Args:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_mgpu.ray.ranks import Place
+from lightning_mgpu.ray.ranks import RankAssignment
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["prepare_trainer"]
 
 
-class TrainPlace(Place):
+class TrainAssignment(RankAssignment):
     """Ranks of a Ray Train worker, whose process group exists already."""
 
     def join_group(self, *_: Any, **__: Any) -> None:
@@ -29,7 +29,7 @@ class TrainPlace(Place):
             )
 
 
-def place() -> TrainPlace | None:
+def place() -> TrainAssignment | None:
     """Ranks of this process among Ray Train's workers; `None` if it is none of them."""
     train = sys.modules.get("ray.train")  # without which there is no such worker
     if train is None:
@@ -40,7 +40,7 @@ def place() -> TrainPlace | None:
         return None
     world_size, local = context.get_world_size(), context.get_local_world_size()
     node = context.get_node_rank()
-    return TrainPlace(
+    return TrainAssignment(
         context.get_world_rank(),
         world_size,
         local_rank=context.get_local_rank(),
@@ -118,9 +118,9 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
         )
     from ray.train.lightning import RayTrainReportCallback
 
-    from lightning_mgpu.ray.ray_train.report import ReportCallback
+    from lightning_mgpu.ray.ray_train.report import TrainReportCallback
 
     callbacks = callbacks_of(trainer)
     if not any(isinstance(callback, RayTrainReportCallback) for callback in callbacks):
-        callbacks.append(ReportCallback())
+        callbacks.append(TrainReportCallback())
     return trainer

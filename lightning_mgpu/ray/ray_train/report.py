@@ -7,7 +7,7 @@ from ray.train.lightning import RayTrainReportCallback
 from typing_extensions import override
 
 
-class ReportCallback(RayTrainReportCallback):
+class TrainReportCallback(RayTrainReportCallback):
     """Remove the directory in which checkpoints waited to be stored."""
 
     @override

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_mgpu.strategies.base.checks import check_layer_sync, check_module
 
 
-class InParts(ParallelStrategy, ABC):
+class MultiDeviceStrategy(ParallelStrategy, ABC):
     """Several devices in one process: refuses what cannot run there, and stops its threads."""
 
     @override

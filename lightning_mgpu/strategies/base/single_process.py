@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mgpu.strategies.base.checks import check_one_process
-from lightning_mgpu.strategies.base.multi_device import InParts
+from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 
 SHARED_OBJECTS = (Trainer, Strategy, LightningDataModule, Logger, Callback)
 """Objects that a model may refer to and that no part of it has a copy of its own of."""
@@ -25,7 +25,7 @@ OWN_ATTRIBUTES = (vars(LightningModule()).keys() - vars(nn.Module()).keys()) | {
 """Attributes of a LightningModule that Lightning keeps for itself."""
 
 
-class SingleProcessStrategy(InParts):
+class SingleProcessStrategy(MultiDeviceStrategy):
     """Several devices, one process: no process group, no change of samplers, no reductions.
 
     The object may be given to one Trainer after another; it keeps the devices of the first.

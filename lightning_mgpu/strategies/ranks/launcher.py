@@ -59,7 +59,7 @@ class PoolLauncher(_Launcher):
             Rank 0's result; for `Trainer.predict` the predictions of all ranks, as one process
             would have returned them.
         """
-        entry = _Entry(self._strategy, trainer, function, args, kw)
+        entry = _RankEntry(self._strategy, trainer, function, args, kw)
         world_size = self._strategy.num_processes
         with entry.pickled() if world_size > 1 else nullcontext() as payload:
             results = default_pool().launch(
@@ -96,7 +96,7 @@ class PoolLauncher(_Launcher):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _RankEntry:
     """A function of the trainer, in the form in which each rank runs it."""
 
     strategy: "DDPStrategy"

@@ -24,7 +24,7 @@ _SIGNATURE = inspect.signature(LightningModule.log)
 
 
 @dataclass(frozen=True)
-class _Call:
+class _LogCall:
     value: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -40,7 +40,7 @@ class LogRecorder:
 
     def __init__(self) -> None:
         # The same name may be logged several times in a step.
-        self.calls: dict[tuple[str, int], _Call] = {}
+        self.calls: dict[tuple[str, int], _LogCall] = {}
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Record a call; the arguments are those of `LightningModule.log`."""
@@ -51,7 +51,7 @@ class LogRecorder:
         number = 0
         while (name, number) in self.calls:
             number += 1
-        self.calls[name, number] = _Call(value, args, kwargs, options)
+        self.calls[name, number] = _LogCall(value, args, kwargs, options)
 
 
 class BatchSizes:

@@ -121,13 +121,13 @@ def _compared(
     """Describe the differences; `None` if there are none, or if they cannot be known."""
     trial = sharding.trial()
     try:
-        comparison = _Comparison(step, batch, trial, replicas)
+        comparison = _StepComparison(step, batch, trial, replicas)
         try:
             (found,) = workers.run([comparison.run])
         except torch.OutOfMemoryError:
             # Any device has memory for the samples of one shard.
             batch = step.shards[0].batch
-            comparison = _Comparison(step.of(trial.scatter(batch)), batch, trial, replicas)
+            comparison = _StepComparison(step.of(trial.scatter(batch)), batch, trial, replicas)
             (found,) = workers.run([comparison.run])
         if comparison.is_proven:
             sharding.confirm(trial)
@@ -137,7 +137,7 @@ def _compared(
         return None
 
 
-class _Comparison:
+class _StepComparison:
     """One step on one batch, whole and in shards, on the first device.
 
     Attributes:

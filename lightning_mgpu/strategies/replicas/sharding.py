@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from lightning_mgpu.engine.batch import Hint, JoinMemory, Layout, Shard, batch_size, join, split
+from lightning_mgpu.engine.batch import (
+    BatchLayout,
+    Hint,
+    JoinMemory,
+    Shard,
+    batch_size,
+    join,
+    split,
+)
 from lightning_mgpu.strategies.replicas.log_merging import BatchSizes
 
 Scatter = Callable[[Any, int], Sequence[Shard]]
@@ -35,7 +43,7 @@ class Sharding:
         gather_fn: Gather | None,
     ) -> None:
         self._devices = devices
-        self._layout = Layout(hint)
+        self._layout = BatchLayout(hint)
         self._memory = JoinMemory()
         self._scatter_fn, self.gather_fn = scatter_fn, gather_fn
         # Of a batch that `scatter_fn` has split, where shards may weigh by something else.

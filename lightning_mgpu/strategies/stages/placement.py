@@ -15,7 +15,7 @@ from lightning_mgpu.engine.batch import leaves, map_leaves
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 
 
-class Override:
+class ForwardOverride:
     """Replacement for a module's `forward` on the instance.
 
     Copies and pickles of the module have its own method instead.

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
-from lightning_mgpu.engine.pipeline.profile.timeline import Span, Timeline
+from lightning_mgpu.engine.pipeline.profile.timeline import PipelineTimeline, StageSpan
 from lightning_mgpu.timeline import drawing as report
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class StepTrace:
         )
 
 
-def chrome_trace(timeline: Timeline, names: list[str], step: int) -> dict[str, Any]:
+def chrome_trace(timeline: PipelineTimeline, names: list[str], step: int) -> dict[str, Any]:
     """A timeline in the trace event format, which ui.perfetto.dev and chrome://tracing show.
 
     Args:
@@ -123,7 +123,7 @@ def _about(what: str, thread: int, **args: Any) -> dict[str, Any]:
     return {"name": what, "ph": "M", "pid": 1, "tid": thread, "args": args}
 
 
-def _complete_event(span: Span) -> dict[str, Any]:
+def _complete_event(span: StageSpan) -> dict[str, Any]:
     return {
         "name": f"{span.kind} {span.chunk}",
         "cat": span.kind,

@@ -50,7 +50,7 @@ class Uncalled:
         with ExitStack() as stack:
             if not self._steps:
                 for name, child in self._children.items():
-                    handle = child.register_forward_pre_hook(_Called(called, name))
+                    handle = child.register_forward_pre_hook(_CallHook(called, name))
                     stack.callback(handle.remove)
             yield
         self._steps += 1
@@ -74,7 +74,7 @@ class Uncalled:
             )
 
 
-class _Called:
+class _CallHook:
     # Read where `forward` is recorded: this hook loses nothing by not being called there.
     needs_values = False
 

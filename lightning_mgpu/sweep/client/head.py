@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 
 from lightning_mgpu.sweep.client.files import File, SweepFiles
-from lightning_mgpu.sweep.job.submitted import Sent
+from lightning_mgpu.sweep.job.submitted import SubmittedSweep
 
 HEAD = "node:__internal_head__"
 """What Ray's first node has, and no other one."""
@@ -63,7 +63,7 @@ class Head:
         program = _program(command, directory)
         if program is None:
             return f"{command.module or command.script} is not there ({directory})"
-        sent = Sent(context.gcs_address, runtime_env, command.directory)
+        sent = SubmittedSweep(context.gcs_address, runtime_env, command.directory)
         self._files = SweepFiles(sent.place)
         environment = {k: v for k, v in os.environ.items() if k not in _OWN} | sent.variable()
         if command.terminal is not None:

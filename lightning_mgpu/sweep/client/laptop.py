@@ -20,13 +20,13 @@ from lightning_mgpu.sweep.client.download import download
 from lightning_mgpu.sweep.client.head import HEAD, Command, Head
 from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
 from lightning_mgpu.sweep.job.job import program
-from lightning_mgpu.sweep.settings.prepared import Sweep, holds_sweep
+from lightning_mgpu.sweep.settings.prepared import PreparedSweep, holds_sweep
 from lightning_mgpu.sweep.store.results import resume_command
 
 _SHOW_CURSOR = "\x1b[?25h"
 
 
-def run_on_cluster(sweep: Sweep) -> None:
+def run_on_cluster(sweep: PreparedSweep) -> None:
     """Run a checked sweep to its end on the cluster that its options name.
 
     Its directory is the cluster's; a relative path begins at the home directory there. All but
@@ -70,7 +70,7 @@ def run_on_cluster(sweep: Sweep) -> None:
         sys.exit(code)
 
 
-def _directory(sweep: Sweep) -> str:
+def _directory(sweep: PreparedSweep) -> str:
     named = os.path.normpath(sweep.options.resume or sweep.job.config.hydra.sweep.dir)
     if named.startswith(os.pardir):
         raise ConfigError(

@@ -16,7 +16,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu.sweep.driver.progress import Progress
 from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
-from lightning_mgpu.sweep.driver.tune_callback import Watcher
+from lightning_mgpu.sweep.driver.tune_callback import RecordingCallback
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
 from lightning_mgpu.sweep.search.searchers import Trials, build_searcher, trial_number
 from lightning_mgpu.sweep.search.stopper import SweepStopper
@@ -30,7 +30,7 @@ from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 if TYPE_CHECKING:
     from lightning_mgpu.config.sweeper import RayTuneSweeperConf
-    from lightning_mgpu.sweep.settings.prepared import Sweep
+    from lightning_mgpu.sweep.settings.prepared import PreparedSweep
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Ended(NamedTuple):
     why_early: str | None
 
 
-def tune(sweep: "Sweep") -> Ended:
+def tune(sweep: "PreparedSweep") -> Ended:
     """Run the trials that are left."""
     options = sweep.options
     if options.metric is None and stops_early(options):
@@ -71,13 +71,13 @@ def tune(sweep: "Sweep") -> Ended:
         retries = options.on_oom == "retry_smaller"
         kind = retrying(sweep.smaller) if retries else SweepTrial
         journal.begin(options, sweep.space, sweep.records)
-        watcher = Watcher(sweep.records, sweep.describe, show, journal, kind)
+        watcher = RecordingCallback(sweep.records, sweep.describe, show, journal, kind)
         stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
         _run(sweep, watcher, stopper)
     return Ended(watcher.interrupted, stopper.why)
 
 
-def _run(sweep: "Sweep", watcher: Watcher, stopper: SweepStopper) -> None:
+def _run(sweep: "PreparedSweep", watcher: RecordingCallback, stopper: SweepStopper) -> None:
     options, objectives = sweep.options, sweep.records.objectives
     # Ray itself compares by one metric only, and has nothing to compare for several.
     metric, mode = objectives[0] if len(objectives) == 1 else (None, None)

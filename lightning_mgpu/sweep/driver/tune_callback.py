@@ -24,7 +24,7 @@ _OF_RAY = {"time_this_iter_s", "time_total_s", "time_since_restore"}
 Listener = Callable[[TrialRecord | None], None]
 
 
-class Watcher(Callback):
+class RecordingCallback(Callback):
     """Ray Tune callback that turns events into records.
 
     Args:

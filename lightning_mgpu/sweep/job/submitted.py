@@ -16,7 +16,7 @@ _VARIABLE = "LIGHTNING_MGPU_SENT_SWEEP"
 
 
 @dataclass(frozen=True)
-class Sent:
+class SubmittedSweep:
     """Settings of a submitted sweep that differ from the laptop's command line.
 
     Attributes:
@@ -46,15 +46,15 @@ class Sent:
         return here, None if resume is None else str(self.place)
 
 
-_current: Sent | None = None
+_current: SubmittedSweep | None = None
 
 
-def receive() -> Sent | None:
+def receive() -> SubmittedSweep | None:
     """Take the settings sent to this process, if any, and accept its SIGINT again."""
     global _current
     text = os.environ.pop(_VARIABLE, None)  # it is not about the processes that this one starts
     if text is not None:
-        _current = Sent(**json.loads(text))
+        _current = SubmittedSweep(**json.loads(text))
         # Ray blocks it in all that it starts.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

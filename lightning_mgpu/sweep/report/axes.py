@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_mgpu.sweep.report.model import Dimension, Sweep, Trial
+from lightning_mgpu.sweep.report.model import Dimension, SweepHistory, Trial
 
 _MANY_CHOICES = 12  # numbers of which there are more have an axis of numbers
 _WIDE = 20.0  # from how many times the smallest on the metric has a logarithmic axis
@@ -48,7 +48,7 @@ class Axis:
         return self.ticks
 
 
-def metric_axis(sweep: Sweep) -> Axis:
+def metric_axis(sweep: SweepHistory) -> Axis:
     """Axis of the metric; logarithmic where a loss ranges over orders of magnitude."""
     values = [value for trial in sweep.trials for _, value in sweep.history(trial)]
     label = sweep.metric
@@ -57,7 +57,7 @@ def metric_axis(sweep: Sweep) -> Axis:
     return Axis(sweep.metric, label)
 
 
-def axis_of(sweep: Sweep, dimension: Dimension) -> Axis:
+def axis_of(sweep: SweepHistory, dimension: Dimension) -> Axis:
     """Axis of a searched value."""
     name = dimension.name
     label = _labels([one.name for one in sweep.dimensions])[name]

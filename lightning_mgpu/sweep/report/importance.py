@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lightning_mgpu.sweep.report.axes import Axis, axis_of, metric_axis
-from lightning_mgpu.sweep.report.model import Sweep
+from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.views import complete
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Importance:
     shares: dict[str, float]
 
 
-def importance(sweep: Sweep) -> Importance | None:
+def importance(sweep: SweepHistory) -> Importance | None:
     """Estimate importances; `None` with too few trials, or if nothing differs."""
     found = complete(sweep)
     scale = metric_axis(sweep)
@@ -53,7 +53,7 @@ def importance(sweep: Sweep) -> Importance | None:
 
 
 def _fanova(
-    sweep: Sweep, columns: dict[Axis, list[Any]], values: Sequence[float]
+    sweep: SweepHistory, columns: dict[Axis, list[Any]], values: Sequence[float]
 ) -> dict[str, float]:
     """Importances by Optuna's fANOVA: from a forest that predicts the metric."""
     import optuna

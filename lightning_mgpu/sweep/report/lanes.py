@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from lightning_mgpu.sweep.report.model import Sweep, Trial
+from lightning_mgpu.sweep.report.model import SweepHistory, Trial
 
 
 @dataclass(frozen=True)
-class Bar:
+class TrialBar:
     """A stretch of a trial on a worker, in seconds since the sweep began."""
 
     lane: int
@@ -17,7 +17,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Timeline:
+class WorkerTimeline:
     """Bars of all trials in the lanes of workers.
 
     Attributes:
@@ -25,7 +25,7 @@ class Timeline:
     """
 
     lanes: list[str]
-    bars: list[Bar]
+    bars: list[TrialBar]
     resumed: list[float]
 
     @property
@@ -40,13 +40,13 @@ class Timeline:
         return sum(bar.end - bar.start for bar in self.bars) / whole if whole else 0.0
 
 
-def timeline(sweep: Sweep) -> Timeline:
+def timeline(sweep: SweepHistory) -> WorkerTimeline:
     """Arrange bars in lanes, one for each worker or several consecutive workers."""
     stretches = sorted(
         ((stretch, trial) for trial in sweep.trials for stretch in trial.stretches),
         key=lambda pair: (pair[0].start, pair[1].number),
     )
-    clock = _Clock([stretch.start for stretch, _ in stretches], sweep)
+    clock = _ActiveClock([stretch.start for stretch, _ in stretches], sweep)
     free: list[float] = []  # when each lane is free again
     hosts: list[str] = []
     lane_of: dict[str, int] = {}
@@ -57,10 +57,10 @@ def timeline(sweep: Sweep) -> Timeline:
             lane = _free_lane(free, hosts, stretch.start, stretch.host)
         free[lane], lane_of[stretch.worker] = stretch.end, lane
         begin, end = clock(stretch.start), clock(stretch.end)
-        bars.append(Bar(lane, begin, max(begin, end), trial, stretch.outcome))
+        bars.append(TrialBar(lane, begin, max(begin, end), trial, stretch.outcome))
     several = len(set(hosts)) > 1
     names = [f"{host}, {n}" if several else f"worker {n}" for n, host in enumerate(hosts, 1)]
-    return Timeline(names, bars, clock.resumed)
+    return WorkerTimeline(names, bars, clock.resumed)
 
 
 def _free_lane(free: list[float], hosts: list[str], start: float, host: str) -> int:
@@ -72,10 +72,10 @@ def _free_lane(free: list[float], hosts: list[str], start: float, host: str) -> 
     return len(free) - 1
 
 
-class _Clock:
+class _ActiveClock:
     """Clock of seconds since the first trial began, without the time between sessions."""
 
-    def __init__(self, starts: list[float], sweep: Sweep) -> None:
+    def __init__(self, starts: list[float], sweep: SweepHistory) -> None:
         ends = [stretch.end for trial in sweep.trials for stretch in trial.stretches]
         self._cuts: list[tuple[float, float]] = [(start, start) for start in starts[:1]]
         for session in sweep.sessions[1:]:

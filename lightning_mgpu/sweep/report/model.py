@@ -82,7 +82,7 @@ class Trial:
 
 
 @dataclass
-class Sweep:
+class SweepHistory:
     """A sweep so far.
 
     Attributes:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mgpu.errors import ConfigError
-from lightning_mgpu.sweep.report.model import Dimension, Report, Stretch, Sweep, Trial
+from lightning_mgpu.sweep.report.model import Dimension, Report, Stretch, SweepHistory, Trial
 
 JOURNAL = "journal.jsonl"
 """The file, a JSON object in each line, in the directory of a sweep."""
 
 
-def read(directory: Path) -> Sweep:
+def read(directory: Path) -> SweepHistory:
     """Read the sweep in a directory: finished, interrupted or running.
 
     Raises:
@@ -70,12 +70,12 @@ class _Reader:
         elif "trial" in event and event["trial"] in self._trials:
             getattr(self, f"_{event['event']}")(self._trials[event["trial"]], event)
 
-    def sweep(self, directory: Path) -> Sweep:
+    def sweep(self, directory: Path) -> SweepHistory:
         """The sweep so far."""
         self._close_all()
         about = self.about
         assert about is not None
-        return Sweep(
+        return SweepHistory(
             directory=directory,
             metric=_first(about["metric"]),
             mode=_first(about["mode"]),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lightning_mgpu.sweep.report.model import STATUSES, Sweep, Trial
+from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory, Trial
 
 COLOURS = {
     "done": "#2f6fa7",
@@ -23,7 +23,7 @@ class Curve:
     is_best: bool
 
 
-def curves(sweep: Sweep) -> list[Curve]:
+def curves(sweep: SweepHistory) -> list[Curve]:
     """Curves of all trials, the best one last, so that it is on top."""
     best = sweep.best()
     found = []
@@ -38,12 +38,12 @@ def curves(sweep: Sweep) -> list[Curve]:
     return sorted(found, key=lambda curve: curve.is_best)
 
 
-def has_curves(sweep: Sweep) -> bool:
+def has_curves(sweep: SweepHistory) -> bool:
     """Return whether some trial has reported more than once."""
     return any(len(sweep.history(trial)) > 1 for trial in sweep.trials)
 
 
-def best_so_far(sweep: Sweep) -> list[tuple[int, float]]:
+def best_so_far(sweep: SweepHistory) -> list[tuple[int, float]]:
     """Best value so far at each trial number."""
     better = max if sweep.mode == "max" else min
     found: list[tuple[int, float]] = []
@@ -52,19 +52,19 @@ def best_so_far(sweep: Sweep) -> list[tuple[int, float]]:
     return found
 
 
-def counts(sweep: Sweep) -> dict[str, int]:
+def counts(sweep: SweepHistory) -> dict[str, int]:
     """Number of trials by status."""
     found = {status: sum(t.status == status for t in sweep.trials) for status in STATUSES}
     return {status: number for status, number in found.items() if number}
 
 
-def longest_first(sweep: Sweep) -> list[Trial]:
+def longest_first(sweep: SweepHistory) -> list[Trial]:
     """Trials with reports, those with most epochs first."""
     reported = [trial for trial in sweep.trials if trial.reports]
     return sorted(reported, key=lambda trial: (-sweep.epochs(trial), trial.number))
 
 
-def saving(sweep: Sweep) -> str:
+def saving(sweep: SweepHistory) -> str:
     """Describe the epochs saved by early stopping."""
     trained = sum(map(sweep.epochs, sweep.trials))
     saved = sum(map(sweep.saved, sweep.trials))
@@ -78,7 +78,7 @@ def saving(sweep: Sweep) -> str:
     )
 
 
-def complete(sweep: Sweep) -> list[tuple[Trial, float]]:
+def complete(sweep: SweepHistory) -> list[tuple[Trial, float]]:
     """Trials that have a result and every searched value."""
     names = {dimension.name for dimension in sweep.dimensions}
     return [(trial, value) for trial, value in sweep.valued() if names <= trial.params.keys()]

@@ -33,7 +33,7 @@ _SAMPLES = 10
 
 
 @dataclass
-class Sweep:
+class PreparedSweep:
     """A sweep that has been checked and can start.
 
     Attributes:
@@ -49,7 +49,9 @@ class Sweep:
     records: Records
 
     @classmethod
-    def prepare(cls, job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> "Sweep":
+    def prepare(
+        cls, job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]
+    ) -> "PreparedSweep":
         """Read the search space, and check that a trial can be composed."""
         check_options(options)
         space = parse_space(options.params, arguments, job.config_loader)

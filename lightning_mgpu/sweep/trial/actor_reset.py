@@ -47,7 +47,7 @@ def _with_torch(state: ProcessState) -> ProcessState:
     return dataclasses.replace(state, torch=TorchState.capture(), warning_filters=filters)
 
 
-class Scrubber:
+class ActorReset:
     """Restore everything that a trial has changed in its process.
 
     Args:

@@ -90,7 +90,7 @@ def callbacks() -> list[Checkpoint]:
     if _current is None:
         return []
     return [
-        ReportCallback(
+        TrialReportCallback(
             _current.metrics, _current.every_n_epochs, _current.saves, _current.restore_from
         )
     ]
@@ -139,7 +139,7 @@ def _tell(trainer: Trainer, function: Callable[..., None], *args: Any) -> None:
         function(*args)
 
 
-class ReportCallback(Checkpoint):
+class TrialReportCallback(Checkpoint):
     """Report at the end of each epoch, and after each validation in between.
 
     A `Checkpoint`, since Lightning calls those last: a trial that is stopped in here has saved what
@@ -169,7 +169,7 @@ class ReportCallback(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Once: a list of callbacks that two Trainers share has those of both.
         attributes = vars(trainer)  # `callbacks` is set by a connector, and no declared attribute
-        others = [c for c in attributes["callbacks"] if not isinstance(c, ReportCallback)]
+        others = [c for c in attributes["callbacks"] if not isinstance(c, TrialReportCallback)]
         attributes["callbacks"] = [*others, self]
 
     @override

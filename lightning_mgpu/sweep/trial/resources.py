@@ -15,7 +15,7 @@ from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.cluster import describe
 
 if TYPE_CHECKING:
-    from lightning_mgpu.sweep.settings.prepared import Sweep
+    from lightning_mgpu.sweep.settings.prepared import PreparedSweep
 
 _STRATEGY = "strategy"
 
@@ -27,7 +27,7 @@ class Requests:
         sweep: The sweep.
     """
 
-    def __init__(self, sweep: "Sweep") -> None:
+    def __init__(self, sweep: "PreparedSweep") -> None:
         self._sweep = sweep
         options = sweep.options.resources_per_trial
         self._own = {"cpu": options.cpu, "gpu": options.gpu}
@@ -109,7 +109,7 @@ _requests: Requests | None = None
 
 
 @contextlib.contextmanager
-def requests_of(sweep: "Sweep") -> Iterator[None]:
+def requests_of(sweep: "PreparedSweep") -> Iterator[None]:
     """Make the trials of a sweep reserve their resources while the block lasts.
 
     Raises:

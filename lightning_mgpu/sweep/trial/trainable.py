@@ -49,13 +49,13 @@ class HydraTrial(FunctionTrainable):
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         gc.disable()  # collecting garbage while importing costs a third of the time
         try:
-            from lightning_mgpu.sweep.trial.actor_reset import Scrubber, adopt
+            from lightning_mgpu.sweep.trial.actor_reset import ActorReset, adopt
 
             threads, state, plan = pickle.loads(self.payload)
             state = adopt(state, threads)
             state.apply()
             self._plan: TrialPlan = pickle.loads(plan)
-            self._scrubber = Scrubber(state)
+            self._scrubber = ActorReset(state)
         finally:
             gc.enable()
         super().setup(config)  # type: ignore[no-untyped-call]

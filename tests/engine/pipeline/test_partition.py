@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
@@ -233,7 +233,7 @@ def _split(batch: Any, *args: Any, model: Any = (), **options: Any) -> tuple[int
     def forward(x: Any = None, mask: Any = None, *more: Any, key: Any = None) -> None: ...
 
     splitter, known = Splitter(**options), StepBatch(batch)
-    call = Call.of(forward, args, kwargs, splitter.pieces(forward, (args, kwargs), known))
+    call = CallArguments.of(forward, args, kwargs, splitter.pieces(forward, (args, kwargs), known))
     splitting = splitter.split(call, forward, known, lambda: model)
     return splitting.size, set(splitting.dims)
 
@@ -289,7 +289,7 @@ def test_what_once_was_of_another_length_is_known() -> None:
     splitter = Splitter()
     for length in (8, 6):
         args = torch.ones(length, 3), MASK
-        call = Call.of(forward, args, {}, splitter.pieces(forward, args, StepBatch()))
+        call = CallArguments.of(forward, args, {}, splitter.pieces(forward, args, StepBatch()))
         splitting = splitter.split(call, forward, StepBatch(), list)
         assert (splitting.size, splitting.dims) == (length, {"x": 0})
 
@@ -315,7 +315,7 @@ def test_lists_as_long_as_the_batch_are_split_and_doubted_unless_they_are_its_ow
     for batch, is_doubted in ((None, True), (X, True), ((X, names), False)):
         known = StepBatch(batch)
         pieces = splitter.pieces(forward, (X, names), known)
-        call = Call.of(forward, (X, names), {}, pieces)
+        call = CallArguments.of(forward, (X, names), {}, pieces)
         splitting = splitter.split(call, forward, known, list)
         assert splitting.pieces == ("names",)
         assert (

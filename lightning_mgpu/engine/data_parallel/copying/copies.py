@@ -20,7 +20,7 @@ from lightning_mgpu.engine.data_parallel.copying.generators import Generators
 from lightning_mgpu.engine.data_parallel.copying.remap import Remap
 from lightning_mgpu.engine.data_parallel.copying.replica import Replica
 from lightning_mgpu.engine.data_parallel.copying.structure import Structure
-from lightning_mgpu.engine.data_parallel.copying.tensors import Buffers, Tensors
+from lightning_mgpu.engine.data_parallel.copying.tensors import BufferCopies, Tensors
 from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import Tracked, track
 
 _MISSING = object()
@@ -56,7 +56,7 @@ class Copy(Replica):
             memo[id(original)] = kind.__new__(kind)
         self._pairs = [(m, memo[id(m)]) for m in (*structure.modules, *structure.objects)]
         layers = self.recorder.layers
-        self.buffers = Buffers(structure.modules, structure.names, layers, self.tensors)
+        self.buffers = BufferCopies(structure.modules, structure.names, layers, self.tensors)
         for index, module in enumerate(structure.modules):
             self._fill(module, memo[id(module)], index)
         self._layers = [_is_layer(original) for original, _ in self._pairs]

@@ -109,7 +109,7 @@ class Isolation:
         except UnsafeError:
             raise
         except Exception:
-            return _StandIn(value)
+            return _Uncopyable(value)
         self._memo.update(memo)
         return new
 
@@ -138,7 +138,7 @@ class Isolation:
             raise UnsafeError(f"more than {_MAX_BYTES >> 20} MiB of tensors hang on the model")
 
 
-class _StandIn:
+class _Uncopyable:
     """Stands for an object that cannot be copied."""
 
     def __init__(self, value: Any) -> None:

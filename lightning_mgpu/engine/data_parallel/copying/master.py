@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_mgpu.engine import recurrent
 from lightning_mgpu.engine.data_parallel.copying.replica import Replica
 from lightning_mgpu.engine.data_parallel.copying.structure import Structure
-from lightning_mgpu.engine.entry_swap import Patches
+from lightning_mgpu.engine.entry_swap import EntrySwap
 
 
 class Master(Replica):
@@ -24,7 +24,7 @@ class Master(Replica):
         patches = [*self._stand_ins(), *_uncompiled(structure.modules)]
         for module in structure.modules:
             patches += recurrent.stand_ins(module, self.remap)
-        self._patches = Patches(patches)
+        self._patches = EntrySwap(patches)
         self.overrides: Mapping[str, Any] = {}
 
     def is_stale(self) -> bool:

@@ -47,7 +47,7 @@ class Remap:
         where: What is being translated, in words.
         holdings: This step's copies of containers, arrays and plain objects, by the ids of the
             originals.
-        sites: What tracked numbers take down about this step.
+        sites: What tracked numbers record about this step.
     """
 
     def __init__(

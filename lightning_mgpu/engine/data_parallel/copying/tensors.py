@@ -137,7 +137,7 @@ class Tensors:
         return names
 
 
-class Buffers:
+class BufferCopies:
     """The buffers of a copy of a module.
 
     Args:

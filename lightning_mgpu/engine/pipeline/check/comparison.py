@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from lightning_mgpu.engine.batch.unevenness import Window, telling
 from lightning_mgpu.engine.compare import Difference, compare
 from lightning_mgpu.engine.device import HOST, autocast_dtype, rounds_float32
-from lightning_mgpu.engine.pipeline.check.module_state import Held
-from lightning_mgpu.engine.pipeline.check.sample_run import Trial
+from lightning_mgpu.engine.pipeline.check.module_state import ModuleSnapshot
+from lightning_mgpu.engine.pipeline.check.sample_run import SampleRun
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 from lightning_mgpu.engine.pipeline.outputs import joining
 from lightning_mgpu.engine.pipeline.outputs.columns import Column, columns_of, same
-from lightning_mgpu.engine.pipeline.outputs.joining import Layout, Layouts
+from lightning_mgpu.engine.pipeline.outputs.joining import Layouts, OutputLayout
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 
 # Two and three of them differ in number from each other and from the whole.
@@ -43,7 +43,7 @@ class Comparison:
     """
 
     def __init__(
-        self, trial: Trial, cut: Cut, devices: Sequence[torch.device], window: Window
+        self, trial: SampleRun, cut: Cut, devices: Sequence[torch.device], window: Window
     ) -> None:
         self._trial, self._window = trial, window
         self._counts = window.counts
@@ -53,7 +53,7 @@ class Comparison:
         self.compared = self.random = 0
         """How many tensors have been compared, and how many not, since they are random."""
 
-    def run(self, start: Held, modules: dict[str, nn.Module]) -> None:
+    def run(self, start: ModuleSnapshot, modules: dict[str, nn.Module]) -> None:
         """Compute the samples, each time from what the modules hold at the start.
 
         Args:
@@ -63,17 +63,17 @@ class Comparison:
         self._start = start
         begin, middle, end, _ = self._window
         self._whole = self._trial.run(begin, end)
-        after_whole = Held(modules, start)
+        after_whole = ModuleSnapshot(modules, start)
         start.restore(generators=False)
         second = self._trial.run(middle, end)
-        after_second = Held(modules, start)
+        after_second = ModuleSnapshot(modules, start)
         start.restore(generators=False)
         self._parts = [self._trial.run(begin, middle), second]
         self._trial.run(middle, end)
-        self.held = after_whole, Held(modules, start), after_second, self._coarse
+        self.held = after_whole, ModuleSnapshot(modules, start), after_second, self._coarse
         start.restore(generators=False)
 
-    def compare(self, proven: Layouts) -> dict[str, Layout]:
+    def compare(self, proven: Layouts) -> dict[str, OutputLayout]:
         """Find the batch dimension of each tensor, and compare values.
 
         Args:
@@ -82,7 +82,7 @@ class Comparison:
         Raises:
             SplitError: A tensor of the output has no dimension for the batch.
         """
-        layouts: dict[str, Layout] = {}
+        layouts: dict[str, OutputLayout] = {}
         unequal: dict[str, Tensor] = {}
         outputs = [self._whole, *self._parts]
         counts = [self._total, *self._counts]
@@ -122,7 +122,9 @@ class Comparison:
             unequal[place] = whole
             self.differences += different
 
-    def _layout(self, place: str, column: Sequence[Tensor]) -> tuple[Layout, list[Difference]]:
+    def _layout(
+        self, place: str, column: Sequence[Tensor]
+    ) -> tuple[OutputLayout, list[Difference]]:
         whole, *parts = column
         layout = joining.told(column, [self._total, *self._counts], place)
         if layout.dim is None:
@@ -135,18 +137,18 @@ class Comparison:
             layout = joining.MEAN
         found = self._compared(whole, parts, layout, place)
         if found and layout.dim is not None and whole.shape[layout.dim] != self._total:
-            other = Layout(layout.dim, minor=True)
+            other = OutputLayout(layout.dim, minor=True)
             if not self._compared(whole, parts, other, place):
                 return other, []
         return layout, found
 
     def _compared(
-        self, whole: Tensor, parts: Sequence[Tensor], layout: Layout, place: str
+        self, whole: Tensor, parts: Sequence[Tensor], layout: OutputLayout, place: str
     ) -> list[Difference]:
         return compare(whole, joining.cat(parts, self._counts, layout)[0], place, self._coarse)
 
     def _leave_out_random(
-        self, unequal: Mapping[str, Tensor], layouts: dict[str, Layout], proven: Layouts
+        self, unequal: Mapping[str, Tensor], layouts: dict[str, OutputLayout], proven: Layouts
     ) -> None:
         """Remove values that differ between two identical runs."""
         again = self._trial.run(self._window.start, self._window.end)

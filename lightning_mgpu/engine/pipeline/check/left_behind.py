@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mgpu.engine.pipeline.check.module_state import Held, differing
+from lightning_mgpu.engine.pipeline.check.module_state import ModuleSnapshot, differing
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,13 @@ class LeftBehind:
         self._mode = mode
         self._said: set[str] = set()
 
-    def report(self, whole: Held, parts: Held, last: Held, coarse: torch.dtype | None) -> None:
+    def report(
+        self,
+        whole: ModuleSnapshot,
+        parts: ModuleSnapshot,
+        last: ModuleSnapshot,
+        coarse: torch.dtype | None,
+    ) -> None:
         """Compare what the whole batch leaves behind with what its parts leave, one after another.
 
         Counts and sums that come out alike are right, and so are caches. Plain numbers that each
@@ -67,7 +73,9 @@ class LeftBehind:
             log.warning(text)
 
 
-def _is_passing(title: str, whole: Held, parts: Held, last: Held) -> bool:
+def _is_passing(
+    title: str, whole: ModuleSnapshot, parts: ModuleSnapshot, last: ModuleSnapshot
+) -> bool:
     """Return whether an attribute is a plain value that describes the current call only."""
     found = [held.leaves.get(title, (None, False))[0] for held in (whole, parts, last)]
     if any(isinstance(value, (Tensor, float, complex)) for value in found):

@@ -21,7 +21,7 @@ _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_mgpu.", "nu
 _OWN = frozenset(vars(nn.Module()))
 
 
-class Held:
+class ModuleSnapshot:
     """Snapshot of modules: attributes, buffers, and the objects these and hooks refer to.
 
     Args:
@@ -29,7 +29,9 @@ class Held:
         since: An earlier record; what is as it was then is not copied again.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], since: "Held | None" = None) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], since: "ModuleSnapshot | None" = None
+    ) -> None:
         self._modules = modules
         self._since = since
         self._seen: dict[int, Any] = {}
@@ -125,7 +127,9 @@ class Held:
         return True
 
 
-def differing(one: Held, other: Held, coarse: torch.dtype | None = None) -> Iterator[str]:
+def differing(
+    one: ModuleSnapshot, other: ModuleSnapshot, coarse: torch.dtype | None = None
+) -> Iterator[str]:
     """Names of the entries in which two snapshots differ.
 
     Args:

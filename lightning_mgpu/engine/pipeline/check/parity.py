@@ -14,13 +14,13 @@ from lightning_mgpu.engine.compare import Difference
 from lightning_mgpu.engine.pipeline.check.calm import calm
 from lightning_mgpu.engine.pipeline.check.comparison import Comparison, window_of
 from lightning_mgpu.engine.pipeline.check.left_behind import LeftBehind
-from lightning_mgpu.engine.pipeline.check.module_state import Held
-from lightning_mgpu.engine.pipeline.check.sample_run import Trial
+from lightning_mgpu.engine.pipeline.check.module_state import ModuleSnapshot
+from lightning_mgpu.engine.pipeline.check.sample_run import SampleRun
 from lightning_mgpu.engine.pipeline.inputs import entries
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitting
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
-from lightning_mgpu.engine.pipeline.outputs.joining import Layout, Layouts
+from lightning_mgpu.engine.pipeline.outputs.joining import Layouts, OutputLayout
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 from lightning_mgpu.engine.random_state import RandomState
 
@@ -70,15 +70,15 @@ class Parity:
     ) -> None:
         self._mode, self._kind, self._devices, self._muted = mode, kind, devices, muted
         self._known: dict[Hashable, _Found] = {}
-        self._proven: dict[str, Layout] = {}
+        self._proven: dict[str, OutputLayout] = {}
         self._left_behind = LeftBehind(mode)
         self._has_told_draws = self._has_told_means = False
         self._told_writes: set[str] = set()
 
     def layouts(
         self,
-        call: Call,
-        trial: Trial,
+        call: CallArguments,
+        trial: SampleRun,
         cut: Cut,
         splitting: Splitting,
         counts: Sequence[int],
@@ -119,7 +119,7 @@ class Parity:
         return found.layouts
 
     def uses(
-        self, trial: Trial, modules: Mapping[str, nn.Module], holder: dict[str, Any], key: str
+        self, trial: SampleRun, modules: Mapping[str, nn.Module], holder: dict[str, Any], key: str
     ) -> bool:
         """Return whether a call reads an attribute; `True` if nothing is to be compared.
 
@@ -144,14 +144,14 @@ class Parity:
         return False
 
     @contextmanager
-    def unseen(self, modules: Mapping[str, nn.Module]) -> Iterator[Held]:
+    def unseen(self, modules: Mapping[str, nn.Module]) -> Iterator[ModuleSnapshot]:
         """Context whose work draws no random numbers, logs nothing and leaves no trace.
 
         Args:
             modules: All modules that are computed, by name.
         """
         with self._muted(), calm(modules.values(), self._devices):
-            start = Held(dict(modules))
+            start = ModuleSnapshot(dict(modules))
             try:
                 yield start
             finally:
@@ -159,7 +159,7 @@ class Parity:
 
     def _examine(
         self,
-        trial: Trial,
+        trial: SampleRun,
         cut: Cut,
         splitting: Splitting,
         modules: dict[str, nn.Module],
@@ -236,7 +236,7 @@ class Parity:
         log.warning(text)
 
 
-def _way(call: Call, splitting: Splitting) -> Hashable:
+def _way(call: CallArguments, splitting: Splitting) -> Hashable:
     """Key for the way in which each argument is split, or broadcast from one entry."""
     whole = (name for name, t in call.tensors.items() if t.dim() and name not in splitting.dims)
     single = tuple(name for name in whole if call.tensors[name].shape[0] == 1)

@@ -10,14 +10,14 @@ from torch import Tensor
 from lightning_mgpu.engine.batch.containers import holds_tensors
 from lightning_mgpu.engine.pipeline import stage_values
 from lightning_mgpu.engine.pipeline.inputs import entries
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitting
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 from lightning_mgpu.engine.pipeline.runtime.traveller import Traveller
 from lightning_mgpu.engine.pipeline.runtime.units import Units
 
 
-class Trial:
+class SampleRun:
     """Run a call on some of its samples.
 
     Args:
@@ -31,7 +31,7 @@ class Trial:
     def __init__(
         self,
         forward: Callable[..., Any],
-        call: Call,
+        call: CallArguments,
         splitting: Splitting,
         devices: Sequence[torch.device],
         units: Units | None = None,

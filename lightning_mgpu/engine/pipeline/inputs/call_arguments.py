@@ -30,7 +30,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Call:
+class CallArguments:
     """Arguments of a call, split into tensors, pieces and structure.
 
     Attributes:
@@ -56,7 +56,7 @@ class Call:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         is_piece: Callable[[str, Any], bool],
-    ) -> "Call":
+    ) -> "CallArguments":
         """Take the arguments of one call apart.
 
         Args:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mgpu.engine.batch import Layout, leaves
+from lightning_mgpu.engine.batch import BatchLayout, leaves
 from lightning_mgpu.engine.batch.containers import sequences
 from lightning_mgpu.engine.batch.graphs import is_graph_batch, tensors_of_graphs
 from lightning_mgpu.engine.batch.layout import Kind
@@ -22,7 +22,7 @@ class StepBatch:
         layout: What is known of batches of this kind; default: nothing.
     """
 
-    def __init__(self, batch: Any = None, layout: Layout | None = None) -> None:
+    def __init__(self, batch: Any = None, layout: BatchLayout | None = None) -> None:
         found = [leaf for _, leaf in leaves(batch)]
         tensors = (leaf for leaf in found if isinstance(leaf, Tensor) and leaf.dim())
         self._tensors = [t for t in tensors if is_wrapped(t) is None]
@@ -32,7 +32,7 @@ class StepBatch:
         """How many samples there are, as far as its tensors agree."""
         self.problem = ""
         """Why that is not known."""
-        layout = layout or Layout()
+        layout = layout or BatchLayout()
         try:
             self.size = None if batch is None else layout.read(batch)
         except ValueError as error:

@@ -2,13 +2,13 @@
 
 import torch
 
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.entries import tensors_of as tensors_in
 from lightning_mgpu.engine.pipeline.inputs.origin import is_wrapped, storages, tensors_of
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 
 
-def check_kinds(call: Call, whole: set[str]) -> None:
+def check_kinds(call: CallArguments, whole: set[str]) -> None:
     """Refuse what cannot be taken apart.
 
     Args:
@@ -42,7 +42,7 @@ def check_kinds(call: Call, whole: set[str]) -> None:
             )
 
 
-def check_graphs(call: Call, of_graphs: set[int], whole: set[str]) -> None:
+def check_graphs(call: CallArguments, of_graphs: set[int], whole: set[str]) -> None:
     """Refuse tensors of batches of graphs, such as nodes and edges.
 
     Args:
@@ -62,7 +62,7 @@ def check_graphs(call: Call, of_graphs: set[int], whole: set[str]) -> None:
             )
 
 
-def check_pieces(call: Call, whole: set[str]) -> None:
+def check_pieces(call: CallArguments, whole: set[str]) -> None:
     """Refuse lists and batches of graphs whose tensors want a gradient.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_mgpu.engine.batch.containers import is_sequence, leaves
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.entries import may_be_columns, may_be_entries
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch, storages
 from lightning_mgpu.engine.pipeline.inputs.refused import (
@@ -118,7 +118,7 @@ class Splitter:
 
     def split(
         self,
-        call: Call,
+        call: CallArguments,
         forward: Callable[..., Any],
         batch: StepBatch,
         fixed: Callable[[], Iterable[Tensor]],

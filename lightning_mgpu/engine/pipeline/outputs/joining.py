@@ -11,7 +11,7 @@ from lightning_mgpu.engine.pipeline.microbatch import SplitError
 
 
 @dataclass(frozen=True)
-class Layout:
+class OutputLayout:
     """Batch dimension of an output tensor.
 
     Attributes:
@@ -35,13 +35,13 @@ class Undecided(Exception):
     """A number was the same for every micro-batch, so it may be a mean or a sum."""
 
 
-Layouts = Mapping[str, Layout]
+Layouts = Mapping[str, OutputLayout]
 """By the place in the output, such as ``output['logits']``."""
 
-FIRST = Layout(0)
-MEAN = Layout(None, mean=True)
-TOTAL = Layout(None, total=True)
-ENTRIES = Layout(0, entries=True)
+FIRST = OutputLayout(0)
+MEAN = OutputLayout(None, mean=True)
+TOTAL = OutputLayout(None, total=True)
+ENTRIES = OutputLayout(0, entries=True)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rows:
     """
 
     counts: tuple[int, ...] | None
-    layout: Layout = FIRST
+    layout: OutputLayout = FIRST
     owner: int = 0
 
     def split(self, gradient: Tensor | None, count: int) -> list[Tensor | None]:
@@ -76,7 +76,9 @@ class Rows:
         return [p.flatten(dim, dim + 1) for p in torch.split(blocks, list(self.counts), dim + 1)]
 
 
-def cat(parts: Sequence[Tensor], counts: Sequence[int], layout: Layout) -> tuple[Tensor, Rows]:
+def cat(
+    parts: Sequence[Tensor], counts: Sequence[int], layout: OutputLayout
+) -> tuple[Tensor, Rows]:
     """Join tensors along the batch.
 
     Args:
@@ -133,7 +135,7 @@ def join(
     layout = (layouts or {}).get(path, layout)
     if layout is None or (layout.dim or 0) >= max(first.dim(), 1):
         layout = _guess(parts, counts, path)
-    elif layout == Layout(None):
+    elif layout == OutputLayout(None):
         if any(not torch.equal(part, first) for part in parts[1:]):
             if not is_number(first):
                 raise SplitError(unjoinable(path, first))
@@ -155,7 +157,7 @@ def is_number(tensor: Tensor) -> bool:
     return tensor.dim() == 0 and (tensor.is_floating_point() or tensor.is_complex())
 
 
-def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
+def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> OutputLayout:
     """Find the batch dimension of a tensor from outputs for different numbers of samples.
 
     Args:
@@ -171,10 +173,10 @@ def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
         raise SplitError(_no_batch(column, counts, path, 0))
     grown = [d for d in range(first.dim()) if len({t.shape[d] for t in column}) > 1]
     if not grown:
-        return Layout(None)
+        return OutputLayout(None)
     if len(grown) > 1 or not _fits(column, counts, grown[0]):
         raise SplitError(_no_batch(column, counts, path, grown[0]))
-    return Layout(grown[0])
+    return OutputLayout(grown[0])
 
 
 def unjoinable(path: str, tensor: Tensor) -> str:
@@ -197,7 +199,7 @@ def unordered(path: str, tensor: Tensor, count: int) -> str:
     )
 
 
-def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
+def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> OutputLayout:
     """The first dimension, or else the only one that is as long as each micro-batch."""
     if all(is_number(part) for part in parts):
         return MEAN
@@ -210,7 +212,7 @@ def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
     fitting = [d for d in fitting if uneven or parts[0].shape[d] == counts[0]]
     if len(fitting) != 1 or _fits(parts, counts, 0):
         raise SplitError(_no_batch(parts, counts, path, 0))
-    return Layout(fitting[0])
+    return OutputLayout(fitting[0])
 
 
 def _fits(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_mgpu.engine.compiled import is_compiled
 from lightning_mgpu.engine.pipeline.partition.balance import balance
-from lightning_mgpu.engine.pipeline.partition.observation import Called
+from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall
 
 # The dearest stage may be this much dearer than a fair share before layers are opened.
 _TOLERANCE = 1.1
@@ -30,12 +30,12 @@ class Layers:
         opened: Names of those that stand for what they call; with all that contain them.
     """
 
-    def __init__(self, called: Called, opened: Iterable[str] = ()) -> None:
+    def __init__(self, called: ModuleCall, opened: Iterable[str] = ()) -> None:
         self.called, self.opened = called, {"", *opened}
 
-    def calls(self) -> list[Called]:
+    def calls(self) -> list[ModuleCall]:
         """All calls of the layers, in order."""
-        found: list[Called] = []
+        found: list[ModuleCall] = []
         self._collect(self.called, found)
         return found
 
@@ -50,7 +50,7 @@ class Layers:
         """The layers that can be opened."""
         return [call.name for call in self.calls() if _can_open(call)]
 
-    def _collect(self, call: Called, found: list[Called]) -> None:
+    def _collect(self, call: ModuleCall, found: list[ModuleCall]) -> None:
         for child in call.children:
             if child.name in self.opened or isinstance(child.module, _LISTS):
                 self._collect(child, found)
@@ -59,7 +59,7 @@ class Layers:
 
 
 def choose(
-    called: Called, stages: int, price: Callable[[str], float]
+    called: ModuleCall, stages: int, price: Callable[[str], float]
 ) -> tuple[Layers, list[int]] | None:
     """Distribute layers so that the most expensive stage is as cheap as possible.
 
@@ -99,7 +99,7 @@ def choose(
     return None if best is None else (Layers(called, best[1]), best[2])
 
 
-def opened_until(called: Called, count: int, price: Callable[[str], float]) -> Layers:
+def opened_until(called: ModuleCall, count: int, price: Callable[[str], float]) -> Layers:
     """The layers that a user counts: children, with `nn.Sequential` opened.
 
     If those are fewer than `count`, the dearest is opened as well.
@@ -114,7 +114,7 @@ def opened_until(called: Called, count: int, price: Callable[[str], float]) -> L
     return layers
 
 
-def beginning_at(called: Called, starts: Sequence[str]) -> tuple[Layers, list[int]]:
+def beginning_at(called: ModuleCall, starts: Sequence[str]) -> tuple[Layers, list[int]]:
     """Distribute layers so that stages begin at the named ones.
 
     Args:
@@ -175,7 +175,7 @@ def ancestors(names: Iterable[str]) -> set[str]:
     }
 
 
-def _can_open(call: Called) -> bool:
+def _can_open(call: ModuleCall) -> bool:
     if not call.children or is_compiled(call.module) or call.module._compiled_call_impl is not None:
         return False
     return isinstance(call.module, _OPENED) or not type(call.module).__module__.startswith("torch.")

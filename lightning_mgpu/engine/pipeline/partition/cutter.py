@@ -11,7 +11,7 @@ from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.pipeline.partition import choice
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, canonical
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, measured
-from lightning_mgpu.engine.pipeline.partition.observation import Called, observe, registered
+from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall, observe, registered
 
 Balance = Sequence[int] | Literal["parameters", "time", "memory"]
 
@@ -137,7 +137,7 @@ class Cutter:
             self.costs = {name: self.costs[name] for name in layers.names()}
         return self.cut
 
-    def _chosen(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+    def _chosen(self, called: ModuleCall, chunks: int) -> tuple[choice.Layers, list[int]]:
         layers, counts = self._dealt(called, chunks)
         names = layers.names()
         starts = [names[first] for first in list(accumulate(counts))[:-1]]
@@ -147,7 +147,7 @@ class Cutter:
         except PartitionError:
             return layers, counts
 
-    def _dealt(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+    def _dealt(self, called: ModuleCall, chunks: int) -> tuple[choice.Layers, list[int]]:
         if self._starts is not None:
             return choice.beginning_at(called, self._starts)
         if not isinstance(self._balanced, str):

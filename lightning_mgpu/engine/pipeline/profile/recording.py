@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_mgpu.engine.device import clock
-from lightning_mgpu.engine.pipeline.profile.timeline import Kind, Span, Timeline
+from lightning_mgpu.engine.pipeline.profile.timeline import Kind, PipelineTimeline, StageSpan
 
 
 class Recording:
@@ -24,7 +24,7 @@ class Recording:
         self._stages_per_device = stages_per_device
         self._clocks = [clock(device) for device in devices]
         self._chunks: list[int] = []
-        # What each stage's thread takes down, with the stamps of its clock.
+        # What each stage's thread records, with the stamps of its clock.
         self._taken: list[tuple[int, int, int, Kind, Any, Any]] = []
 
     @property
@@ -38,7 +38,7 @@ class Recording:
         return self.calls - 1
 
     @contextmanager
-    def taken_down(self, stage: int, chunk: int, call: int, kind: Kind) -> Iterator[None]:
+    def recorded(self, stage: int, chunk: int, call: int, kind: Kind) -> Iterator[None]:
         """Context in which a stage's work is recorded."""
         start = self.now(stage)
         yield
@@ -52,11 +52,11 @@ class Recording:
         """Record a stage's work since a stamp."""
         self._taken.append((stage, chunk, call, kind, start, self.now(stage)))
 
-    def timeline(self) -> Timeline:
+    def timeline(self) -> PipelineTimeline:
         """Timeline of the recorded work; waits for devices to finish."""
         spans = [
-            Span(stage, chunk, call, kind, own.seconds(start), own.seconds(end))
+            StageSpan(stage, chunk, call, kind, own.seconds(start), own.seconds(end))
             for stage, chunk, call, kind, start, end in list(self._taken)
             for own in [self._clocks[stage]]
         ]
-        return Timeline.of(len(self._clocks), self._chunks, spans, self._stages_per_device)
+        return PipelineTimeline.of(len(self._clocks), self._chunks, spans, self._stages_per_device)

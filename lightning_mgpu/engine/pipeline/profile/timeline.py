@@ -8,7 +8,7 @@ Kind = Literal["forward", "recompute", "backward"]
 
 
 @dataclass(frozen=True)
-class Span:
+class StageSpan:
     """A stage's work on one micro-batch.
 
     Attributes:
@@ -29,7 +29,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Timeline:
+class PipelineTimeline:
     """Work of all stages in one step.
 
     Attributes:
@@ -41,7 +41,7 @@ class Timeline:
 
     stages: int
     chunks: tuple[int, ...]
-    spans: tuple[Span, ...]
+    spans: tuple[StageSpan, ...]
     stages_per_device: int = 1
 
     @classmethod
@@ -49,9 +49,9 @@ class Timeline:
         cls,
         stages: int,
         chunks: Iterable[int],
-        spans: Iterable[Span],
+        spans: Iterable[StageSpan],
         stages_per_device: int = 1,
-    ) -> "Timeline":
+    ) -> "PipelineTimeline":
         """Timeline from spans in any order and on any clock."""
         ordered = sorted(spans, key=lambda span: (span.start, span.stage))
         zero = ordered[0].start if ordered else 0.0
@@ -59,7 +59,7 @@ class Timeline:
             stages,
             tuple(chunks),
             tuple(
-                Span(s.stage, s.chunk, s.call, s.kind, s.start - zero, s.end - zero)
+                StageSpan(s.stage, s.chunk, s.call, s.kind, s.start - zero, s.end - zero)
                 for s in ordered
             ),
             stages_per_device,

@@ -18,7 +18,7 @@ from lightning_mgpu.engine.error_notes import noted
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
 from lightning_mgpu.engine.pipeline.profile.timeline import Kind
 from lightning_mgpu.engine.pipeline.runtime import schedule
-from lightning_mgpu.engine.pipeline.runtime.parameter_swap import Shadow
+from lightning_mgpu.engine.pipeline.runtime.parameter_swap import ParameterSwap
 from lightning_mgpu.engine.pipeline.runtime.recompute import Recomputed, is_worth_it
 from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
 from lightning_mgpu.engine.pipeline.runtime.segments import Stay
@@ -36,7 +36,7 @@ Gradients = list[tuple[Tensor, Tensor]]
 _POLL_SECONDS = 0.05
 
 
-class Passage:
+class Execution:
     """Run micro-batches through the stages, and their gradients back.
 
     Forward is one task for each micro-batch that is on its way at once, which runs the module's
@@ -54,8 +54,8 @@ class Passage:
         writers: Units that cannot be computed again, since they write to what they are called with.
         recorder: Keeps batch normalisation from updating running statistics.
         deferred: Whether those are kept for the caller, or updated with each micro-batch.
-        shadow: What stands for parameters, if there is anything.
-        recording: Takes down when stages work.
+        swap: What stands for parameters, if there is anything.
+        recording: Records when stages work.
         doors: Of each stage, what it shares with others: of those, one works at a time.
     """
 
@@ -71,7 +71,7 @@ class Passage:
         writers: frozenset[int],
         recorder: Recorder,
         deferred: bool,
-        shadow: Shadow | None,
+        swap: ParameterSwap | None,
         recording: Recording | None,
         doors: Sequence[int],
     ) -> None:
@@ -99,7 +99,7 @@ class Passage:
                 self._enter,
                 self._entered,
                 self._leave,
-                shadow.borrow if shadow is not None else _nothing,
+                swap.borrow if swap is not None else _nothing,
             )
             for chunk in range(self.count)
         ]
@@ -260,7 +260,7 @@ class Passage:
     def _timed(self, stage: int, chunk: int, kind: Kind) -> AbstractContextManager[None]:
         if self._recording is None:
             return nullcontext()
-        return self._recording.taken_down(stage, chunk, self._call, kind)
+        return self._recording.recorded(stage, chunk, self._call, kind)
 
     def _backward(
         self, door: int, ready: Mapping[int, "queue.SimpleQueue[None]"], keep: bool

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_mgpu.engine.pipeline import microbatch, stage_values
 from lightning_mgpu.engine.pipeline.inputs import entries as pieces
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitting
 from lightning_mgpu.engine.pipeline.runtime.traveller import current
 
 
-class Given:
+class MicrobatchArguments:
     """Arguments of a call, split into micro-batches.
 
     Args:
@@ -24,7 +24,7 @@ class Given:
         counts: Samples in each micro-batch.
     """
 
-    def __init__(self, call: Call, splitting: Splitting, counts: Sequence[int]) -> None:
+    def __init__(self, call: CallArguments, splitting: Splitting, counts: Sequence[int]) -> None:
         self._call, self._dims, self._counts = call, splitting.dims, counts
         self._chunks = microbatch.cut(call.tensors, splitting.dims, counts)
         self._pieces = self._dealt(splitting.pieces)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine import recurrent
-from lightning_mgpu.engine.entry_swap import Patches
+from lightning_mgpu.engine.entry_swap import EntrySwap
 from lightning_mgpu.engine.parameter_leaves import Leaves
 
 
-class Shadow:
+class ParameterSwap:
     """Replace the parameters of some modules by leaves during a step.
 
     A parameter that several stages use lies with one of them. Each of the others has a leaf of its
@@ -48,7 +48,7 @@ class Shadow:
         self._loans: dict[tuple[int, int], Leaves] = {}
         self._fresh: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
-        self._patches = Patches(self._find())
+        self._patches = EntrySwap(self._find())
 
     @property
     def has_loans(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from lightning_mgpu.sweep.report.axes import Axis, shorten, text
-from lightning_mgpu.sweep.report.model import Sweep, Trial
+from lightning_mgpu.sweep.report.model import SweepHistory, Trial
 
 _GRID = "#e8eaed"
 _HOVERED = 12  # values of a trial that are shown where the mouse is
@@ -43,7 +43,7 @@ def described(axis: Axis, **more: Any) -> dict[str, Any]:
     return found
 
 
-def about(sweep: Sweep, trial: Trial) -> str:
+def about(sweep: SweepHistory, trial: Trial) -> str:
     """Describe a trial for the hover text."""
     value = sweep.value(trial)
     lines = [f"<b>trial {trial.number}</b>, {trial.status}"]

@@ -6,7 +6,7 @@ from html import escape
 
 from lightning_mgpu.format import duration
 from lightning_mgpu.sweep.report.axes import axis_of, is_number, shorten, text
-from lightning_mgpu.sweep.report.model import Sweep, Trial
+from lightning_mgpu.sweep.report.model import SweepHistory, Trial
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Cell:
         return f"<{tag}{attributes}{title}>{self.shown}</{tag.partition(' ')[0]}>"
 
 
-def table(sweep: Sweep) -> str:
+def table(sweep: SweepHistory) -> str:
     """HTML table of all trials; a click on a column's head sorts by it."""
     axes = [axis_of(sweep, dimension) for dimension in sweep.dimensions]
     heads = [("trial", ""), ("status", ""), (sweep.metric, "best" if sweep.takes_best else "last")]
@@ -69,7 +69,7 @@ def _head(name: str, title: str, keys: list[str | float | None]) -> str:
     )
 
 
-def _cells(sweep: Sweep, trial: Trial, names: list[str], has_reasons: bool) -> list[_Cell]:
+def _cells(sweep: SweepHistory, trial: Trial, names: list[str], has_reasons: bool) -> list[_Cell]:
     value = sweep.value(trial)
     epochs = sweep.epochs(trial)
     cells = [

@@ -2,12 +2,12 @@
 
 from matplotlib.figure import Figure
 
-from lightning_mgpu.sweep.report.model import STATUSES, Sweep
+from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory
 from lightning_mgpu.sweep.report.png.style import figure, plain
 from lightning_mgpu.sweep.report.views import COLOURS, longest_first, saving
 
 
-def epochs(sweep: Sweep) -> Figure | None:
+def epochs(sweep: SweepHistory) -> Figure | None:
     """Draw epochs trained and saved per trial; `None` without epochs to show."""
     if not sweep.has_epochs or sweep.longest <= 1:
         return None

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_mgpu.sweep.report.axes import Axis, axis_of, metric_axis, shorten
-from lightning_mgpu.sweep.report.model import Sweep
+from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.png.style import WIDTH, figure, written
 from lightning_mgpu.sweep.report.views import complete
 
 Scale = Callable[[float], float]
 
 
-def parallel(sweep: Sweep) -> Figure | None:
+def parallel(sweep: SweepHistory) -> Figure | None:
     """A line for each trial through its values to the metric; `None` with fewer than two."""
     found, metric = complete(sweep), metric_axis(sweep)
     if len(found) < 2 or not sweep.dimensions:
@@ -44,7 +44,7 @@ def parallel(sweep: Sweep) -> Figure | None:
     return drawn
 
 
-def _palette(sweep: Sweep) -> str:
+def _palette(sweep: SweepHistory) -> str:
     return "viridis" if sweep.mode == "max" else "viridis_r"
 
 
