@@ -128,7 +128,7 @@ def _run_here(block: Block, directory: Path) -> None:
 
 @pytest.fixture
 def cluster_to_find(request: pytest.FixtureRequest, block: Block) -> dict[str, str]:
-    """What joins a Ray that is there already; the first block of each page starts its own."""
+    """What joins a Ray that is there already; scripts, and the first sweep, start their own."""
     if block.page.stem not in ("ray", "sweeps") or block.number == 0:
         return {}
     return {"RAY_ADDRESS": request.getfixturevalue("ray_address"), "RAY_AUTH_MODE": "token"}
@@ -148,10 +148,10 @@ def test_commands_run(block: Block, project: Path, cluster_to_find: dict[str, st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", SCRIPTS, ids=str)
-def test_scripts_run(block: Block, project: Path, cluster_to_find: dict[str, str]) -> None:
+def test_scripts_run(block: Block, project: Path) -> None:
     script = project / (block.name or f"{block}.py")
     script.write_text(block.text)
-    _run(f"python {script.name}", project, **cluster_to_find)
+    _run(f"python {script.name}", project)
 
 
 @pytest.mark.slow
