@@ -13,6 +13,7 @@ from typing import Any
 
 import journals
 import pytest
+import sklearn.ensemble  # noqa: F401  (sets variables of the environment; no test's leak)
 from browser import rendered
 from command import run
 from journals import ACT, DEPTH, DROP, FLAG, FOUR, L1, LR
