@@ -26,7 +26,7 @@ from lightning_mgpu.ray import connection, loggers, worker_group
 from lightning_mgpu.ray.epoch_checkpoint import Autosave, CheckpointKeeper, Save
 from lightning_mgpu.ray.object_store import PackedObject, pack, unpack
 from lightning_mgpu.ray.ranks import RankAssignment
-from lightning_mgpu.ray.trainer_state import TrainerState, weights_of
+from lightning_mgpu.ray.trainer_state import RunState, weights_of
 from lightning_mgpu.ray.worker import is_worker
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 from lightning_mgpu.strategies.ranks.launcher import names_of_parts, set_live_state_aside
@@ -141,7 +141,7 @@ class RayLauncher(_Launcher):
 
     def _bring_home(self, trainer: "Trainer", results: list[list[PackedObject]]) -> Any:
         # Weights are copied into the model at once: they need no memory in between.
-        returned: TrainerState = unpack(results[0][0], copy=False)
+        returned: RunState = unpack(results[0][0], copy=False)
         result = returned.restore(trainer)
         if trainer.state.fn == TrainerFn.PREDICTING:
             return merge_predictions([unpack(packs[1]) for packs in results])
@@ -204,7 +204,7 @@ class _WorkerEntry:
             predictions, result = RankPredictions.of(trainer, result), None
         whole, returned = self.strategy.gather(trainer), None  # all ranks have a part in it
         if place.rank == 0:
-            returned = TrainerState.of(trainer, result, callbacks, whole)
+            returned = RunState.of(trainer, result, callbacks, whole)
         return [
             pack(
                 returned,

@@ -32,7 +32,7 @@ _LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
 @dataclass(frozen=True)
-class TrainerState:
+class RunState:
     """State of rank 0's Trainer after a run.
 
     Attributes:
@@ -67,7 +67,7 @@ class TrainerState:
     @classmethod
     def of(
         cls, trainer: "Trainer", result: Any, callbacks: "Iterable[Callback]", whole: GatheredState
-    ) -> "TrainerState":
+    ) -> "RunState":
         """Take the state when a run of `trainer` has just returned `result`.
 
         Args:

@@ -38,8 +38,14 @@ def get_tune_resources(
 ) -> PlacementGroupFactory:
     """Resources for `tune.with_resources` or `tune.run(resources_per_trial=...)`.
 
-    The arguments are those of the trial's `RayStrategy`. The trial's own process, which only waits
-    for its workers, takes nothing.
+    Args:
+        num_workers: As of the trial's `RayStrategy`.
+        num_cpus_per_worker: CPU cores of each worker; a fraction will do.
+        use_gpu: Whether each worker has a GPU.
+        resources_per_worker: Further resources of each worker, by name.
+
+    Returns:
+        A bundle for each worker, and an empty one for the trial's own process, which only waits.
     """
     bundle = {
         "CPU": float(num_cpus_per_worker),

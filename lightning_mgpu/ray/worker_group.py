@@ -250,7 +250,10 @@ def keep_warm(seconds: float) -> None:
     """Set how many seconds workers wait for the next call before they stop.
 
     Args:
-        seconds: From now on; 0 ends them after each call.
+        seconds: From now on, at least 0, which ends them after each call; 300 at first.
+
+    Raises:
+        ValueError: The number is negative.
     """
     global _idle_seconds
     if seconds < 0:

@@ -253,6 +253,9 @@ def gather(outputs: Sequence[Any], sizes: Sequence[int], dim: Dimensions = 0) ->
         dim: The batch dimension of tensors that have that many dimensions, for all of them or by
             key or position in the output: ``{"attention": 1}``. Other tensors have it first.
 
+    Returns:
+        The output of the whole batch, on the device of its first tensor.
+
     Raises:
         ValueError: As for `join`.
     """

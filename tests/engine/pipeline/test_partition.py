@@ -259,7 +259,9 @@ def test_tensors_of_the_batch_are_split() -> None:
 
 @pytest.mark.parametrize("batch", [[], [X], [X, MASK]])
 def test_a_mask_as_long_as_the_batch_is_not_cut_by_accident(batch: list[Tensor]) -> None:
-    with pytest.raises(SplitError, match=r"which may be chance: .*`mask` of shape \(6, 6\)"):
+    with pytest.raises(
+        SplitError, match=r"Ambiguous: .*`mask` of shape \(6, 6\), as long as the batch \(6\)"
+    ):
         _split(batch, X, MASK)
 
 
