@@ -25,7 +25,7 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
 
     Args:
         ckpt_path: Where it is said to be.
-        resume: Whether training is to go on from it, which takes more than the weights.
+        resume: Whether training is to resume from it, which takes more than the weights.
 
     Raises:
         ConfigError: The file is missing, damaged or something else.

@@ -42,7 +42,7 @@ class Autosave(Checkpoint):
         if trainer.is_global_zero:
             self._save(checkpoint)
             for logger in trainer.loggers:
-                logger.save()  # whoever goes on from here does not log it again
+                logger.save()  # whoever resumes from here does not log it again
 
 
 class CallsRanks(Protocol):

@@ -92,7 +92,7 @@ class WorkerGroup:
         Args:
             packed: A function of the `RankAssignment`, which returns packed objects.
             state: The driver's state, for the workers to take over.
-            resume: A checkpoint for the function to go on from.
+            resume: A checkpoint for the function to resume from.
 
         Returns:
             What the ranks return, by rank.

@@ -221,7 +221,9 @@ def test_compiled_module_is_refused() -> None:
 
 
 def test_trainer_arguments_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MisconfigurationException, match=r"num_nodes=2.*one process"):
+    with pytest.raises(
+        MisconfigurationException, match=r"num_nodes=2.*one process.*strategy='mgpu_ddp'"
+    ):
         boring.trainer("dp", 2, num_nodes=2)
     with pytest.raises(MisconfigurationException, match="sync_batchnorm=True"):
         boring.trainer("dp", 2, sync_batchnorm=True).fit(boring.Classifier(), boring.Blobs())

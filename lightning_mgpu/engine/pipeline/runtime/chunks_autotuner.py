@@ -15,7 +15,7 @@ class Chunks:
     Args:
         devices: How many devices there are.
         fixed: The number; `None` to try 1, 2, 4 and 8 for each device, one after another, and keep
-            the quickest.
+            the fastest.
     """
 
     def __init__(self, devices: int, fixed: int | None) -> None:
