@@ -70,8 +70,8 @@ class WorkerRequest:
 class WorkerGroup:
     """Running workers and the resources they hold."""
 
-    def __init__(self, group: WorkerRequest) -> None:
-        self.group = group
+    def __init__(self, request: WorkerRequest) -> None:
+        self.request = request
         self.busy = True
         self._reservation: PlacementGroup | None = None
         self._workers: list[Any] = []
@@ -136,7 +136,7 @@ class WorkerGroup:
         """Keep the workers for at most `seconds`, or until others wait for the resources."""
         self.busy = False
         first, end = self._workers[0], partial(close_if_idle, self)
-        self._idle = IdleTimer(first, self._calls, self.group.held, seconds, end)
+        self._idle = IdleTimer(first, self._calls, self.request.held, seconds, end)
 
     def wake(self) -> None:
         """Stop the idle timer: the next call has come."""
@@ -168,22 +168,22 @@ class WorkerGroup:
             with suppress(RayError):
                 ray.kill(worker)
         reservation, self._reservation = self._reservation, None
-        if reservation is not None and self.group.trial is None:
+        if reservation is not None and self.request.trial is None:
             with suppress(RayError):
                 remove_placement_group(reservation)
 
     def _start(self) -> None:
-        group = self.group
-        resources = dict(group.resources)
-        if group.trial is None:
+        request = self.request
+        resources = dict(request.resources)
+        if request.trial is None:
             self._reservation, first = (
-                cluster.reserve(resources, group.least, group.most, group.placement),
+                cluster.reserve(resources, request.least, request.most, request.placement),
                 0,
             )
             size = self._reservation.bundle_count
         else:
-            self._reservation, first = get_current_placement_group(), group.trial.first
-            size = group.most
+            self._reservation, first = get_current_placement_group(), request.trial.first
+            size = request.most
         assert self._reservation is not None
         options: dict[str, Any] = {
             "num_cpus": resources.pop("CPU", 0),
@@ -195,7 +195,7 @@ class WorkerGroup:
         actor = ray.remote(**groups)(TrainWorker)
         for index in range(first, first + size):
             strategy = PlacementGroupSchedulingStrategy(self._reservation, index)
-            worker = actor.options(**options, scheduling_strategy=strategy).remote(group.hook)
+            worker = actor.options(**options, scheduling_strategy=strategy).remote(request.hook)
             self._workers.append(worker)
         nodes = ray.get([worker.node.remote() for worker in self._workers])
         # Neighbours get neighbouring ranks.
@@ -205,45 +205,45 @@ class WorkerGroup:
         self._address: str = nodes[order[0]][1]
 
 
-_sessions: list[WorkerGroup] = []
+_groups: list[WorkerGroup] = []
 _changing = threading.RLock()
 _idle_seconds = 300.0
 
 
-def take(group: WorkerRequest) -> WorkerGroup:
+def take(request: WorkerRequest) -> WorkerGroup:
     """Take an unused group: a warm one, or else a new one."""
     with _changing:
-        for session in list(_sessions):
-            if session.is_stale():
-                discard(session)
-            elif session.group == group and not session.busy:
-                session.wake()
+        for group in list(_groups):
+            if group.is_stale():
+                discard(group)
+            elif group.request == request and not group.busy:
+                group.wake()
                 # More of them, if that is welcome by now?
-                enough = session.size >= group.most or not group.fits(1)
-                if enough and session.is_alive():
-                    return session
-                discard(session)
-        if group.trial is None and not group.fits(group.most):
+                enough = group.size >= request.most or not request.fits(1)
+                if enough and group.is_alive():
+                    return group
+                discard(group)
+        if request.trial is None and not request.fits(request.most):
             close()
-    session = WorkerGroup(group)
+    group = WorkerGroup(request)
     with _changing:
-        _sessions.append(session)
-    return session
+        _groups.append(group)
+    return group
 
 
-def discard(session: WorkerGroup) -> None:
+def discard(group: WorkerGroup) -> None:
     """Stop a group of workers."""
     with _changing:
-        if session in _sessions:
-            _sessions.remove(session)
-    session.close()
+        if group in _groups:
+            _groups.remove(group)
+    group.close()
 
 
-def close_if_idle(session: WorkerGroup) -> None:
+def close_if_idle(group: WorkerGroup) -> None:
     """Stop a group unless a call has come in the meantime."""
     with _changing:
-        if not session.busy:
-            discard(session)
+        if not group.busy:
+            discard(group)
 
 
 def keep_warm(seconds: float) -> None:
@@ -269,5 +269,5 @@ def idle_seconds() -> float:
 def close() -> None:
     """Stop the workers that are kept for later calls, and free their resources."""
     with _changing:
-        for session in list(_sessions):
-            close_if_idle(session)
+        for group in list(_groups):
+            close_if_idle(group)

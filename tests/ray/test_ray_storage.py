@@ -57,7 +57,7 @@ def test_checkpoint_that_is_elsewhere_is_not_taken_for_none(tmp_path: Path) -> N
 
 
 class _Workers:
-    """Two workers of a session, of which only the first sees the storage."""
+    """Two workers of a group, of which only the first sees the storage."""
 
     def call(self, function: Any, ranks: Any = (0, 1)) -> list[Any]:
         return [function() if rank == 0 else False for rank in ranks]
