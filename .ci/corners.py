@@ -28,12 +28,12 @@ ENVIRONMENTS = ROOT / ".venv" / "corners"
 EXTRAS = ("ray", "search", "report", "demo", "dev")
 SHOWN = ("torch", "lightning", "ray", "hydra-core", "optuna")
 TESTS = (
-    "tests/strategies/test_parity.py",
-    "tests/launch/test_payload.py",
     "tests/config/test_conf.py",
     "tests/sweep/test_sweep_plugin.py",
     "tests/sweep/test_sweep_searchers.py",
     "tests/sweep/test_sweep_hydra.py",
+    "tests/launch/test_payload.py",
+    "tests/strategies/test_parity.py",
 )
 INSTALL_SECONDS = 3600
 TEST_SECONDS = 1200
@@ -154,7 +154,8 @@ def install(name: str, corner: Corner) -> Path:
     output.write_text("")
     pins = ENVIRONMENTS / f"{name}.constraints.txt"
     pins.write_text("\n".join(constraints))
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    # Compiling takes minutes, and most of torch, ray and plotly is never imported.
+    pip = [python, "-m", "pip", "install", "--no-compile", "--disable-pip-version-check"]
     steps: list[list[object]] = [
         [source, "-m", "venv", "--clear", directory],
         [*pip, "-c", pins, *wanted],
@@ -165,7 +166,7 @@ def install(name: str, corner: Corner) -> Path:
     for step in steps:
         if call(step, output, deadline - time.monotonic()):
             missing = re.findall(r"No matching distribution found for (.+)", output.read_text())
-            if missing:
+            if missing and corner.base != "lowest":  # a lower bound is a claim of ours
                 raise Unavailable(f"not in the package index: {missing[-1]}")
             raise RuntimeError(f"not installed, see {output.relative_to(ROOT)}")
     stamp.write_text(recipe)
