@@ -10,6 +10,8 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 from typing_extensions import override
 
+from lightning_mgpu.errors import one_line
+
 
 class TrialFailedError(RuntimeError):
     """A trial failed. In words, since the error itself may not be known where they are read."""
@@ -29,7 +31,7 @@ def failures_in_words() -> Iterator[None]:
         yield
     except Exception as error:
         traceback.print_exc()
-        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        words = f"{type(error).__name__}: {one_line(error)}"
         if is_out_of_memory(error):
             raise TrialOutOfMemoryError(f"out of memory, {words}") from None
         raise TrialFailedError(words) from None
