@@ -6,8 +6,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 from lightning_mgpu.config.elsewhere import runs_elsewhere
-from lightning_mgpu.config.sweeper import RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError, one_line
 from lightning_mgpu.ray import STRATEGIES
 from lightning_mgpu.ray.address import address_of, given, is_client

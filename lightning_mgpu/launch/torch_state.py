@@ -47,3 +47,8 @@ class TorchState:
         set_sharing = torch.multiprocessing.set_sharing_strategy
         set_sharing(self.sharing_strategy)  # type: ignore[no-untyped-call]
         torch.set_float32_matmul_precision(self.matmul_precision)
+
+
+def release_accelerator_memory() -> None:
+    """Give memory that is cached and unused back to the devices."""
+    torch.cuda.empty_cache()  # nothing where CUDA is not in use

@@ -21,6 +21,7 @@ from lightning_mgpu.launch.channel import Channel
 from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.rank import GroupGuard
 from lightning_mgpu.launch.rank_variables import of_rank
+from lightning_mgpu.launch.torch_state import release_accelerator_memory
 
 _Message = TypeVar("_Message")
 _PARENT_CHECK_SECONDS = 0.5
@@ -116,7 +117,7 @@ class _Worker:
             assert file is not None
             self._serve_one(message, file)
             gc.collect()
-            _release_accelerator_memory()
+            release_accelerator_memory()
             self._channel.send(protocol.Idle())
 
     def _serve_one(self, run: protocol.Run, file: int) -> None:
@@ -171,9 +172,3 @@ def _die_with_main_thread() -> None:
     """In a forked child, such as a DataLoader worker: go when this worker goes."""
     if _forked_by_main_thread:  # another thread may end long before the process does
         _die_with_parent()
-
-
-def _release_accelerator_memory() -> None:
-    torch = sys.modules["torch"]
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -19,6 +19,7 @@ from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
 from lightning_mgpu.launch.rank_variables import of_rank
+from lightning_mgpu.launch.torch_state import release_accelerator_memory
 from lightning_mgpu.ray import demand
 from lightning_mgpu.ray.object_store import Parcel, unpack
 from lightning_mgpu.ray.ranks import Place, machine
@@ -114,7 +115,7 @@ class TrainWorker:
             sys.stdout.flush()
             sys.stderr.flush()
             gc.collect()
-            _release_accelerator_memory()
+            release_accelerator_memory()
 
     @ray.method(concurrency_group="messages")
     def next_message(self) -> bytes | None:
@@ -215,9 +216,3 @@ def adopt(
         if here
         else list(sys.path),
     ).apply()
-
-
-def _release_accelerator_memory() -> None:
-    torch = sys.modules["torch"]
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

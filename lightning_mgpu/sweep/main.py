@@ -19,13 +19,13 @@ from lightning_mgpu.ray.address import (
 )
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.submitted import receive
-from lightning_mgpu.sweep.settings.prepared import SPACE, Sweep
+from lightning_mgpu.sweep.settings.prepared import Sweep
 from lightning_mgpu.sweep.store.lock import locked
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
 from lightning_mgpu.sweep.store.results import job_command, resume_command, write_results
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> N
         run_on_cluster(sweep)
         return
     sweep.claim_directory()
-    with locked(sweep.directory / SPACE):
+    with locked(sweep.directory):
         _search(sweep)
 
 

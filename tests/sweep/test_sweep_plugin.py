@@ -137,8 +137,7 @@ def test_sweep_goes_on_at_another_address() -> None:
 
 def test_sweep_runs_in_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_mgpu.sweep.store.lock._PATIENCE_SECONDS", 0.0)
-    path = Path("search_space.yaml")
-    path.touch()
+    path = Path.cwd()
     for _ in range(2):  # the second time, the first one has given it back
         with locked(path), pytest.raises(ConfigError, match="still runs this sweep"), locked(path):
             pytest.fail("twice at once")

@@ -13,11 +13,12 @@ from typing import Any
 
 import journals
 import pytest
+import sklearn.ensemble  # noqa: F401  (sets variables of the environment; no test's leak)
 from browser import rendered
 from command import run
 from journals import ACT, DEPTH, DROP, FLAG, FOUR, L1, LR
 
-from lightning_mgpu.config.sweeper import AshaConf, RandomConf, RayTuneSweeperConf
+from hydra_plugins.ray_tune_sweeper.config import AshaConf, RandomConf, RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.format import duration
 from lightning_mgpu.sweep import main as running

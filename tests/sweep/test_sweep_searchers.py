@@ -11,8 +11,8 @@ import pytest
 import sklearn.gaussian_process  # noqa: F401
 from ray.tune.search import Searcher
 
+from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 from lightning_mgpu.config import sweeper
-from lightning_mgpu.config.sweeper import RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
 from lightning_mgpu.sweep.search.searchers import Trials, build_searcher

@@ -29,7 +29,7 @@ from lightning_mgpu.sweep.trial.trainable import END_SECONDS, HydraTrial
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
     from lightning_mgpu.sweep.settings.prepared import Sweep
 
 log = logging.getLogger(__name__)

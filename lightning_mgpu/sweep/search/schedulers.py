@@ -8,7 +8,7 @@ from lightning_mgpu.sweep.space.domains import to_domain
 from lightning_mgpu.sweep.space.space import Choice, Interval, Space
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 _KINDS = {
     "asha": schedulers.ASHAScheduler,

@@ -14,7 +14,7 @@ from lightning_mgpu.sweep.space.objectives import Objective
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Interval, Space, enumerate_grid
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 
 def build_searcher(

@@ -8,7 +8,7 @@ from lightning_mgpu.sweep.space.objectives import read_objectives
 from lightning_mgpu.sweep.space.space import Choice, Interval, Space, encode
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 _WORDS = {"report": ("best", "last", False), "on_oom": ("fail", "retry_smaller")}
 _POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_epochs")

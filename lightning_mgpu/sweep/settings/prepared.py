@@ -25,7 +25,7 @@ from lightning_mgpu.sweep.store.records import Records
 from lightning_mgpu.sweep.store.results import of_the_cluster
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 SPACE = "search_space.yaml"
 """What is searched, in the directory of a sweep."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lightning_mgpu.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 OBJECTIVE = "objective"
 """The metric's name where the job names none: what it returns."""

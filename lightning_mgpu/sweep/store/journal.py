@@ -13,7 +13,7 @@ from lightning_mgpu.sweep.store.records import Records, TrialRecord
 from lightning_mgpu.sweep.store.results import job_command, plain
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 log = logging.getLogger(__name__)
 
