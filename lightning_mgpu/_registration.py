@@ -11,8 +11,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__: list[str] = []
-
 _LIGHTNING = "lightning.pytorch"
 _STRATEGIES = "lightning_mgpu.strategies"
 

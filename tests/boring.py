@@ -1,8 +1,10 @@
 """A small model and its data, for tests of strategies: float64 and deterministic."""
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -111,3 +113,12 @@ def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module, tolerance: float
     assert theirs.keys() == a.state_dict().keys()
     for name, value in a.state_dict().items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=tolerance, msg=name)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What this package has warned of."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and record.name.startswith("lightning_mgpu")
+    ]

@@ -6,6 +6,9 @@ import boring
 import torch
 from torch import Tensor, nn
 
+TOLERANCE = 1e-9
+"""Of logged metrics."""
+
 
 class Model(boring.Classifier):
     """`boring.Classifier` with another network."""
@@ -114,3 +117,57 @@ MODELS = (
 )
 UNPICKLABLE_MODELS = (WeightNorm, SpectralNorm)
 """Torch pickles no parametrised modules, so they cannot be sent to other processes."""
+
+
+class UNet(Model):
+    """Skips the cut; several kinds of operations between the layers."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.ModuleList([nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)])
+            self.up = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 6)])
+            self.scale = nn.Parameter(torch.tensor(0.5))
+            self.register_buffer("shift", torch.tensor([0.1, 0.2, 0.3]))
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            skips = []
+            for layer in self.down:
+                skips.append(x)
+                x = torch.tanh(layer(x))
+            for layer in self.up:
+                x = layer(x) * self.scale + skips.pop()
+            return self.head(x.view(x.size(0), -1)) + self.shift
+
+    build = Net
+
+
+class Dictionaries(Model):
+    """Several inputs and outputs, in structures; the module is called twice in a step."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 8)
+            self.lstm = nn.LSTM(4, 5, batch_first=True)
+            self.second = nn.Linear(8, 3)
+            self.third = nn.Linear(5, 3)
+
+        def forward(self, inputs: dict[str, Any], scale: Tensor | None = None) -> dict[str, Any]:
+            hidden = torch.relu(self.first(inputs["x"] + inputs["pair"][0]))
+            sequence, (h, _) = self.lstm(hidden.unflatten(1, (2, 4)))
+            logits = self.second(hidden) + self.third(sequence[:, -1])
+            if scale is not None:
+                logits = logits * scale
+            return {"logits": logits, "aux": (h[0], None), "name": "net"}
+
+    build = Net
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = [x * 0.5, "unused"]
+        once = self.net({"x": x, "pair": pair})
+        twice = self.net({"x": x, "pair": pair}, scale=torch.tensor(0.5, dtype=x.dtype))
+        assert once["name"] == "net"
+        assert once["aux"][1] is None
+        return once["logits"] + twice["logits"] + once["aux"][0][:, :3]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.batch import leaves
-from lightning_mgpu.engine.pipelining.cutter import Cutter
-from lightning_mgpu.engine.pipelining.origin import StepBatch
-from lightning_mgpu.engine.pipelining.parity import Parity
-from lightning_mgpu.engine.pipelining.pipeline import Pipeline
-from lightning_mgpu.engine.pipelining.splitter import Splitter
-from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.engine.pipeline.check.parity import Parity
+from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
+from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter
+from lightning_mgpu.engine.pipeline.partition.cutter import Cutter
+from lightning_mgpu.engine.pipeline.pipeline import Pipeline
+from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
 
 DEVICES = [torch.device("cpu")] * 2
 

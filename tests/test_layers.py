@@ -4,43 +4,115 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+_ENTRY = "hydra_plugins.ray_tune_sweeper._lightning"
+_PLUGIN = "hydra_plugins.ray_tune_sweeper.ray_tune_sweeper"
 PACKAGE = Path(__file__).parent.parent / "lightning_mgpu"
 
-# What each part may import of the others. The rest of the package (`run` and what stands beside
-# it) may import everything but `demo`.
-_MAY_IMPORT = {
-    "engine": {"engine"},
-    "launch": {"launch"},
-    "report": {"report", "errors"},
-    "demo": {"demo"},
-    "strategies": {"strategies", "engine", "launch", "report"},
-    "plan": {"plan", "strategies", "engine", "build", "errors"},
-    "ray": {"ray", "strategies", "engine", "launch", "report", "build", "errors"},
+# What each part of the package may import of the others, from the bottom to the top.
+_MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "_version": set(),
+    "_registration": {"_compat"},
+    "_compat": {"errors"},
+    "engine": {"_compat"},
+    "launch": {"_compat"},
+    "timeline": set(),
+    "strategies": {"_compat", "engine", "launch", "timeline"},
+    "config": {"_compat", "errors", "strategies"},
+    "plan": {"_compat", "errors", "engine", "strategies", "config"},
+    "ray": {"_compat", "errors", "engine", "launch", "strategies", "config"},
+    "sweep": {"_compat", "errors", "launch", "config", "ray", _ENTRY},
+    "cli": {"_compat", "errors", "strategies", "config", "plan", "ray", "sweep", _PLUGIN},
+    "demo": {"_compat"},
+    "__init__": {"_registration", "_version", "engine", "strategies"},
+    "__main__": {"cli"},
+    _ENTRY: set(),
+    _PLUGIN: {"config", "sweep"},
 }
-_NEVER_LIGHTNING = ("engine", "launch", "report")
+_NEVER_LIGHTNING = ("engine", "launch", "timeline")
 _ASKS = r"device\.type$|^\w+\.type (==|!=|in|not in) |\.is_cuda$|^torch\.(cuda|xpu|mps)\b"
-_FILES = sorted(PACKAGE.rglob("*.py"))
+_FILES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "hydra_plugins").rglob("*.py")])
 
 
-@pytest.mark.parametrize("file", _FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_point_down(file: Path) -> None:
-    part = file.relative_to(PACKAGE).parts[0]
+def _name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+_MODULES = {_name(file): file for file in _FILES}
+
+
+def _imports(file: Path) -> set[str]:
+    """The modules of ours that a file imports, wherever in it: at run time or for types only."""
+    found = set()
     for module in _imported(file):
-        names = module.split(".")
-        if names[0] == "lightning_mgpu" and len(names) > 1:
-            allowed = _MAY_IMPORT.get(part)
-            assert names[1] != "demo" or part == "demo", f"{file.name} imports {module}"
-            assert allowed is None or names[1] in allowed, f"{file.name} imports {module}"
-        assert names[0] != "pytorch_lightning", f"{file.name}: import lightning.pytorch instead"
+        for name in (module, f"{module}.__init__"):
+            if name in _MODULES and _MODULES[name] != file:
+                found.add(name)
+    return found
+
+
+def _part(module: str) -> str:
+    """What `_MAY_IMPORT` calls the part that a module of ours is in."""
+    return module if module.startswith("hydra_plugins") else module.split(".")[1]
+
+
+@pytest.mark.parametrize("file", _FILES, ids=_name)
+def test_imports_point_down(file: Path) -> None:
+    part = _part(_name(file))
+    if _name(file) == "hydra_plugins.ray_tune_sweeper.__init__":
+        part = _ENTRY
+    allowed = _MAY_IMPORT[part] | {part}
+    for module in _imports(file):
+        if module != "lightning_mgpu.__init__":
+            assert _part(module) in allowed, f"{file.name} imports {module}"
+    for module in _imported(file):
+        top = module.split(".")[0]
         if part in _NEVER_LIGHTNING:
-            assert names[0] not in ("lightning", "torchmetrics"), f"{file.name} imports {module}"
-        assert names[0] != "torch" or part != "report", f"{file.name} imports {module}"
-        assert names[0] != "ray" or part == "ray", f"{file.name} imports {module}"
+            assert top not in ("lightning", "torchmetrics"), f"{file.name} imports {module}"
+            assert "_compat.lightning" not in module, f"{file.name} imports {module}"
+        assert top != "torch" or part != "timeline", f"{file.name} imports {module}"
+        assert top != "ray" or part in ("ray", "sweep", "_compat"), f"{file.name} imports {module}"
+
+
+def test_nobody_imports_in_a_circle() -> None:
+    """Neither files nor folders, at any level; imports for types and within functions count."""
+    for folder in sorted({parent for name in _MODULES for parent in _parents(name)}):
+        inside = {name for name in _MODULES if name.startswith(folder)}
+        graph: dict[str, set[str]] = {}
+        for name in inside:
+            child = _child(name, folder)
+            below = {_child(other, folder) for other in _imports(_MODULES[name]) & inside}
+            graph.setdefault(child, set()).update(below - {child})
+        try:
+            tuple(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            raise AssertionError(f"in {folder or 'the repository'}: {error.args[1]}") from error
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The folders that a module is in, each with a dot at its end; "" is the repository."""
+    parts = name.split(".")
+    for end in range(len(parts)):
+        yield "".join(f"{part}." for part in parts[:end])
+
+
+def _child(name: str, folder: str) -> str:
+    """The file or folder, directly in `folder`, that a module is or is in."""
+    # At the top, parts: the plugin's entry point is below the sweeper, the plugin above it.
+    return name.removeprefix(folder).split(".")[0] if folder else _part(name)
+
+
+def test_no_name_of_a_file_occurs_more_than_twice() -> None:
+    stems = Counter(file.stem for file in _FILES)
+    del stems["__init__"]
+    assert [stem for stem, count in stems.items() if count > 2] == []
 
 
 @pytest.mark.parametrize("part", ["engine", "strategies", "plan"])
@@ -55,7 +127,7 @@ def test_only_one_file_asks_what_kind_a_device_is(part: str) -> None:
 
 
 def test_engine_shares_nothing_but_its_own_files() -> None:
-    parts = {"replication": "pipelining", "pipelining": "replication"}
+    parts = {"data_parallel": "pipeline", "pipeline": "data_parallel"}
     for file in (PACKAGE / "engine").rglob("*.py"):
         where = file.relative_to(PACKAGE / "engine").parts[0]
         # Shared files know of neither part.
@@ -121,8 +193,9 @@ def test_command_module_needs_no_torch() -> None:
 def test_driver_of_a_sweep_needs_no_torch() -> None:
     """Seconds, and hundreds of megabytes, of which its trials have use and it has none."""
     code = (
-        "import sys, lightning_mgpu.ray.sweep.run, lightning_mgpu.ray.sweep.tuning;"
-        " from lightning_mgpu.launch.state import ProcessState; state = ProcessState.capture(1);"
+        "import sys, lightning_mgpu.sweep.main, lightning_mgpu.sweep.driver.ray_tune;"
+        " from lightning_mgpu.launch.process_state import ProcessState;"
+        " state = ProcessState.capture(1);"
         " print(state.torch, state.random, {'torch', 'lightning'} & set(sys.modules))"
     )
     assert _python(code) == "None None set()"
@@ -150,9 +223,9 @@ def _imported(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file.name}: write the import in full"
             assert node.module is not None
-            yield node.module
-            if node.module == "lightning_mgpu":
-                yield from (f"lightning_mgpu.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in _MODULES or f"{name}.__init__" in _MODULES else node.module
 
 
 def _python(code: str) -> str:

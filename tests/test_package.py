@@ -47,7 +47,7 @@ def test_sdist_and_wheel_carry_the_configs(distributions: tuple[Path, Path]) -> 
     assert _yaml_files() <= in_wheel
     assert {"lightning_mgpu/py.typed", "lightning_mgpu/conf/__init__.py"} <= in_wheel
     assert "hydra_plugins/ray_tune_sweeper/ray_tune_sweeper.py" in in_wheel
-    page = {f"lightning_mgpu/report/sweep/html/page.{kind}" for kind in ("html", "css", "js")}
+    page = {f"lightning_mgpu/sweep/report/html/page.{kind}" for kind in ("html", "css", "js")}
     assert page <= in_wheel
     assert "hydra_plugins/__init__.py" not in in_wheel  # it is shared with other plugins
     assert not any(name.startswith(("tests", "conf/", "benchmarks")) for name in in_wheel)

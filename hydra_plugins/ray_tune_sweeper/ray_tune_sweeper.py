@@ -6,7 +6,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
+from lightning_mgpu.config.sweeper import RayTuneSweeperConf
 
 
 class RayTuneSweeper(Sweeper):
@@ -25,8 +25,8 @@ class RayTuneSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Search, and leave the results in ``hydra.sweep.dir``."""
-        from lightning_mgpu.ray.sweep.job import Job
-        from lightning_mgpu.ray.sweep.run import run
+        from lightning_mgpu.sweep.job.job import Job
+        from lightning_mgpu.sweep.main import run
 
         job = Job(*self._given)
         options = OmegaConf.to_object(job.config.hydra.sweeper)

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
-
 Gradients = Sequence[Tensor | None]
 Backward = Callable[[Gradients, bool], Gradients]
 

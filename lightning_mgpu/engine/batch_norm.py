@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_mgpu.engine.slot import slot_here
-
-__all__: list[str] = []
+from lightning_mgpu.engine.worker_thread import slot_here
 
 Statistics = Literal["merge", "first"]
 

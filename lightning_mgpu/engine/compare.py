@@ -12,8 +12,6 @@ from torch import Tensor
 
 from lightning_mgpu.engine.device import has_float64
 
-__all__: list[str] = []
-
 # Relative to the largest magnitude in a tensor, so that sums over many terms, which depend on
 # their order, do not count as different.
 _RELATIVE = {

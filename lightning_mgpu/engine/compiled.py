@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-__all__: list[str] = []
-
 COMPILED_ATTRIBUTES = frozenset({"forward", "dynamo_ctx"})
 """What such a module calls, bound to the module that it was made of."""
 

@@ -10,8 +10,6 @@ import torch
 
 from lightning_mgpu.engine import device as kinds
 
-__all__: list[str] = []
-
 
 @dataclass(frozen=True)
 class ThreadContext:

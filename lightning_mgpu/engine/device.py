@@ -15,8 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__: list[str] = []
-
 HOST = torch.device("cpu")
 # Kinds of which there is but one device.
 _SINGLE = ("cpu", "meta", "mps")

@@ -4,8 +4,6 @@ from typing import TypeVar
 
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-__all__: list[str] = []
-
 
 class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operations of eager code; what has been compiled stays compiled, and unseen."""

@@ -8,8 +8,6 @@ import torch
 
 from lightning_mgpu.engine.device import random_state, set_random_state
 
-__all__: list[str] = []
-
 
 class RandomState:
     """The state of torch's, NumPy's and Python's generators at one time.

@@ -28,8 +28,6 @@ from lightning_mgpu.engine.dispatch import EagerMode, innermost
 
 log = logging.getLogger(__name__)
 
-__all__: list[str] = []
-
 _MAX_SEED = 2**63 - 1
 
 

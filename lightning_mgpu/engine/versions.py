@@ -4,8 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__: list[str] = []
-
 
 def own_version(value: Any) -> Any:
     """A tensor over the same memory with a version counter of its own; anything else as it is.

@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_mgpu.engine.context import ThreadContext
-from lightning_mgpu.engine.slot import Call, Cancelled, Done, Failed, Job, Slot
+from lightning_mgpu.engine.worker_thread import Call, Cancelled, Done, Failed, Job, Slot
 
 log = logging.getLogger(__name__)
-
-__all__: list[str] = []
 
 T = TypeVar("T")
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import cloudpickle
 
-__all__: list[str] = []
-
 # Sizes of the pickle and of the table of buffer sizes that follows it.
 _HEADER = struct.Struct("!QQ")
 _SIZE = struct.Struct("!Q")

@@ -14,8 +14,6 @@ from typing import Any
 from lightning_mgpu.launch import protocol
 from lightning_mgpu.launch.channel import Channel
 
-__all__: list[str] = []
-
 _BOOT = "from lightning_mgpu.launch.worker import main; main({fd}, {parent}, {main})"
 _EXIT_SECONDS = 5.0
 

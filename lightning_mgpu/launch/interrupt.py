@@ -7,8 +7,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-__all__: list[str] = []
-
 
 class Interrupted(BaseException):
     """Raised inside rank 0's function to make it end; not an `Exception`, so few catch it."""

@@ -11,11 +11,8 @@ from typing import Any
 
 import torch
 
-from lightning_mgpu.launch.aside import Aside, AsidePickler, leaving_out, putting_in
+from lightning_mgpu.launch.out_of_band import Aside, AsidePickler, leaving_out, putting_in
 from lightning_mgpu.launch.unpicklable import explain
-
-__all__: list[str] = []
-
 
 # `torch.save` wants a module-like object and derives its own pickler from `Pickler`.
 _PICKLE_MODULE = SimpleNamespace(Pickler=AsidePickler, __name__="cloudpickle")

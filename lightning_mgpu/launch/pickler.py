@@ -8,8 +8,6 @@ from typing import Any, cast
 
 import cloudpickle
 
-__all__: list[str] = []
-
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles what `pickle` cannot: lambdas, `__main__`, a `DataLoader` in the middle of use."""

@@ -19,10 +19,10 @@ from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.handle import Deliveries, WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupter
+from lightning_mgpu.launch.monitor import Watch
+from lightning_mgpu.launch.process_state import ProcessState, frozen_environment, threads_per_rank
 from lightning_mgpu.launch.rank import GroupGuard, Rank, Rendezvous, abort_group, leave_group
-from lightning_mgpu.launch.state import ProcessState, frozen_environment, threads_per_rank
-from lightning_mgpu.launch.variables import RANK_VARIABLES, shown
-from lightning_mgpu.launch.watch import Watch
+from lightning_mgpu.launch.rank_variables import RANK_VARIABLES, shown
 from lightning_mgpu.launch.worker import is_worker
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mgpu.launch.errors import RemoteFailure
+from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.launch.rank import Rank
-from lightning_mgpu.launch.state import ProcessState
-
-__all__: list[str] = []
 
 
 @dataclass(frozen=True)

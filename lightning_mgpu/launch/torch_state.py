@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 import torch.multiprocessing
 
-__all__: list[str] = []
-
 _CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
 
 

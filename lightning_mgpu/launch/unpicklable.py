@@ -11,8 +11,6 @@ import torch
 from lightning_mgpu.launch.errors import LaunchError, UnpicklableError
 from lightning_mgpu.launch.pickler import Pickler
 
-__all__: list[str] = []
-
 
 class _Probe(Pickler):
     """Pickles everything but the tensors' data: fast, and as strict."""

@@ -20,9 +20,7 @@ from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.channel import Channel
 from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.rank import GroupGuard
-from lightning_mgpu.launch.variables import of_rank
-
-__all__: list[str] = []
+from lightning_mgpu.launch.rank_variables import of_rank
 
 _Message = TypeVar("_Message")
 _PARENT_CHECK_SECONDS = 0.5

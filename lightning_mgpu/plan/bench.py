@@ -11,22 +11,20 @@ from typing_extensions import override
 
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.device import synchronize
-from lightning_mgpu.engine.pipelining import microbatch
-from lightning_mgpu.engine.pipelining.arguments import Call
-from lightning_mgpu.engine.pipelining.choice import PartitionError, opened_until
-from lightning_mgpu.engine.pipelining.cutter import Cut, Cutter
-from lightning_mgpu.engine.pipelining.observation import observe
-from lightning_mgpu.engine.pipelining.origin import StepBatch
-from lightning_mgpu.engine.pipelining.parity import Parity
-from lightning_mgpu.engine.pipelining.pipeline import Pipeline
-from lightning_mgpu.engine.pipelining.splitter import Splitter, Splitting
-from lightning_mgpu.engine.pipelining.trial import Trial
-from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.engine.pipeline import microbatch
+from lightning_mgpu.engine.pipeline.check.parity import Parity
+from lightning_mgpu.engine.pipeline.check.sample_run import Trial
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
+from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter, Splitting
+from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, opened_until
+from lightning_mgpu.engine.pipeline.partition.cutter import Cut, Cutter
+from lightning_mgpu.engine.pipeline.partition.observation import observe
+from lightning_mgpu.engine.pipeline.pipeline import Pipeline
+from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
 from lightning_mgpu.plan.ledger import Watched
 from lightning_mgpu.plan.profile import Sample, Tied
 from lightning_mgpu.plan.turn import Turn, sample_of
-
-__all__: list[str] = []
 
 # Numbers of micro-batches that are measured; what others take lies between.
 _COUNTS = 4

@@ -3,16 +3,14 @@
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lightning_mgpu.build import Parts, build_node
-from lightning_mgpu.engine.pipelining.choice import PartitionError
-from lightning_mgpu.engine.pipelining.microbatch import SplitError
+from lightning_mgpu.config.build import Parts, build_node
+from lightning_mgpu.engine.pipeline.microbatch import SplitError
+from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.plan.bench import NothingMeasuredError
 from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.predict import Plan, predict
 from lightning_mgpu.plan.rehearsal import Rehearsal
-
-__all__: list[str] = []
 
 _PIPELINES = ("lightning_mgpu.strategies.PipelineStrategy", "lightning_mgpu.PipelineStrategy")
 _TRAINER = {

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_mgpu.engine.dispatch import EagerMode
-from lightning_mgpu.engine.pipelining import position, values
-from lightning_mgpu.engine.pipelining.traveller import Traveller, current
-
-__all__: list[str] = []
+from lightning_mgpu.engine.pipeline import stage_values
+from lightning_mgpu.engine.pipeline.runtime import graph_position
+from lightning_mgpu.engine.pipeline.runtime.traveller import Traveller, current
 
 CALLER = -1
 
@@ -117,7 +116,7 @@ class Watched:
         ledger, traveller = self.ledger, current()
         if ledger is None or traveller is None:
             return self._forward(*args, **kwargs)
-        for tensor in values.tensors((args, kwargs)):
+        for tensor in stage_values.tensors((args, kwargs)):
             ledger.given(tensor)
 
         def pack(tensor: Tensor) -> Tensor:
@@ -126,7 +125,7 @@ class Watched:
 
         with saved_tensors_hooks(pack, lambda tensor: tensor), _Watching(ledger, traveller):
             output = self._forward(*args, **kwargs)
-        for tensor in values.tensors(output):
+        for tensor in stage_values.tensors(output):
             ledger.used(tensor, CALLER, _stage_of(tensor, traveller))
         return output
 
@@ -143,12 +142,12 @@ class _Watching(EagerMode):
     ) -> Any:
         kwargs = kwargs or {}
         layer = self._traveller.stage or 0
-        taken = values.tensors((args, kwargs))
+        taken = stage_values.tensors((args, kwargs))
         for tensor in taken:
             self._ledger.used(tensor, layer, _stage_of(tensor, self._traveller))
         output = func(*args, **kwargs)
         before = {_memory(tensor) for tensor in taken}
-        for tensor in values.tensors(output):
+        for tensor in stage_values.tensors(output):
             if _memory(tensor) not in before:
                 self._ledger.made(tensor, layer)
         return output
@@ -156,7 +155,7 @@ class _Watching(EagerMode):
 
 def _stage_of(tensor: Tensor, traveller: Traveller) -> int:
     """Where it was made, as far as autograd knows: operations of compiled code may not be seen."""
-    known = position.of(tensor) is not None
+    known = graph_position.of(tensor) is not None
     stage: int = traveller.graph.of(tensor).stage if known else traveller.stage or 0
     return stage
 

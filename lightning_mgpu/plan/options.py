@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__: list[str] = []
-
 Checkpoint = Literal["never", "except_last", "always"]
 
 

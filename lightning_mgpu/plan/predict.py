@@ -4,14 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from lightning_mgpu.engine.pipelining import simulate
-from lightning_mgpu.engine.pipelining.balance import balance
-from lightning_mgpu.engine.pipelining.simulate import Load
+from lightning_mgpu.engine.pipeline.partition.balance import balance
+from lightning_mgpu.plan import simulate
 from lightning_mgpu.plan.options import Checkpoint, Options
 from lightning_mgpu.plan.profile import Profile, Span
+from lightning_mgpu.plan.simulate import Load
 from lightning_mgpu.plan.stages import Stages
-
-__all__: list[str] = []
 
 
 @dataclass(frozen=True, kw_only=True)

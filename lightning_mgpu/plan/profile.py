@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_mgpu.engine.pipelining import microbatch
+from lightning_mgpu.engine.pipeline import microbatch
 from lightning_mgpu.plan.ledger import Holders
-
-__all__: list[str] = []
 
 
 @dataclass(frozen=True)

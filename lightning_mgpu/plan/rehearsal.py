@@ -8,16 +8,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mgpu.engine.batch import leaves
-from lightning_mgpu.engine.pipelining.choice import PartitionError, canonical
-from lightning_mgpu.engine.pipelining.splitter import Splitter
+from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter
+from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, canonical
 from lightning_mgpu.plan.bench import Bench, NothingMeasuredError
 from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.profile import Profile, Weights
 from lightning_mgpu.strategies import PipelineStrategy
-from lightning_mgpu.strategies.placement import Override
-from lightning_mgpu.strategies.split_module import find_module, own_stages
-
-__all__: list[str] = []
+from lightning_mgpu.strategies.stages.placement import Override
+from lightning_mgpu.strategies.stages.split_module import find_module, own_stages
 
 
 class Rehearsal(PipelineStrategy):

@@ -12,8 +12,6 @@ from rich.table import Table
 
 from lightning_mgpu.plan.predict import Plan, Row
 
-__all__: list[str] = []
-
 
 def summary(plan: Plan) -> Group:
     """A table of the quickest row for each number of devices, and what is not in it."""

@@ -4,11 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from lightning_mgpu.engine.pipelining.simulate import Link
 from lightning_mgpu.plan.ledger import CALLER, Holders
 from lightning_mgpu.plan.profile import Profile, Sample, Span, on_line
-
-__all__: list[str] = []
+from lightning_mgpu.plan.simulate import Link
 
 
 @dataclass

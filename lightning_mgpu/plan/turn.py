@@ -7,14 +7,12 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_mgpu.engine.pipelining.pipeline import Pipeline
-from lightning_mgpu.engine.pipelining.recording import Recording
-from lightning_mgpu.engine.pipelining.timeline import Kind, Timeline
-from lightning_mgpu.engine.pipelining.tuning import Chunks
+from lightning_mgpu.engine.pipeline.pipeline import Pipeline
+from lightning_mgpu.engine.pipeline.profile.recording import Recording
+from lightning_mgpu.engine.pipeline.profile.timeline import Kind, Timeline
+from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
 from lightning_mgpu.plan.ledger import Ledger, Watched
 from lightning_mgpu.plan.profile import Sample
-
-__all__: list[str] = []
 
 # Steps that are measured, after one to warm up; before that one, one in which bytes are counted.
 _STEPS = 3

@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mgpu.ray.pipeline import RayPipelineStrategy
-    from lightning_mgpu.ray.session import close, keep_warm
+    from lightning_mgpu.ray.ray_pipeline import RayPipelineStrategy
+    from lightning_mgpu.ray.ray_train.fit import fit
+    from lightning_mgpu.ray.ray_train.prepare import prepare_trainer
     from lightning_mgpu.ray.sharded import RayShardedStrategy
     from lightning_mgpu.ray.strategy import RayStrategy
-    from lightning_mgpu.ray.train import fit
-    from lightning_mgpu.ray.train_worker import prepare_trainer
+    from lightning_mgpu.ray.worker_group import close, keep_warm
 
 __all__ = [
     "RayPipelineStrategy",
@@ -22,14 +22,22 @@ __all__ = [
 ]
 
 _PUBLIC = {
-    "RayPipelineStrategy": "lightning_mgpu.ray.pipeline",
+    "RayPipelineStrategy": "lightning_mgpu.ray.ray_pipeline",
     "RayShardedStrategy": "lightning_mgpu.ray.sharded",
     "RayStrategy": "lightning_mgpu.ray.strategy",
-    "close": "lightning_mgpu.ray.session",
-    "fit": "lightning_mgpu.ray.train",
-    "keep_warm": "lightning_mgpu.ray.session",
-    "prepare_trainer": "lightning_mgpu.ray.train_worker",
+    "close": "lightning_mgpu.ray.worker_group",
+    "fit": "lightning_mgpu.ray.ray_train.fit",
+    "keep_warm": "lightning_mgpu.ray.worker_group",
+    "prepare_trainer": "lightning_mgpu.ray.ray_train.prepare",
 }
+STRATEGIES = tuple(
+    f"{where}.{name}"
+    for name, module in _PUBLIC.items()
+    if name.endswith("Strategy")
+    for where in (__name__, module)
+)
+"""What a config names as `_target_` to train on Ray."""
+
 _HOROVOD = (
     "Horovod has left Lightning. `RayStrategy` takes the same arguments and reduces the gradients"
     " with torch's own DDP, over NCCL or Gloo."

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__: list[str] = []
-
 LOCAL = "local"
 _CLIENT = "ray://"
 _VARIABLE = "RAY_ADDRESS"

@@ -18,8 +18,6 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray.address import LOCAL, address_of, given
 
-__all__: list[str] = []
-
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

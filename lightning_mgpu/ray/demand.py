@@ -8,8 +8,6 @@ import ray
 
 from lightning_mgpu.ray.cluster import fit_on
 
-__all__: list[str] = []
-
 # How often to look. Ray's nodes report what waits for them once a second.
 _SECONDS = 0.5
 # A request that seems to have room may be about to start; after so many looks it will not.

@@ -20,23 +20,21 @@ from lightning_mgpu.launch.errors import (
     is_collective_error,
     is_timeout_error,
 )
-from lightning_mgpu.launch.state import ProcessState
-from lightning_mgpu.ray import cluster, loggers, session
-from lightning_mgpu.ray.autosave import Autosave, Keeper, Save
-from lightning_mgpu.ray.parcel import Parcel, pack, unpack
-from lightning_mgpu.ray.place import Place
-from lightning_mgpu.ray.returned import Returned, weights_of
+from lightning_mgpu.launch.process_state import ProcessState
+from lightning_mgpu.ray import cluster, loggers, worker_group
+from lightning_mgpu.ray.epoch_checkpoint import Autosave, Keeper, Save
+from lightning_mgpu.ray.object_store import Parcel, pack, unpack
+from lightning_mgpu.ray.ranks import Place
+from lightning_mgpu.ray.trainer_state import Returned, weights_of
 from lightning_mgpu.ray.worker import is_worker
-from lightning_mgpu.strategies.attached import callbacks_of
-from lightning_mgpu.strategies.launcher import names_of_parts, set_live_state_aside
-from lightning_mgpu.strategies.predictions import RankPredictions, merge_predictions
+from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
+from lightning_mgpu.strategies.ranks.launcher import names_of_parts, set_live_state_aside
+from lightning_mgpu.strategies.ranks.predictions import RankPredictions, merge_predictions
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from lightning_mgpu.ray.strategy import OnRay
-
-__all__: list[str] = []
+    from lightning_mgpu.ray.on_ray import OnRay
 
 log = logging.getLogger(__name__)
 
@@ -113,24 +111,24 @@ class RayLauncher(_Launcher):
             if keeper is not None:
                 keeper.finish(workers)
         except BaseException:
-            session.discard(workers)
+            worker_group.discard(workers)
             self._strategy.run_failed = True
             # What they have written so far is of use all the more.
             loggers.go_on(trainer.loggers, began=True)
             raise
-        workers.rest(session.idle_seconds())
+        workers.rest(worker_group.idle_seconds())
         return results
 
-    def _take_workers(self, keeper: Keeper | None) -> session.Session:
-        most, workers = self._strategy.num_workers, session.take(self._strategy.group())
+    def _take_workers(self, keeper: Keeper | None) -> worker_group.Session:
+        most, workers = self._strategy.num_workers, worker_group.take(self._strategy.group())
         try:
             if keeper is not None:
                 keeper.check(workers)
         except ValueError:
-            workers.rest(session.idle_seconds())  # they are not at fault
+            workers.rest(worker_group.idle_seconds())  # they are not at fault
             raise
         except BaseException:
-            session.discard(workers)
+            worker_group.discard(workers)
             raise
         if workers.size < most:
             log.warning(
@@ -152,7 +150,7 @@ class RayLauncher(_Launcher):
     def kill(self, signum: int) -> None:
         """Lightning's way to hand a signal on; the session ends with the exception that follows."""
         if signum == signal.SIGTERM:
-            session.close()
+            worker_group.close()
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ class _Entry:
         attached = callbacks_of(trainer)
         callbacks, args = list(attached), self.args
         if self.save is not None:
-            attached.append(Autosave(self.save))
+            attached.append(Autosave(self.strategy.dump_checkpoint, self.save))
         if resume is not None:
             # `Trainer._fit_impl(..., ckpt_path, weights_only)`; the file is our own.
             args = (*args[:-2], resume, False)

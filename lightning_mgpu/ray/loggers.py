@@ -10,8 +10,6 @@ from lightning.fabric.loggers.csv_logs import CSVLogger, _ExperimentWriter
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-__all__: list[str] = []
-
 log = logging.getLogger(__name__)
 
 

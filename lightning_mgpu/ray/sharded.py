@@ -16,17 +16,15 @@ from typing_extensions import override
 
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray import cluster
-from lightning_mgpu.ray.session import Group
-from lightning_mgpu.ray.strategy import OnRay
-from lightning_mgpu.ray.whole import Whole, tensors_of
+from lightning_mgpu.ray.gathered_state import Whole, tensors_of
+from lightning_mgpu.ray.strategy import LaunchedOnRay
+from lightning_mgpu.ray.worker_group import Group
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__: list[str] = []
 
-
-class RayShardedStrategy(OnRay, FSDPStrategy):
+class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
     """Lightning's FSDP on the GPUs of a Ray cluster; the program itself stays where it is.
 
     Parameters, gradients and optimizer state are shared out among the workers. When they are done,

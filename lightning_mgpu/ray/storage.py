@@ -6,7 +6,7 @@ import shutil
 import time
 import uuid
 from dataclasses import dataclass, replace
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from pyarrow import ArrowInvalid, ArrowNotImplementedError
@@ -21,13 +21,8 @@ from pyarrow.fs import (
 from typing_extensions import override
 
 from lightning_mgpu.launch.errors import WorkerDiedError
-from lightning_mgpu.ray.autosave import Keeper
+from lightning_mgpu.ray.epoch_checkpoint import CallsRanks, Keeper
 from lightning_mgpu.ray.worker import call_on_driver
-
-if TYPE_CHECKING:
-    from lightning_mgpu.ray.session import Session
-
-__all__: list[str] = []
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +150,7 @@ class StorageKeeper(Keeper):
         return replace(self._directory, has_some=self.has_some)
 
     @override
-    def check(self, workers: "Session") -> None:
+    def check(self, workers: CallsRanks) -> None:
         """Refuse storage that rank 0 cannot write to, or that is not one for all nodes.
 
         Raises:
@@ -178,7 +173,7 @@ class StorageKeeper(Keeper):
             )
 
     @override
-    def finish(self, workers: "Session") -> None:
+    def finish(self, workers: CallsRanks) -> None:
         self.has_some = False
         try:
             workers.call(self._directory.remove, ranks=(0,))

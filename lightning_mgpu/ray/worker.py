@@ -9,24 +9,19 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any, Protocol
 
 import cloudpickle
 import ray
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_mgpu.launch.errors import RemoteFailure
+from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
-from lightning_mgpu.launch.state import ProcessState
-from lightning_mgpu.launch.variables import of_rank
+from lightning_mgpu.launch.rank_variables import of_rank
 from lightning_mgpu.ray import demand
-from lightning_mgpu.ray.parcel import Parcel, unpack
-from lightning_mgpu.ray.place import Place, machine
-
-if TYPE_CHECKING:
-    from lightning_mgpu.ray.autosave import Saved
-
-__all__: list[str] = []
+from lightning_mgpu.ray.object_store import Parcel, unpack
+from lightning_mgpu.ray.ranks import Place, machine
 
 # What a worker keeps of its own environment, whatever the driver's says.
 _OWN = ("RAY_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LD_", "PYTHON")
@@ -43,6 +38,13 @@ class Job:
     place: Place
     state: ProcessState
     machine: str
+
+
+class Saved(Protocol):
+    """A checkpoint on its way to workers that go on from it."""
+
+    def copy_to(self, file: IO[bytes]) -> bool:
+        """Write it to a file; whether there is one."""
 
 
 class TrainWorker:
@@ -81,7 +83,7 @@ class TrainWorker:
         return self._rendezvous.port
 
     def run(
-        self, job: Job, parcel: Parcel, resume: "Saved | None"
+        self, job: Job, parcel: Parcel, resume: Saved | None
     ) -> tuple[list[Parcel] | None, RemoteFailure | None]:
         """Unpickle a function and call it: the parcels it returns, or its error.
 
@@ -172,7 +174,7 @@ def ask_driver(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def _as_file(saved: "Saved | None") -> Iterator[str | None]:
+def _as_file(saved: Saved | None) -> Iterator[str | None]:
     """The path at which the checkpoint lies as long as the block lasts, if there is one."""
     # In memory: nothing stays behind when the worker is killed.
     with os.fdopen(os.memfd_create("lightning_mgpu"), "wb") as file:

@@ -14,21 +14,21 @@ from typing_extensions import override
 
 from lightning_mgpu.engine import batch_norm as engine_batch_norm
 from lightning_mgpu.engine.batch import Shard
+from lightning_mgpu.engine.data_parallel.loss import joint_loss
+from lightning_mgpu.engine.data_parallel.replicas import Replicas
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
-from lightning_mgpu.engine.replication.loss import joint_loss
-from lightning_mgpu.engine.replication.replicas import Replicas
 from lightning_mgpu.engine.workers import Workers
-from lightning_mgpu.strategies.loader_hint import loader_hint
-from lightning_mgpu.strategies.manual import ManualOptimization
-from lightning_mgpu.strategies.metrics import is_metric, replica_of
-from lightning_mgpu.strategies.parity import ParityCheck
-from lightning_mgpu.strategies.replica_step import Step
-from lightning_mgpu.strategies.sharding import Sharding
-from lightning_mgpu.strategies.single_process import (
+from lightning_mgpu.strategies.base.loader_hint import loader_hint
+from lightning_mgpu.strategies.base.single_process import (
     OWN_ATTRIBUTES,
     SHARED_OBJECTS,
     SingleProcessStrategy,
 )
+from lightning_mgpu.strategies.replicas.manual import ManualOptimization
+from lightning_mgpu.strategies.replicas.metrics import is_metric, replica_of
+from lightning_mgpu.strategies.replicas.parity import ParityCheck
+from lightning_mgpu.strategies.replicas.replica_step import Step
+from lightning_mgpu.strategies.replicas.sharding import Sharding
 
 __all__ = ["DataParallelStrategy"]
 

@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from lightning_mgpu.engine.device import is_accelerator
 from lightning_mgpu.launch.rank import leave_group
-from lightning_mgpu.launch.variables import come_from_a_launch
-from lightning_mgpu.strategies.environment import PoolEnvironment
-from lightning_mgpu.strategies.launcher import PoolLauncher
-from lightning_mgpu.strategies.rank_data import process_loader
-from lightning_mgpu.strategies.rebuilt import RebuiltDDPStrategy
+from lightning_mgpu.launch.rank_variables import come_from_a_launch
+from lightning_mgpu.strategies.ranks.environment import PoolEnvironment
+from lightning_mgpu.strategies.ranks.launcher import PoolLauncher
+from lightning_mgpu.strategies.ranks.rank_data import process_loader
+from lightning_mgpu.strategies.ranks.rebuilt import RebuiltDDPStrategy
 
 
 class DDPStrategy(RebuiltDDPStrategy):

@@ -4,8 +4,8 @@ import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from typing_extensions import override
 
-from lightning_mgpu.strategies.pipelined import Pipelined
-from lightning_mgpu.strategies.single_process import SingleProcessStrategy
+from lightning_mgpu.strategies.base.single_process import SingleProcessStrategy
+from lightning_mgpu.strategies.stages.pipelined import Pipelined
 
 __all__ = ["PipelineStrategy"]
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_mgpu.engine.workers import available_cores
 from lightning_mgpu.strategies.distributed import DDPStrategy
-from lightning_mgpu.strategies.pipelined import Pipelined
+from lightning_mgpu.strategies.stages.pipelined import Pipelined
 
 __all__ = ["PipelineDDPStrategy"]
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from gpu_runs import CPU, GPU, ON_GPU, TOLERANCE, assert_like_one_device, dp, pipeline
 from lightning.pytorch import LightningModule
-from test_pipeline_parity import Dictionaries, UNet
 
 # What a slot computes with: aliases of the master's parameters, or copies in memory of its own.
 DP = {
@@ -36,8 +35,8 @@ CASES: dict[str, tuple[Callable[[], LightningModule], dict[str, Any]]] = {
     ),
     **{model.__name__: (model, {}) for model in parity_models.MODELS},
     **{model.__name__: (model, {}) for model in parity_models.UNPICKLABLE_MODELS},
-    "UNet": (UNet, {}),
-    "Dictionaries": (Dictionaries, {}),
+    "UNet": (parity_models.UNet, {}),
+    "Dictionaries": (parity_models.Dictionaries, {}),
 }
 _NOT_IN_STAGES = ("GradientPenalty", "SpectralNorm")  # (changes buffers with each micro-batch)
 
@@ -69,7 +68,7 @@ def test_three_stages_with_skips_over_the_cut(
     devices: tuple[torch.device, ...], checkpoint: str
 ) -> None:
     strategy = pipeline(*devices, checkpoint=checkpoint, split_at=["net.up.0", "net.up.2"])
-    assert_like_one_device(strategy, UNet)
+    assert_like_one_device(strategy, parity_models.UNet)
 
 
 @pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "pinned"])

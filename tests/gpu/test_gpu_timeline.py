@@ -10,7 +10,7 @@ from gpu_runs import CPU, GPU, ON_GPU, fitted, pipeline
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.device import clock, copied, synchronize
-from lightning_mgpu.engine.pipelining.recording import Recording
+from lightning_mgpu.engine.pipeline.profile.recording import Recording
 
 CYCLES = 20_000_000  # of the GPU's clock, ten milliseconds or more
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_mgpu.engine.graphs import graph_count, is_graph_batch, join_graphs, take_graphs
+from lightning_mgpu.engine.batch.graphs import graph_count, is_graph_batch, join_graphs, take_graphs
 
 data = pytest.importorskip("torch_geometric.data", reason="needs the extra `zoo`")
 

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_mgpu.engine.graphs import is_graph_batch
-
-__all__: list[str] = []
+from lightning_mgpu.engine.batch.graphs import is_graph_batch
 
 _DEEPEST_OBJECT = 3
 

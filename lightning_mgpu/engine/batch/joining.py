@@ -25,9 +25,9 @@ from lightning_mgpu.engine.batch.containers import (
     parts,
     rebuild,
 )
+from lightning_mgpu.engine.batch.graphs import is_graph_batch, join_graphs
 from lightning_mgpu.engine.batch.layout import Dimensions
 from lightning_mgpu.engine.batch.roles import JoinMemory, Role, Roles, agree, is_number, listed
-from lightning_mgpu.engine.graphs import is_graph_batch, join_graphs
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from lightning_mgpu.engine.batch.containers import (
     parts,
     rebuild,
 )
-from lightning_mgpu.engine.graphs import graph_count, is_graph_batch, take_graphs
+from lightning_mgpu.engine.batch.graphs import graph_count, is_graph_batch, take_graphs
 
 Kind = Literal["columns", "samples", "whole"]
 Dimensions = int | Mapping[Any, int]

@@ -12,8 +12,6 @@ from lightning_mgpu.engine.batch.layout import signature
 
 log = logging.getLogger(__name__)
 
-__all__: list[str] = []
-
 Role = Literal["mean", "sum", "same", "entries", "columns", "ragged", "keys"] | int
 """How a part of the outputs is joined; a number is the dimension along which arrays are."""
 

@@ -10,8 +10,6 @@ from lightning_mgpu.engine.batch.containers import is_array, is_container, parts
 from lightning_mgpu.engine.batch.joining import Joining
 from lightning_mgpu.engine.batch.roles import JoinMemory, Role
 
-__all__: list[str] = []
-
 
 def join_samples(
     outputs: Sequence[Any], sizes: Sequence[int], memory: JoinMemory | None = None

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from lightning_mgpu.engine.batch.containers import is_sequence, leaves, sequences
 
-__all__: list[str] = []
-
 _Sizes = list[tuple[int, ...]]
 
 # Of a large batch, the first samples will do.

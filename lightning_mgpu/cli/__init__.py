@@ -1,0 +1,1 @@
+"""The command ``python -m lightning_mgpu``: help, modes, checkpoints, signals."""

@@ -1,0 +1,1 @@
+"""From Hydra configs to objects, with checks whose errors name the config key."""

@@ -1,0 +1,1 @@
+"""Structural copies of a module: own buffers and attributes, shared parameters."""

@@ -1,0 +1,1 @@
+"""What a step changes beside its outputs, brought from the replicas to the master."""

@@ -1,0 +1,393 @@
+"""What becomes of a value that the replicas have changed: the rules, and what is said about it.
+
+For a number, or a small tensor, let d be what each replica has added, and s the size of its shard:
+
+    only additions -- constants of the source, each once -- d equal ----------> once
+          |                                            +--- else -------------> sum, told
+          +---------- other -- d differ, whole numbers -----------------------> sum
+          |                +-- d differ, and are the losses of the shards ----> mean
+          |                +-- d differ, and are those times s ---------------> sum
+          |                +-- d differ otherwise ----------------------------> sum, told
+          |                +-- d equal, and so many for each sample ----------> sum
+          |                +-- d equal otherwise ------> in doubt, until a later step shows which
+    assigned ---------------- the same everywhere ----------------------------> that
+          +------------------ the losses of the shards -----------------------> mean
+          +------------------ else -------------------------------------------> replica 0's, told
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import Additions, is_number
+from lightning_mgpu.engine.data_parallel.side_effects.equality import MISSING, all_equal
+
+log = logging.getLogger(__name__)
+
+Rule = Literal["sum", "once", "mean"]
+
+_ENOUGH_STEPS = 4
+# Compared at every change; all else, tensors and what may hold them, ever more rarely.
+_CHEAP = (bool, int, float, complex, str, bytes, type(None), torch.Size)
+_TOLERANCE = 1e-6
+
+
+@dataclass
+class _Doubt:
+    """An addition that may be one per step or one per sample.
+
+    Attributes:
+        rule: How it has been taken so far.
+        owner: The dict that it is in, or itself.
+        steps: How often.
+        owed: What is to be added if it turns out to be the other.
+        value: What it came to by the last step; if it has another value now, it was reset.
+    """
+
+    rule: Rule
+    owner: str
+    steps: int = 0
+    owed: Any = 0
+    value: Any = None
+
+
+@dataclass
+class Change:
+    """One place that replicas have changed.
+
+    Attributes:
+        name: Of the place.
+        before: Its value at the start of the step.
+        values: The replicas' values now.
+        evidence: For each replica but the first: the additions that made it, if it was those.
+        is_key: Whether the place is an entry of a dict rather than an attribute.
+        is_count: Whether it is likely a count of samples: new to a dict, or in a `Counter`.
+        owner: What warnings are said once for; default: the place.
+    """
+
+    name: str
+    before: Any
+    values: Sequence[Any]
+    evidence: Sequence[Additions | None]
+    is_key: bool = False
+    is_count: bool = False
+    owner: str = ""
+
+
+class Judge:
+    """Decides about changes, remembers decisions, and tells each thing once."""
+
+    def __init__(self) -> None:
+        self.sizes: Sequence[int] = ()
+        self.references: Callable[[], Sequence[Sequence[float]]] = tuple
+        self._told: set[tuple[str, str]] = set()
+        self._settled: dict[str, Rule] = {}
+        self._doubts: dict[str, _Doubt] = {}
+        self._independent: set[str] = set()
+        self._lost: set[str] = set()
+        self._means: set[str] = set()
+        self._weights: Sequence[float] = ()
+        self._changes: dict[str, int] = {}
+        self._counts: set[str] = set()
+
+    def begin(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
+        """Start a step on shards of these sizes, which weigh so much in means."""
+        self.sizes, self._weights = sizes, weights
+        self.references = tuple
+
+    def outcome(self, change: Change) -> Any:
+        """The value that the master's place is to have."""
+        if change.before is MISSING and change.is_key:
+            change = _of_new_key(change)
+        values = [change.before, *change.values]
+        proven = all(addition is not None for addition in change.evidence)
+        if proven and all(map(_is_scalar_like, values)):
+            return self._added(change)
+        return self._assigned(change)
+
+    def lost(self, name: str, owner: str = "") -> None:
+        """Tell that replicas have left something else in a place."""
+        self._lost.add(name)
+        self._tell(
+            name,
+            "The step writes something else to `%s` on each replica; replica 0's is kept."
+            " Log it with `self.log`, append it to a list or return it to have them all.",
+            owner,
+        )
+
+    def found_on_some(self, owner: str) -> None:
+        """Learn that keys of a dict depend on the data, so that its numbers count samples."""
+        self._counts.add(owner)
+
+    def is_due(self, name: str) -> bool:
+        """Whether to compare tensors at this change: at the first, second, fourth and so on."""
+        number = self._changes[name] = self._changes.get(name, 0) + 1
+        return number & (number - 1) == 0
+
+    def shared(self, name: str) -> None:
+        """Tell that all replicas write to the same memory."""
+        self._tell(
+            name,
+            "The step writes to `%s`, which is too large for each replica to have a copy of: all"
+            " of them have written to the same memory at once. Register it as a buffer, or write to"
+            " it in a hook such as `on_train_batch_end`, which runs once.",
+        )
+
+    def outside(self, name: str) -> None:
+        """Tell that a step writes to a variable outside of the model."""
+        self._tell(
+            name,
+            "The step, or a hook on a module, writes to the variable `%s` outside of the model. All"
+            " replicas, each on a thread of its own, share it, and may read what another has"
+            " written. Keep it in an attribute of the LightningModule (`self`).",
+        )
+
+    def finish(self) -> None:
+        """Tell what could not be decided in this run."""
+        for name, doubt in self._doubts.items():
+            if doubt.rule == "sum" and doubt.owner in self._counts:
+                continue  # as for other keys of the same dict
+            taken = "once a step" if doubt.rule == "once" else "for every shard"
+            self._tell(
+                name,
+                "Every replica has added the same to `%s` in each step, on shards of the same size:"
+                f" that may be one addition for the step, or one for each shard. It was added"
+                f" {taken}. If that is wrong, count in a hook such as `on_train_batch_end`, which"
+                " runs once and sees the whole batch.",
+                doubt.owner,
+            )
+        self._doubts = {}
+
+    def _added(self, change: Change) -> Any:
+        deltas = [value - change.before for value in _together(change.values, change.before)]
+        rule = self._settled.get(change.name) or self._rule(change, deltas)
+        result = _combined(change.values[0], deltas, rule, self._weights)
+        doubt = self._doubts.get(change.name)
+        if doubt is not None:
+            self._settle_doubt(change, doubt, deltas, result)
+            if change.name in self._settled:
+                result = result + doubt.owed
+        return result
+
+    def _rule(self, change: Change, deltas: Sequence[Any]) -> Rule:
+        name, evidence = change.name, [e for e in change.evidence if e is not None]
+        numbers = [_number(delta) for delta in deltas]
+        equal = all_equal(deltas)
+        if not any(numbers) and equal:
+            return "sum"
+        if all(e.constant and e.count <= 1 and not e.looped for e in evidence):
+            if equal:
+                return self._settle(name, "once")
+            if name not in self._doubts:
+                self._tell_partial(name)
+            return "sum"
+        if equal:
+            if not all(map(_is_whole, numbers)):
+                return self._settle(name, "once")
+            return self._of_equal(change, numbers)
+        return self._of_unequal(change, deltas, numbers)
+
+    def _of_equal(self, change: Change, numbers: Sequence[float]) -> Rule:
+        """All have added the same whole number: by chance, for their samples, or for the step."""
+        size, delta = (self.sizes[0] if self.sizes else 1), numbers[0]
+        even = len(set(self.sizes)) <= 1
+        if even and (delta == size or (size > 1 and not delta % size and delta != sum(self.sizes))):
+            return "sum"  # so many for each sample
+        looped = change.is_key and any(e is not None and e.looped for e in change.evidence)
+        once = not (change.is_count or looped) and (not even or delta in (1, sum(self.sizes)))
+        doubt = self._doubts.setdefault(
+            change.name, _Doubt("once" if once else "sum", change.owner or change.name)
+        )
+        if change.owner not in self._counts:
+            doubt.steps += 1 if even else 2
+        return doubt.rule
+
+    def _of_unequal(self, change: Change, deltas: Sequence[Any], numbers: Sequence[float]) -> Rule:
+        name = change.name
+        whole = all(map(_is_whole, numbers))
+        is_integer = all(_is_integer(delta) for delta in deltas)
+        if is_integer:
+            if change.is_key:
+                self._counts.add(change.owner or name)
+            return self._settle(name, "sum")
+        if all(_is_scalar(delta) for delta in deltas):
+            matched = self._matched(numbers)
+            if matched is not None:
+                return self._settle(name, matched)
+        if not whole:
+            self._tell(
+                name,
+                "The step adds numbers to `%s` that are not counts, and it does not show whether"
+                " they are sums over samples or means. What the replicas added was summed up, which"
+                " is right for sums. Log a mean with `self.log`, or weigh it by the number of"
+                " samples.",
+            )
+            return self._settle(name, "sum")
+        return "sum"
+
+    def _matched(self, numbers: Sequence[float]) -> Rule | None:
+        """The rule for what is each shard's loss, or another value that it has logged."""
+        candidates = self.references()
+        if len(candidates) != len(numbers):
+            return None
+        for column in zip(*candidates, strict=False):
+            if _close(numbers, column):
+                return "mean"
+            if _close(numbers, [c * size for c, size in zip(column, self.sizes, strict=True)]):
+                return "sum"
+        return None
+
+    def _assigned(self, change: Change) -> Any:
+        name, values = change.name, change.values
+        scalars = all(map(_is_scalar, values))
+        if name in self._means and scalars:
+            return self._mean(values)
+        plain = all(isinstance(value, _CHEAP) for value in values)
+        if name in self._lost or not (plain or self.is_due(name)):
+            return values[0]
+        if all_equal(values):
+            if self._is_a_size(name, values[0]):
+                self._tell(
+                    name,
+                    "The step sets `%s` to the number of samples in a shard, as it seems; on one"
+                    " device that is the whole batch's. Set it in a hook such as"
+                    " `on_train_batch_start`, which sees the whole batch.",
+                )
+            return values[0]
+        if scalars:
+            numbers = [_number(value) for value in values]
+            if not all(map(_is_whole, numbers)) and self._matched(numbers) == "mean":
+                self._means.add(name)
+                return self._mean(values)
+        self.lost(name, change.owner)
+        return values[0]
+
+    def _mean(self, values: Sequence[Any]) -> Any:
+        total = sum(self._weights)
+        parts = zip(_together(values, values[0]), self._weights, strict=True)
+        return sum(value * (weight / total) for value, weight in parts)
+
+    def _is_a_size(self, name: str, value: Any) -> bool:
+        """Whether a value that all have assigned is the size of their shards, rather than fixed."""
+        if name in self._independent or not self.sizes:
+            return False
+        if isinstance(value, torch.Size):
+            value = value[0] if len(value) else 0
+        if isinstance(value, (bool, float)) or not is_number(value):
+            return False
+        if len(set(self.sizes)) > 1 or value != self.sizes[0]:
+            self._independent.add(name)
+            return False
+        return self.sizes[0] > 1
+
+    def _settle(self, name: str, rule: Rule) -> Rule:
+        self._settled[name] = rule
+        return rule
+
+    def _settle_doubt(
+        self, change: Change, doubt: _Doubt, deltas: Sequence[Any], result: Any
+    ) -> None:
+        """Keep what is owed if the doubt is decided otherwise, or see to it that it is paid."""
+        name = change.name
+        if doubt.value is not None and not all_equal([doubt.value, change.before]):
+            doubt.owed = 0  # reset meanwhile
+        settled = self._settled.get(name)
+        if settled is None and doubt.steps >= _ENOUGH_STEPS:
+            # What depends on data would have differed by now.
+            settled = self._settle(name, "once")
+        if settled is None:
+            other: Rule = "sum" if doubt.rule == "once" else "once"
+            otherwise = _combined(change.values[0], deltas, other, self._weights)
+            doubt.owed = doubt.owed + (otherwise - result)
+            doubt.value = _copied(result)
+            return
+        if settled == doubt.rule:
+            doubt.owed = 0
+        elif doubt.steps >= _ENOUGH_STEPS:
+            doubt.owed = doubt.owed + (
+                _combined(change.values[0], deltas, settled, self._weights) - result
+            )
+        del self._doubts[name]
+
+    def _tell_partial(self, name: str) -> None:
+        self._tell(
+            name,
+            "The step counts in `%s` on some replicas and not on others, as if once a step, but"
+            " by what is in the shard. What they counted was summed up. Decide in a hook such as"
+            " `on_train_batch_end`, which sees the whole batch.",
+        )
+
+    def _tell(self, name: str, text: str, owner: str = "") -> None:
+        if (owner or name, text) not in self._told:
+            self._told.add((owner or name, text))
+            log.warning(text, name)
+
+
+def _of_new_key(change: Change) -> Change:
+    """A key that is new to a dict: whole numbers are taken for counts that began at zero."""
+    values = change.values
+    present = [value for value in values if value is not MISSING]
+    if not all(is_number(value) and _is_integer(value) for value in present):
+        return change
+    evidence = [e or Additions(constant=False, count=1) for e in change.evidence]
+    filled = [0 if value is MISSING else value for value in values]
+    return Change(change.name, 0, filled, evidence, True, True, change.owner)
+
+
+def _combined(first: Any, deltas: Sequence[Any], rule: Rule, weights: Sequence[float]) -> Any:
+    """The first replica's value with what it lacks of the others'."""
+    if rule == "once":
+        return first
+    if rule == "sum":
+        for delta in deltas[1:]:
+            first = first + delta
+        return first
+    total = sum(weights) or 1
+    mean = sum(delta * (weight / total) for delta, weight in zip(deltas, weights, strict=True))
+    return first + (mean - deltas[0])
+
+
+def _together(values: Sequence[Any], like: Any) -> list[Any]:
+    """Tensors where the first of them lies."""
+    device = next((v.device for v in (like, *values) if isinstance(v, Tensor)), None)
+    return [v.detach().to(device) if isinstance(v, Tensor) else v for v in values]
+
+
+def _is_scalar(value: Any) -> bool:
+    return is_number(value) or (
+        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    )
+
+
+def _is_scalar_like(value: Any) -> bool:
+    """Whether it is a number or a tensor that sums can be made of."""
+    return is_number(value) or (isinstance(value, Tensor) and value.dtype != torch.bool)
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() and not value.is_complex()
+    return not isinstance(value, float) and float(value).is_integer()
+
+
+def _number(value: Any) -> float:
+    return float(value.detach().sum()) if isinstance(value, Tensor) else float(value)
+
+
+def _is_whole(number: float) -> bool:
+    return math.isfinite(number) and number == int(number)
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(
+        math.isclose(x, y, rel_tol=_TOLERANCE, abs_tol=0.0) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

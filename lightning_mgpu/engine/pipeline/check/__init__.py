@@ -1,0 +1,1 @@
+"""Check on the first batch that micro-batches compute what the whole batch does."""

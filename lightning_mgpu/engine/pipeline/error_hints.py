@@ -1,0 +1,24 @@
+"""What may be behind an error that micro-batches raise and one device would not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_mgpu.engine.error_notes import add_note
+
+_OF_A_PART = ("The size of tensor a (", "backward through the graph a second time")
+_HINT = (
+    "(What attributes or hooks keep from a module's `forward` belongs to one micro-batch: to use it"
+    " in the step, return it from the split module's `forward`. And what they hold before the call"
+    " goes to every micro-batch whole: hand it on as an argument.)"
+)
+
+
+@contextmanager
+def hinted() -> Iterator[None]:
+    """Add a note to errors that leave the block and often come from values of a micro-batch."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(text in str(error) for text in _OF_A_PART):
+            add_note(error, _HINT)
+        raise

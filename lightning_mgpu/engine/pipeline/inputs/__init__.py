@@ -1,0 +1,1 @@
+"""Split the arguments of a call into those of its micro-batches."""

@@ -1,0 +1,93 @@
+"""Tensors that the step sets as attributes of the split module before it calls it."""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_mgpu.engine.batch import leaves
+from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
+from lightning_mgpu.engine.pipeline.microbatch import SplitError
+
+
+class Assigned:
+    """Finds attributes with an entry per sample, which every micro-batch would see whole.
+
+    Args:
+        modules: All modules that stages run, by name.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._known: dict[int, weakref.ref[Tensor]] = {}
+        self.update(modules)
+
+    def update(self, modules: Mapping[str, nn.Module]) -> None:
+        """Take what the modules hold now for their own."""
+        tensors = [found.tensor for found in _attributes(modules)]
+        self._known = {id(tensor): weakref.ref(tensor) for tensor in tensors}
+
+    def check(
+        self,
+        modules: Mapping[str, nn.Module],
+        size: int,
+        batch: StepBatch,
+        is_used: Callable[[dict[str, Any], str], bool],
+    ) -> None:
+        """Refuse tensors with an entry per sample that have been set since `update`.
+
+        Args:
+            modules: All modules that stages run, by name.
+            size: Samples in the batch.
+            batch: The step's batch.
+            is_used: Whether `forward` reads an entry of a module's attributes.
+
+        Raises:
+            SplitError: Names the attribute.
+        """
+        new = [found for found in _attributes(modules) if not self._knows(found.tensor)]
+        if not new:
+            return
+        for title, holder, key, tensor in new:
+            of_batch = tensor.dim() and batch.has(tensor)
+            # A buffer may have another tensor since it was moved.
+            by_length = tensor.dim() and tensor.shape[0] == size and not title.startswith("buffer")
+            if (of_batch or by_length) and is_used(holder, key):
+                raise SplitError(
+                    f"{title} of shape {tuple(tensor.shape)} was set before the call and has an"
+                    f" entry per sample (the batch has {size}), but every micro-batch would see all"
+                    " of it. Hand it on as an argument of the split module's `forward`."
+                )
+
+    def _knows(self, tensor: Tensor) -> bool:
+        known = self._known.get(id(tensor))
+        return known is not None and known() is tensor
+
+
+class _Attribute(NamedTuple):
+    title: str
+    holder: dict[str, Any]
+    key: str
+    tensor: Tensor
+
+
+def _attributes(modules: Mapping[str, nn.Module]) -> Iterator[_Attribute]:
+    for path, module in modules.items():
+        kind, where = type(module).__name__, f" (in `{path}`)" if path else ""
+        state = vars(module)
+        for name in [name for name in state if name not in _OWN]:
+            value = state[name]
+            if isinstance(value, Tensor):
+                # (Parameters are no plain attributes, and `isinstance` of them takes long.)
+                yield _Attribute(f"`{kind}.{name}`{where}", state, name, value)
+            elif type(value) in _CONTAINERS:
+                for place, leaf in leaves(value, f"{kind}.{name}"):
+                    if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
+                        yield _Attribute(f"`{place}`{where}", state, name, leaf)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield _Attribute(f"buffer `{kind}.{name}`{where}", module._buffers, name, buffer)
+
+
+_CONTAINERS = (list, tuple, dict)
+_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}

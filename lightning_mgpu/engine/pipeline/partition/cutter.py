@@ -1,0 +1,276 @@
+"""Decides which stage each submodule belongs to, once, from what one call does."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lightning_mgpu.engine import batch_norm
+from lightning_mgpu.engine.pipeline.partition import choice
+from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, canonical
+from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, measured
+from lightning_mgpu.engine.pipeline.partition.observation import Called, observe, registered
+
+Balance = Sequence[int] | Literal["parameters", "time", "memory"]
+
+# What a parameter takes beside itself: its gradient, and two moments in the optimizer.
+_COPIES_OF_PARAMETERS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Which stage everything belongs to.
+
+    Attributes:
+        layers: Of each stage, the names of the submodules that it computes, in order.
+        units: By name, each submodule that is computed as a whole, and its stage.
+        tensors: Parameters and buffers of each stage, by name.
+        way: The stages that the observed call has visited, in order.
+        stage_of: The stage of each module, by its `id`; those that are opened have none.
+        owner: The stage of each parameter and buffer, by its `id`.
+        normalised: Layers that keep running statistics.
+        writers: The units, by their `id`, that write to what they are called with.
+    """
+
+    layers: tuple[tuple[str, ...], ...]
+    units: Mapping[str, tuple[nn.Module, int]]
+    tensors: list[dict[str, Tensor]]
+    way: tuple[int, ...]
+    stage_of: Mapping[int, int]
+    owner: Mapping[int, int]
+    normalised: list[nn.Module]
+    writers: frozenset[int] = frozenset()
+
+
+class Cutter:
+    """Cuts a module into stages.
+
+    Args:
+        module: The module.
+        forward: Its own `forward`.
+        stages: How many.
+        split_at: Names of the submodules at which the second and later stages begin.
+        balanced: Without `split_at`: layers in each stage, or what to balance.
+        made: Stages that the user has made; nothing is cut then.
+
+    Raises:
+        PartitionError: A name is unknown, or there are too few or too many.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        stages: int,
+        split_at: Sequence[str] | None = None,
+        balanced: Balance = "parameters",
+        made: Sequence[nn.Module] | None = None,
+    ) -> None:
+        self.module, self.forward, self.stages = module, forward, stages
+        self._balanced, self._made = balanced, made
+        self._starts: list[str] | None = None
+        self.costs: dict[str, Cost] = {}
+        """Of each layer, if they have been measured."""
+        self.cut: Cut | None = None
+        """The cut, once it is known."""
+        if split_at is not None:
+            _check_count("split_at", len(split_at) + 1, stages, f"{stages - 1} names")
+            self._starts = [canonical(module, name) for name in split_at]
+        elif made is not None:
+            _check_count("configure_pipeline", len(made), stages, f"{stages} modules")
+            self.forward = _Chain(made)
+            self.cut = self._of_made(made)
+        elif not isinstance(balanced, str):
+            _check_count("balance", len(balanced), stages, f"{stages} numbers")
+
+    def current(self) -> Cut | None:
+        """The cut, if it is known and its modules are still there."""
+        if self.cut is not None and self._made is None:
+            for name, (module, _) in self.cut.units.items():
+                if _at(self.module, name) is not module:
+                    self.cut = None
+                    break
+        return self.cut
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The modules that hold everything which stages run."""
+        return [self.module] if self._made is None else [self.module, *self._made]
+
+    @property
+    def wants_costs(self) -> bool:
+        """Whether layers have to be measured before the module can be cut."""
+        measured = self._balanced in ("time", "memory")
+        return measured and self._starts is None and self._made is None
+
+    def expected(self) -> Cut | None:
+        """What the cut is likely to be, before there is a call; `None` if that cannot be told."""
+        if self.cut is not None or self.wants_costs:
+            return self.cut
+        called = registered(self.module)
+        try:
+            layers, counts = self._chosen(called, 1)
+        except PartitionError:
+            return None
+        return self._made_of(layers, counts)
+
+    def observe(self, run: Callable[[], Any], chunks: int) -> Cut:
+        """Cut the module by what a call does.
+
+        Args:
+            run: Calls the module's `forward`, with a graph if layers are to be measured.
+            chunks: How many micro-batches there will be.
+
+        Raises:
+            PartitionError: The module cannot be cut as asked.
+        """
+        if self.wants_costs:
+            called, self.costs = measured(self.module, run)
+        else:
+            called, _ = observe(self.module, run)
+        layers, counts = self._chosen(called, chunks)
+        writers = frozenset(id(call.module) for call in called.walk() if call.writes)
+        self.cut = replace(self._made_of(layers, counts), writers=writers)
+        if self.costs:
+            self.costs = {name: self.costs[name] for name in layers.names()}
+        return self.cut
+
+    def _chosen(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+        layers, counts = self._dealt(called, chunks)
+        names = layers.names()
+        starts = [names[first] for first in list(accumulate(counts))[:-1]]
+        try:
+            # Only those are opened within which a stage begins.
+            return choice.beginning_at(called, starts)
+        except PartitionError:
+            return layers, counts
+
+    def _dealt(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+        if self._starts is not None:
+            return choice.beginning_at(called, self._starts)
+        if not isinstance(self._balanced, str):
+            layers = choice.opened_until(called, self.stages, self._size)
+            names, counts = layers.names(), list(self._balanced)
+            if sum(counts) != len(names):
+                raise PartitionError(
+                    f"`balance={counts}` is for {sum(counts)} layers, but"
+                    f" `{type(self.module).__name__}` has {len(names)}: {', '.join(names)}."
+                )
+            return layers, counts
+
+        def price(name: str) -> float:
+            if not self.costs:
+                return self._size(name)
+            cost = self.costs[name]
+            if self._balanced == "time":
+                return cost.seconds
+            return _COPIES_OF_PARAMETERS * cost.parameters + chunks * cost.activations
+
+        found = choice.choose(called, self.stages, price)
+        if found is None:
+            names = choice.opened_until(called, self.stages, self._size).names()
+            raise PartitionError(
+                f"`{type(self.module).__name__}` has {len(names)} layers that its `forward` calls"
+                f" ({', '.join(names) or 'none'}), too few for {self.stages} stages. Use fewer"
+                ' devices, or choose another `module` (`module=""` is the LightningModule itself).'
+            )
+        return found
+
+    def _size(self, name: str) -> float:
+        return sum(p.nbytes for p in self.module.get_submodule(name).parameters())
+
+    def _made_of(self, layers: choice.Layers, counts: Sequence[int]) -> Cut:
+        names = iter(layers.names())
+        parts = tuple(tuple(next(names) for _ in range(count)) for count in counts)
+        stage_of = {name: stage for stage, part in enumerate(parts) for name in part}
+        way = [key for key, _ in groupby(stage_of[call.name] for call in layers.calls())]
+        for name, stage in self._never_called(stage_of, layers):
+            stage_of[name] = stage
+        units = {name: (self.module.get_submodule(name), s) for name, s in stage_of.items()}
+        return self._cut(parts, units, way)
+
+    def _never_called(
+        self, stage_of: Mapping[str, int], layers: choice.Layers
+    ) -> Iterator[tuple[str, int]]:
+        """Submodules that other calls may come to: with the stage of what stands before them."""
+        called = {call.name for call in layers.called.walk()}
+        holders = choice.ancestors(stage_of)
+        stage, done = 0, ""
+        for name, _ in self.module.named_modules():
+            if done and f"{name}.".startswith(f"{done}."):
+                continue
+            done = ""
+            if name in stage_of:
+                stage, done = stage_of[name], name
+            elif name not in called and name not in holders:
+                done = name
+                yield name, stage
+
+    def _of_made(self, made: Sequence[nn.Module]) -> Cut:
+        units = {f"stage {index}": (module, index) for index, module in enumerate(made)}
+        return self._cut(((),) * len(made), units, range(len(made)))
+
+    def _cut(
+        self,
+        parts: tuple[tuple[str, ...], ...],
+        units: Mapping[str, tuple[nn.Module, int]],
+        way: Iterable[int],
+    ) -> Cut:
+        stage_of: dict[int, int] = {}
+        owner: dict[int, int] = {}
+        for module, stage in units.values():
+            for inner in module.modules():
+                stage_of.setdefault(id(inner), stage)
+            for tensor in (*module.parameters(), *module.buffers()):
+                owner.setdefault(id(tensor), stage)
+        # What opened modules hold themselves lies with what they call first.
+        for name, module in self.module.named_modules():
+            inside = [s for n, (_, s) in units.items() if not name or n.startswith(f"{name}.")]
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and inside:
+                    owner.setdefault(id(tensor), inside[0])
+        named = [pair for root in self.roots for pair in _named_tensors(root)]
+        tensors: list[dict[str, Tensor]] = [{} for _ in range(self.stages)]
+        for name, tensor in named:
+            tensors[owner.get(id(tensor), 0)].setdefault(name, tensor)
+        normalised = batch_norm.layers_of(m for root in self.roots for m in root.modules())
+        unique = list({id(layer): layer for layer in normalised}.values())
+        return Cut(parts, units, tensors, tuple(way), stage_of, owner, unique)
+
+
+class _Chain:
+    """Calls modules one after another, each with what the one before it has returned.
+
+    A tuple is handed on as several arguments.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._modules[0](*args, **kwargs)
+        for module in self._modules[1:]:
+            output = module(*output) if type(output) is tuple else module(output)
+        return output
+
+
+def _at(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _check_count(option: str, given: int, stages: int, wanted: str) -> None:
+    if given != stages:
+        raise PartitionError(
+            f"`{option}` makes {given} stages, but there are {stages} devices. Give {wanted}, or"
+            f" `devices={given}`."
+        )

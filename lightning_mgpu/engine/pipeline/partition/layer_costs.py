@@ -1,0 +1,79 @@
+"""What each layer costs, for one micro-batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from lightning_mgpu.engine.pipeline import stage_values
+from lightning_mgpu.engine.pipeline.partition.observation import Called, observe
+
+# The first time is for torch to warm up; of the others, the quickest counts.
+_TIMES = 4
+
+
+@dataclass
+class Cost:
+    """What a layer costs for one micro-batch.
+
+    Attributes:
+        seconds: Of its forward and backward.
+        parameters: Bytes of its parameters.
+        activations: Bytes that are kept for its backward, parameters apart.
+    """
+
+    seconds: float = 0.0
+    parameters: int = 0
+    activations: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.seconds + other.seconds,
+            self.parameters + other.parameters,
+            self.activations + other.activations,
+        )
+
+
+def measured(module: Any, run: Callable[[], Any]) -> tuple[Called, dict[str, Cost]]:
+    """Watch a module several times.
+
+    Args:
+        module: The module.
+        run: Calls its `forward` on one micro-batch.
+
+    Returns:
+        The calls, and what each submodule costs in all its calls, by name. Backward is taken to be
+        shared out like forward.
+    """
+    found: list[tuple[Called, float]] = []
+    for _ in range(_TIMES):
+        called, output = observe(module, run, count_kept=True)
+        whole, _ = observe(module, partial(_backward, module, output))
+        found.append((called, whole.seconds))
+    costs: dict[str, Cost] = {}
+    rounds = [_totals(called) for called, _ in found[1:]]
+    for name, first in rounds[0].items():
+        forward = min(totals.get(name, first).seconds for totals in rounds)
+        share = min(back / called.seconds if called.seconds else 0.0 for called, back in found[1:])
+        costs[name] = Cost(forward * (1 + share), first.parameters, first.activations)
+    return found[0][0], costs
+
+
+def _totals(called: Called) -> Mapping[str, Cost]:
+    totals: dict[str, Cost] = {}
+    for call in called.walk():
+        known = totals.get(call.name)
+        if known is None:
+            known = Cost(parameters=sum(p.nbytes for p in call.module.parameters()))
+        totals[call.name] = known + Cost(call.seconds, 0, call.kept)
+    return totals
+
+
+def _backward(module: Any, output: Any) -> None:
+    wanting = [t for t in stage_values.tensors(output) if t.requires_grad]
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if wanting and parameters:
+        seeds = [torch.ones_like(tensor) for tensor in wanting]
+        torch.autograd.grad(wanting, parameters, seeds, allow_unused=True)

@@ -1,0 +1,136 @@
+"""What a module's `forward` calls, found out by watching it."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_mgpu.engine.compiled import inside_compiled
+from lightning_mgpu.engine.device import synchronize
+from lightning_mgpu.engine.pipeline import stage_values
+
+
+@dataclass(eq=False)
+class Called:
+    """A call of a module.
+
+    Attributes:
+        name: The module's first name; that of the split module itself is empty.
+        module: The module.
+        children: The calls that it makes.
+        seconds: What it took, calls it made included.
+        kept: The bytes that autograd kept of it, if that was counted.
+        writes: Whether it has written to what it was called with, or would in training.
+    """
+
+    name: str
+    module: nn.Module
+    children: list["Called"] = field(default_factory=list)
+    seconds: float = 0.0
+    kept: int = 0
+    writes: bool = False
+    given: list[tuple[Tensor, int]] = field(default_factory=list)
+    """The tensors that it was called with, and how often they had been written to."""
+
+    def walk(self) -> Iterator["Called"]:
+        """This call and all below, in order."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+def registered(module: nn.Module, name: str = "") -> Called:
+    """What is to be expected of a module whose `forward` calls its children in their order."""
+    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    children = [] if compiled else module.named_children()
+    prefix = f"{name}." if name else ""
+    return Called(name, module, [registered(child, prefix + n) for n, child in children])
+
+
+def observe(
+    module: nn.Module, run: Callable[[], Any], count_kept: bool = False
+) -> tuple[Called, Any]:
+    """Watch a call of a module.
+
+    Args:
+        module: The module.
+        run: Calls its `forward`.
+        count_kept: Whether to count what autograd keeps.
+
+    Returns:
+        The call, and what `run` has returned.
+    """
+    root = Called("", module)
+    open_calls = [root]
+    compiled = inside_compiled(module.modules())
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+
+    def now() -> float:
+        synchronize(devices)
+        return time.perf_counter()
+
+    def before(called: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+        given = [t for t in stage_values.tensors((args, kwargs)) if not t.is_inference()]
+        if isinstance(called, nn.modules.dropout._DropoutNd) and called.inplace:
+            _mark(open_calls, given)  # (which drops nothing while it is watched)
+        made = Called(name, called, seconds=-now(), given=[(t, t._version) for t in given])
+        open_calls[-1].children.append(made)
+        open_calls.append(made)
+
+    def after(called: nn.Module, args: Any, output: Any) -> None:
+        if len(open_calls) > 1 and open_calls[-1].module is called:
+            made = open_calls.pop()
+            made.seconds += now()
+            made.writes |= any(tensor._version != version for tensor, version in made.given)
+            made.given = []
+
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    seen: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage().data_ptr()
+        if memory not in own and memory not in seen:
+            seen.add(memory)
+            for call in open_calls:
+                call.kept += min(tensor.untyped_storage().nbytes(), tensor.nbytes)
+        return tensor
+
+    with ExitStack() as stack:
+        for name, inner in module.named_modules():
+            if (
+                inner is module
+                or id(inner) in compiled
+                or isinstance(inner, torch.jit.ScriptModule)
+            ):
+                continue
+            hook = inner.register_forward_pre_hook(
+                _named(before, name), prepend=True, with_kwargs=True
+            )
+            stack.callback(hook.remove)
+            stack.callback(inner.register_forward_hook(after, always_call=True).remove)
+        if count_kept:
+            stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
+        started = now()
+        output = run()
+        root.seconds = now() - started
+    return root, output
+
+
+def _mark(calls: Sequence[Called], tensors: Sequence[Tensor]) -> None:
+    """Take down that calls write to what they were called with, if these tensors are."""
+    memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    for call in calls:
+        if any(given.untyped_storage().data_ptr() in memory for given, _ in call.given):
+            call.writes = True
+
+
+def _named(before: Callable[..., None], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        before(module, args, kwargs, name)
+
+    return hook

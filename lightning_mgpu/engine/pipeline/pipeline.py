@@ -1,0 +1,341 @@
+"""A module in stages: its `forward`, computed by all devices, micro-batch by micro-batch."""
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mgpu.engine import batch_norm
+from lightning_mgpu.engine.autograd import Gradients, graft
+from lightning_mgpu.engine.error_notes import add_note
+from lightning_mgpu.engine.pipeline import microbatch as mb
+from lightning_mgpu.engine.pipeline.check.parity import Parity
+from lightning_mgpu.engine.pipeline.check.sample_run import Trial
+from lightning_mgpu.engine.pipeline.inputs.assigned import Assigned
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
+from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter, Splitting
+from lightning_mgpu.engine.pipeline.microbatch import SplitError
+from lightning_mgpu.engine.pipeline.outputs.joining import Layouts, Undecided
+from lightning_mgpu.engine.pipeline.outputs.output import Output
+from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
+from lightning_mgpu.engine.pipeline.partition.cutter import Cut, Cutter
+from lightning_mgpu.engine.pipeline.profile.recording import Recording
+from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
+from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint, Passage, part_at_hand
+from lightning_mgpu.engine.pipeline.runtime.microbatch_arguments import Given
+from lightning_mgpu.engine.pipeline.runtime.parameter_swap import Shadow
+from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
+from lightning_mgpu.engine.pipeline.runtime.units import Units
+from lightning_mgpu.engine.randomness import RandomStreams, Stream
+from lightning_mgpu.engine.workers import Workers, available_cores
+
+log = logging.getLogger(__name__)
+
+# How many samples are computed to find out what a module's `forward` calls.
+_SAMPLES = 2
+_WAY_OUT = (
+    "(`chunks=1` fits every module: the batch stays whole, though stages then work one after"
+    " another.)"
+)
+
+
+class Pipeline:
+    """Stands for a module's `forward`, with the same results.
+
+    Args:
+        cutter: Cuts the module.
+        splitter: Tells which arguments carry the batch.
+        devices: One for each stage; those of the first stages again for later ones.
+        chunks: How many micro-batches; a batch with fewer samples makes fewer.
+        checkpoint: Which micro-batches keep only the inputs of units, which are computed again in
+            backward: ``"never"``, ``"except_last"``, ``"always"``.
+        deferred_batch_norm: Whether running statistics are updated once, with those of the whole
+            batch, or with each micro-batch.
+        step_batch: Tells the batch of the step that calls; default: it is not known.
+        parity: Compares the output for a few samples with that of the same in two micro-batches;
+            default: no check of any kind.
+        on_cut: Called after the module has been cut, before anything is computed.
+        threads: Intra-op threads of each device; default: the machine's cores shared out evenly.
+        stages_per_device: How many of the stages lie on each of the devices.
+        one_at_a_time: Whether a stage works only while no other does, as for measuring it.
+    """
+
+    def __init__(
+        self,
+        cutter: Cutter,
+        splitter: Splitter,
+        devices: Sequence[torch.device],
+        *,
+        chunks: Chunks,
+        checkpoint: Checkpoint = "never",
+        deferred_batch_norm: bool = True,
+        step_batch: Callable[[], StepBatch] = StepBatch,
+        parity: Parity | None = None,
+        on_cut: Callable[[Cut], None] = lambda _: None,
+        threads: int | None = None,
+        stages_per_device: int = 1,
+        one_at_a_time: bool = False,
+    ) -> None:
+        self.cutter, self.devices = cutter, list(devices)
+        self.stages_per_device = stages_per_device
+        count = len(self.devices) // stages_per_device
+        # Of stages on the same device, one works at a time.
+        self._doors = [0 if one_at_a_time else stage % count for stage in range(len(self.devices))]
+        self._splitter = splitter
+        self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
+        self._step_batch, self._on_cut, self._parity = step_batch, on_cut, parity
+        self._check = parity or Parity("off", type(cutter.module).__name__, devices)
+        self._threads = threads or max(1, available_cores() // count)
+        self._workers = Workers(self.devices[:count], self._threads)
+        self._streams = RandomStreams([] if one_at_a_time else self.devices[:count])
+        self._streams.restart()
+        self._cut: Cut | None = None
+        expected = cutter.expected()
+        self._units = None if expected is None else Units(expected.units, devices)
+        self._shadow: Shadow | None = None
+        self._ways: dict[Hashable, list[int]] = {}
+        self._memories: dict[int, Memory] = {}
+        self.recording: Recording | None = None
+        """Takes down when stages work, of calls made while it is set and of their backward."""
+        self.calls = 0
+        """How often the module has been called."""
+        splitter.check(cutter.forward)
+        self._assigned = Assigned(self._modules())
+
+    def close(self) -> None:
+        """End the threads."""
+        self._streams.finish()
+        self._workers.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's `forward` returns.
+
+        Raises:
+            PartitionError: The module cannot be cut as asked.
+            SplitError: The arguments cannot be split, or the outputs not be joined.
+            BaseException: The first error of any micro-batch, with a note that says where.
+        """
+        self.calls += 1
+        try:
+            batch = self._step_batch()
+            is_piece = self._splitter.pieces(self.cutter.forward, (args, kwargs), batch)
+            call = Call.of(self.cutter.forward, args, kwargs, is_piece)
+            return self._computed(call, self._split(call, batch))
+        except SplitError as error:
+            if not self._is_whole:
+                add_note(error, _WAY_OUT)
+            raise
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether there is one micro-batch, by the user's wish."""
+        return self.chunks.usual == 1
+
+    def _split(self, call: Call, batch: StepBatch) -> Splitting:
+        """How a call is split; not at all where a single micro-batch is wanted, or needed."""
+        not_at_all = Splitting(1, {})
+        if call.stateful() and not torch.is_grad_enabled():
+            return not_at_all
+        try:
+            splitting = self._splitter.split(call, self.cutter.forward, batch, self._fixed)
+        except SplitError:
+            if self._is_whole:
+                return not_at_all
+            raise
+        return not_at_all if splitting.doubts and self._is_whole else splitting
+
+    def _computed(self, call: Call, splitting: Splitting) -> Any:
+        cut = self._known_cut(call, splitting)
+        size = splitting.size
+        # Batch normalisation cannot be trained on a single sample.
+        least = 2 if any(layer.training for layer in cut.normalised) else 1
+        count = self.chunks.next(size) if torch.is_grad_enabled() else self.chunks.usual
+        counts = mb.sizes(size, count, least)
+        layouts = self._checked(call, cut, splitting, counts) if len(counts) > 1 else None
+        with self._streams.step(
+            self._kind(),
+            len(counts),
+            always=self._checkpoint != "never" and torch.is_grad_enabled(),
+        ) as streams:
+            return self._run(call, cut, splitting, counts, streams, layouts)
+
+    def _known_cut(self, call: Call, splitting: Splitting) -> Cut:
+        """The stages; found out by a trial at the first call."""
+        cut = self.cutter.current()
+        if cut is None:
+            cut = self._observed(call, splitting)
+        if cut is not self._cut:
+            self._cut, self._shadow, self._ways = cut, None, {}
+            self._units = Units(cut.units, self.devices)
+            self._on_cut(cut)
+        return cut
+
+    def _observed(self, call: Call, splitting: Splitting) -> Cut:
+        trial = self._trial(call, splitting)
+        count = self.chunks.usual
+        part = mb.sizes(splitting.size, count, 2)[0]
+
+        def observed(samples: int) -> Cut:
+            graph = self.cutter.wants_costs
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
+                return self.cutter.observe(lambda: trial.run(0, samples), count)
+
+        # Few samples will do, unless there is something that takes no other number.
+        sizes = [part] if self.cutter.wants_costs else [min(_SAMPLES, part), part]
+        for samples in dict.fromkeys([*sizes, splitting.size]):
+            with self._check.unseen(self._modules()):
+                try:
+                    # On a worker, which has as many intra-op threads as each stage will have.
+                    (cut,) = self._workers.run([partial(observed, samples)])
+                    return cut
+                except PartitionError:
+                    raise
+                except Exception as error:
+                    if splitting.doubts:
+                        raise SplitError(" ".join(splitting.doubts)) from error
+                    if samples == splitting.size:
+                        expected = self.cutter.expected()
+                        if expected is None:
+                            raise
+                        return expected  # so that the error is raised where it belongs
+                    log.debug("The module cannot be tried on %d samples.", samples, exc_info=True)
+        raise AssertionError("unreachable")
+
+    def _checked(
+        self,
+        call: Call,
+        cut: Cut,
+        splitting: Splitting,
+        counts: Sequence[int],
+        anew: bool = False,
+    ) -> Layouts | None:
+        """Where the batch lies in the output; refuses what is not the whole batch's."""
+        if self._parity is None:
+            return None
+        modules, trial = self._modules(), self._trial(call, splitting)
+        if not anew:
+            is_used = partial(self._parity.uses, trial, modules)
+            self._assigned.check(modules, splitting.size, self._step_batch(), is_used)
+        return self._parity.layouts(call, trial, cut, splitting, counts, modules, anew)
+
+    def _trial(self, call: Call, splitting: Splitting) -> Trial:
+        return Trial(self.cutter.forward, call, splitting, self.devices, self._units)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """All modules that stages run, by name, each once; the split module first."""
+        found: dict[int, tuple[str, nn.Module]] = {}
+        for root in self.cutter.roots:
+            for name, module in root.named_modules():
+                found.setdefault(id(module), (name, module))
+        unique: dict[str, nn.Module] = {}
+        for name, module in found.values():
+            unique[name if name not in unique else f"{name} #{len(unique)}"] = module
+        return unique
+
+    def _kind(self) -> str:
+        module = self.cutter.module
+        mode = "training" if module.training else "evaluation"
+        return f"`{type(module).__name__}.forward` ({mode})"
+
+    def _fixed(self) -> list[Tensor]:
+        module = self.cutter.module
+        return [*module.parameters(), *module.buffers()]
+
+    def _run(
+        self,
+        call: Call,
+        cut: Cut,
+        splitting: Splitting,
+        counts: Sequence[int],
+        streams: Sequence[Stream],
+        layouts: Layouts | None,
+    ) -> Any:
+        assert self._units is not None
+        given = Given(call, splitting, counts)
+        shadow = self._shadowed(cut)
+        key = (self._kind(), call.kind, torch.is_grad_enabled())
+        passage = Passage(
+            self._units,
+            self.devices,
+            self._ways.get(key) or cut.way or (0,),
+            [partial(given.compute, self.cutter.forward, chunk) for chunk in range(len(counts))],
+            streams,
+            self._checkpoint if torch.is_grad_enabled() else "never",
+            self._memory_of,
+            cut.writers,
+            batch_norm.Recorder(cut.normalised, part_at_hand),
+            self._deferred,
+            shadow,
+            self.recording,
+            self._doors,
+        )
+        inside: AbstractContextManager[None] = shadow.entered() if shadow else nullcontext()
+        with inside:
+            passage.forward(self._crew(passage.at_once))
+        self._ways[key] = passage.way
+        if self._deferred:
+            batch_norm.commit(cut.normalised, passage.statistics)
+        given.count_writing()
+        results, passage.results = passage.results, []
+
+        def known(tensor: Tensor) -> Tensor | None:
+            argument = given.argument(tensor)
+            return shadow.original(tensor) if argument is None and shadow else argument
+
+        latest = [traveller.stand_ins.latest for traveller in passage.travellers]
+        given_out = results, known, counts, self.devices[0]
+        try:
+            output = Output(*given_out, layouts, latest, guess=False)
+        except Undecided:
+            layouts = self._checked(call, cut, splitting, counts, anew=True)
+            output = Output(*given_out, layouts, latest, guess=True)
+        passage.settle()
+        replaced = output.replace(output.wanting())
+        if torch.is_grad_enabled():
+            assert shadow is not None
+            replaced = output.replace(self._grafted(given, passage, output, shadow, sum(counts)))
+        if self._parity is not None:
+            self._assigned.update(self._modules())
+        return replaced
+
+    def _grafted(
+        self, given: Given, passage: Passage, output: Output, shadow: Shadow, size: int
+    ) -> Sequence[Tensor]:
+        """The output's tensors as part of the caller's graph."""
+        arguments = given.wanting()
+
+        def backward(gradients: Gradients, keep: bool) -> Gradients:
+            try:
+                with shadow.entered(refresh=False):
+                    passage.backward(self._workers, output.split(gradients), keep)
+            finally:
+                if not keep:
+                    output.forget()
+                sums = shadow.take_gradients()
+                of_arguments = given.take_gradients()
+            self.chunks.took(passage.count, passage.seconds, size)
+            return [*of_arguments, *sums]
+
+        return graft(output.wanting(), [*arguments, *shadow.parameters], backward)
+
+    def _crew(self, count: int) -> Workers:
+        """A thread for each micro-batch that is on its way at once, and for each device."""
+        if len(self._workers.devices) < count:
+            self._workers.close()
+            self._workers = Workers([self.devices[0]] * count, self._threads)
+        return self._workers
+
+    def _memory_of(self, unit: nn.Module) -> Memory:
+        return self._memories.setdefault(id(unit), Memory([unit]))
+
+    def _shadowed(self, cut: Cut) -> Shadow | None:
+        """What stands for parameters; nothing where they can be used themselves."""
+        if self._shadow is None or self._shadow.is_stale():
+            self._shadow = Shadow(self.cutter.roots, cut.stage_of, cut.owner, self.devices)
+        needed = torch.is_grad_enabled() or self._shadow.has_loans
+        return self._shadow if needed else None

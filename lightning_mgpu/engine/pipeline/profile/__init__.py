@@ -1,0 +1,1 @@
+"""Record which stage worked on which micro-batch, and when."""

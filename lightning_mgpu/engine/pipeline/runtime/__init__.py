@@ -1,0 +1,1 @@
+"""Take micro-batches through the stages, forward and backward."""

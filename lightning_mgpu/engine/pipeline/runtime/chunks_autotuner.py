@@ -1,0 +1,52 @@
+"""How many micro-batches: tried on the first batches."""
+
+import logging
+
+log = logging.getLogger(__name__)
+
+# Each number is tried this often; the first time, memory is allocated.
+_TIMES = 3
+_FACTORS = (1, 2, 4, 8)
+
+
+class Chunks:
+    """A number of micro-batches.
+
+    Args:
+        devices: How many devices there are.
+        fixed: The number; `None` to try 1, 2, 4 and 8 for each device, one after another, and keep
+            the quickest.
+    """
+
+    def __init__(self, devices: int, fixed: int | None) -> None:
+        self._fixed = fixed
+        self._untried = [] if fixed is not None else [devices * factor for factor in _FACTORS]
+        self._seconds: dict[int, list[float]] = {count: [] for count in self._untried}
+        self._usual = 4 * devices
+
+    @property
+    def usual(self) -> int:
+        """The number once it is known, and what it is taken for until then."""
+        return self._usual if self._fixed is None else self._fixed
+
+    @property
+    def settled(self) -> bool:
+        """Whether the number is known, and so none is being tried any more."""
+        return self._fixed is not None
+
+    def next(self, samples: int) -> int:
+        """The number for a batch that is trained on: perhaps one to be tried."""
+        if not self._untried or samples < self._untried[-1]:
+            return self.usual
+        return self._untried[0]
+
+    def took(self, count: int, seconds: float, samples: int) -> None:
+        """What forward and backward of a batch took with that many micro-batches."""
+        if not self._untried or count != self._untried[0] or samples < self._untried[-1]:
+            return
+        self._seconds[count].append(seconds / samples)
+        if len(self._seconds[count]) == _TIMES:
+            self._untried.pop(0)
+        if not self._untried:
+            self._fixed = min(self._seconds, key=lambda tried: min(self._seconds[tried][1:]))
+            log.info("chunks='auto': of %s, %d was quickest.", [*self._seconds], self._fixed)

@@ -1,0 +1,137 @@
+"""The hooks by which micro-batches notice that they come to a unit."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mgpu.engine.device import copied
+from lightning_mgpu.engine.pipeline import stage_values
+from lightning_mgpu.engine.pipeline.runtime.recompute import Recomputed
+from lightning_mgpu.engine.pipeline.runtime.traveller import Traveller, current
+
+_HOOK = "lightning_mgpu.pipeline"
+
+Recompute = Callable[[Traveller, nn.Module, Any, Any], Recomputed | None]
+"""What keeps only the inputs of a call of a unit, if anything is to."""
+
+
+class Units:
+    """The submodules that belong to stages.
+
+    Args:
+        stage_of: By name, each unit and its stage.
+        devices: The device of each stage.
+    """
+
+    def __init__(
+        self, stage_of: Mapping[str, tuple[nn.Module, int]], devices: Sequence[torch.device]
+    ) -> None:
+        all_devices = frozenset(devices)
+        self._units = [
+            _Unit(name, module, stage, devices[stage], all_devices)
+            for name, (module, stage) in stage_of.items()
+        ]
+
+    @contextmanager
+    def attached(self, recompute: Recompute | None = None) -> Iterator[None]:
+        """Within, calls of units are noticed.
+
+        Args:
+            recompute: Decides what is to be computed again in backward.
+        """
+        for unit in self._units:
+            unit.attach(recompute)
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                unit.detach()
+
+
+class _Unit:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        stage: int,
+        device: torch.device,
+        all_devices: frozenset[torch.device],
+    ) -> None:
+        self._name, self._module, self._stage = name, module, stage
+        self._device, self._all_devices = device, all_devices
+        self._recompute: Recompute | None = None
+
+    def attach(self, recompute: Recompute | None) -> None:
+        self._recompute = recompute
+        module: Any = self._module
+        if module._compiled_call_impl is not None:
+            # What is compiled in place has its hooks compiled, too.
+            self._compiled = module._compiled_call_impl
+            vars(module)["_compiled_call_impl"] = self._call_compiled
+            return
+        module._forward_pre_hooks[_HOOK] = self._before
+        module._forward_pre_hooks.move_to_end(_HOOK, last=False)
+        module._forward_pre_hooks_with_kwargs[_HOOK] = True
+        module._forward_hooks[_HOOK] = self._after
+        module._forward_hooks_always_called[_HOOK] = True
+
+    def detach(self) -> None:
+        module: Any = self._module
+        if module._compiled_call_impl is not None:
+            vars(module)["_compiled_call_impl"] = self._compiled
+            return
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_pre_hooks_with_kwargs,
+            module._forward_hooks,
+            module._forward_hooks_always_called,
+        ):
+            hooks.pop(_HOOK, None)
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        traveller = current()
+        if traveller is None:
+            if len(self._all_devices) == 1:
+                return None
+            # Called in backward, by somebody's activation checkpointing.
+            return stage_values.map_tensors(self._moved, (args, kwargs))
+        if self._recompute is not None:
+            traveller.recomputing.append(None)  # for `_after`, which is called if this fails, too
+        args, kwargs = traveller.enter_unit(self._name, self._stage, args, kwargs)
+        if self._recompute is not None:
+            recomputed = self._recompute(traveller, module, args, kwargs)
+            traveller.recomputing[-1] = recomputed
+            if recomputed is not None:
+                args, kwargs = recomputed.begin(traveller, args, kwargs)
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        traveller = current()
+        if traveller is None:
+            return None
+        recomputed = traveller.recomputing.pop() if self._recompute is not None else None
+        if output is None and sys.exc_info()[0] is not None:
+            if recomputed is not None:
+                recomputed.abandon()
+            traveller.abandon_unit()
+            return None
+        if recomputed is not None:
+            output = recomputed.end(traveller, output)
+        return traveller.leave_unit(output)
+
+    def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        found = self._before(self._module, args, kwargs)
+        args, kwargs = (args, kwargs) if found is None else found
+        output = None
+        try:
+            output = self._compiled(*args, **kwargs)
+        finally:
+            after = self._after(self._module, args, output)
+        return output if after is None else after
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return copied(tensor, self._device) if tensor.device in self._all_devices else tensor

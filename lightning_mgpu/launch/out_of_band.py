@@ -1,0 +1,116 @@
+"""Large tensors that travel beside a pickle instead of within it: straight into fresh memory."""
+
+import contextvars
+import ctypes
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pickle import PickleBuffer
+from typing import Any
+
+import torch
+from torch import UntypedStorage
+from torch.storage import TypedStorage
+
+from lightning_mgpu.launch.pickler import Pickler
+
+# Below this, a buffer of its own costs more than it saves.
+_MIN_BYTES = 2**20
+
+
+class Aside:
+    """The storages that one pickle leaves out, in the order in which it comes across them.
+
+    Args:
+        tensors: Whose storages to leave out, where they are large enough and on the CPU.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        storages = [tensor.untyped_storage() for tensor in tensors if _is_plain(tensor)]
+        # By the address of the storage itself, not of its data: as `torch.save` tells them apart.
+        self._wanted = {s._cdata: s for s in storages if s.nbytes() >= _MIN_BYTES}
+        self._taken: dict[int, UntypedStorage] = {}
+
+    def buffers(self) -> list[PickleBuffer]:
+        """The memory of the storages left out: itself, not a copy."""
+        return [_memory_of(storage) for storage in self._taken.values()]
+
+    def has(self, obj: Any) -> bool:
+        """Whether `obj` is a storage to leave out."""
+        return bool(self._wanted) and getattr(_untyped(obj), "_cdata", None) in self._wanted
+
+    def reduce(self, obj: Any) -> tuple[Any, ...]:
+        """Leave the storage `obj` out: what stands for it in the pickle."""
+        key = _untyped(obj)._cdata
+        self._taken.setdefault(key, self._wanted[key])
+        index = list(self._taken).index(key)
+        return _arrived, (index, obj.dtype if isinstance(obj, TypedStorage) else None)
+
+
+class AsidePickler(Pickler):
+    """A pickler for `torch.save`, which leaves out what the current `Aside` has."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """`torch.save` derives from its pickler one that claims every storage: ask us first."""
+        super().__init_subclass__(**kwargs)
+        theirs = cls.persistent_id
+
+        def persistent_id(self: Any, obj: Any) -> Any:
+            return None if _leaving_out.get().has(obj) else theirs(self, obj)
+
+        cls.persistent_id = persistent_id
+
+    def reducer_override(self, obj: Any) -> Any:
+        aside = _leaving_out.get()
+        return aside.reduce(obj) if aside.has(obj) else super().reducer_override(obj)
+
+
+@contextmanager
+def leaving_out(aside: Aside) -> Iterator[None]:
+    """What an `AsidePickler` leaves out, as long as the block lasts."""
+    token = _leaving_out.set(aside)
+    try:
+        yield
+    finally:
+        _leaving_out.reset(token)
+
+
+@contextmanager
+def putting_in(buffers: Sequence[Any]) -> Iterator[None]:
+    """What a pickle finds in place of what was left out, as long as the block lasts."""
+    # One storage for each, however many tensors view it.
+    storages = [torch.frombuffer(b, dtype=torch.uint8).untyped_storage() for b in buffers]
+    token = _putting_in.set(storages)
+    try:
+        yield
+    finally:
+        _putting_in.reset(token)
+
+
+_leaving_out: contextvars.ContextVar[Aside] = contextvars.ContextVar("_leaving_out")
+_putting_in: contextvars.ContextVar[list[UntypedStorage]] = contextvars.ContextVar("_putting_in")
+
+
+def _memory_of(storage: UntypedStorage) -> PickleBuffer:
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    memory.owner = storage  # type: ignore[attr-defined]  # or it might be freed underneath
+    return PickleBuffer(memory)
+
+
+def _arrived(index: int, dtype: torch.dtype | None) -> UntypedStorage | TypedStorage:
+    storage = _putting_in.get()[index]
+    if dtype is None:
+        return storage
+    return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` surely has memory of its own: fake and distributed ones have none."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+    )
+
+
+def _untyped(obj: Any) -> Any:
+    return obj._untyped_storage if isinstance(obj, TypedStorage) else obj

@@ -1,0 +1,1 @@
+"""What the strategies have in common."""

@@ -1,0 +1,86 @@
+"""What strategies for one process and several devices refuse, before anything is trained."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.nn.modules.lazy import LazyModuleMixin
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+def check_one_process(strategy: str, num_nodes: int, world_size: int) -> None:
+    """Refuse several nodes, and ranks started from outside.
+
+    Raises:
+        MisconfigurationException: Says which argument is at fault and what to do.
+    """
+    if num_nodes > 1:
+        raise MisconfigurationException(
+            f"`Trainer(strategy={strategy!r}, num_nodes={num_nodes})`: this strategy runs in one"
+            " process on one machine. Use `strategy='ddp'` with `torchrun` or SLURM for several."
+        )
+    if world_size > 1:
+        raise MisconfigurationException(
+            f"`Trainer(strategy={strategy!r})` in one of {world_size} processes: this strategy uses"
+            " all devices from a single process. Start the program without `torchrun` or `srun`,"
+            " or use `strategy='ddp'`."
+        )
+
+
+def check_module(strategy: str, model: "LightningModule") -> None:
+    """Refuse modules that cannot be computed in parts.
+
+    Raises:
+        MisconfigurationException: Names the module at fault and what to do.
+    """
+    # (What `torch.compile(model)` returns, Lightning itself refuses.)
+    if model._compiled_call_impl is not None:
+        raise MisconfigurationException(
+            f"`{type(model).__name__}` is compiled as a whole, and `strategy={strategy!r}` has to"
+            " run its steps for each device. Compile a submodule instead:"
+            " `self.net = torch.compile(self.net)`."
+        )
+    for step in ("training_step", "validation_step", "test_step", "predict_step"):
+        if is_param_in_hook_signature(getattr(model, step), "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                f"`{type(model).__name__}.{step}(dataloader_iter)` fetches its own batches, which"
+                f" `strategy={strategy!r}` cannot split. Use `{step}(batch, batch_idx)`."
+            )
+    for name, module in model.named_modules():
+        _check_submodule(strategy, name, module)
+
+
+def check_layer_sync(strategy: str, wanted: bool) -> None:
+    """Refuse ``Trainer(sync_batchnorm=True)``.
+
+    Raises:
+        MisconfigurationException: If it is `wanted`.
+    """
+    if wanted:
+        raise MisconfigurationException(
+            f"`Trainer(strategy={strategy!r}, sync_batchnorm=True)`: synchronised batch"
+            " normalisation needs a process per device. Leave it out, or use `strategy='ddp'`."
+        )
+
+
+def _check_submodule(strategy: str, name: str, module: torch.nn.Module) -> None:
+    if isinstance(module, torch.nn.SyncBatchNorm):
+        raise MisconfigurationException(
+            f"`{name}` is a `SyncBatchNorm`, which needs a process per device. Use `BatchNorm` with"
+            f" `strategy={strategy!r}`, or `strategy='ddp'`."
+        )
+    if isinstance(module, LazyModuleMixin) or any(
+        torch.nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)
+    ):
+        raise MisconfigurationException(
+            f"`{name}` has parameters without a shape yet. Run a batch through the model before"
+            f" `Trainer.fit`, for instance in `configure_model`, to use `strategy={strategy!r}`."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise MisconfigurationException(
+            f"`{name}` is compiled by TorchScript, and cannot have a replica. Use the plain module"
+            f" with `strategy={strategy!r}`."
+        )

@@ -1,0 +1,1 @@
+"""How `ddp` starts its ranks, deals samples to them and collects predictions."""

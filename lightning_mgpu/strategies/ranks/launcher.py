@@ -1,0 +1,193 @@
+"""Runs the Trainer's entry points on every rank of the worker pool."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch.distributed.constants import default_pg_timeout
+from typing_extensions import override
+
+from lightning_mgpu.launch.payload import Payload
+from lightning_mgpu.launch.pool import default_pool
+from lightning_mgpu.launch.rank import Rank
+from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
+from lightning_mgpu.strategies.ranks.environment import PoolEnvironment
+from lightning_mgpu.strategies.ranks.predictions import RankPredictions, merge_predictions
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+
+class PoolLauncher(_Launcher):
+    """Runs a function of the trainer in this process as rank 0 and in the pool's workers.
+
+    Since rank 0 works on the caller's own objects, nothing has to be brought back: weights,
+    metrics, callbacks and loops are as a single-process run would leave them.
+
+    Args:
+        strategy: The strategy to launch for; its cluster environment is a `PoolEnvironment`.
+        devices_of: Tells the devices of each rank.
+    """
+
+    def __init__(
+        self, strategy: "DDPStrategy", devices_of: "Callable[[int], Sequence[torch.device]]"
+    ) -> None:
+        self._strategy, self._devices_of = strategy, devices_of
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return True
+
+    @override
+    def launch(
+        self, function: Callable[..., Any], *args: Any, trainer: "Trainer | None" = None, **kw: Any
+    ) -> Any:
+        """Run ``function(*args, **kw)`` on every rank.
+
+        Returns:
+            Rank 0's result; for `Trainer.predict` the predictions of all ranks, as one process
+            would have returned them.
+        """
+        entry = _Entry(self._strategy, trainer, function, args, kw)
+        world_size = self._strategy.num_processes
+        with entry.pickled() if world_size > 1 else nullcontext() as payload:
+            results = default_pool().launch(
+                entry,
+                payload,
+                world_size=world_size,
+                timeout=getattr(self._strategy, "_timeout", None) or default_pg_timeout,
+                prepare=_announce_rank,
+                normal_exit=(_TunerExitException,),
+                locations=self._locations,
+            )
+        if isinstance(results[0], RankPredictions):
+            return merge_predictions(results)
+        return results[0]
+
+    def _locations(self, rank: int) -> dict[str, str]:
+        """For each device of rank 0 the one that a rank has in its place."""
+        pairs = zip(self._devices_of(0), self._devices_of(rank), strict=True)
+        return {str(ours): str(theirs) for ours, theirs in pairs}
+
+    @override
+    def kill(self, signum: int) -> None:
+        """Lightning's way to hand a signal on, called from its own signal handler."""
+        if signum == signal.SIGTERM:
+            # The program's own handler, which Lightning would call last.
+            model = self._strategy.lightning_module
+            handlers = {} if model is None else model.trainer._signal_connector._original_handlers
+            if callable(handler := handlers.get(signal.SIGTERM)):
+                handler(signum, sys._getframe())
+            # Lightning would go on to tell the other ranks by a collective, in the middle of
+            # whatever collective this rank is in. Leave at once: the launch ends the workers.
+            raise SIGTERMException
+        default_pool().close()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A function of the trainer, as each rank runs it."""
+
+    strategy: "DDPStrategy"
+    trainer: "Trainer | None"
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, rank: Rank) -> Any:
+        environment = self.strategy.cluster_environment
+        assert isinstance(environment, PoolEnvironment)
+        environment.rank = rank
+        _announce_rank(rank)
+        try:
+            result = self.function(*self.args, **self.kwargs)
+        finally:
+            environment.rank = None
+            if self.trainer is not None:
+                # After a failure Lightning would do so when the launch is over, and put back the
+                # handlers that it found within.
+                self.trainer._signal_connector.teardown()
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
+            return RankPredictions.of(self.trainer, result)
+        # Metrics are reduced over the ranks already.
+        return result if rank.rank == 0 else None
+
+    @contextmanager
+    def pickled(self) -> Iterator[Payload]:
+        """This entry as a payload, less what the workers make anew.
+
+        Raises:
+            UnpicklableError: Names the attribute at fault.
+        """
+        with ExitStack() as stack:
+            if self.trainer is not None:
+                set_live_state_aside(self.trainer, stack)
+            names = names_of_parts(
+                self.strategy, self.trainer, self.function, self.args, self.kwargs
+            )
+            payload = Payload(self, names, self._rewritten())
+        with payload:
+            yield payload
+
+    def _rewritten(self) -> "list[torch.Tensor]":
+        """What each rank writes to before anything else: DDP broadcasts it from rank 0.
+
+        Evaluation does not wrap the model in DDP, and reads the weights only.
+        """
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        module = self.trainer.lightning_module
+        return [*module.parameters(), *module.buffers()]
+
+
+def names_of_parts(
+    strategy: "Strategy",
+    trainer: "Trainer | None",
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """The parts of a launch under the names their user knows them by."""
+    if trainer is None:
+        return {"function": function, "arguments": (args, kwargs)}
+    names: dict[str, Any] = {"model": trainer.lightning_module}
+    names |= {
+        f"trainer.callbacks[{i}]": callback for i, callback in enumerate(callbacks_of(trainer))
+    }
+    names |= {f"trainer.loggers[{i}]": logger for i, logger in enumerate(trainer.loggers)}
+    names |= {"trainer.strategy": strategy}
+    names |= {type(argument).__name__: argument for argument in args}
+    return {**names, "trainer": trainer}
+
+
+def set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
+    """For as long as `stack` lasts, take away what every run makes anew on each rank.
+
+    Optimizer state may be twice the model's size, iterators hold live processes.
+    """
+    strategy = trainer.strategy
+    for name in ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
+        stack.enter_context(patch.object(strategy, name, []))
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    evaluation = (val_loop, trainer.validate_loop, trainer.test_loop)
+    for loop in (trainer.fit_loop, *evaluation, trainer.predict_loop):
+        stack.enter_context(patch.multiple(loop, _combined_loader=None, _data_fetcher=None))
+        # The data of an earlier call; that of the coming one is among the arguments.
+        stack.enter_context(patch.object(loop._data_source, "instance", None))
+    stack.enter_context(patch.object(trainer.predict_loop, "_predictions", []))
+
+
+def _announce_rank(rank: Rank) -> None:
+    """Let `rank_zero_only` know who we are before any user's object is unpickled."""
+    rank_zero_only.rank = rank.rank  # type: ignore[attr-defined]

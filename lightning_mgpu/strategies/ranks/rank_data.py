@@ -1,0 +1,67 @@
+"""Dataloaders of ranks that were launched with the pickled objects of another process."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_mgpu.strategies.ranks.sample_dealing import deal_out
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy
+
+
+def process_loader(strategy: "ParallelStrategy", loader: Any) -> None:
+    """What a launched rank does with each loader before it uses it.
+
+    Raises:
+        MisconfigurationException: The sampler is that of another rank.
+    """
+    check_samplers(loader, strategy.global_rank, strategy.world_size)
+    module = strategy.lightning_module
+    assert module is not None
+    trainer = module.trainer
+    if trainer.state.fn == TrainerFn.PREDICTING:
+        deal_out(loader, trainer.limit_predict_batches, strategy.broadcast)
+
+
+def check_samplers(loader: Any, rank: int, world_size: int) -> None:
+    """Refuse samplers that were made for another rank.
+
+    Under a launcher that runs the script again on each rank, a sampler that the script makes is
+    that of its rank. Here it comes to all ranks as the calling process has made it.
+
+    Raises:
+        MisconfigurationException: Names the sampler, and says what to do instead.
+    """
+    for sampler in _samplers(loader):
+        own = (getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None))
+        if not all(type(value) is int for value in own) or own == (rank, world_size):
+            continue
+        raise MisconfigurationException(
+            f"The dataloader's `{type(sampler).__name__}(rank={own[0]}, num_replicas={own[1]})` is"
+            f" not that of rank {rank} of {world_size}: it was made before the ranks were launched,"
+            " or with other numbers. Leave it out, and Lightning puts one in; or make the"
+            " dataloader in `train_dataloader` and the like, with"
+            " `rank=self.trainer.global_rank, num_replicas=self.trainer.world_size`. To give every"
+            " rank all of the data, use `Trainer(use_distributed_sampler=False)` without such a"
+            " sampler."
+        )
+
+
+def _samplers(loader: Any) -> Iterator[Any]:
+    """The samplers of a loader, with those that they take from."""
+    found = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    seen: set[int] = set()
+    while found:
+        sampler = found.pop()
+        if sampler is None or id(sampler) in seen:
+            continue
+        seen.add(id(sampler))
+        yield sampler
+        names = ("sampler", "batch_sampler", "_sampler", "_batch_sampler")
+        found += [getattr(sampler, name, None) for name in names]
+        if isinstance(dataset := getattr(sampler, "dataset", None), _DatasetSamplerWrapper):
+            found.append(dataset)

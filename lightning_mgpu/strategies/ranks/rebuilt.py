@@ -1,0 +1,75 @@
+"""Distributed data parallel of which the trainable parameters may change during training."""
+
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_mgpu.strategies.ranks.reduced import (
+    Reduced,
+    as_trainable,
+    forget_buckets,
+    kept_buffers,
+    release,
+)
+
+log = logging.getLogger(__name__)
+
+
+class RebuiltDDPStrategy(_LightningDDPStrategy):
+    """Lightning's DDP, built anew where parameters are unfrozen, frozen or added."""
+
+    _reduced: Reduced | None = None
+
+    @override
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        assert isinstance(self.model, DistributedDataParallel)
+        self._reduced = Reduced(self.model)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._follow_parameters()
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._reduced is not None:
+            self._reduced.check_gradients()
+
+    @override
+    def teardown(self) -> None:
+        self._reduced = None
+        super().teardown()
+
+    def _follow_parameters(self) -> None:
+        """Build DDP anew if parameters were unfrozen, frozen or added since it was built.
+
+        It averages the gradients of what was trainable then: ranks would drift apart. Between
+        steps no gradient is on its way, and hooks have done the same on all ranks.
+        """
+        model, module = self.model, self.lightning_module
+        if self._reduced is None or not isinstance(model, DistributedDataParallel):
+            return
+        assert module is not None
+        # To leave out what is frozen is needed where DDP waits for every gradient. Manual
+        # optimisation freezes parameters for a part of a step only (`toggle_optimizer`).
+        may_shrink = module.automatic_optimization and not model.find_unused_parameters
+        parameters = self._reduced.outdated(may_shrink)
+        if parameters is None:
+            return
+        log.info("The trainable parameters have changed; DDP is built anew for them.")
+        own_buffers = nullcontext() if model.broadcast_buffers else kept_buffers(module)
+        forget_buckets(self._ddp_comm_state)
+        self._reduced, self._pl_static_graph_delay_done = None, False
+        self.model = release(model)
+        with as_trainable(parameters), own_buffers:
+            self.configure_ddp()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_reduced": None}

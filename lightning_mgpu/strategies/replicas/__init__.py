@@ -1,0 +1,1 @@
+"""How `dp` runs the hooks of a LightningModule on replicas: steps, logs, metrics, checks."""

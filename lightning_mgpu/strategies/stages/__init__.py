@@ -1,0 +1,1 @@
+"""How the pipeline strategies cut a LightningModule, and what they show of its stages."""

@@ -1,0 +1,78 @@
+"""The table of a pipeline's stages."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_mgpu.engine.pipeline.partition.cutter import Cut
+from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
+from lightning_mgpu.engine.pipeline.runtime import schedule
+
+
+def show_stages(
+    cut: Cut,
+    devices: Sequence[torch.device],
+    chunks: int,
+    costs: Mapping[str, Cost],
+    stages_per_device: int = 1,
+) -> None:
+    """Log what each stage consists of, what it takes, and how long devices will wait.
+
+    Args:
+        cut: The stages.
+        devices: One for each.
+        chunks: Micro-batches.
+        costs: Of each layer, if they have been measured.
+        stages_per_device: How many of the stages lie on each device.
+    """
+    measured = [stage_cost(layers, costs) for layers in cut.layers]
+    header = ["stage", "device", "layers", "parameters"]
+    rows = [[*header, "activations", "time"] if costs else header]
+    for stage, (device, cost) in enumerate(zip(devices, measured, strict=True)):
+        size = readable_bytes(parameter_bytes(cut, stage))
+        row = [str(stage), str(device), _span(cut.layers[stage]), size]
+        if costs:
+            row += [readable_bytes(cost.activations), f"{cost.seconds * 1e3:.2f} ms"]
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    times = [cost.seconds for cost in measured] if costs else [1.0] * len(devices)
+    waiting = schedule.waiting(times, chunks, len(devices) // stages_per_device)
+    lines.append(
+        f"{chunks} micro-batches; devices wait {waiting:.0%} of the time"
+        + (" (activations and time are those of one)." if costs else " if all take equally long.")
+    )
+    rank_zero_info("\n".join(["Pipeline:", *lines]))
+
+
+def stage_cost(modules: Sequence[str], costs: Mapping[str, Cost]) -> Cost:
+    """What a stage's layers cost together."""
+    total = Cost()
+    for name, cost in costs.items():
+        if any(name == module or name.startswith(f"{module}.") for module in modules):
+            total = total + cost
+    return total
+
+
+def parameter_bytes(cut: Cut, stage: int) -> int:
+    """The bytes of a stage's parameters."""
+    return sum(t.nbytes for t in cut.tensors[stage].values() if isinstance(t, nn.Parameter))
+
+
+def _span(modules: Sequence[str]) -> str:
+    if not modules:
+        return "as configured"
+    return modules[0] if len(modules) == 1 else f"{modules[0]} .. {modules[-1]} ({len(modules)})"
+
+
+def readable_bytes(count: int) -> str:
+    """`count` in the largest decimal unit that it fills, at least kB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.2f} kB"

@@ -1,0 +1,196 @@
+"""The laptop's side: starts a sweep on a cluster by Ray Client, and shows how it goes."""
+
+import codecs
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.ray.address import address_of, source_of
+from lightning_mgpu.ray.cluster import connect, in_a_line
+from lightning_mgpu.sweep.client.download import download
+from lightning_mgpu.sweep.client.head import HEAD, Command, Head
+from lightning_mgpu.sweep.driver.sweep_cluster import QUIET, refuse_resources
+from lightning_mgpu.sweep.job.job import program
+from lightning_mgpu.sweep.settings.prepared import Sweep, holds_sweep
+from lightning_mgpu.sweep.store.results import resume_command
+
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+def run_on_cluster(sweep: Sweep) -> None:
+    """Run a sweep that has been checked, to its end, on the cluster that its options name.
+
+    Its directory is the cluster's; a relative path begins at the home directory there. All but
+    the checkpoints comes home, to the same relative path, or to the last name of an absolute one.
+
+    Raises:
+        ConfigError: The cluster cannot be reached, or lacks something.
+        SweepFailedError: The connection was lost, or the sweep was killed.
+        SystemExit: The sweep did not end well; it has said why.
+    """
+    named = _directory(sweep)
+    home = Path(named if not os.path.isabs(named) else Path(named).name).absolute()
+    if sweep.options.resume is None and holds_sweep(home):
+        raise ConfigError(
+            f"hydra.sweep.dir={named}: {home} holds a sweep already, and the new one's files would"
+            " come there. Choose another directory."
+        )
+    where = source_of(sweep.options.ray, "hydra.sweeper.ray.address")
+    with _connected(sweep.options.ray):
+        head = _start(_command(named, sweep.options.ray), where)
+        try:
+            code = _follow(head)
+            download(head, home)
+        except RayTaskError:  # it is there, and at fault
+            raise
+        except (ConnectionError, RayError) as error:
+            _show_cursor()
+            raise SweepFailedError(
+                f"{where}: the cluster was lost ({in_a_line(error)[:300]}). The sweep ends there"
+                f" and keeps its files. Go on with: {resume_command(Path(named))}"
+            ) from error
+    if code == -signal.SIGINT:  # before it could save anything
+        code = 128 + signal.SIGINT
+    if code < 0:
+        _show_cursor()
+        raise SweepFailedError(
+            f"The sweep's own process on the cluster was killed (signal {-code}). Go on with:"
+            f" {resume_command(Path(named))}"
+        )
+    if code:
+        sys.exit(code)
+
+
+def _directory(sweep: Sweep) -> str:
+    named = os.path.normpath(sweep.options.resume or sweep.job.config.hydra.sweep.dir)
+    if named.startswith(os.pardir):
+        raise ConfigError(
+            f"hydra.sweep.dir={named}: lies on the cluster, where that is nowhere. Name an absolute"
+            " path, or one below the home directory there."
+        )
+    return named
+
+
+@contextlib.contextmanager
+def _connected(given: Mapping[str, Any]) -> Iterator[None]:
+    """A connection for the length of the block, unless there is one already."""
+    if ray.is_initialized():
+        yield
+        return
+    refuse_resources(given)
+    try:
+        connect({**QUIET, **given, "address": address_of(given)})
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"hydra.sweeper.ray: {in_a_line(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(command: Command, where: str) -> Any:
+    """The actor that runs the command there."""
+    try:
+        head: Any = ray.remote(num_cpus=0, resources={HEAD: 1e-3})(Head).remote()
+        missing = ray.get(head.start.remote(command))
+    except (ImportError, AttributeError, ConnectionError, RayError) as error:
+        raise ConfigError(
+            f"{where}: the sweep cannot start there ({in_a_line(error)[:300]}). Every machine needs"
+            " the same versions of Python, Ray and this package."
+        ) from error
+    if missing is not None:
+        raise ConfigError(
+            f"{where}: {missing}. Send your project along by"
+            " hydra.sweeper.ray.runtime_env.working_dir=."
+        )
+    return head
+
+
+def _command(named: str, given: Mapping[str, Any]) -> Command:
+    """This command line, as the cluster can start it."""
+    _, *rest = program()
+    module = rest[-1] if len(rest) > 1 else None
+    here, script = Path.cwd().resolve(), Path(sys.argv[0]).resolve()
+    sent = Path((given.get("runtime_env") or {}).get("working_dir") or os.curdir).resolve()
+    root = sent if sent.is_dir() else here  # an archive or a URI has this directory as its root
+    inside = here.relative_to(root) if here.is_relative_to(root) else Path()
+    if script.is_relative_to(root):
+        script = Path(os.path.relpath(script, root / inside))
+    size = None
+    if sys.stdout.isatty():
+        columns, lines = shutil.get_terminal_size()
+        size = (os.environ.get("TERM", "xterm"), lines, columns)
+    return Command(module, str(script), str(inside), sys.argv[1:], named, size)
+
+
+def _follow(head: Any) -> int:
+    """Pass on what the sweep writes there, and Ctrl-C from here; its exit code."""
+    streams = {1: _Echo(sys.stdout), 2: _Echo(sys.stderr)}
+    with _interrupts() as interrupts:
+        while True:
+            written, code = ray.get(head.output.remote())
+            for number, text in written:
+                streams[number].write(text)
+            if code is not None:
+                return int(code)
+            while interrupts:
+                ray.get(head.interrupt.remote())
+                interrupts.pop()
+
+
+class _Echo:
+    """Writes what comes in pieces to a stream, as long as that takes it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream: TextIO | None = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, piece: bytes) -> None:
+        if self._stream is None:
+            return
+        text = self._decoder.decode(piece).encode(self._encoding, "replace")
+        try:
+            self._stream.write(text.decode(self._encoding))
+            self._stream.flush()
+        except (OSError, ValueError):  # as a pipe that nobody reads: no reason to end a sweep
+            self._stream = None
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C adds to a list, instead of ending this process in the middle of a call.
+
+    When two have not been seen to, a third does end it: the cluster may be gone.
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def interrupt(signum: int, _: Any) -> None:
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        seen.append(signum)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show_cursor() -> None:
+    """A live table hides it, and has not come to its end."""
+    if sys.stdout.isatty():
+        sys.stdout.write(_SHOW_CURSOR)

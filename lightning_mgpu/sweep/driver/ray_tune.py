@@ -1,0 +1,166 @@
+"""Runs a prepared sweep with Ray Tune."""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ray.tune
+from ray.tune import CheckpointConfig, ResumeConfig
+from ray.tune.search import ConcurrencyLimiter
+
+from lightning_mgpu.sweep.driver.progress import Progress
+from lightning_mgpu.sweep.driver.sweep_cluster import connected
+from lightning_mgpu.sweep.driver.tune_callback import Watcher
+from lightning_mgpu.sweep.search.schedulers import build_scheduler
+from lightning_mgpu.sweep.search.searchers import Trials, build_searcher, trial_number
+from lightning_mgpu.sweep.search.stopper import SweepStopper
+from lightning_mgpu.sweep.settings.options import needs_checkpoints, stops_early
+from lightning_mgpu.sweep.store.journal import Journal
+from lightning_mgpu.sweep.store.tune_state import StateKeeper
+from lightning_mgpu.sweep.trial.failures import SweepTrial, retrying
+from lightning_mgpu.sweep.trial.resources import requests_of
+from lightning_mgpu.sweep.trial.trainable import END_SECONDS, HydraTrial
+from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
+
+if TYPE_CHECKING:
+    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from lightning_mgpu.sweep.settings.prepared import Sweep
+
+log = logging.getLogger(__name__)
+
+# Of Ray Tune: the console is ours, and so are the files of a trial.
+_VARIABLES = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "8",
+}
+_CHECKPOINT_SECONDS = "2"  # what a SIGKILL of the driver may cost
+
+
+class Ended(NamedTuple):
+    """How a sweep ended: by Ctrl-C, or before all its trials were done, and why."""
+
+    was_interrupted: bool
+    why_early: str | None
+
+
+def tune(sweep: "Sweep") -> Ended:
+    """Run the trials that are left."""
+    options = sweep.options
+    if options.metric is None and stops_early(options):
+        log.info(
+            "hydra.sweeper.metric is not set, so trials run to their end and what the job returns"
+            " counts (hydra.sweeper.mode=%s).",
+            options.mode,
+        )
+    with (
+        Journal(sweep.directory) as journal,
+        connected(options.ray),
+        _quiet_tune(),
+        Progress(sweep.records, sweep.num_samples) as show,
+        requests_of(sweep),
+    ):
+        retries = options.on_oom == "retry_smaller"
+        kind = retrying(sweep.smaller) if retries else SweepTrial
+        journal.begin(options, sweep.space, sweep.records)
+        watcher = Watcher(sweep.records, sweep.describe, show, journal, kind)
+        stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
+        _run(sweep, watcher, stopper)
+    return Ended(watcher.interrupted, stopper.why)
+
+
+def _run(sweep: "Sweep", watcher: Watcher, stopper: SweepStopper) -> None:
+    options, objectives = sweep.options, sweep.records.objectives
+    # Ray itself compares by one metric only, and has nothing to compare for several.
+    metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
+    scheduler = build_scheduler(options, sweep.space)
+    searcher = build_searcher(options, sweep.space, objectives)
+    if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
+        options.max_concurrent_trials
+    ):
+        searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
+    watcher.watch(scheduler, END_SECONDS)
+    plan = TrialPlan(
+        job=sweep.job,
+        space=sweep.space,
+        sweep_dir=sweep.directory,
+        objectives=tuple(objective.name for objective in objectives),
+        are_logged=options.metric is not None,
+        every_n_epochs=options.every_n_epochs,
+        saves=options.keep_checkpoints > 0 or needs_checkpoints(options),
+        threads=max(1, int(options.resources_per_trial.cpu)),
+    )
+    keeper = StateKeeper(sweep.directory)
+    if options.resume is not None:
+        keeper.put_back()
+    ray.tune.run(
+        HydraTrial.of(plan),
+        name=sweep.directory.name,
+        storage_path=str(sweep.directory.parent),
+        metric=metric,
+        mode=mode,
+        num_samples=sweep.num_samples,
+        search_alg=Trials(searcher, sweep.num_samples, objectives, sweep.records.takes_best),
+        scheduler=scheduler,
+        stop=stopper,
+        reuse_actors=options.reuse_actors,
+        max_failures=options.max_failures,
+        checkpoint_config=CheckpointConfig(num_to_keep=_checkpoints_kept(options)),
+        trial_name_creator=_name,
+        trial_dirname_creator=_directory_name,
+        callbacks=[watcher, keeper],
+        resume_config=ResumeConfig() if options.resume is not None else None,
+        raise_on_failed_trial=False,
+        verbose=0,
+    )
+    keeper.take()
+
+
+def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:
+    if options.scheduler.name in ("pbt", "pb2"):
+        return None  # a trial may go on from any checkpoint of another
+    return options.keep_checkpoints or 1
+
+
+def _name(trial: Any) -> str:
+    return str(trial_number(trial))
+
+
+def _directory_name(trial: Any) -> str:
+    """The number of a new trial, also if one of a driver that was killed has begun under it."""
+    name = _name(trial)
+    # Where that one left its directory, on the same Ray, this one would get another name.
+    shutil.rmtree(Path(trial.local_experiment_path) / name, ignore_errors=True)
+    return name
+
+
+@contextlib.contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Ray Tune without output of its own, and its signal handlers undone at the end."""
+    variables = {**_VARIABLES, "TUNE_GLOBAL_CHECKPOINT_S": _CHECKPOINT_SECONDS}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    is_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGUSR1) if is_main else ()
+    handlers = {signum: signal.getsignal(signum) for signum in signals}
+    logger = logging.getLogger("ray.tune")
+    level, logger.level = logger.level, logging.CRITICAL
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,224 @@
+"""Keeps the records of trials while Ray runs them, and says what happens."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.tune import Callback
+from ray.tune.schedulers import TrialScheduler
+from typing_extensions import override
+
+from lightning_mgpu.sweep.job.oom_retry import HALVINGS
+from lightning_mgpu.sweep.search.searchers import trial_number
+from lightning_mgpu.sweep.store.journal import Journal
+from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, Records, TrialRecord
+from lightning_mgpu.sweep.trial.failures import SweepTrial
+
+_OF_RAY = {"time_this_iter_s", "time_total_s", "time_since_restore"}
+
+Listener = Callable[[TrialRecord | None], None]
+
+
+class Watcher(Callback):
+    """Turns Ray's events into records.
+
+    Args:
+        records: Those of an earlier run of the sweep, if it is resumed.
+        describe: Overrides and directory of a trial, by its number and values.
+        listener: Called with a record when its trial ends, and with `None` now and then.
+        journal: Written as it goes, for the report.
+        kind: What the trials are made; says which of those that fail run again.
+
+    Attributes:
+        interrupted: Whether Ctrl-C has ended the sweep.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        describe: Callable[[int, dict[str, Any]], tuple[list[str], Path]],
+        listener: Listener,
+        journal: Journal,
+        kind: type[SweepTrial] = SweepTrial,
+    ) -> None:
+        self.records = records
+        self.interrupted = False
+        self._describe = describe
+        self._listener = listener
+        self._journal = journal
+        self._kind = kind
+        self._controller: Any = None  # Ray's
+        self._has_ended_any = False  # since the last step
+        self._stopped: set[str] = set()
+        self._paused: set[str] = set()
+        self._started: dict[int, float] = {}
+
+    def watch(self, scheduler: TrialScheduler, patience: float) -> None:
+        """See which trials the scheduler stops; those that the sweep has cut short run again.
+
+        The last ones have `patience` seconds to end when the sweep does.
+        """
+        add, decide = scheduler.on_trial_add, scheduler.on_trial_result
+
+        def on_trial_add(controller: Any, trial: Any) -> None:
+            self._controller = controller._tune_controller
+            self._set_patience(patience)
+            if trial.status == "TERMINATED" and not self._has_ended(trial):
+                trial.set_status("PENDING")
+                self._controller._live_trials.add(trial)  # as Ray does with others, before this
+            add(controller, trial)
+
+        def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            decision = str(decide(controller, trial, result))
+            if decision == TrialScheduler.STOP:
+                self._stopped.add(trial.trial_id)
+            return decision
+
+        scheduler.on_trial_add = on_trial_add  # type: ignore[method-assign, assignment]
+        scheduler.on_trial_result = on_trial_result  # type: ignore[method-assign, assignment]
+
+    @override
+    def setup(self, *_: Any, **__: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGINT)  # Ray's, which ends the sweep in order
+
+        def interrupt(signum: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            self._set_patience(0)
+            if callable(handler):
+                handler(signum, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
+
+    @override
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        for trial in trials:
+            self._kind.take_over(trial)
+
+    @override
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        for trial in trials:
+            if trial.status == "PAUSED":
+                if trial.trial_id not in self._paused:
+                    self._journal.pause(trial_number(trial))
+                self._paused.add(trial.trial_id)
+            elif self.interrupted and trial.temporary_state.ray_actor is not None:
+                # Ray would ask the actors to end, and wait; what it saves next is not changed.
+                ray.kill(trial.temporary_state.ray_actor)
+            elif trial.status == "TERMINATED" and not self.interrupted:
+                self._cut_short(trial)
+        if self._has_ended_any:
+            # Ray itself saves every few seconds. A trial that has ended must not run once more.
+            self._controller.checkpoint(force=True)
+            self._has_ended_any = False
+        self._listener(None)
+
+    @override
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        record = self._record(trial)
+        record.status = "running"
+        if not trial.has_checkpoint():  # it starts, perhaps once more
+            record.history.clear()
+        self._paused.discard(trial.trial_id)
+        self._started[record.number] = time.monotonic()
+        self._journal.start(record, trial)
+
+    @override
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
+        record = self._record(trial)
+        record.checkpoint = result.get(BEST_CHECKPOINT, record.checkpoint)
+        record.metrics = _metrics(result)
+        if self.records.metric in result:
+            record.history.append(float(result[self.records.metric]))
+        self._journal.report(record, result)
+
+    @override
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        is_stopped = trial.trial_id in self._stopped | self._paused
+        if not self.interrupted:
+            self._end(self._record(trial), "stopped" if is_stopped else "done")
+
+    @override
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if self.interrupted:
+            return
+        record = self._record(trial)
+        record.failures += 1
+        record.reason = trial.failure
+        record.history.clear()  # it starts again
+        self._journal.retry(record)
+
+    @override
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if self.interrupted:
+            return
+        record = self._record(trial)
+        record.failures += 1
+        record.reason = trial.failure
+        self._end(record, "failed")
+
+    @override
+    def get_state(self) -> dict[str, Any]:
+        return {"trials": self.records.trials}
+
+    @override
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.records.trials = state["trials"]
+        for record in self.records.trials.values():
+            if record.status == "running":
+                record.status = "waiting"
+
+    def _set_patience(self, seconds: float) -> None:
+        """How long trials may take to end when the sweep does; Ray by itself gives them ten."""
+        if self._controller is not None:
+            self._controller._actor_force_cleanup_timeout = seconds
+
+    def _has_ended(self, trial: Any) -> bool:
+        record = self.records.trials.get(trial_number(trial))
+        return record is not None and record.status in ("done", "stopped", "failed")
+
+    def _cut_short(self, trial: Any) -> None:
+        """Ray says nothing of trials that end because the sweep does."""
+        record = self.records.trials.get(trial_number(trial))
+        if record is not None and record.status in ("running", "waiting"):
+            self._end(record, "unfinished")
+
+    def _end(self, record: TrialRecord, status: str) -> None:
+        record.status = status
+        self._has_ended_any = True
+        started = self._started.pop(record.number, None)
+        record.seconds += time.monotonic() - started if started is not None else 0.0
+        self._journal.end(record)
+        self._listener(record)
+
+    def _record(self, trial: Any) -> TrialRecord:
+        number = trial_number(trial)
+        record = self.records.trials.get(number)
+        values = dict(trial.config)
+        halvings = values.pop(HALVINGS, 0)
+        if record is None or (record.values, record.halvings) != (values, halvings):
+            overrides, directory = self._describe(number, trial.config)
+            new = TrialRecord(number, values, overrides, str(directory), halvings=halvings)
+            if record is not None:  # population-based training, or out of memory
+                record.values, record.overrides = new.values, new.overrides
+                record.halvings = halvings
+                return record
+            record = self.records.trials[number] = new
+        return record
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, float]:
+    """What the trial itself has reported: numbers, without those that Ray adds."""
+    return {
+        name: value
+        for name, value in result.items()
+        if isinstance(value, float) and name not in _OF_RAY
+    }

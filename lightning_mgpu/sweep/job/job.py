@@ -1,0 +1,78 @@
+"""The user's Hydra application, as one trial runs it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+_MOST_AHEAD = 64  # configs; as many as trials may wait, and more
+
+
+@dataclass
+class Job:
+    """What Hydra gives a sweeper; composes and runs the job of one trial."""
+
+    context: HydraContext
+    task_function: TaskFunction
+    config: DictConfig
+    _ahead: dict[tuple[str, ...], DictConfig] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": {}}  # a trial composes its own
+
+    @property
+    def config_loader(self) -> ConfigLoader:
+        """Hydra's own."""
+        return self.context.config_loader
+
+    def compose(self, overrides: Sequence[str], number: int, sweep_dir: Path) -> DictConfig:
+        """The config of job `number`."""
+        cfg = self._ahead.pop(tuple(overrides), None)
+        if cfg is None:
+            cfg = self.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(cfg):
+            cfg.hydra.job.id = f"{cfg.hydra.job.name}_{number}"
+            cfg.hydra.job.num = number
+            cfg.hydra.sweep.dir = str(sweep_dir)  # as resolved once, with the time of the start
+        return cfg
+
+    def compose_ahead(self, overrides: Sequence[str], sweep_dir: Path) -> DictConfig:
+        """The config of a job that has no number yet; `compose` will not need to compose it."""
+        cfg = self.compose(overrides, 0, sweep_dir)
+        if len(self._ahead) < _MOST_AHEAD:
+            self._ahead[tuple(overrides)] = cfg
+        return cfg
+
+    def output_dir(self, cfg: DictConfig) -> Path:
+        """Where a composed job leaves its files."""
+        HydraConfig.instance().set_config(cfg)
+        return Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
+
+    def run(self, cfg: DictConfig) -> Any:
+        """Run a composed job in this process, and return what it returns."""
+        setup_globals()
+        HydraConfig.instance().set_config(cfg)
+        done: JobReturn = run_job(
+            hydra_context=self.context,
+            task_function=self.task_function,
+            config=cfg,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+        return done.return_value  # or raises what the job raised
+
+
+def program() -> list[str]:
+    """How this application was started, up to its arguments."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return ["python", "-m", spec.name.removesuffix(".__main__")]
+    return ["python", sys.argv[0]]

@@ -1,0 +1,174 @@
+"""Runs a sweep, and says what has come of it."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import CompactHydraException
+
+from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.ray.address import (
+    address_of,
+    is_client,
+    is_connected_as_client,
+    source_of,
+)
+from lightning_mgpu.sweep.job.job import Job
+from lightning_mgpu.sweep.job.submitted import receive
+from lightning_mgpu.sweep.settings.prepared import SPACE, Sweep
+from lightning_mgpu.sweep.store.lock import locked
+from lightning_mgpu.sweep.store.records import Records, TrialRecord
+from lightning_mgpu.sweep.store.results import job_command, resume_command, write_results
+
+if TYPE_CHECKING:
+    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+
+log = logging.getLogger(__name__)
+
+
+class RefusedError(ConfigError, CompactHydraException):
+    """A `ConfigError` that Hydra shows without a traceback, in any application."""
+
+
+class FailedError(SweepFailedError, CompactHydraException):
+    """A `SweepFailedError` that Hydra shows without a traceback, in any application."""
+
+
+def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
+    """Search, show how it goes, and write the results to ``hydra.sweep.dir``.
+
+    Raises:
+        RefusedError: The options ask for what cannot be; nothing was started.
+        FailedError: Not one trial has a result, or the cluster was lost.
+    """
+    try:
+        _run(job, options, arguments)
+    except ConfigError as error:
+        raise RefusedError(str(error)) from error
+    except SweepFailedError as error:
+        raise FailedError(str(error)) from error
+
+
+def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
+    sent = receive()
+    if sent is not None:
+        options.ray, options.resume = sent.adopt(job, options.ray, options.resume)
+    sweep = Sweep.prepare(job, options, arguments)
+    if _is_on_laptop(options.ray):
+        from lightning_mgpu.sweep.client.laptop import run_on_cluster
+
+        run_on_cluster(sweep)
+        return
+    sweep.claim_directory()
+    with locked(sweep.directory / SPACE):
+        _search(sweep)
+
+
+def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
+    """Whether the sweep is to be sent to a cluster; a connection that is there is used."""
+    wanted, there = is_client(address_of(ray)), is_connected_as_client()
+    if wanted and there is False:
+        raise ConfigError(
+            f"{source_of(ray, 'hydra.sweeper.ray.address')}: this process uses another Ray"
+            " already. Call `ray.shutdown()` first, or leave the address away."
+        )
+    return wanted if there is None else there
+
+
+def _search(sweep: Sweep) -> None:
+    options = sweep.options
+    from lightning_mgpu.sweep.driver.ray_tune import tune  # Ray, now that there is something to run
+
+    was_interrupted, why_early = tune(sweep)
+    path = write_results(sweep.records, sweep.directory)
+    if was_interrupted:
+        log.warning(
+            "Interrupted. Results so far: %s\nGo on with: %s",
+            _relative(path),
+            resume_command(sweep.directory),
+        )
+        sys.exit(128 + signal.SIGINT)
+    page = _draw(sweep) if options.report is not False else None
+    if why_early is not None:
+        _say_that_early(sweep, why_early)
+    _conclude(sweep.records, path, page)
+
+
+def _draw(sweep: Sweep) -> Path | None:
+    """The report's page, if it can be drawn; a sweep is worth more than its pictures."""
+    from lightning_mgpu.sweep.report.draw import draw, missing
+
+    again = f"python -m lightning_mgpu mode=report sweep={sweep.directory}"
+    if missing():
+        log.info(
+            "For a report with pictures: pip install 'lightning_mgpu[report]', then\n  %s", again
+        )
+        return None
+    try:
+        return draw(sweep.directory)[0]
+    except Exception as error:
+        line = " ".join(str(error).split())
+        log.warning(
+            "The report could not be drawn (%s: %s). Try again by: %s",
+            type(error).__name__,
+            line,
+            again,
+        )
+        return None
+
+
+def _say_that_early(sweep: Sweep, why: str) -> None:
+    """Why there may be fewer results than were asked for."""
+    unfinished = sweep.records.count("unfinished")
+    missing = sweep.num_samples - len(sweep.records.trials)
+    log.warning(
+        "Ended early, since %s: %d trials unfinished, %d not begun. Go on with: %s",
+        why,
+        unfinished,
+        missing,
+        resume_command(sweep.directory),
+    )
+
+
+def _conclude(records: Records, path: Path, page: Path | None) -> None:
+    """The last lines: the best trial, and how to run it again."""
+    failed = [record for record in records.ordered() if record.status == "failed"]
+    if failed:
+        log.warning(
+            "%d of %d trials failed; the first: trial %d, %s (see %s).",
+            len(failed),
+            len(records.trials),
+            failed[0].number,
+            failed[0].reason,
+            _relative(Path(failed[0].directory)),
+        )
+    files = " and ".join(_relative(file) for file in (path, page) if file is not None)
+    best = records.front()
+    if not best:
+        raise SweepFailedError(
+            f"No trial has a result: {len(failed)} of {len(records.trials)} failed. The first"
+            f" reason: {failed[0].reason if failed else 'none was run'}. See {files}."
+        )
+    lines = [line for record in best for line in _praise(records, record)]
+    lines.append(f"  all results: {_relative(path)}")
+    if page is not None:
+        lines.append(f"  report: {_relative(page)}")
+    log.info("\n".join(lines))
+
+
+def _praise(records: Records, record: TrialRecord) -> list[str]:
+    values = (records.values(record) or {}).items()
+    worth = " ".join(f"{name}={value:.6g}" for name, value in values)
+    lines = [f"Best: trial {record.number}, {worth}"]
+    lines.append(f"  run it alone: {job_command(record.overrides)}")
+    if record.checkpoint is not None:
+        lines.append(f"  checkpoint: {_relative(Path(record.checkpoint))}")
+    return lines
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

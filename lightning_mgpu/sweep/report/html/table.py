@@ -1,0 +1,94 @@
+"""The table of trials."""
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+from lightning_mgpu.sweep.report.axes import axis_of, is_number, shorten, text
+from lightning_mgpu.sweep.report.lanes import clock
+from lightning_mgpu.sweep.report.model import Sweep, Trial
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What is shown, and by what it is sorted: numbers first, then words, then what is empty."""
+
+    shown: str
+    key: str | float | None
+    title: str = ""
+    is_name: bool = False
+
+    def html(self) -> str:
+        """As it stands in the page."""
+        if isinstance(self.key, float) and math.isfinite(self.key):
+            attributes = f' class="number" data-key="{self.key!r}"'
+        elif self.key is None:
+            attributes = ""
+        else:
+            attributes = f' data-key="{escape(str(self.key))}"'
+        title = f' title="{escape(self.title)}"' if self.title else ""
+        tag = 'th scope="row"' if self.is_name else "td"
+        return f"<{tag}{attributes}{title}>{self.shown}</{tag.partition(' ')[0]}>"
+
+
+def table(sweep: Sweep) -> str:
+    """All trials; a click on a column's head sorts by it."""
+    axes = [axis_of(sweep, dimension) for dimension in sweep.dimensions]
+    heads = [("trial", ""), ("status", ""), (sweep.metric, "best" if sweep.takes_best else "last")]
+    heads += [(axis.label, axis.name) for axis in axes]
+    heads += [("epochs" if sweep.has_epochs else "reports", ""), ("time", "on a worker")]
+    has_reasons = any(trial.reason for trial in sweep.trials)
+    if has_reasons:
+        heads.append(("reason", "why it failed"))
+    best = sweep.best()
+    names = [axis.name for axis in axes]
+    lines = [_cells(sweep, trial, names, has_reasons) for trial in sweep.trials]
+    rows = [
+        ('<tr class="best">' if trial is best else "<tr>")
+        + "".join(cell.html() for cell in cells)
+        + "</tr>"
+        for trial, cells in zip(sweep.trials, lines, strict=True)
+    ]
+    head = "".join(
+        _head(name, title, [cells[place].key for cells in lines])
+        for place, (name, title) in enumerate(heads)
+    )
+    return (
+        f'<table id="trials"><thead><tr>{head}</tr></thead><tbody>\n'
+        + "\n".join(rows)
+        + "\n</tbody></table>"
+    )
+
+
+def _head(name: str, title: str, keys: list[str | float | None]) -> str:
+    """The head of a column, over where its numbers or words stand."""
+    numbers = ' class="number"' if any(isinstance(key, float) for key in keys) else ""
+    return (
+        f'<th scope="col" aria-sort="none"{numbers}><button type="button" title="{escape(title)}">'
+        f"{escape(shorten(name, 28))}</button></th>"
+    )
+
+
+def _cells(sweep: Sweep, trial: Trial, names: list[str], has_reasons: bool) -> list[_Cell]:
+    value = sweep.value(trial)
+    epochs = sweep.epochs(trial)
+    cells = [
+        _Cell(str(trial.number), float(trial.number), trial.command, is_name=True),
+        _Cell(f'<span class="status {trial.status}">{trial.status}</span>', trial.status),
+        _Cell("" if value is None else f"{value:.5g}", value),
+    ]
+    for name in names:
+        if name not in trial.params:
+            cells.append(_Cell("", None))
+            continue
+        param = trial.params[name]
+        key = float(param) if is_number(param) else text(param)
+        whole = text(param)
+        short = shorten(whole, 32)
+        cells.append(_Cell(escape(short), key, whole if short != whole else ""))
+    cells.append(_Cell(f"{epochs:.4g}", float(epochs)))
+    cells.append(_Cell(clock(trial.seconds), float(trial.seconds)))
+    if has_reasons:
+        reason = escape(shorten(trial.reason, 90))
+        cells.append(_Cell(reason, trial.reason or None, trial.reason))
+    return cells

@@ -1,0 +1,168 @@
+"""What a report knows of a sweep."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+STATUSES = ("done", "stopped", "failed", "unfinished")
+"""How a trial can have ended; ``stopped`` is by the scheduler."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A value that was searched.
+
+    Attributes:
+        choices: Among which it was chosen; `None` for a number between two others.
+        log: Whether it was drawn on a logarithmic scale.
+    """
+
+    name: str
+    choices: tuple[Any, ...] | None = None
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    integer: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a trial has reported at one time.
+
+    Attributes:
+        epoch: Counted from 0; `None` if the job only returned a value.
+        stretch: The index of the trial's stretch in which it came.
+    """
+
+    epoch: int | None
+    metrics: dict[str, float]
+    stretch: int
+
+
+@dataclass
+class Stretch:
+    """The time that a trial was on one worker without a break, in seconds since the epoch.
+
+    Attributes:
+        outcome: One of `STATUSES`, or ``paused``.
+    """
+
+    start: float
+    end: float
+    worker: str
+    host: str = ""
+    outcome: str = "unfinished"
+
+
+@dataclass
+class Trial:
+    """One trial.
+
+    Attributes:
+        params: Its values by name; of population-based training the latest.
+        command: The command line that runs it alone.
+        reason: Why it failed.
+    """
+
+    number: int
+    params: dict[str, Any]
+    command: str = ""
+    status: str = "unfinished"
+    reason: str = ""
+    stretches: list[Stretch] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """How long it was on a worker."""
+        return sum(stretch.end - stretch.start for stretch in self.stretches)
+
+
+@dataclass
+class Sweep:
+    """A sweep, as far as it has come.
+
+    Attributes:
+        sessions: When it was begun, and each time it was resumed.
+    """
+
+    directory: Path
+    metric: str
+    mode: str
+    takes_best: bool
+    search_alg: str
+    scheduler: str
+    dimensions: list[Dimension]
+    trials: list[Trial]
+    sessions: list[float]
+
+    def history(self, trial: Trial) -> list[tuple[float, float]]:
+        """When, in epochs, and how good: for each report with the metric."""
+        places = self._places(trial)
+        values = (report.metrics.get(self.metric) for report in trial.reports)
+        found = zip(places, values, strict=True)
+        return [(at, value) for at, value in found if value is not None and math.isfinite(value)]
+
+    def value(self, trial: Trial) -> float | None:
+        """What a trial is worth; a failed one nothing."""
+        values = [value for _, value in self.history(trial)]
+        if not values or trial.status == "failed":
+            return None
+        if not self.takes_best:
+            return values[-1]
+        return max(values) if self.mode == "max" else min(values)
+
+    def valued(self) -> list[tuple[Trial, float]]:
+        """The trials that are worth something."""
+        both = [(trial, self.value(trial)) for trial in self.trials]
+        return [(trial, value) for trial, value in both if value is not None]
+
+    def best(self) -> Trial | None:
+        """The best trial; of equal ones the first."""
+        sign = -1 if self.mode == "max" else 1
+        found = min(self.valued(), key=lambda pair: (sign * pair[1], pair[0].number), default=None)
+        return None if found is None else found[0]
+
+    @cached_property
+    def has_epochs(self) -> bool:
+        """Whether trials have reported by the epoch."""
+        reports = [report for trial in self.trials for report in trial.reports]
+        return bool(reports) and all(report.epoch is not None for report in reports)
+
+    def epochs(self, trial: Trial) -> float:
+        """How far a trial has come; without epochs, how many reports it has made."""
+        return max(self._places(trial), default=0.0)
+
+    @cached_property
+    def longest(self) -> float:
+        """The epochs of the trial that has come farthest."""
+        return max((self.epochs(trial) for trial in self.trials), default=0.0)
+
+    def saved(self, trial: Trial) -> float:
+        """The epochs that stopping it has saved, had it gone on as long as the longest."""
+        return self.longest - self.epochs(trial) if trial.status == "stopped" else 0.0
+
+    def _places(self, trial: Trial) -> list[float]:
+        """Where each report lies, in epochs: the one at the end of the first epoch at 1."""
+        if not self.has_epochs:
+            return [float(number + 1) for number in range(len(trial.reports))]
+        places, seen = [], Counter[tuple[int, int | None]]()
+        for report in trial.reports:
+            assert report.epoch is not None
+            key = (report.stretch, report.epoch)
+            seen[key] += 1
+            places.append(report.epoch + seen[key] / self._most_within_an_epoch)
+        return places
+
+    @cached_property
+    def _most_within_an_epoch(self) -> int:
+        """How often trials have reported in an epoch, as with validations in its middle."""
+        counted = Counter(
+            (trial.number, report.stretch, report.epoch)
+            for trial in self.trials
+            for report in trial.reports
+        )
+        return max(counted.values(), default=1)

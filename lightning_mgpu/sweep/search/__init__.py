@@ -1,0 +1,1 @@
+"""How values are drawn, which trials stop early, and when the search ends."""

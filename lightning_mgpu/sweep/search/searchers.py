@@ -1,0 +1,218 @@
+"""How the values of the next trial are found."""
+
+import pickle
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ray.tune.search import Searcher, SearchGenerator
+from ray.tune.search.search_algorithm import SearchAlgorithm
+from typing_extensions import override
+
+from lightning_mgpu.sweep.space.domains import to_domains
+from lightning_mgpu.sweep.space.objectives import Objective
+from lightning_mgpu.sweep.space.space import Choice, Dimension, Interval, Space, enumerate_grid
+
+if TYPE_CHECKING:
+    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+
+
+def build_searcher(
+    options: "RayTuneSweeperConf", space: Space, objectives: Sequence[Objective]
+) -> Searcher:
+    """The searcher that the options name."""
+    conf, (first, *others) = options.search_alg, objectives
+    common: Any = {"metric": first.name, "mode": first.mode}
+    if others:
+        common = {"metric": [o.name for o in objectives], "mode": [o.mode for o in objectives]}
+    if conf.name == "grid":
+        return GridSearcher(first.name, space)
+    if conf.name == "random":
+        return RandomSearcher(first.name, space, conf.seed)
+    domains = to_domains(space)
+    if conf.name == "optuna":
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(OptunaSearch.convert_search_space(domains), seed=conf.seed, **common)
+    if conf.name == "hyperopt":
+        from ray.tune.search.hyperopt import HyperOptSearch
+
+        given = {name: value for name, value in vars(conf).items() if name not in ("name", "seed")}
+        return HyperOptSearch(
+            HyperOptSearch.convert_search_space(domains),
+            random_state_seed=conf.seed,
+            **given,
+            **common,
+        )
+    from ray.tune.search.bohb import TuneBOHB
+
+    return TuneBOHB(TuneBOHB.convert_search_space(domains), seed=conf.seed, **common)
+
+
+class Trials(SearchAlgorithm):
+    """Asks a searcher for trials, and tells it which value of a run counts.
+
+    Not a `SearchGenerator` itself, since population-based schedulers refuse those.
+
+    Args:
+        num_samples: How many trials there are in all, of a resumed sweep too.
+        objectives: What is optimised; each report of a trial must have all of it.
+        takes_best: Whether a run is worth its best value, or its last.
+    """
+
+    def __init__(
+        self,
+        searcher: Searcher,
+        num_samples: int,
+        objectives: Sequence[Objective],
+        takes_best: bool,
+    ) -> None:
+        self._generator = SearchGenerator(searcher)
+        self._num_samples, self._takes_best = num_samples, takes_best
+        self._names = [objective.name for objective in objectives]
+        self._better = max if objectives[0].mode == "max" else min
+        self._best: dict[str, float] = {}
+
+    @property
+    def searcher(self) -> Searcher:
+        """Ray's schedulers for BOHB tell it when trials pause."""
+        return self._generator.searcher
+
+    @property
+    def metric(self) -> Any:  # a list, too, is what Ray checks reports by
+        return self._names
+
+    @property
+    def total_samples(self) -> int:
+        return self._num_samples
+
+    @override
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True  # searchers are made with them
+
+    @override
+    def add_configurations(self, experiments: Any) -> None:
+        self._generator.add_configurations(experiments)
+
+    @override
+    def next_trial(self) -> Any:
+        return self._generator.next_trial()
+
+    @override
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if self._takes_best and self._names[0] in result:
+            value = float(result[self._names[0]])
+            self._best[trial_id] = self._better(value, self._best.get(trial_id, value))
+        self._generator.on_trial_result(trial_id, result)
+
+    @override
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        best = self._best.pop(trial_id, None)
+        if self._takes_best and best is not None and result and not error:
+            result = {**result, self._names[0]: best}
+        self._generator.on_trial_complete(trial_id, result, error)
+
+    @override
+    def is_finished(self) -> bool:
+        finished: bool = self._generator.is_finished()
+        return finished
+
+    @override
+    def set_finished(self) -> None:
+        super().set_finished()  # type: ignore[no-untyped-call]
+        self._generator.set_finished()
+
+    @override
+    def has_checkpoint(self, dirpath: str) -> bool:
+        return bool(self._generator.has_checkpoint(dirpath))
+
+    @override
+    def save_to_dir(self, dirpath: str, session_str: str = "default", **_: Any) -> None:
+        self._generator.save_to_dir(dirpath, session_str)
+
+    @override
+    def restore_from_dir(self, dirpath: str) -> None:
+        self._generator.restore_from_dir(dirpath)
+        # There may be more trials now than when the sweep was begun.
+        self._generator._total_samples = self._num_samples
+        if self._generator._counter < self._num_samples:
+            self._generator._finished = False
+
+
+def trial_number(trial: Any) -> int:
+    """The number of a trial, counted from 0."""
+    return int(trial.experiment_tag.partition("_")[0]) - 1
+
+
+class _Drawing(Searcher):
+    """A searcher that learns nothing; its state is all there is to it."""
+
+    def __init__(self, metric: str) -> None:
+        super().__init__(metric=metric, mode="max")
+        self._state: Any = None
+
+    @override
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        pass
+
+    @override
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @override
+    def save(self, checkpoint_path: str) -> None:
+        with open(checkpoint_path, "wb") as file:
+            pickle.dump(self._state, file)
+
+    @override
+    def restore(self, checkpoint_path: str) -> None:
+        with open(checkpoint_path, "rb") as file:
+            self._state = pickle.load(file)
+
+
+class RandomSearcher(_Drawing):
+    """Draws each value on its own."""
+
+    def __init__(self, metric: str, space: Space, seed: int | None) -> None:
+        super().__init__(metric)
+        self._dimensions = space.dimensions
+        self._state = np.random.default_rng(seed)
+
+    @override
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        return {name: _draw(d, self._state) for name, d in self._dimensions.items()}
+
+
+class GridSearcher(_Drawing):
+    """Every combination, in order."""
+
+    def __init__(self, metric: str, space: Space) -> None:
+        super().__init__(metric)
+        self._points = enumerate_grid(space)
+        self._state = 0  # how many were given out
+
+    @override
+    def suggest(self, trial_id: str) -> Any:
+        self._state += 1
+        return self._points[(self._state - 1) % len(self._points)]
+
+
+def _draw(dimension: Dimension, generator: np.random.Generator) -> Any:
+    if isinstance(dimension, Choice):
+        return dimension.values[int(generator.integers(len(dimension.values)))]
+    return _draw_number(dimension, generator)
+
+
+def _draw_number(interval: Interval, generator: np.random.Generator) -> float:
+    low, high = float(interval.low), float(interval.high)
+    if interval.integer and not interval.log:
+        return int(generator.integers(int(low), int(high) + 1))
+    if not interval.log:
+        return float(generator.uniform(low, high))
+    # An integer's share of the logarithmic scale is from itself to the next one.
+    drawn = np.exp(generator.uniform(np.log(low), np.log(high + interval.integer)))
+    return min(int(drawn), int(high)) if interval.integer else float(np.clip(drawn, low, high))

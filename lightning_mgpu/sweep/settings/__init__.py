@@ -1,0 +1,1 @@
+"""The options of a sweep, checked before anything starts."""

@@ -1,0 +1,135 @@
+"""Refuses options that cannot work, before anything is started."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.sweep.space.objectives import read_objectives
+from lightning_mgpu.sweep.space.space import Choice, Interval, Space, encode
+
+if TYPE_CHECKING:
+    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+
+_WORDS = {"report": ("best", "last", False), "on_oom": ("fail", "retry_smaller")}
+_POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_epochs")
+_NOT_NEGATIVE = ("max_failures", "keep_checkpoints")
+_NEEDS = {  # each search and the package it is made of
+    "optuna": "optuna",
+    "hyperopt": "hyperopt",
+    "bohb": "hpbandster",
+}
+_SEVERAL = ("optuna", "random", "grid")
+_PAUSING = ("hyperband", "bohb", "median", "pbt", "pb2")
+_POPULATION = ("pbt", "pb2")
+
+
+def check_options(options: "RayTuneSweeperConf") -> None:
+    """Check each option, and whether search and scheduler go together.
+
+    Raises:
+        ConfigError: The first that is wrong.
+    """
+    for name, words in _WORDS.items():
+        if getattr(options, name) not in words:
+            raise _wrong(options, name, f"one of {', '.join(map(encode, words))}")
+    objectives = read_objectives(options)
+    for name in _POSITIVE:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise _wrong(options, name, "a number above 0, or null")
+    for name in _NOT_NEGATIVE:
+        if getattr(options, name) < 0:
+            raise _wrong(options, name, "0 or more")
+    if not 0 <= options.max_failure_rate <= 1:
+        raise _wrong(options, "max_failure_rate", "a share from 0 to 1")
+    _check_pair(options)
+    if len(objectives) > 1:
+        _check_several(options)
+    _check_installed(options)
+
+
+def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
+    """Check whether search and scheduler can deal with the values that are searched."""
+    search, scheduler = options.search_alg.name, options.scheduler
+    for name, dimension in space.dimensions.items():
+        if search in _NEEDS and isinstance(dimension, Choice):
+            nested = [value for value in dimension.values if isinstance(value, (list, dict))]
+            if nested:
+                raise ConfigError(
+                    f"{space.keys[name]}={encode(nested[0])}: search_alg={search} chooses among"
+                    " plain values only. Use search_alg=random or grid, or compute the list from a"
+                    " plain value by hydra.sweeper.custom_search_space."
+                )
+    if scheduler.name not in _POPULATION:
+        return
+    names = getattr(scheduler, "hyperparam_mutations", None)
+    for name in names or ():
+        if name.replace("/", ":") not in space.dimensions:
+            raise ConfigError(
+                f"hydra.sweeper.scheduler.hyperparam_mutations: {name} is not searched. Searched"
+                f" are: {', '.join(space.dimensions)}."
+            )
+    mutable = [d for n, d in space.dimensions.items() if names is None or n in names]
+    if scheduler.name == "pb2" and not any(isinstance(d, Interval) for d in mutable):
+        raise ConfigError("hydra/sweeper/scheduler=pb2: needs at least one interval to change.")
+
+
+def stops_early(options: "RayTuneSweeperConf") -> bool:
+    """Whether the scheduler lives on metrics reported while a trial runs."""
+    return options.scheduler.name != "fifo"
+
+
+def needs_checkpoints(options: "RayTuneSweeperConf") -> bool:
+    """Whether the scheduler has trials go on from checkpoints."""
+    return options.scheduler.name in _PAUSING
+
+
+def _check_pair(options: "RayTuneSweeperConf") -> None:
+    search, scheduler = options.search_alg.name, options.scheduler.name
+    pair = f"hydra/sweeper/search_alg={search} hydra/sweeper/scheduler={scheduler}"
+    if (search == "bohb") != (scheduler == "bohb"):
+        raise ConfigError(f"{pair}: BOHB is both. Set search_alg=bohb and scheduler=bohb.")
+    if scheduler in _POPULATION and search not in ("random", "grid"):
+        raise ConfigError(
+            f"{pair}: the scheduler itself changes the values. Set search_alg=random for the first"
+            " ones."
+        )
+    if scheduler in _PAUSING and options.metric is None:
+        raise ConfigError(
+            f"hydra/sweeper/scheduler={scheduler}: compares trials while they run. Name the metric"
+            " they log: hydra.sweeper.metric=val_loss hydra.sweeper.mode=min."
+        )
+
+
+def _check_several(options: "RayTuneSweeperConf") -> None:
+    """See to it that nothing is compared by one metric where there are several."""
+    search, scheduler = options.search_alg.name, options.scheduler.name
+    if search not in _SEVERAL:
+        raise ConfigError(
+            f"hydra/sweeper/search_alg={search}: optimises one metric, not several. Use"
+            f" search_alg={', '.join(_SEVERAL)}, or name one hydra.sweeper.metric."
+        )
+    if stops_early(options):
+        raise ConfigError(
+            f"hydra/sweeper/scheduler={scheduler}: compares trials by one metric, not by several."
+            " Set hydra/sweeper/scheduler=fifo, or name one hydra.sweeper.metric."
+        )
+
+
+def _check_installed(options: "RayTuneSweeperConf") -> None:
+    missing = []
+    package = _NEEDS.get(options.search_alg.name)
+    if package is not None and find_spec(package) is None:
+        missing.append((f"search_alg={options.search_alg.name}", package, "search"))
+    if options.scheduler.name == "pb2" and find_spec("sklearn") is None:
+        missing.append(("scheduler=pb2", "scikit-learn", "demo"))
+    if find_spec("ray") is None:
+        missing.append(("sweeper=ray_tune", "ray", "ray"))
+    for choice, package, extra in missing:
+        raise ConfigError(
+            f"hydra.{choice}: needs {package}: pip install 'lightning_mgpu[{extra}]'."
+        )
+
+
+def _wrong(options: "RayTuneSweeperConf", name: str, expected: str) -> ConfigError:
+    return ConfigError(f"hydra.sweeper.{name}={getattr(options, name)}: expected {expected}.")

@@ -1,0 +1,1 @@
+"""What is searched, and for what: dimensions and objectives."""

@@ -1,0 +1,268 @@
+"""The search space: from Hydra's overrides to dimensions, and from values back to overrides."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra._internal.grammar.utils import escape_special_characters
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    IntervalSweep,
+    Override,
+    Quote,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+)
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from lightning_mgpu.errors import ConfigError
+
+_PLAIN = re.compile(r"[A-Za-z_][\w./:-]*", re.ASCII)
+_WORDS = {"null", "true", "false", "inf", "nan"}  # mean something else where they are not quoted
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values, without an order."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number between two others; both ends belong to an integer interval."""
+
+    low: float
+    high: float
+    log: bool = False
+    integer: bool = False
+
+
+Dimension = Choice | Interval
+Computed = Callable[[dict[str, Any]], Any]
+
+
+@dataclass
+class Space:
+    """What differs between trials, and what does not.
+
+    Attributes:
+        fixed: Overrides that every trial has.
+        dimensions: What is searched, by the name of the value.
+        keys: The override's key of each name: ``+model.depth`` for ``model.depth``.
+        computed: Values that follow from the others, by name; in this order.
+    """
+
+    fixed: list[str] = field(default_factory=list)
+    dimensions: dict[str, Dimension] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, Computed] = field(default_factory=dict)
+
+    def add(self, key: str, dimension: Dimension) -> None:
+        """Search what `key` (with its `+`, if it has one) stands for."""
+        name = self._claim(key)
+        self.dimensions[name] = dimension
+
+    def compute(self, key: str, function: Computed) -> None:
+        """Have `function` compute it from the values that were drawn."""
+        name = self._claim(key)
+        self.computed[name] = function
+
+    def fix(self, key: str, override: str) -> None:
+        """Give it to every trial."""
+        del self.keys[self._claim(key)]
+        self.fixed.append(override)
+
+    def _claim(self, key: str) -> str:
+        """The name for `key`, which means nothing else any more."""
+        plain = key.lstrip("+~")
+        name = plain.replace("/", ":")  # Ray nests what has a slash
+        self.dimensions.pop(name, None)
+        self.computed.pop(name, None)
+        self.fixed = [o for o in self.fixed if o.lstrip("+~").partition("=")[0] != plain]
+        self.keys[name] = key
+        return name
+
+    def overrides(self, values: Mapping[str, Any]) -> list[str]:
+        """The overrides of the trial that has these values."""
+        full = {name: values[name] for name in self.dimensions}
+        for name, function in self.computed.items():
+            full[name] = function(dict(full))
+        searched = [f"{self.keys[name]}={encode(value)}" for name, value in full.items()]
+        return [*self.fixed, *searched]
+
+    def example(self) -> list[str]:
+        """The overrides of some trial, to see whether they compose."""
+        return next(self.examples())
+
+    def examples(self, node: str = "") -> Iterator[list[str]]:
+        """Those of some trials: with every choice, and the ends of every interval, in `node`."""
+        axes = [
+            _extremes(d)[: None if name.split(".")[0] == node else 1]
+            for name, d in self.dimensions.items()
+        ]
+        for point in itertools.product(*axes):
+            yield self.overrides(dict(zip(self.dimensions, point, strict=True)))
+
+    def __str__(self) -> str:
+        """A line for each key; what a resumed sweep is compared by."""
+        lines = [f"{self.keys[name]}: {d}" for name, d in self.dimensions.items()]
+        return "\n".join([*lines, *(f"{self.keys[name]}: computed" for name in self.computed)])
+
+
+def parse_space(
+    params: Mapping[str, Any],
+    arguments: Iterable[str],
+    config_loader: ConfigLoader | None = None,
+) -> Space:
+    """Read `hydra.sweeper.params` and the command line, of which the latter wins.
+
+    Raises:
+        ConfigError: An override that cannot be read or searched.
+    """
+    parser = OverridesParser.create(config_loader=config_loader)
+    written = [f"{key}={_as_text(value)}" for key, value in params.items()]
+    try:
+        parsed = parser.parse_overrides(written)
+    except OverrideParseException as error:
+        raise ConfigError(f"hydra.sweeper.params: {error}") from error
+    # A key is the same one with and without `+`.
+    by_key = {o.get_key_element().lstrip("+~"): o for o in parsed}
+    for override in parser.parse_overrides(list(arguments)):
+        key = override.get_key_element().lstrip("+~")
+        by_key.pop(key, None)  # so that the order is that of the command line
+        by_key[key] = override
+    space = Space()
+    for override in by_key.values():
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            space.add(key, _dimension(override))
+        else:
+            space.fix(key, override.input_line or "")
+    return space
+
+
+def check_searchable(space: Space) -> None:
+    """See to it that there is something to search."""
+    if not space.dimensions:
+        raise ConfigError(
+            "hydra.sweeper.params: nothing to search. Give at least one value a sweep, such as"
+            " 'model.lr=tag(log,interval(1e-4,1e-1))' or 'model.l1=choice(16,32)'."
+        )
+
+
+def encode(value: Any) -> str:
+    """A value as it is written in an override, so that Hydra reads the same value."""
+    if hasattr(value, "item") and not isinstance(value, (str, list, dict)):
+        value = value.item()  # numpy's scalars
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(encode, value))}]"
+    if isinstance(value, Mapping):
+        # Keys cannot be quoted in Hydra's grammar.
+        items = (f"{escape_special_characters(str(k))}:{encode(v)}" for k, v in value.items())
+        return "{" + ",".join(items) + "}"
+    text = str(value)
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def enumerate_grid(space: Space) -> list[dict[str, Any]]:
+    """Every combination, the last dimension fastest, as Hydra counts them.
+
+    Raises:
+        ConfigError: A dimension is continuous.
+    """
+    axes = [_points(space.keys[name], dimension) for name, dimension in space.dimensions.items()]
+    return [dict(zip(space.dimensions, point, strict=True)) for point in itertools.product(*axes)]
+
+
+def _points(key: str, dimension: Dimension) -> list[Any]:
+    if isinstance(dimension, Choice):
+        return list(dimension.values)
+    if dimension.integer:
+        return list(range(int(dimension.low), int(dimension.high) + 1))
+    raise ConfigError(
+        f"{key}: an interval of real numbers has no grid. Use `choice` or `range`, or another"
+        " search, such as hydra/sweeper/search_alg=random."
+    )
+
+
+def _dimension(override: Override) -> Dimension:
+    value, key = override.value(), override.get_key_element()
+    tags: set[str] = getattr(value, "tags", set())
+    unknown = tags - {"log", "int"}
+    if unknown:
+        raise ConfigError(f"{key}: tag({', '.join(sorted(unknown))}) is unknown; known: log, int.")
+    if isinstance(value, IntervalSweep):
+        return _interval(key, value, tags)
+    if isinstance(value, RangeSweep) and _is_consecutive(value) and not value.shuffle:
+        assert value.start is not None
+        last = list(value.range())[-1]
+        return Interval(value.start, last, log="log" in tags, integer=True)
+    values = tuple(_plain(item) for item in override.sweep_iterator())
+    if not values:
+        raise ConfigError(f"{override.input_line}: holds no value at all.")
+    return Choice(values)
+
+
+def _interval(key: str, sweep: IntervalSweep, tags: set[str]) -> Interval:
+    assert sweep.start is not None
+    assert sweep.end is not None
+    integer = "int" in tags or (isinstance(sweep.start, int) and isinstance(sweep.end, int))
+    if not sweep.start < sweep.end:
+        raise ConfigError(f"{key}: interval({sweep.start}, {sweep.end}) is empty.")
+    if "log" in tags and sweep.start <= 0:
+        raise ConfigError(
+            f"{key}: tag(log, interval({sweep.start}, {sweep.end})) must begin above 0."
+        )
+    low, high = (int(sweep.start), int(sweep.end)) if integer else (sweep.start, sweep.end)
+    return Interval(low, high, log="log" in tags, integer=integer)
+
+
+def _is_consecutive(sweep: RangeSweep) -> bool:
+    ends = (sweep.start, sweep.stop)
+    return (
+        all(isinstance(end, int) for end in ends)
+        and sweep.step in (None, 1)
+        and (len(list(sweep.range())) > 1)
+    )
+
+
+def _extremes(dimension: Dimension) -> list[Any]:
+    if isinstance(dimension, Choice):
+        return list(dimension.values)
+    return [_number(dimension.low, dimension), _number(dimension.high, dimension)]
+
+
+def _number(value: float, dimension: Interval) -> float:
+    return int(value) if dimension.integer else float(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    assert not isinstance(value, Sweep)
+    return value
+
+
+def _as_text(value: Any) -> str:
+    """A value of `params` as an override: strings are Hydra's grammar, the rest is encoded."""
+    if isinstance(value, (DictConfig, ListConfig)):
+        value = OmegaConf.to_container(value)
+    return value if isinstance(value, str) else encode(value)

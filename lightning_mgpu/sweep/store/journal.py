@@ -1,0 +1,119 @@
+"""Writes down what happens in a sweep, for its report."""
+
+import contextlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lightning_mgpu.sweep.report.reader import JOURNAL
+from lightning_mgpu.sweep.space.space import Choice, Dimension, Space
+from lightning_mgpu.sweep.store.records import Records, TrialRecord
+from lightning_mgpu.sweep.store.results import job_command, plain
+
+if TYPE_CHECKING:
+    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """A file with a line for each event; a sweep that is resumed goes on with it.
+
+    A disk that is full costs the report, and not the sweep.
+
+    Args:
+        directory: The sweep's.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / JOURNAL
+        self._file: TextIO | None = None
+        self._hosts: dict[int, str] = {}  # on which each running trial is
+
+    def __enter__(self) -> "Journal":
+        try:
+            is_cut_short = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            if is_cut_short:  # a line of a sweep that was killed
+                self._file.write("\n")
+        except OSError as error:
+            self._give_up(error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def begin(self, options: "RayTuneSweeperConf", space: Space, records: Records) -> None:
+        """The sweep begins, or goes on."""
+        self._write(
+            "sweep",
+            metric=records.metric,
+            mode=records.mode,
+            takes_best=records.takes_best,
+            search_alg=options.search_alg.name,
+            scheduler=options.scheduler.name,
+            dimensions=[_described(name, one) for name, one in space.dimensions.items()],
+        )
+
+    def start(self, record: TrialRecord, trial: Any) -> None:
+        """A trial begins, goes on after a pause, or begins again."""
+        self._hosts.pop(record.number, None)
+        actor = getattr(trial.temporary_state.ray_actor, "_actor_id", None)
+        self._write(
+            "start",
+            trial=record.number,
+            worker=actor.hex() if actor is not None else "",
+            params=plain(record.values),
+            command=job_command(record.overrides),
+        )
+
+    def report(self, record: TrialRecord, result: dict[str, Any]) -> None:
+        """A trial has reported; `record` has taken note of it."""
+        host = str(result.get("hostname", ""))
+        more = {} if self._hosts.get(record.number) == host else {"host": host}
+        self._hosts[record.number] = host
+        self._write(
+            "report",
+            trial=record.number,
+            epoch=plain(result.get("epoch")),
+            metrics=record.metrics,
+            **more,
+        )
+
+    def pause(self, number: int) -> None:
+        """A trial waits for others."""
+        self._write("pause", trial=number)
+
+    def retry(self, record: TrialRecord) -> None:
+        """A trial has failed and will be tried again."""
+        self._write("retry", trial=record.number, reason=record.reason)
+
+    def end(self, record: TrialRecord) -> None:
+        """A trial has ended."""
+        self._write("end", trial=record.number, status=record.status, reason=record.reason)
+
+    def _write(self, event: str, **about: Any) -> None:
+        if self._file is None:
+            return
+        line = json.dumps({"event": event, "time": time.time(), **about}, default=str)
+        try:
+            self._file.write(line + "\n")
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+        log.warning("%s cannot be written (%s): the sweep will have no report.", self._path, error)
+
+
+def _described(name: str, dimension: Dimension) -> dict[str, Any]:
+    if isinstance(dimension, Choice):
+        return {"name": name, "choices": plain(dimension.values)}
+    return {"name": name, **vars(dimension)}

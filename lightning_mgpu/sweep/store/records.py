@@ -1,0 +1,119 @@
+"""What is known of each trial."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_mgpu.sweep.space.objectives import Objective, dominates
+
+BEST_CHECKPOINT = "best_checkpoint"
+"""Among what a trial reports: where the best checkpoint lies that its job has saved."""
+_AT_LEAST = 3  # ended trials, to say anything about a rate
+
+
+@dataclass
+class TrialRecord:
+    """One trial, as the driver sees it.
+
+    Attributes:
+        status: waiting, running, done, stopped (by the scheduler), failed, or unfinished when the
+            sweep ended.
+        history: The metric, report by report.
+        metrics: All metrics of the latest report.
+        checkpoint: The best one that the job itself has saved.
+        reason: Why it failed.
+        halvings: How often its batch was halved, since it ran out of memory.
+    """
+
+    number: int
+    values: dict[str, Any]
+    overrides: list[str]
+    directory: str
+    status: str = "waiting"
+    history: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    checkpoint: str | None = None
+    reason: str | None = None
+    failures: int = 0
+    halvings: int = 0
+    seconds: float = 0.0
+
+    def value(self, mode: str, takes_best: bool) -> float | None:
+        """What the trial is worth so far."""
+        if not self.history:
+            return None
+        if not takes_best:
+            return self.history[-1]
+        return max(self.history) if mode == "max" else min(self.history)
+
+
+@dataclass
+class Records:
+    """All trials of a sweep, by number.
+
+    Attributes:
+        metric: What is optimised, or the first of it.
+        others: What else is optimised; then the latest report of a trial counts.
+    """
+
+    metric: str
+    mode: str
+    takes_best: bool
+    trials: dict[int, TrialRecord] = field(default_factory=dict)
+    others: tuple[Objective, ...] = ()
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """All that is optimised."""
+        return (Objective(self.metric, self.mode), *self.others)
+
+    def value(self, record: TrialRecord) -> float | None:
+        """What a trial is worth, by the first objective."""
+        return record.value(self.mode, self.takes_best)
+
+    def best(self) -> TrialRecord | None:
+        """The best trial that did not fail; of equal ones the first."""
+        sign = -1 if self.mode == "max" else 1
+        valued = [
+            (sign * value, record.number)
+            for record in self.trials.values()
+            if record.status != "failed" and (value := self.value(record)) is not None
+        ]
+        return self.trials[min(valued)[1]] if valued else None
+
+    def values(self, record: TrialRecord) -> dict[str, float] | None:
+        """What a trial is worth by each objective."""
+        value = self.value(record)
+        if value is None or any(other.name not in record.metrics for other in self.others):
+            return None
+        return {self.metric: value, **{o.name: record.metrics[o.name] for o in self.others}}
+
+    def front(self) -> list[TrialRecord]:
+        """The best trials: those to which no other one is better by every objective."""
+        if not self.others:
+            best = self.best()
+            return [] if best is None else [best]
+        modes = [objective.mode for objective in self.objectives]
+        valued = [
+            (record, list(values.values()))
+            for record in self.ordered()
+            if record.status != "failed" and (values := self.values(record)) is not None
+        ]
+        return [
+            record
+            for record, own in valued
+            if not any(dominates(other, own, modes) for _, other in valued)
+        ]
+
+    def count(self, *statuses: str) -> int:
+        """How many trials have one of these statuses."""
+        return sum(record.status in statuses for record in self.trials.values())
+
+    def too_many_failed(self, rate: float) -> bool:
+        """Whether more than this share of the ended trials have failed."""
+        failed = self.count("failed")
+        ended = failed + self.count("done", "stopped")
+        return ended >= _AT_LEAST and failed / ended > rate
+
+    def ordered(self) -> list[TrialRecord]:
+        """By number."""
+        return [self.trials[number] for number in sorted(self.trials)]

@@ -1,0 +1,131 @@
+"""What a sweep leaves behind, and the commands that go on from it."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.utils import get_args_parser
+
+from lightning_mgpu.sweep.job.job import program
+from lightning_mgpu.sweep.job.submitted import name_of
+from lightning_mgpu.sweep.store.records import Records, TrialRecord
+
+RESULTS = "optimization_results.yaml"
+_RESUME = "hydra.sweeper.resume="
+
+
+def write_results(records: Records, directory: Path) -> Path:
+    """Write all trials, the best ones first."""
+    content = {"name": "ray_tune", **(_front(records) if records.others else _best(records))}
+    content["trials"] = [_trial(records, record) for record in records.ordered()]
+    path = directory / RESULTS
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)  # whole at any time
+    return path
+
+
+def _best(records: Records) -> dict[str, Any]:
+    best = records.best()
+    content = {"metric": records.metric, "mode": records.mode, "best_trial": None}
+    if best is None:
+        return content
+    return content | {
+        "best_trial": best.number,
+        "best_value": records.value(best),
+        "best_params": plain(best.values),
+        "best_command": job_command(best.overrides),
+        "best_checkpoint": best.checkpoint,
+    }
+
+
+def _front(records: Records) -> dict[str, Any]:
+    """The Pareto front, under the name that Hydra's sweeper for Optuna has for it."""
+    solutions = [
+        {
+            "params": plain(record.values),
+            "values": list((records.values(record) or {}).values()),
+            "trial": record.number,
+            "command": job_command(record.overrides),
+            "checkpoint": record.checkpoint,
+        }
+        for record in records.front()
+    ]
+    return {
+        "metric": [objective.name for objective in records.objectives],
+        "mode": [objective.mode for objective in records.objectives],
+        "solutions": solutions,
+    }
+
+
+def job_command(overrides: Sequence[str]) -> str:
+    """The command line that runs one job outside the sweep."""
+    if not any(override.lstrip("+").startswith("strategy=ray") for override in overrides):
+        # Only the sweep was on a cluster.
+        overrides = [override for override in overrides if not of_the_cluster(override)]
+    # A search space that starts the sweep by itself would do so again.
+    return shlex.join([*program(), *_flags(), *overrides, "hydra.mode=RUN"])
+
+
+def of_the_cluster(override: str) -> bool:
+    """Whether an override of our own command says on which cluster a run, or a sweep, is."""
+    return override.lstrip("+").startswith(("ray.address=", "ray.runtime_env"))
+
+
+def resume_command(directory: Path) -> str:
+    """The command line that goes on with the sweep."""
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(_RESUME)]
+    return shlex.join([*program(), *arguments, f"{_RESUME}{name_of(directory)}"])
+
+
+def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "number": record.number,
+        "status": record.status,
+        "value": _value(records, record),
+        "params": plain(record.values),
+        "reports": len(record.history),
+        "metrics": record.metrics,
+        "seconds": round(record.seconds, 2),
+        "directory": record.directory,
+    }
+    if record.checkpoint is not None:
+        found["checkpoint"] = record.checkpoint
+    if record.halvings:
+        found["batch_halvings"] = record.halvings
+        found["overrides"] = record.overrides
+    if record.reason is not None:
+        found["reason"] = record.reason
+    return found
+
+
+def _value(records: Records, record: TrialRecord) -> Any:
+    """One number, or one for each objective."""
+    values = records.values(record)
+    if values is None or records.others:
+        return None if values is None else list(values.values())
+    return records.value(record)
+
+
+def _flags() -> list[str]:
+    """Hydra's flags that a single job needs too."""
+    given, _ = get_args_parser().parse_known_args(sys.argv[1:])
+    flags = []
+    for name in ("config_path", "config_name", "config_dir"):
+        value = getattr(given, name, None)
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return flags
+
+
+def plain(value: Any) -> Any:
+    """Of Python's own types, which YAML can write."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,69 @@
+"""A copy of Ray's state of a sweep that is always whole, whenever the driver is killed."""
+
+import logging
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+from typing_extensions import override
+
+log = logging.getLogger(__name__)
+
+STATE = "state.tar"
+
+
+class StateKeeper(Callback):
+    """Keeps what Ray has last written down of its trials, searcher and scheduler.
+
+    Ray writes its files at one place and copies them to the sweep's directory one by one. A driver
+    that is killed meanwhile leaves a mixture there, with which Ray would start all over again.
+
+    Args:
+        directory: The sweep's.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / STATE
+        self._source: Path | None = None
+        self._seen: list[tuple[str, int]] = []
+        self._has_warned = False
+
+    def put_back(self) -> None:
+        """Have the directory hold the copy, for Ray to go on from."""
+        if not self._path.exists():
+            return
+        with tarfile.open(self._path) as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                assert file is not None, "not a file"
+                (self._path.parent / Path(member.name).name).write_bytes(file.read())
+
+    @override
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        if trials:
+            self._source = Path(trials[0].storage.experiment_driver_staging_path)
+            self.take()
+
+    def take(self) -> None:
+        """Copy what Ray has written since the last time."""
+        if self._source is None:
+            return
+        try:
+            files = sorted(path for path in self._source.iterdir() if path.is_file())
+            seen = [(path.name, path.stat().st_mtime_ns) for path in files]
+            if seen != self._seen:
+                self._write(files)
+                self._seen = seen
+        except OSError as error:  # a full disk, say
+            if not self._has_warned:
+                log.warning("%s cannot be written: %s", self._path, error)
+            self._has_warned = True
+
+    def _write(self, files: list[Path]) -> None:
+        unfinished = self._path.with_suffix(".new")
+        with tarfile.open(unfinished, "w") as archive:
+            for path in files:
+                archive.add(path, path.name)
+        os.replace(unfinished, self._path)

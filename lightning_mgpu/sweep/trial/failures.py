@@ -1,0 +1,103 @@
+"""Why trials fail, and which of them run again."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.experiment import Trial
+from typing_extensions import override
+
+
+class TrialFailedError(RuntimeError):
+    """A trial failed. In words, since the error itself may not be known where they are read."""
+
+
+class TrialOutOfMemoryError(TrialFailedError):
+    """A trial failed, and a smaller one might not have."""
+
+
+_OUT_OF_MEMORY = (MemoryError, OutOfMemoryError, TrialOutOfMemoryError)
+
+
+@contextlib.contextmanager
+def failures_in_words() -> Iterator[None]:
+    """Turn what goes wrong in a trial into an error that every process knows."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if is_out_of_memory(error):
+            raise TrialOutOfMemoryError(f"out of memory, {words}") from None
+        raise TrialFailedError(words) from None
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one that led to it, is about memory: a device's or the machine's."""
+    while error is not None:
+        if isinstance(getattr(error, "cause", error), _OUT_OF_MEMORY):  # Ray's keep the first one
+            return True
+        if "torch" in sys.modules and _is_of_torch(error):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def _is_of_torch(error: BaseException) -> bool:
+    import torch
+    from lightning.pytorch.utilities.memory import is_oom_error
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error.args[0] if error.args else None, str) and is_oom_error(error)
+
+
+def reason(error: BaseException | None) -> str:
+    """Why a trial failed, in a line."""
+    if isinstance(error, OutOfMemoryError):
+        return "out of memory, the machine's: Ray has ended its process"
+    if isinstance(error, RayActorError):
+        return "its process died (killed, or out of memory)"
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else type(cause).__name__
+
+
+class SweepTrial(Trial):
+    """A trial of Ray's that keeps in mind why it failed.
+
+    Attributes:
+        failure: The latest reason.
+    """
+
+    failure = ""
+
+    @classmethod
+    def take_over(cls, trial: Trial) -> None:
+        """Make a trial one of ours; Ray creates them, and restores them, as it sees fit."""
+        if type(trial) is not cls:
+            trial.__class__ = cls
+
+    @classmethod
+    def smaller(cls, config: dict[str, Any]) -> dict[str, Any] | None:
+        """What a trial that ran out of memory is run with again; `None`: it is not."""
+        return None
+
+    @override
+    def handle_error(self, exc: Any = None) -> None:
+        super().handle_error(exc)
+        self.failure = reason(exc)
+        if not is_out_of_memory(exc):
+            return
+        config = self.smaller(self.config)
+        if config is not None:
+            self.set_config(config)  # type: ignore[no-untyped-call]
+            self.max_failures += self.max_failures >= 0  # this one does not count
+
+
+def retrying(smaller: Callable[[dict[str, Any]], dict[str, Any] | None]) -> type[SweepTrial]:
+    """Trials that run again with `smaller(config)` when they are out of memory."""
+    return type("SmallerTrial", (SweepTrial,), {"smaller": staticmethod(smaller)})

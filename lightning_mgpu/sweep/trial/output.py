@@ -1,0 +1,34 @@
+"""Sends what a trial prints and logs to a file."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Everything printed goes to the end of a file, and what loggers would print as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("a", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+        contextlib.ExitStack() as stack,
+    ):
+        for handler in _stream_handlers():  # Lightning's has kept the stream of its import
+            stack.callback(handler.setStream, handler.stream)
+            handler.setStream(file)
+        yield
+
+
+def _stream_handlers() -> list["logging.StreamHandler[TextIO]"]:
+    known = list(logging.root.manager.loggerDict.values())
+    loggers = [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
+    return [
+        handler
+        for logger in loggers
+        for handler in logger.handlers
+        if type(handler) is logging.StreamHandler
+    ]

@@ -1,0 +1,130 @@
+"""What each trial reserves: for itself, or for its workers where its strategy has some on Ray."""
+
+import contextlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+from omegaconf import DictConfig
+from ray.tune import PlacementGroupFactory
+from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
+
+from lightning_mgpu.config.elsewhere import runs_elsewhere
+from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.ray.cluster import describe
+
+if TYPE_CHECKING:
+    from lightning_mgpu.sweep.settings.prepared import Sweep
+
+_STRATEGY = "strategy"
+
+
+class Requests:
+    """The resources of each trial of a sweep, by its values.
+
+    Args:
+        sweep: The sweep.
+    """
+
+    def __init__(self, sweep: "Sweep") -> None:
+        self._sweep = sweep
+        options = sweep.options.resources_per_trial
+        self._own = {"cpu": options.cpu, "gpu": options.gpu}
+
+    def of(self, values: Mapping[str, Any]) -> PlacementGroupFactory:
+        """Of the trial that has these values."""
+        return self._factory(self._bundles(self._sweep.space.overrides(values)))
+
+    def check(self) -> None:
+        """See whether every trial can start, whatever its strategy and its number of workers.
+
+        Raises:
+            ConfigError: There is too little for it, its strategy cannot be built, or trials would
+                outgrow what they reserve.
+        """
+        there = ray.cluster_resources()
+        for overrides in self._sweep.space.examples(_STRATEGY):
+            self._check(overrides, there)
+
+    def _check(self, overrides: list[str], there: Mapping[str, float]) -> None:
+        bundles = self._bundles(overrides)
+        wanted, on_ray = self._factory(bundles).required_resources, bool(bundles)
+        for name, amount in wanted.items():
+            if amount > there.get(name, 0):
+                raise ConfigError(
+                    f"strategy: the workers of a trial ask for {describe(wanted)}, and there are"
+                    f" {describe(there)}. Ask for fewer or smaller ones (strategy.num_workers,"
+                    " strategy.num_cpus_per_worker), or join a cluster by"
+                    " hydra.sweeper.ray.address."
+                    if on_ray
+                    else f"hydra.sweeper.resources_per_trial.{name.lower()}={amount:g}: there are"
+                    f" {there.get(name, 0):g}. Ask for less, or join a cluster by"
+                    " hydra.sweeper.ray.address."
+                )
+        if on_ray:
+            self._refuse_changes()
+
+    def _refuse_changes(self) -> None:
+        """A trial of population-based training keeps what it has reserved at first."""
+        scheduler = self._sweep.options.scheduler
+        if scheduler.name not in ("pbt", "pb2"):
+            return
+        names = getattr(scheduler, "hyperparam_mutations", None) or self._sweep.space.dimensions
+        for name in names:
+            if name.split(".")[0] == _STRATEGY:
+                raise ConfigError(
+                    f"hydra/sweeper/scheduler={scheduler.name}: {name} cannot change within a run,"
+                    " which keeps its workers. Name the values that may:"
+                    " hydra.sweeper.scheduler.hyperparam_mutations=[model.lr]."
+                )
+
+    def _factory(self, bundles: list[dict[str, float]]) -> PlacementGroupFactory:
+        if not bundles:
+            factory: PlacementGroupFactory = resource_dict_to_pg_factory(self._own)
+            return factory
+        # The trial's own process only waits for its workers.
+        return PlacementGroupFactory([{}, *bundles], strategy="PACK")
+
+    def _bundles(self, overrides: list[str]) -> list[dict[str, float]]:
+        """What the strategy of a trial reserves for its workers; none if it has none on Ray."""
+        cfg = self._sweep.job.compose_ahead(overrides, self._sweep.directory)
+        if not _runs_on_ray(cfg.get(_STRATEGY)):
+            return []
+        from lightning_mgpu.config.build import build_node  # Lightning, which is loaded now
+
+        bundles: list[dict[str, float]] = build_node(cfg, _STRATEGY).group().bundles
+        return bundles
+
+
+def _runs_on_ray(node: Any) -> bool:
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        return False
+    with contextlib.suppress(Exception):  # a node of somebody else's, or the trial will say
+        return runs_elsewhere(pkgutil.resolve_name(str(node._target_)))
+    return False
+
+
+_requests: Requests | None = None
+
+
+@contextlib.contextmanager
+def requests_of(sweep: "Sweep") -> Iterator[None]:
+    """Have the trials of a sweep, while the block lasts, reserve what they need.
+
+    Raises:
+        ConfigError: There is too little for them.
+    """
+    global _requests
+    requests = Requests(sweep)
+    requests.check()
+    _requests = requests
+    try:
+        yield
+    finally:
+        _requests = None
+
+
+def request(values: Mapping[str, Any]) -> PlacementGroupFactory | None:
+    """What the trial with these values reserves; known to the sweep's own process alone."""
+    return None if _requests is None else _requests.of(values)

@@ -1,0 +1,138 @@
+"""What an actor does for one trial: compose the job, run it, report what it is worth."""
+
+import contextlib
+import logging
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.train._internal.session import get_session
+from ray.tune import Checkpoint
+
+from lightning_mgpu.sweep.job.job import Job
+from lightning_mgpu.sweep.job.oom_retry import compose
+from lightning_mgpu.sweep.settings.prepared import holds_sweep
+from lightning_mgpu.sweep.trial import reporter
+from lightning_mgpu.sweep.trial.failures import TrialFailedError, failures_in_words
+from lightning_mgpu.sweep.trial.output import output_to
+from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
+
+log = logging.getLogger(__name__)
+
+LOG_FILE = "trial.log"
+
+
+class MetricMissingError(RuntimeError):
+    """A trial ended and has not said how good it is."""
+
+
+def run_trial(
+    plan: TrialPlan,
+    config: Mapping[str, Any],
+    number: int,
+    threads_left: Callable[[], list[str]],
+) -> None:
+    """Run the job with these values; its output goes to a file in its directory.
+
+    At its end `threads_left` names the threads that it has started and not ended.
+
+    Raises:
+        TrialFailedError: In words, what went wrong.
+        SystemExit: It was stopped.
+    """
+    session = get_session()
+    assert session is not None
+    check_storage(plan.sweep_dir)
+    restored = session.loaded_checkpoint
+    reporting = reporter.Reporting(
+        send=_send,
+        metrics=plan.objectives if plan.are_logged else (),
+        every_n_epochs=plan.every_n_epochs,
+        saves=plan.saves,
+        restore_from=Path(restored.path) if restored is not None else None,
+    )
+    with failures_in_words():
+        _, cfg = compose(plan.job, plan.space, config, number, plan.sweep_dir)
+        directory = plan.job.output_dir(cfg)
+    with output_to(directory / LOG_FILE), _reporting(reporting), failures_in_words():
+        value = _run(plan.job, cfg, reporting)
+        if reporting.stopped:
+            raise SystemExit(0)
+        # One that went on from the last epoch of another has nothing to add.
+        if reporting.sent or restored is None:
+            _report_end(plan, reporting, value)
+        if threads := threads_left():
+            log.warning(
+                "Left running, and nobody can end them but the end of the process: threads %s. With"
+                " hydra.sweeper.reuse_actors=false each trial has a process of its own.",
+                ", ".join(threads),
+            )
+
+
+def check_storage(sweep_dir: Path) -> None:
+    """See whether this machine has the directory that the sweep was begun in.
+
+    Raises:
+        TrialFailedError: It has not; files of the trial would not be found where they belong.
+    """
+    if not holds_sweep(sweep_dir):
+        raise TrialFailedError(
+            f"{sweep_dir} of this machine, {platform.node()}, is not the sweep's. Set"
+            " hydra.sweep.dir to a directory on storage that all machines of the cluster share."
+        )
+
+
+def _run(job: Job, cfg: Any, reporting: reporter.Reporting) -> Any:
+    try:
+        return job.run(cfg)
+    except SystemExit as end:
+        if reporting.stopped:
+            raise
+        raise RuntimeError(f"the job ended itself by sys.exit({end.code!r})") from end
+
+
+def _send(metrics: dict[str, Any], directory: Path | None) -> None:
+    session = get_session()
+    assert session is not None
+    checkpoint = Checkpoint.from_directory(str(directory)) if directory is not None else None
+    session.report(metrics, checkpoint=checkpoint)
+
+
+def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> None:
+    """Report what the job returned, where that is its result."""
+    if plan.are_logged and reporting.sent:
+        return
+    try:
+        values = _by_objective(plan, value)
+    except (KeyError, TypeError, ValueError):
+        logged = ", ".join(sorted(reporting.seen)) or "nothing"
+        names = ", ".join(plan.objectives)
+        raise MetricMissingError(
+            f"hydra.sweeper.metric={names} was never logged; logged were: {logged}"
+            if plan.are_logged
+            else f"the job returned {value!r} and named no metric; set hydra.sweeper.metric to one"
+            f" of those it logs ({logged})"
+        ) from None
+    for number in values.values():
+        if number != number:
+            raise reporter.NotFiniteError(f"the job returned {number}")
+    _send({**values, **reporting.best_checkpoint}, None)
+
+
+def _by_objective(plan: TrialPlan, value: Any) -> dict[str, float]:
+    """What a job returns: a number, or several by name or in the order of the objectives."""
+    names = plan.objectives
+    if isinstance(value, dict):
+        return {name: float(value[name]) for name in names}
+    values = [value] if len(names) == 1 else value
+    return {name: float(item) for name, item in zip(names, values, strict=True)}
+
+
+@contextlib.contextmanager
+def _reporting(reporting: reporter.Reporting) -> Iterator[None]:
+    reporter.begin(reporting)
+    try:
+        yield
+    finally:
+        reporter.end()

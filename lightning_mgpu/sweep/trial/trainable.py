@@ -1,0 +1,99 @@
+"""The actor that runs trials, each of them one Hydra job.
+
+The driver of a sweep imports this as well; what needs torch is imported by the actors alone.
+"""
+
+import gc
+import os
+import pickle
+from typing import Any
+
+from ray.train._internal.session import get_session
+from ray.tune import PlacementGroupFactory
+from ray.tune.result import RESULT_DUPLICATE
+from ray.tune.trainable.function_trainable import FunctionTrainable
+from typing_extensions import override
+
+from lightning_mgpu.sweep.trial.failures import TrialFailedError
+from lightning_mgpu.sweep.trial.resources import request
+from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
+
+# How long a trial that was stopped may take to end before its process is given up.
+END_SECONDS = 600
+# How long one may train on to its next report, which tells it to stop, when the sweep ends.
+_REPORT_SECONDS = 60
+
+
+class HydraTrial(FunctionTrainable):
+    """Runs a trial on a thread of its actor, and the next one when it is over.
+
+    Attributes:
+        payload: The pickled `TrialPlan` of the sweep.
+    """
+
+    payload = b""
+
+    @classmethod
+    def of(cls, plan: TrialPlan) -> type["HydraTrial"]:
+        """The trainable of a sweep."""
+        return type("HydraJob", (cls,), {"payload": plan.dumps(), "_name": "hydra"})
+
+    @classmethod
+    @override
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory | None:
+        return request(config)
+
+    @override
+    def setup(self, config: dict[str, Any]) -> None:
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_SECONDS)
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+        gc.disable()  # collecting garbage while importing costs a third of the time
+        try:
+            from lightning_mgpu.sweep.trial.actor_reset import Scrubber, adopt
+
+            threads, state, plan = pickle.loads(self.payload)
+            state = adopt(state, threads)
+            state.apply()
+            self._plan: TrialPlan = pickle.loads(plan)
+            self._scrubber = Scrubber(state)
+        finally:
+            gc.enable()
+        super().setup(config)  # type: ignore[no-untyped-call]
+
+    @override
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        if super().reset_config(new_config):  # type: ignore[no-untyped-call]
+            return True
+        # Ray tells nobody of a trial whose actor just says no.
+        raise TrialFailedError(
+            f"was to follow a trial that had not ended {END_SECONDS} s after it was told to. With"
+            " hydra.sweeper.reuse_actors=false each trial has a process of its own."
+        )
+
+    @override
+    def cleanup(self) -> None:
+        from lightning_mgpu.sweep.trial import reporter
+
+        # Ray itself would end the process at once, in the middle of a checkpoint perhaps.
+        session = get_session()
+        if session is not None:
+            session.finish(timeout=_REPORT_SECONDS)
+            if reporter.is_stopped():
+                session.finish(timeout=END_SECONDS - _REPORT_SECONDS)
+        super().cleanup()  # type: ignore[no-untyped-call]
+
+    def _trainable_func(self, config: dict[str, Any]) -> None:
+        from lightning_mgpu.sweep.trial.run_trial import run_trial
+
+        session = get_session()
+        assert session is not None
+        self._scrubber.before()
+        try:
+            run_trial(self._plan, config, self._number(), self._scrubber.threads_left)
+        finally:
+            self._scrubber.after()
+        session.report({RESULT_DUPLICATE: True})
+
+    def _number(self) -> int:
+        assert self._storage is not None
+        return int(self._storage.trial_dir_name or 0)

@@ -1,0 +1,34 @@
+"""What every trial of a sweep has in common, on its way to the actors."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_mgpu.launch.pickler import dumps
+from lightning_mgpu.launch.process_state import ProcessState
+from lightning_mgpu.sweep.job.job import Job
+from lightning_mgpu.sweep.space.space import Space
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What every trial of a sweep has in common.
+
+    Attributes:
+        objectives: Names of what is optimised.
+        are_logged: Whether these are metrics that the job logs, or stand for what it returns.
+    """
+
+    job: Job
+    space: Space
+    sweep_dir: Path
+    objectives: tuple[str, ...]
+    are_logged: bool
+    every_n_epochs: int
+    saves: bool
+    threads: int
+
+    def dumps(self) -> bytes:
+        """Pickled with the state of this process, which comes first: it says where modules lie."""
+        state = ProcessState.capture(self.threads)
+        return pickle.dumps((self.threads, state, dumps(self)))

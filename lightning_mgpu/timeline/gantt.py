@@ -1,0 +1,37 @@
+"""What a chart of bars is made of: lanes, and work in them."""
+
+from dataclasses import dataclass
+
+KINDS = {"forward": "#2f6fa7", "recompute": "#9cc3e2", "backward": "#f0a23c"}
+"""What stages do, and in which colour."""
+
+TEXT = {"forward": "white", "recompute": "black", "backward": "black"}
+"""The colour of what is written on them."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stage's work on one micro-batch, in milliseconds."""
+
+    stage: int
+    chunk: int
+    kind: str
+    start: float
+    length: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What is to be drawn.
+
+    Attributes:
+        stages: The name of each.
+        bars: Their work.
+        milliseconds: How long all of it took.
+        title: What it is, and how well the stages were used.
+    """
+
+    stages: list[str]
+    bars: list[Bar]
+    milliseconds: float
+    title: tuple[str, str]

@@ -1,0 +1,283 @@
+"""Searchers and schedulers, asked as Ray asks them; no Ray is started."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import hpbandster.optimizers  # noqa: F401  (sets variables of the environment; no test's leak)
+import hyperopt  # noqa: F401
+import optuna
+import pytest
+import sklearn.gaussian_process  # noqa: F401
+from ray.tune.search import Searcher
+
+from lightning_mgpu.config import sweeper
+from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.sweep.search.schedulers import build_scheduler
+from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
+from lightning_mgpu.sweep.settings import options as options_module
+from lightning_mgpu.sweep.settings.options import check_options, check_space, needs_checkpoints
+from lightning_mgpu.sweep.space.objectives import Objective, dominates, read_objectives
+from lightning_mgpu.sweep.space.space import parse_space
+
+SEARCHES = {
+    "random": sweeper.RandomConf,
+    "grid": sweeper.GridConf,
+    "optuna": sweeper.OptunaConf,
+    "hyperopt": sweeper.HyperoptConf,
+    "bohb": sweeper.BohbSearchConf,
+}
+SCHEDULERS = {
+    "fifo": sweeper.FifoConf,
+    "asha": sweeper.AshaConf,
+    "hyperband": sweeper.HyperbandConf,
+    "median": sweeper.MedianConf,
+    "bohb": sweeper.BohbConf,
+    "pbt": sweeper.PbtConf,
+    "pb2": sweeper.Pb2Conf,
+}
+SPACE = parse_space(
+    {},
+    [
+        *("lr=tag(log,interval(1e-4,1e-1))", "drop=interval(0,0.5)", "depth=int(interval(1,3))"),
+        *("width=tag(log,int,interval(4,64))", "model.act=relu,tanh,'a b'", "db/engine=1,2"),
+    ],
+)
+ONE = [Objective("m", "max")]
+GRID = parse_space({}, ["a=1,2", "b=x,y"])
+
+
+def options(search: str = "random", scheduler: str = "asha", **given: Any) -> RayTuneSweeperConf:
+    return RayTuneSweeperConf(
+        search_alg=SEARCHES[search](seed=0),
+        scheduler=SCHEDULERS[scheduler](),
+        **{"metric": "m", "mode": "max", **given},
+    )
+
+
+@pytest.mark.parametrize("search", ["random", "optuna", "hyperopt"])
+def test_searcher_suggests_values_of_the_space(search: str) -> None:
+    searcher = build_searcher(options(search), SPACE, ONE)
+    for number in range(30):
+        values = searcher.suggest(str(number))
+        assert set(values) == set(SPACE.dimensions)
+        assert 1e-4 <= values["lr"] <= 1e-1
+        assert 0 <= values["drop"] <= 0.5
+        assert values["depth"] in (1, 2, 3)
+        assert 4 <= values["width"] <= 64
+        assert values["model.act"] in ("relu", "tanh", "a b")
+        overrides = SPACE.overrides(values)
+        again = parse_space({}, overrides).fixed  # they can be read as plain overrides
+        assert again == overrides
+        searcher.on_trial_result(str(number), {"m": values["lr"], "training_iteration": 1})
+        searcher.on_trial_complete(str(number), {"m": values["lr"], "training_iteration": 1})
+
+
+def test_bohb_suggests_values_of_the_space() -> None:
+    searcher = build_searcher(options("bohb", "bohb"), SPACE, ONE)
+    for number in range(10):
+        values = searcher.suggest(str(number))
+        overrides = SPACE.overrides(values)
+        assert parse_space({}, overrides).fixed == overrides
+        info = {"hyperband_info": {"budget": 1}}
+        searcher.on_trial_result(str(number), {"m": float(values["lr"]), **info})
+        searcher.on_trial_complete(str(number), {"m": float(values["lr"])})
+
+
+@pytest.mark.parametrize("search", ["random", "optuna", "hyperopt"])
+def test_same_seed_suggests_the_same(search: str) -> None:
+    first, second = (build_searcher(options(search), SPACE, ONE) for _ in range(2))
+    assert [first.suggest(str(n)) for n in range(5)] == [second.suggest(str(n)) for n in range(5)]
+
+
+def test_random_reaches_both_ends_of_an_integer_interval() -> None:
+    searcher = build_searcher(options(), SPACE, ONE)
+    drawn = [searcher.suggest(str(number)) for number in range(300)]
+    assert {values["depth"] for values in drawn} == {1, 2, 3}
+    assert {4, 64} <= {values["width"] for values in drawn}
+
+
+def test_grid_suggests_every_combination() -> None:
+    searcher = build_searcher(options("grid", "fifo"), GRID, ONE)
+    points = [tuple(searcher.suggest(str(number)).values()) for number in range(4)]
+    assert points == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
+
+
+@pytest.mark.parametrize("search", ["random", "grid", "optuna", "hyperopt"])
+def test_searcher_goes_on_where_it_was_saved(search: str, tmp_path: Path) -> None:
+    space = GRID if search == "grid" else SPACE
+    first, second = (build_searcher(options(search), space, ONE) for _ in range(2))
+    for number in range(2):
+        values = first.suggest(str(number))
+        first.on_trial_complete(str(number), {"m": 1.0 + number, "training_iteration": 1})
+    first.save(str(tmp_path / "state"))
+    second.restore(str(tmp_path / "state"))
+    values = second.suggest("2")
+    assert values == first.suggest("2")
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "expected"),
+    [
+        ("a", "max", ["a max"]),
+        (["a"], ["max"], ["a max"]),
+        (["a", "b"], "min", ["a min", "b min"]),
+        (["a", "b"], ["min", "max"], ["a min", "b max"]),
+        (None, "min", ["objective min"]),
+        (None, ["min", "max"], ["objective_0 min", "objective_1 max"]),
+    ],
+)
+def test_objectives_are_read(metric: Any, mode: Any, expected: list[str]) -> None:
+    read = read_objectives(options("random", "fifo", metric=metric, mode=mode))
+    assert list(map(" ".join, read)) == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"), [([3, 5], True), ([2, 4], True), ([2, 5], False), ([3, 6], False)]
+)
+def test_better_is_what_is_nowhere_worse(other: list[float], expected: bool) -> None:
+    assert dominates([2, 5], other, ["min", "max"]) is expected
+
+
+def test_several_objectives_reach_optuna() -> None:
+    several = [Objective("a", "min"), Objective("b", "max")]
+    searcher = build_searcher(options("optuna", "fifo"), SPACE, several)
+    trials = Trials(searcher, 3, several, takes_best=False)
+    for number in range(12):  # more than it draws at random
+        searcher.suggest(str(number))
+        trials.on_trial_result(str(number), {"a": 1.0, "b": 2.0})
+        searcher.on_trial_complete(str(number), {"a": 1.0 - number, "b": 2.0 + number})
+    study = searcher._ot_study  # type: ignore[attr-defined]
+    assert [trial.values for trial in study.best_trials] == [[-10.0, 13.0]]
+    assert trials.metric == ["a", "b"]
+
+
+class Listening(Searcher):
+    """A searcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(metric="m", mode="max")
+        self.told: list[Any] = []
+
+    def on_trial_result(self, trial_id: str, result: Any) -> None:
+        pass
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        self.told.append(result["m"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "takes_best", "expected"),
+    [("max", True, 3.0), ("min", True, 1.0), ("max", False, 2.0)],
+)
+def test_searcher_learns_what_a_run_is_worth(mode: str, takes_best: bool, expected: float) -> None:
+    searcher = Listening()
+    trials = Trials(searcher, 3, [Objective("m", mode)], takes_best)
+    for value in (1.0, 3.0, 2.0):
+        trials.on_trial_result("a", {"m": value})
+    trials.on_trial_complete("a", {"m": 2.0})
+    assert searcher.told == [expected]
+
+
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "bohb"])
+def test_scheduler_is_built_with_its_defaults(scheduler: str) -> None:
+    given = options("random", scheduler)
+    check_options(given)
+    built = build_scheduler(given, SPACE)
+    assert scheduler == "fifo" or built.set_search_properties("m", "max")
+
+
+def test_options_reach_the_scheduler() -> None:
+    given = options()
+    given.scheduler = sweeper.AshaConf(max_t=9, grace_period=2, reduction_factor=3)
+    built = build_scheduler(given, SPACE)
+    assert built._max_t == 9  # type: ignore[attr-defined]
+
+
+def test_population_mutates_what_is_asked_within_bounds() -> None:
+    given = options("random", "pbt")
+    given.scheduler = sweeper.PbtConf(hyperparam_mutations=["lr"], perturbation_factors=[9, 9])
+    built: Any = build_scheduler(given, SPACE)
+    assert list(built._hyperparam_mutations) == ["lr"]
+    values = {"lr": 0.9, "drop": -0.1, "depth": 7.2, "width": 5, "model.act": "relu"}
+    clipped = built._custom_explore_fn({**values, "db:engine": 1})
+    assert (clipped["lr"], clipped["drop"], clipped["depth"]) == (0.1, 0.0, 3)
+
+
+def test_only_schedulers_that_pause_need_checkpoints() -> None:
+    needing = {name for name in SCHEDULERS if needs_checkpoints(options("random", name))}
+    assert needing == {"hyperband", "bohb", "median", "pbt", "pb2"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (options("bohb", "asha"), "search_alg=bohb .*scheduler=asha: BOHB is both"),
+        (options("random", "bohb"), "search_alg=random .*scheduler=bohb: BOHB is both"),
+        (options("optuna", "pbt"), "the scheduler itself changes the values"),
+        (options("hyperopt", "pb2"), "the scheduler itself changes the values"),
+        (options("random", "pbt", metric=None), r"scheduler=pbt: .*hydra\.sweeper\.metric"),
+        (options(mode="maximize"), "mode=maximize: expected one of min, max"),
+        (options(mode=["min", "most"]), r"mode=\[min,most\]: expected one of min, max"),
+        (options(mode=["min", "max"]), r"mode=\[min,max\]: 2 for 1 metrics .*metric=m"),
+        (options(metric=["a", "a"]), r"metric=\[a,a\]: expected .* a list of different ones"),
+        (options(metric=["a", "b"]), "scheduler=asha: compares .*scheduler=fifo"),
+        (options("hyperopt", "fifo", metric=["a", "b"]), "search_alg=hyperopt: optimises one"),
+        (options("bohb", "bohb", metric=["a", "b"]), "search_alg=bohb: optimises one"),
+        (options("random", "pbt", metric=["a", "b"]), "scheduler=pbt: compares trials by one"),
+        (options(report="first"), "report=first: expected one of best, last, false"),
+        (options(num_samples=0), "num_samples=0: expected a number above 0"),
+        (options(max_failures=-1), "max_failures=-1: expected 0 or more"),
+        (options(max_failure_rate=2.0), "max_failure_rate=2.0: expected a share"),
+        (options(keep_checkpoints=-1), "keep_checkpoints=-1: expected 0 or more"),
+    ],
+)
+def test_what_cannot_work_is_refused(given: RayTuneSweeperConf, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_options(given)
+
+
+@pytest.mark.parametrize(
+    ("search", "scheduler", "package", "extra"),
+    [
+        ("optuna", "asha", "optuna", "search"),
+        ("hyperopt", "asha", "hyperopt", "search"),
+        ("bohb", "bohb", "hpbandster", "search"),
+        ("random", "pb2", "sklearn", "demo"),
+        ("random", "asha", "ray", "ray"),
+    ],
+)
+def test_missing_package_is_named(search: str, scheduler: str, package: str, extra: str) -> None:
+    def find_spec(name: str) -> object:
+        return None if name == package else object()
+
+    with (
+        patch.object(options_module, "find_spec", find_spec),
+        pytest.raises(ConfigError, match=rf"pip install 'lightning_mgpu\[{extra}\]'"),
+    ):
+        check_options(options(search, scheduler))
+
+
+def test_lists_among_choices_are_refused_where_they_cannot_be() -> None:
+    space = parse_space({}, ["sizes=choice([1,2],[3])"])
+    check_space(options("random"), space)
+    with pytest.raises(ConfigError, match=r"sizes=\[1,2\]: search_alg=optuna"):
+        check_space(options("optuna"), space)
+
+
+def test_mutation_of_what_is_not_searched_is_refused() -> None:
+    given = options("random", "pbt")
+    given.scheduler = sweeper.PbtConf(hyperparam_mutations=["lrr"])
+    with pytest.raises(ConfigError, match=r"lrr is not searched\. Searched are: a, b"):
+        check_space(given, GRID)
+
+
+def test_bandits_without_an_interval_are_refused() -> None:
+    with pytest.raises(ConfigError, match="needs at least one interval"):
+        check_space(options("random", "pb2"), GRID)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
