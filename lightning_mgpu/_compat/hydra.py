@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
 
-__all__: list[str] = []
-
 
 def escape(text: str) -> str:
     """Escape what means something in an unquoted key of a dictionary among overrides."""

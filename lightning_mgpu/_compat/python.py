@@ -7,10 +7,11 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-__all__: list[str] = []
+frame_above: Callable[[int], types.FrameType] = sys._getframe
+"""The frame so many calls above the one that asks; 0 is its own."""
 
 
 def raise_in_thread(ident: int, kind: type[BaseException]) -> bool:

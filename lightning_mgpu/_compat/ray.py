@@ -8,8 +8,6 @@ import ray.util.client
 
 from lightning_mgpu._compat.release import missing
 
-__all__: list[str] = []
-
 HEAD = "node:__internal_head__"
 """A resource that the cluster's first node has, and no other one."""
 

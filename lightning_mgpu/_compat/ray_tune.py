@@ -15,8 +15,6 @@ from typing_extensions import override
 
 from lightning_mgpu._compat.release import assign, missing
 
-__all__: list[str] = []
-
 
 class TrialActor(FunctionTrainable):
     """Runs a function for each trial, on a thread of its actor."""

@@ -3,8 +3,6 @@
 from importlib.metadata import version
 from typing import Any
 
-__all__: list[str] = []
-
 
 def assign(owner: Any, name: str, value: Any, package: str) -> None:
     """Set an attribute that has to be there already.

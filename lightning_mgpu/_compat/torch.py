@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves as tree_leaves
 
 from lightning_mgpu._compat.release import assign
-
-__all__ = ["TorchDispatchMode", "tree_leaves"]
 
 # Names that are used for each operation are bound here once, without a function of our own around.
 
@@ -108,8 +107,8 @@ def forget_failed_group() -> None:
     assign(_world, "group_count", 0, "torch")
 
 
-def abort_group() -> None:
-    """Abort the communicators of the default group, also while another thread waits for them."""
+def abort_communicators() -> None:
+    """Abort those of the default group, also while another thread waits for them."""
     from torch.distributed.distributed_c10d import _abort_process_group
 
     _abort_process_group()

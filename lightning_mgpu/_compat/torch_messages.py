@@ -6,8 +6,6 @@ nothing of torch.
 
 import re
 
-__all__: list[str] = []
-
 SIZE_OF_ANOTHER_BATCH = re.compile(
     r"[Ss]ize of tensor a|[Ss]hapes? .*(cannot be|mismatch|not)|[Ss]izes? of tensors must match"
     r"|shape '.*' is invalid|must match the (existing )?size|batch_size|batch size"

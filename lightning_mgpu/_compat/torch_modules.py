@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_mgpu._compat.release import assign, missing
-
-__all__: list[str] = []
 
 BatchNorm = _BatchNorm
 """The base class of layers that normalise batches."""
@@ -66,7 +64,7 @@ def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     return [*_after(module).values(), *_before(module).values()]
 
 
-def forward_hook_tables(module: nn.Module) -> list[MutableMapping[Any, Any]]:
+def forward_hook_tables(module: nn.Module) -> list[dict[Any, Any]]:
     """The mappings that hold these hooks, and what is known of some; may be changed."""
     return [
         _after(module),
@@ -151,6 +149,16 @@ def is_compiled_anyhow(module: nn.Module) -> bool:
 
 original_of: Callable[[nn.Module], nn.Module] = operator.attrgetter("_orig_mod")
 """The module that `torch.compile` has made another of."""
+
+
+def inside_compiled(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of all modules that are part of one that `torch.compile` has made."""
+    return {
+        id(inner)
+        for module in modules
+        if is_compiled(module)
+        for inner in original_of(module).modules()
+    }
 
 
 def compile_again(original: Any, copied: Any, inner: nn.Module) -> None:

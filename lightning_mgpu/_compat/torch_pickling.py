@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     import torch
     from torch.storage import TypedStorage
 
-__all__: list[str] = []
-
 _ITERATOR = "_iterator"
 
 

@@ -7,8 +7,6 @@ from torchmetrics import Metric
 
 from lightning_mgpu._compat.release import assign
 
-__all__: list[str] = []
-
 Reduction = str | Callable[..., Any] | None
 
 

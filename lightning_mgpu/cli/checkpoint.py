@@ -2,12 +2,12 @@
 
 import os
 import pickle
-import re
 import zipfile
 from pathlib import Path
 
 import torch
 
+from lightning_mgpu._compat.torch_messages import NOT_ALLOWED_IN_WEIGHTS
 from lightning_mgpu.errors import ConfigError
 
 # Words that the Trainer turns into a path itself.
@@ -46,7 +46,7 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
     try:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
+        found = NOT_ALLOWED_IN_WEIGHTS.search(str(error))
         if found is None:
             raise _damaged(ckpt_path, _line(error)) from error
         if os.environ.get(_TRUST, "").lower() in ("1", "y", "yes", "true"):

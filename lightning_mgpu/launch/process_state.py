@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
+from lightning_mgpu._compat.python import set_warning_filters
 from lightning_mgpu.launch.rank_variables import RANK_VARIABLES
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ class ProcessState:
             if logger.level != level:  # setting a level takes a walk over all loggers
                 logger.setLevel(level)
         if self.warning_filters is not None:
-            warnings.filters[:] = pickle.loads(self.warning_filters)  # type: ignore[index]
-            warnings._filters_mutated()  # type: ignore[attr-defined]
+            set_warning_filters(pickle.loads(self.warning_filters))
         if self.hydra is not None:
             _restore_hydra(self.hydra)
         _set_random_states(self.random)
