@@ -2,12 +2,12 @@
 
 import pickle
 import sys
+import threading
 from collections.abc import Iterator
 
 import cloudpickle
 import pytest
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
@@ -18,13 +18,12 @@ from lightning_mgpu._compat import hydra
 
 @pytest.fixture
 def state_kept() -> Iterator[None]:
-    singletons, resolvers = hydra.singletons(), dict(hydra.resolvers())
+    put_back = hydra.take_state()
     plugins = Plugins.instance()
     yield
-    singletons["instances"][Plugins] = plugins
-    Singleton.set_state(singletons)
-    hydra.resolvers().clear()
-    hydra.resolvers().update(resolvers)
+    assert put_back is not None
+    put_back()
+    Singleton._instances[Plugins] = plugins
 
 
 @pytest.mark.parametrize("key", ["plain", "with space", "a:b", "{x}", r"back\slash", "a,b=c"])
@@ -42,30 +41,46 @@ def test_command_line_parser_knows_the_flags_of_a_single_job() -> None:
 
 
 @pytest.mark.usefixtures("state_kept")
-def test_resolvers_are_those_that_omegaconf_calls() -> None:
+def test_state_comes_back_pickled() -> None:
+    ConfigStore.instance().store("compat_node", {"a": 1})
     OmegaConf.register_new_resolver("compat_double", lambda x: 2 * x, replace=True)
-    taken = hydra.resolvers().pop("compat_double")
-    assert not OmegaConf.has_resolver("compat_double")
-    hydra.resolvers()["compat_again"] = taken
-    assert OmegaConf.create({"a": "${compat_again:4}"}).a == 8
+    data = cloudpickle.dumps(hydra.take_state())
+    ConfigStore.instance().repo.pop("compat_node.yaml")
+    OmegaConf.clear_resolver("compat_double")
+    OmegaConf.register_new_resolver("compat_newer", lambda x: x)
+    pickle.loads(data)()
+    assert ConfigStore.instance().load("compat_node.yaml").node == {"a": 1}
+    assert OmegaConf.create({"a": "${compat_double:4}"}).a == 8
+    assert not OmegaConf.has_resolver("compat_newer")
 
 
 @pytest.mark.usefixtures("state_kept")
-def test_singletons_come_back_pickled() -> None:
-    ConfigStore.instance().store("compat_node", {"a": 1})
-    HydraConfig.instance()
-    data = cloudpickle.dumps(hydra.singletons())
-    ConfigStore.instance().repo.pop("compat_node.yaml")
-    hydra.set_singletons(pickle.loads(data))
-    assert ConfigStore.instance().load("compat_node.yaml").node == {"a": 1}
+def test_a_resolver_that_cannot_be_pickled_stays_behind() -> None:
+    lock = threading.Lock()
+    OmegaConf.register_new_resolver("compat_lock", lambda: lock.locked())
+    OmegaConf.register_new_resolver("compat_double", lambda x: 2 * x)
+    data = cloudpickle.dumps(hydra.take_state())
+    pickle.loads(data)()
+    assert OmegaConf.has_resolver("compat_double")
+    assert not OmegaConf.has_resolver("compat_lock")
 
 
 @pytest.mark.usefixtures("state_kept")
 def test_plugins_are_searched_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    hydra.set_singletons(hydra.singletons())
+    def put_back() -> None:
+        function = hydra.take_state()
+        assert function is not None
+        function()
+
+    put_back()
     found = Plugins.instance()
-    hydra.set_singletons(hydra.singletons())
+    put_back()
     assert Plugins.instance() is found
     monkeypatch.setattr(sys, "path", [*sys.path, "/elsewhere"])
-    hydra.set_singletons(hydra.singletons())
+    put_back()
     assert Plugins.instance() is not found
+
+
+def test_nothing_is_taken_where_hydra_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "hydra")
+    assert hydra.take_state() is None

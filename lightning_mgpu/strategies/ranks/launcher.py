@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_mgpu._compat import hydra
 from lightning_mgpu._compat.python import frame_above
 from lightning_mgpu.launch.payload import Payload
 from lightning_mgpu.launch.pool import default_pool
@@ -70,6 +71,7 @@ class PoolLauncher(_Launcher):
                 prepare=_announce_rank,
                 normal_exit=(_TunerExitException,),
                 locations=self._locations,
+                libraries=[hydra.take_state],
             )
         if isinstance(results[0], RankPredictions):
             return merge_predictions(results)
