@@ -11,7 +11,7 @@ from ray.tune.result import RESULT_DUPLICATE
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import SearchGenerator
 from ray.tune.trainable.function_trainable import FunctionTrainable
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_mgpu._compat.release import assign, missing
 
@@ -24,14 +24,15 @@ class TrialActor(FunctionTrainable):
         raise NotImplementedError
 
     @classmethod
-    def named(cls, name: str, **attributes: Any) -> type[Any]:
-        """A class of trainables with attributes of its own.
+    def named(cls, name: str, title: str, **attributes: Any) -> type[Self]:
+        """A class of such actors, with attributes of its own.
 
         Args:
-            name: What Ray calls its trials.
+            name: The class's, which the actors' processes have for a name.
+            title: What Ray calls the experiment.
             **attributes: Attributes of the class.
         """
-        return type(cls.__name__, (cls,), {**attributes, "_name": name})
+        return type(name, (cls,), {**attributes, "_name": title})
 
     @property
     def directory_name(self) -> str:
@@ -124,7 +125,7 @@ def state_directory(trial: Trial) -> Path:
     return Path(trial.storage.experiment_driver_staging_path)
 
 
-def number_of(trial: Trial) -> int:
+def trial_number(trial: Trial) -> int:
     """The number of a trial in the order in which a `SearchGenerator` made them, from 0."""
     return int(str(trial.experiment_tag).partition("_")[0]) - 1
 

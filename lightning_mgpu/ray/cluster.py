@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from lightning_mgpu._compat.ray import files_in, is_of_group, read_token_mode
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray.address import LOCAL, address_of, given
 
@@ -89,7 +90,7 @@ def connect(options: Mapping[str, Any] | None = None) -> None:
     with signal_handlers_kept():
         if address == LOCAL:
             turn_authentication_on()
-            own = {"include_dashboard": False, "_temp_dir": _short_directory()}
+            own = {"include_dashboard": False, **files_in(_short_directory())}
             ray.init(address, **{**own, **options})
         else:
             _join(address, options)
@@ -227,7 +228,7 @@ def describe(resources: Mapping[str, float]) -> str:
         if amount
         and ":" not in name
         and not name.startswith(("object_store", "memory", "bundle"))
-        and "_group_" not in name
+        and not is_of_group(name)
     }
     return ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items()) or "nothing"
 
@@ -272,8 +273,11 @@ def turn_authentication_on() -> None:
     """Ray's later versions do so themselves; a choice of the user's stands."""
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
-        # It was read when Ray was imported.
-        ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
+        try:
+            read_token_mode()
+        except Exception:
+            del os.environ["RAY_AUTH_MODE"]  # or the next attempt would take it for the user's
+            raise
 
 
 def _short_directory() -> str | None:

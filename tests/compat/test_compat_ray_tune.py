@@ -49,7 +49,7 @@ class _Job(ray_tune.TrialActor):
 def test_trial_actor_runs_the_function_and_says_when_it_is_over(
     context: storage.StorageContext,
 ) -> None:
-    kind = _Job.named("hydra", reports=2)
+    kind = _Job.named("HydraJob", "hydra", reports=2)
     actor = kind(config={"a": 5}, storage=context)
     try:
         first, second, last = (actor.train() for _ in range(3))
@@ -64,11 +64,11 @@ def test_trial_actor_runs_the_function_and_says_when_it_is_over(
 def test_trial_actor_has_the_name_that_ray_tune_takes() -> None:
     from ray.tune.experiment import Experiment
 
-    assert Experiment.get_trainable_name(_Job.named("hydra")) == "hydra"
+    assert Experiment.get_trainable_name(_Job.named("HydraJob", "hydra")) == "hydra"
 
 
 def test_trial_actor_finishes_at_the_next_report(context: storage.StorageContext) -> None:
-    actor = _Job.named("hydra", reports=1000)(config={}, storage=context)
+    actor = _Job.named("HydraJob", "hydra", reports=1000)(config={}, storage=context)
     assert actor.train()["number"] == 0
     actor.finish(30.0)  # returns when the thread has ended
     assert not ray_tune.get_session().training_thread.is_alive()
@@ -153,7 +153,7 @@ def test_trial_tells_its_actor_number_and_directory(
     actor = MagicMock()
     trial.set_ray_actor(actor)
     assert ray_tune.actor_of(trial) is actor
-    assert ray_tune.number_of(trial) == 3
+    assert ray_tune.trial_number(trial) == 3
     assert str(ray_tune.state_directory(trial)) == context.experiment_driver_staging_path
 
 

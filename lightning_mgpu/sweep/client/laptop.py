@@ -14,11 +14,12 @@ from typing import Any, TextIO
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from lightning_mgpu._compat.ray import HEAD
 from lightning_mgpu.errors import ConfigError, SweepFailedError
 from lightning_mgpu.ray.address import address_of, source_of
 from lightning_mgpu.ray.cluster import connect, in_a_line
 from lightning_mgpu.sweep.client.download import download
-from lightning_mgpu.sweep.client.head import HEAD, Command, Head
+from lightning_mgpu.sweep.client.head import Command, Head
 from lightning_mgpu.sweep.driver.sweep_cluster import QUIET, refuse_resources
 from lightning_mgpu.sweep.job.job import program
 from lightning_mgpu.sweep.settings.prepared import Sweep, holds_sweep

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from lightning_mgpu._compat.ray import files_in
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.address import LOCAL, address_of, given, source_of
 from lightning_mgpu.ray.cluster import reach, turn_authentication_on
@@ -32,7 +33,7 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
     arguments = {**QUIET, **given(options), "address": address}
     if address == LOCAL:
         directory = _short_directory()
-        arguments = {"include_dashboard": False, "_temp_dir": str(directory), **arguments}
+        arguments = {"include_dashboard": False, **files_in(directory), **arguments}
     else:
         refuse_resources(options)
     try:

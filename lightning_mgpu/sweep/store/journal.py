@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lightning_mgpu._compat.ray import actor_id
+from lightning_mgpu._compat.ray_tune import actor_of
 from lightning_mgpu.sweep.report.reader import JOURNAL
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Space
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
@@ -62,11 +64,11 @@ class Journal:
     def start(self, record: TrialRecord, trial: Any) -> None:
         """A trial begins, goes on after a pause, or begins again."""
         self._hosts.pop(record.number, None)
-        actor = getattr(trial.temporary_state.ray_actor, "_actor_id", None)
+        actor = actor_of(trial)
         self._write(
             "start",
             trial=record.number,
-            worker=actor.hex() if actor is not None else "",
+            worker=actor_id(actor) if actor is not None else "",
             params=plain(record.values),
             command=job_command(record.overrides),
         )

@@ -10,6 +10,8 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 from typing_extensions import override
 
+from lightning_mgpu._compat.ray_tune import make
+
 
 class TrialFailedError(RuntimeError):
     """A trial failed. In words, since the error itself may not be known where they are read."""
@@ -78,8 +80,7 @@ class SweepTrial(Trial):
     @classmethod
     def take_over(cls, trial: Trial) -> None:
         """Make a trial one of ours; Ray creates them, and restores them, as it sees fit."""
-        if type(trial) is not cls:
-            trial.__class__ = cls
+        make(trial, cls)
 
     @classmethod
     def smaller(cls, config: dict[str, Any]) -> dict[str, Any] | None:
