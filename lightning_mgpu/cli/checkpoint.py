@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lightning_mgpu._compat.torch_messages import NOT_ALLOWED_IN_WEIGHTS
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, one_line
 
 # Words that the Trainer turns into a path itself.
 _KEYWORDS = ("last", "hpc", "registry")
@@ -48,7 +48,7 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
     except pickle.UnpicklingError as error:
         found = NOT_ALLOWED_IN_WEIGHTS.search(str(error))
         if found is None:
-            raise _damaged(ckpt_path, _line(error)) from error
+            raise _damaged(ckpt_path, one_line(error, 200)) from error
         if os.environ.get(_TRUST, "").lower() in ("1", "y", "yes", "true"):
             return
         raise ConfigError(
@@ -58,7 +58,7 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
     except OSError as error:
         raise ConfigError(f"ckpt_path={ckpt_path}: cannot be read: {error}.") from error
     except Exception as error:
-        raise _damaged(ckpt_path, _line(error)) from error
+        raise _damaged(ckpt_path, one_line(error, 200)) from error
     for key in ("state_dict", "pytorch-lightning_version"):
         if not isinstance(content, dict) or key not in content:
             raise ConfigError(
@@ -76,7 +76,3 @@ def _damaged(ckpt_path: str, reason: str) -> ConfigError:
     return ConfigError(
         f"ckpt_path={ckpt_path}: damaged, or not a checkpoint ({reason}). Use an earlier one."
     )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

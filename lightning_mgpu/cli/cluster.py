@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.config.sweeper import RayTuneSweeperConf
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, one_line
 from lightning_mgpu.ray import STRATEGIES
 from lightning_mgpu.ray.address import address_of, given, is_client
 
@@ -48,12 +48,12 @@ def connect(strategy: Any, cfg: DictConfig) -> None:
                 f"ray.{name}={value}: nothing of this run would be on Ray. Add `+strategy=ray`."
             )
         return
-    from lightning_mgpu.ray import cluster
+    from lightning_mgpu.ray import connection
 
     try:
-        cluster.connect(options)
+        connection.connect(options)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"ray: {cluster.in_a_line(error)}") from error
+        raise ConfigError(f"ray: {one_line(error)}") from error
 
 
 def _is_on_ray(cfg: DictConfig, options: dict[str, Any]) -> bool:

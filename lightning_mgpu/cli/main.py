@@ -22,7 +22,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
 
 if TYPE_CHECKING:
     from lightning_mgpu.cli.run import RunResult
@@ -107,7 +107,7 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             # The other jobs go on, and at the end Hydra raises the first error only.
-            log.error("Job %s failed: %s", HydraConfig.get().job.num, _line(error))
+            log.error("Job %s failed: %s", HydraConfig.get().job.num, one_line(error))
         elif isinstance(error, ConfigError) and not wants_traceback:
             _refuse(error)
         raise
@@ -155,13 +155,9 @@ def _refuse(error: Exception) -> NoReturn:
             f"Could not find '{error.missing_cfg_file}'. Known: {', '.join(sorted(error.options))}."
         )
     else:
-        message = _line(error)
+        message = one_line(error)
     print(f"Error: {message}", file=sys.stderr)
     sys.exit(_BAD_INPUT)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _refuse_to_write(error: OSError) -> NoReturn:

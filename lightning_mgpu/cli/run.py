@@ -22,7 +22,7 @@ from lightning_mgpu.cli.cluster import connect, is_laptop
 from lightning_mgpu.cli.signals import StopOnSignal
 from lightning_mgpu.config.build import Parts, build
 from lightning_mgpu.config.elsewhere import runs_elsewhere
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, one_line
 from lightning_mgpu.plan import command as planning
 from lightning_mgpu.plan.predict import Plan
 from lightning_mgpu.plan.show import write
@@ -307,12 +307,12 @@ def _told_in_terms_of(cfg: DictConfig) -> Iterator[None]:
     except (MisconfigurationException, RuntimeError) as error:
         if any(words in str(error) for words in _NOT_LOGGED):
             raise ConfigError(
-                f"metric={cfg.get('metric')}: {' '.join(str(error).split())} Set `metric=` to one"
+                f"metric={cfg.get('metric')}: {one_line(error)} Set `metric=` to one"
                 " that is logged (with `metric_mode=min` for a loss), or to null."
             ) from error
         if cfg.get("ckpt_path") is None or STATE_DICT_IS_ANOTHERS not in str(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"ckpt_path={cfg.ckpt_path}: the checkpoint is of another model ({reason[:300]} ...)."
             " Use the model and the sizes it was trained with."

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, open_dict
 
 from lightning_mgpu.config.arguments import accepted_keys, check_arguments, describe
 from lightning_mgpu.config.elsewhere import runs_elsewhere
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, one_line
 from lightning_mgpu.strategies import DDPStrategy
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _find_target(node: DictConfig, path: str) -> Callable[..., Any]:
         target = pkgutil.resolve_name(str(name))
     except Exception as error:
         raise ConfigError(
-            f"{path}._target_={name}: cannot be imported ({_line(error)})."
+            f"{path}._target_={name}: cannot be imported ({one_line(error)})."
             " Give the full dotted name, and start the command where Python finds the module."
         ) from error
     if not callable(target):
@@ -208,7 +208,7 @@ def _wants_cpu_devices(trainer: DictConfig, strategy: Any) -> bool:
 
 
 def _explain(error: BaseException, node: DictConfig) -> str:
-    line = _line(error)
+    line = one_line(error)
     if "No supported gpu backend" in line or "accelerator is not available" in line:
         line = (
             f"accelerator={node.get('accelerator')}, devices={node.get('devices')}: this machine"
@@ -218,7 +218,3 @@ def _explain(error: BaseException, node: DictConfig) -> str:
         name = error.name.partition(".")[0]
         line += f". If that is a package, install it: `pip install {name}`."
     return line
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from lightning_mgpu.format import duration, readable_bytes
 from lightning_mgpu.plan.predict import Plan, Row
 
 
@@ -54,10 +55,10 @@ def write(plan: Plan, directory: Path) -> dict[str, Path]:
 def _cells(row: Row) -> list[str]:
     return [
         *map(str, (row.devices, row.stages, row.replicas, row.chunks, row.checkpoint)),
-        _seconds(row.seconds),
+        duration(row.seconds),
         f"{row.samples_per_second:.4g}",
         f"{row.bubble:.0%}",
-        _bytes(row.memory),
+        readable_bytes(row.memory),
     ]
 
 
@@ -86,14 +87,3 @@ def _flat(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " ".join(map(str, value))
     return value
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from lightning_mgpu._compat import hydra
+from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import (
     LaunchError,
     WorkerDiedError,
@@ -22,7 +23,7 @@ from lightning_mgpu.launch.errors import (
     is_timeout_error,
 )
 from lightning_mgpu.launch.process_state import ProcessState
-from lightning_mgpu.ray import cluster, loggers, worker_group
+from lightning_mgpu.ray import connection, loggers, worker_group
 from lightning_mgpu.ray.epoch_checkpoint import Autosave, Keeper, Save
 from lightning_mgpu.ray.object_store import Parcel, pack, unpack
 from lightning_mgpu.ray.ranks import Place
@@ -73,7 +74,7 @@ class RayLauncher(_Launcher):
                 " the outer one."
             )
         self._strategy.check(trainer)
-        cluster.connect()
+        connection.connect()
         entry = _Entry(self._strategy, trainer, function, args, kw)
         keeper = self._strategy.keeper() if trainer.state.fn == TrainerFn.FITTING else None
         if keeper is None:
@@ -95,7 +96,7 @@ class RayLauncher(_Launcher):
                 log.warning(
                     "%s (failure %d of %d). New workers go on from the last epoch's end, or from"
                     " the beginning if there has been none.",
-                    " ".join(str(error).split())[:200],
+                    one_line(error, 200),
                     failures,
                     self._strategy.max_failures,
                 )

@@ -20,6 +20,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mgpu._compat.torch import version_of
+from lightning_mgpu.errors import one_line
 from lightning_mgpu.ray.trainer_state import dump, load, own_objects
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
@@ -141,7 +142,7 @@ class _State:
                     " not call `prepare_data` go without it: set it in `setup`.",
                     type(self.owners[owner_name]).__name__,
                     name,
-                    " ".join(str(error).split())[:200],
+                    one_line(error, 200),
                 )
             else:
                 sent[owner_name, name] = value

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mgpu.launch.errors import LaunchError
-from lightning_mgpu.ray import cluster
+from lightning_mgpu.ray import connection
 from lightning_mgpu.ray.gathered_state import Whole, tensors_of
 from lightning_mgpu.ray.strategy import LaunchedOnRay
 from lightning_mgpu.ray.worker_group import Group
@@ -73,7 +73,7 @@ class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
 
     @override
     def group(self) -> Group:
-        if "GPU" in self._resources and cluster.is_ours() and not torch.cuda.is_available():
+        if "GPU" in self._resources and connection.is_ours() and not torch.cuda.is_available():
             raise LaunchError(
                 f"`RayShardedStrategy(num_workers={self.num_workers})` trains on GPUs only, and"
                 " this machine has none. Connect to a cluster that has: `ray.init('auto')`,"

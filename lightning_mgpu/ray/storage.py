@@ -20,6 +20,7 @@ from pyarrow.fs import (
 )
 from typing_extensions import override
 
+from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import WorkerDiedError
 from lightning_mgpu.ray.epoch_checkpoint import CallsRanks, Keeper
 from lightning_mgpu.ray.worker import call_on_driver
@@ -91,7 +92,7 @@ class Directory:
             with system.open_output_stream(path + _MARK) as file:
                 file.write(b"seen")
         except (OSError, ValueError) as error:
-            return " ".join(str(error).split())
+            return one_line(error)
         return None
 
     def is_marked(self) -> bool:

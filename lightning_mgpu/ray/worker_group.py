@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from lightning_mgpu._compat.ray import of_group
 from lightning_mgpu.launch.errors import WorkerDiedError
 from lightning_mgpu.launch.process_state import ProcessState
-from lightning_mgpu.ray import cluster
+from lightning_mgpu.ray import cluster, connection
 from lightning_mgpu.ray.idle import Rest
 from lightning_mgpu.ray.monitor import Watch
 from lightning_mgpu.ray.object_store import Parcel
@@ -78,7 +78,7 @@ class Session:
         self._workers: list[Any] = []
         self._idle: Rest | None = None
         self._calls = 0
-        self._connection = cluster.connection()
+        self._connection = connection.connection()
         try:
             self._start()
         except BaseException:
@@ -145,7 +145,7 @@ class Session:
 
     def is_stale(self) -> bool:
         """Whether Ray has been shut down since the workers were started, which ended them."""
-        return self._connection != cluster.connection()
+        return self._connection != connection.connection()
 
     def is_alive(self) -> bool:
         """Whether every worker still answers."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.errors import CompactHydraException
 
-from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
 from lightning_mgpu.ray.address import (
     address_of,
     is_client,
@@ -111,7 +111,7 @@ def _draw(sweep: Sweep) -> Path | None:
     try:
         return draw(sweep.directory)[0]
     except Exception as error:
-        line = " ".join(str(error).split())
+        line = one_line(error)
         log.warning(
             "The report could not be drawn (%s: %s). Try again by: %s",
             type(error).__name__,

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning_mgpu.format import duration
 from lightning_mgpu.timeline.gantt import Bar, Chart
 
 __all__ = ["draw", "missing"]
@@ -62,10 +63,9 @@ def read(trace: str | Path) -> Chart:
 def _title(about: dict[str, Any]) -> tuple[str, str]:
     chunks, seconds, efficiency = about["micro-batches"], about["seconds"], about["efficiency"]
     calls = f" in {len(chunks)} calls" if len(chunks) > 1 else ""
-    took = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
     return (
         f"Training step {about['step']}: {about['stages']} stages × {sum(chunks)} micro-batches"
-        f"{calls}, {took}",
+        f"{calls}, {duration(seconds)}",
         f"measured efficiency {efficiency:.1%}, bubble {1 - efficiency:.1%}"
         f" (even stages without overhead: m / (m + s - 1) = {about['ideal']:.1%})",
     )

@@ -129,9 +129,13 @@ class _Finder(ast.NodeVisitor):
         self._classes.pop()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        if self._classes and node.name in self._names.foreign:
+        if node.name in self._names.foreign and any(map(self._is_derived, self._classes)):
             self.found.add((node.lineno, node.name))
         self.generic_visit(node)
+
+    def _is_derived(self, kind: str) -> bool:
+        """Whether a class of ours has a base class of another package."""
+        return any(base not in self._names.classes for base in self._names.classes[kind].bases)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if self._is_foreign(node):

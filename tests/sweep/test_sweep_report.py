@@ -19,12 +19,13 @@ from journals import ACT, DEPTH, DROP, FLAG, FOUR, L1, LR
 
 from lightning_mgpu.config.sweeper import AshaConf, RandomConf, RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.format import duration
 from lightning_mgpu.sweep import main as running
 from lightning_mgpu.sweep.report import draw
 from lightning_mgpu.sweep.report import importance as importances
 from lightning_mgpu.sweep.report.axes import axis_of, log_ticks, metric_axis, shorten
 from lightning_mgpu.sweep.report.importance import importance
-from lightning_mgpu.sweep.report.lanes import clock, time_unit, timeline
+from lightning_mgpu.sweep.report.lanes import time_unit, timeline
 from lightning_mgpu.sweep.report.model import Dimension
 from lightning_mgpu.sweep.report.reader import read
 from lightning_mgpu.sweep.report.views import best_so_far, curves, has_curves, saving
@@ -321,9 +322,9 @@ def test_marks_of_logarithmic_axes_are_few_and_round(
 def test_words_are_shortened_in_the_middle_and_times_are_readable() -> None:
     assert shorten("short") == "short"
     assert shorten("a_very_long_name_of_a_value", 11) == "a_ver…value"
-    assert [clock(at) for at in (1.25, 42.4, 61, 3725)] == [
-        "1.2 s",
-        "42 s",
+    assert [duration(at) for at in (1.25, 42.4, 61, 3725)] == [
+        "1.25 s",
+        "42.4 s",
         "1 min 01 s",
         "1 h 02 min",
     ]

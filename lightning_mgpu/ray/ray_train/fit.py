@@ -21,7 +21,7 @@ from lightning_mgpu.config.build import build, build_node
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.process_state import ProcessState
-from lightning_mgpu.ray import cluster
+from lightning_mgpu.ray import connection
 from lightning_mgpu.ray.ranks import machine
 from lightning_mgpu.ray.ray_train.prepare import prepare_trainer
 from lightning_mgpu.ray.worker import adopt, set_by_ray
@@ -76,10 +76,10 @@ def fit(
         run_config.name = f"lightning_mgpu-{uuid.uuid4().hex[:12]}"
     resources = given.resources_per_worker  # or, under Ray Tune, what it is drawn from
     cpus: Any = resources.get("CPU", 1) if isinstance(resources, dict) else 1
-    cluster.connect()
+    connection.connect()
     state = ProcessState.capture(max(1, int(cpus)), libraries=[hydra.take_state])
     loop = _Loop(state, machine(), bytes(cloudpickle.dumps(factory)))
-    with cluster.signal_handlers_kept():
+    with connection.signal_handlers_kept():
         return TorchTrainer(loop, scaling_config=given, run_config=run_config).fit()
 
 

@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelSummary
 
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
-from lightning_mgpu.strategies.stages.stage_table import parameter_bytes, readable_bytes
+from lightning_mgpu.format import readable_bytes
+from lightning_mgpu.strategies.stages.stage_table import parameter_bytes
 
 Column = tuple[str, list[str]]
 

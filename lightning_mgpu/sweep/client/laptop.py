@@ -15,12 +15,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from lightning_mgpu._compat.ray import HEAD
-from lightning_mgpu.errors import ConfigError, SweepFailedError
-from lightning_mgpu.ray.address import address_of, source_of
-from lightning_mgpu.ray.cluster import connect, in_a_line
+from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
+from lightning_mgpu.ray.address import source_of
 from lightning_mgpu.sweep.client.download import download
 from lightning_mgpu.sweep.client.head import Command, Head
-from lightning_mgpu.sweep.driver.sweep_cluster import QUIET, refuse_resources
+from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
 from lightning_mgpu.sweep.job.job import program
 from lightning_mgpu.sweep.settings.prepared import Sweep, holds_sweep
 from lightning_mgpu.sweep.store.results import resume_command
@@ -47,7 +46,7 @@ def run_on_cluster(sweep: Sweep) -> None:
             " come there. Choose another directory."
         )
     where = source_of(sweep.options.ray, "hydra.sweeper.ray.address")
-    with _connected(sweep.options.ray):
+    with connected_to_ray(sweep.options.ray):
         head = _start(_command(named, sweep.options.ray), where)
         try:
             code = _follow(head)
@@ -57,7 +56,7 @@ def run_on_cluster(sweep: Sweep) -> None:
         except (ConnectionError, RayError) as error:
             _show_cursor()
             raise SweepFailedError(
-                f"{where}: the cluster was lost ({in_a_line(error)[:300]}). The sweep ends there"
+                f"{where}: the cluster was lost ({one_line(error, 300)}). The sweep ends there"
                 f" and keeps its files. Go on with: {resume_command(Path(named))}"
             ) from error
     if code == -signal.SIGINT:  # before it could save anything
@@ -82,23 +81,6 @@ def _directory(sweep: Sweep) -> str:
     return named
 
 
-@contextlib.contextmanager
-def _connected(given: Mapping[str, Any]) -> Iterator[None]:
-    """A connection for the length of the block, unless there is one already."""
-    if ray.is_initialized():
-        yield
-        return
-    refuse_resources(given)
-    try:
-        connect({**QUIET, **given, "address": address_of(given)})
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"hydra.sweeper.ray: {in_a_line(error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _start(command: Command, where: str) -> Any:
     """The actor that runs the command there."""
     try:
@@ -106,7 +88,7 @@ def _start(command: Command, where: str) -> Any:
         missing = ray.get(head.start.remote(command))
     except (ImportError, AttributeError, ConnectionError, RayError) as error:
         raise ConfigError(
-            f"{where}: the sweep cannot start there ({in_a_line(error)[:300]}). Every machine needs"
+            f"{where}: the sweep cannot start there ({one_line(error, 300)}). Every machine needs"
             " the same versions of Python, Ray and this package."
         ) from error
     if missing is not None:

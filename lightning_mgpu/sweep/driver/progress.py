@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from lightning_mgpu.format import clock
 from lightning_mgpu.sweep.space.space import encode
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
 
@@ -71,7 +72,7 @@ class Progress:
         values = " ".join(f"{name}={_short(value)}" for name, value in record.values.items())
         result = record.reason if record.status == "failed" else self._result(record)
         left = self.seconds_left()
-        about = f", about {_clock(left)} left" if left else ""
+        about = f", about {clock(left)} left" if left else ""
         ended = f"{self._ended()} of {self._total}"
         if record.halvings:
             values += f", batch halved {record.halvings} times"
@@ -85,7 +86,7 @@ class Progress:
         if failed := records.count("failed"):
             caption += f", {failed} failed"
         if left := self.seconds_left():
-            caption += f", about {_clock(left)} left"
+            caption += f", about {clock(left)} left"
         for record in best[:_BEST]:
             caption += f"\nbest so far: trial {record.number}, {self._result(record)}"
         trials = records.ordered()
@@ -132,9 +133,3 @@ def _to_show(trials: list[TrialRecord], best: list[TrialRecord]) -> list[TrialRe
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else encode(value)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

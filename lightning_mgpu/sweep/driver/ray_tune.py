@@ -16,7 +16,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu._compat.ray_tune import trial_number
 from lightning_mgpu.sweep.driver.progress import Progress
-from lightning_mgpu.sweep.driver.sweep_cluster import connected
+from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
 from lightning_mgpu.sweep.driver.tune_callback import Watcher
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
 from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
@@ -64,7 +64,7 @@ def tune(sweep: "Sweep") -> Ended:
         )
     with (
         Journal(sweep.directory) as journal,
-        connected(options.ray),
+        connected_to_ray(options.ray),
         _quiet_tune(),
         Progress(sweep.records, sweep.num_samples) as show,
         requests_of(sweep),

@@ -97,12 +97,3 @@ def time_unit(seconds: float) -> tuple[str, float]:
         if seconds > 3 * length:
             return name, length
     return "seconds", 1.0
-
-
-def clock(seconds: float) -> str:
-    """A time as a person writes it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 _WORDS = {"report": ("best", "last", False), "on_oom": ("fail", "retry_smaller")}
 _POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_epochs")
 _NOT_NEGATIVE = ("max_failures", "keep_checkpoints")
-_NEEDS = {  # each search and the package it is made of
-    "optuna": "optuna",
-    "hyperopt": "hyperopt",
-    "bohb": "hpbandster",
+_NEEDS = {  # each search, the package it is made of and the extra with it
+    "optuna": ("optuna", "search"),
+    "hyperopt": ("hyperopt", "search"),
+    "bohb": ("hpbandster", "bohb"),
 }
 _SEVERAL = ("optuna", "random", "grid")
 _PAUSING = ("hyperband", "bohb", "median", "pbt", "pb2")
@@ -118,11 +118,13 @@ def _check_several(options: "RayTuneSweeperConf") -> None:
 
 def _check_installed(options: "RayTuneSweeperConf") -> None:
     missing = []
-    package = _NEEDS.get(options.search_alg.name)
-    if package is not None and find_spec(package) is None:
-        missing.append((f"search_alg={options.search_alg.name}", package, "search"))
+    search = options.search_alg.name
+    if search in _NEEDS:
+        package, extra = _NEEDS[search]
+        if find_spec(package) is None:
+            missing.append((f"search_alg={search}", package, extra))
     if options.scheduler.name == "pb2" and find_spec("sklearn") is None:
-        missing.append(("scheduler=pb2", "scikit-learn", "demo"))
+        missing.append(("scheduler=pb2", "scikit-learn", "search"))
     if find_spec("ray") is None:
         missing.append(("sweeper=ray_tune", "ray", "ray"))
     for choice, package, extra in missing:

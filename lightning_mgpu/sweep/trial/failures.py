@@ -11,6 +11,7 @@ from ray.tune.experiment import Trial
 from typing_extensions import override
 
 from lightning_mgpu._compat.ray_tune import make
+from lightning_mgpu.errors import one_line
 
 
 class TrialFailedError(RuntimeError):
@@ -31,7 +32,7 @@ def failures_in_words() -> Iterator[None]:
         yield
     except Exception as error:
         traceback.print_exc()
-        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        words = f"{type(error).__name__}: {one_line(error)}"
         if is_out_of_memory(error):
             raise TrialOutOfMemoryError(f"out of memory, {words}") from None
         raise TrialFailedError(words) from None

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from lightning_mgpu.format import duration
 from lightning_mgpu.sweep.report.html.curves import learning_curves
 from lightning_mgpu.sweep.report.html.epochs import epochs
 from lightning_mgpu.sweep.report.html.parameters import importances, parallel, scatter
 from lightning_mgpu.sweep.report.html.table import table
 from lightning_mgpu.sweep.report.html.worker_lanes import workers
 from lightning_mgpu.sweep.report.importance import Importance
-from lightning_mgpu.sweep.report.lanes import Timeline, clock, timeline
+from lightning_mgpu.sweep.report.lanes import Timeline, timeline
 from lightning_mgpu.sweep.report.model import Sweep
 from lightning_mgpu.sweep.report.views import counts, has_curves, saving
 
@@ -121,7 +122,7 @@ def _of_time(sweep: Sweep) -> Iterator[_Section]:
     yield _Section(
         "workers",
         "Trials on workers",
-        f"{_workers(found)}, {clock(found.end)}, busy {found.busy:.0%} of the time.",
+        f"{_workers(found)}, {duration(found.end)}, busy {found.busy:.0%} of the time.",
         workers(sweep),
         "No trial has started.",
     )
@@ -171,7 +172,7 @@ def _cards(sweep: Sweep) -> Iterator[str]:
     yield _card("trials", str(len(sweep.trials)), ended)
     found = timeline(sweep)
     on_workers = sum(trial.seconds for trial in sweep.trials)
-    yield _card("time", clock(found.end), f"{clock(on_workers)} on {_workers(found)}")
+    yield _card("time", duration(found.end), f"{duration(on_workers)} on {_workers(found)}")
     if sweep.has_epochs:
         trained = sum(map(sweep.epochs, sweep.trials))
         saved = sum(map(sweep.saved, sweep.trials))

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from html import escape
 
+from lightning_mgpu.format import duration
 from lightning_mgpu.sweep.report.axes import axis_of, is_number, shorten, text
-from lightning_mgpu.sweep.report.lanes import clock
 from lightning_mgpu.sweep.report.model import Sweep, Trial
 
 
@@ -87,7 +87,7 @@ def _cells(sweep: Sweep, trial: Trial, names: list[str], has_reasons: bool) -> l
         short = shorten(whole, 32)
         cells.append(_Cell(escape(short), key, whole if short != whole else ""))
     cells.append(_Cell(f"{epochs:.4g}", float(epochs)))
-    cells.append(_Cell(clock(trial.seconds), float(trial.seconds)))
+    cells.append(_Cell(duration(trial.seconds), float(trial.seconds)))
     if has_reasons:
         reason = escape(shorten(trial.reason, 90))
         cells.append(_Cell(reason, trial.reason or None, trial.reason))
