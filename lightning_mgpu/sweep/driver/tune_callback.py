@@ -15,6 +15,7 @@ from ray.tune.schedulers import TrialScheduler
 from typing_extensions import override
 
 from lightning_mgpu._compat import ray_tune
+from lightning_mgpu._compat.ray import actor_id
 from lightning_mgpu._compat.ray_tune import trial_number
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS
 from lightning_mgpu.sweep.store.journal import Journal
@@ -123,7 +124,8 @@ class Watcher(Callback):
             record.history.clear()
         self._paused.discard(trial.trial_id)
         self._started[record.number] = time.monotonic()
-        self._journal.start(record, trial)
+        actor = ray_tune.actor_of(trial)
+        self._journal.start(record, "" if actor is None else actor_id(actor))
 
     @override
     def on_trial_result(

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lightning_mgpu._compat.ray import actor_id
-from lightning_mgpu._compat.ray_tune import actor_of
 from lightning_mgpu.sweep.report.reader import JOURNAL
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Space
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
@@ -61,14 +59,13 @@ class Journal:
             dimensions=[_described(name, one) for name, one in space.dimensions.items()],
         )
 
-    def start(self, record: TrialRecord, trial: Any) -> None:
-        """A trial begins, goes on after a pause, or begins again."""
+    def start(self, record: TrialRecord, worker: str) -> None:
+        """A trial begins, goes on after a pause, or begins again, on a worker of that id."""
         self._hosts.pop(record.number, None)
-        actor = actor_of(trial)
         self._write(
             "start",
             trial=record.number,
-            worker=actor_id(actor) if actor is not None else "",
+            worker=worker,
             params=plain(record.values),
             command=job_command(record.overrides),
         )
