@@ -40,6 +40,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     _PLUGIN: {"sweep", _OPTIONS},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "timeline")
+_NOT_BELOW = ("lightning", "torchmetrics", "hydra", "omegaconf", "ray")
 _ASKS = r"device\.type$|^\w+\.type (==|!=|in|not in) |\.is_cuda$|^torch\.(cuda|xpu|mps)\b"
 _FILES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "hydra_plugins").rglob("*.py")])
 
@@ -78,8 +79,10 @@ def test_imports_point_down(file: Path) -> None:
     for module in _imported(file):
         top = module.split(".")[0]
         if part in _NEVER_LIGHTNING:
-            assert top not in ("lightning", "torchmetrics"), f"{file.name} imports {module}"
-            assert "_compat.lightning" not in module, f"{file.name} imports {module}"
+            assert top not in _NOT_BELOW, f"{file.name} imports {module}"
+            assert not re.search(rf"_compat\.({'|'.join(_NOT_BELOW)})", module), (
+                f"{file.name} imports {module}"
+            )
         assert top != "torch" or part != "timeline", f"{file.name} imports {module}"
         assert top != "ray" or part in ("ray", "sweep", "_compat"), f"{file.name} imports {module}"
 

@@ -2,12 +2,12 @@
 
 import os
 import pickle
-import re
 import zipfile
 from pathlib import Path
 
 import torch
 
+from lightning_mgpu._compat.torch_messages import NOT_ALLOWED_IN_WEIGHTS
 from lightning_mgpu.errors import ConfigError, one_line
 
 # Words that the Trainer turns into a path itself.
@@ -48,7 +48,7 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
     try:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
+        found = NOT_ALLOWED_IN_WEIGHTS.search(str(error))
         if found is None:
             raise _damaged(ckpt_path, one_line(error, 200)) from error
         if os.environ.get(_TRUST, "").lower() in ("1", "y", "yes", "true"):

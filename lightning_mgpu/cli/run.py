@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_mgpu._compat.torch_messages import STATE_DICT_IS_ANOTHERS
 from lightning_mgpu.cli.checkpoint import check_checkpoint
 from lightning_mgpu.cli.cluster import connect, is_laptop
 from lightning_mgpu.cli.signals import StopOnSignal
@@ -309,7 +310,7 @@ def _told_in_terms_of(cfg: DictConfig) -> Iterator[None]:
                 f"metric={cfg.get('metric')}: {one_line(error)} Set `metric=` to one"
                 " that is logged (with `metric_mode=min` for a loss), or to null."
             ) from error
-        if cfg.get("ckpt_path") is None or "Error(s) in loading state_dict" not in str(error):
+        if cfg.get("ckpt_path") is None or STATE_DICT_IS_ANOTHERS not in str(error):
             raise
         reason = one_line(error)
         raise ConfigError(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import backward_keeps_graph
+
 Gradients = Sequence[Tensor | None]
 Backward = Callable[[Gradients, bool], Gradients]
 
@@ -87,7 +89,7 @@ class _Work(torch.autograd.Function):
                 " `strategy='dp'`, where each replica has its own graph."
             )
         gradients, ctx.link.gradients = ctx.link.gradients, ()
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        keep = backward_keeps_graph()
         return None, *ctx.link.backward(gradients, keep)
 
 

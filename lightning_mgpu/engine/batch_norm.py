@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_mgpu._compat.torch_modules import BatchNorm, attach, buffers_of, detach
 from lightning_mgpu.engine.worker_thread import slot_here
 
 Statistics = Literal["merge", "first"]
@@ -58,14 +58,12 @@ class Recorder:
         """Hook into the layers, for the slot that first calls one."""
         self._slot = None
         for layer in self.layers:
-            layer._forward_pre_hooks[_HOOK] = self._before  # type: ignore[index]
-            layer._forward_hooks[_HOOK] = self._after  # type: ignore[index]
+            attach(layer, _HOOK, self._before, self._after)
 
     def detach(self) -> None:
         """Leave the layers as they were before, also after an exception within one."""
         for layer in self.layers:
-            layer._forward_pre_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
-            layer._forward_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
+            detach(layer, _HOOK)
             self._restore(layer)
 
     def take(self) -> list[list[_BatchStatistics]]:
@@ -91,11 +89,12 @@ class Recorder:
                 " reference that was not found when the model was copied. Keep modules in plain"
                 " attributes, lists and dicts of the model, and reach them through `self`."
             )
-        buffers = {name: layer._buffers[name] for name in _STATISTICS}
+        held = buffers_of(layer)
+        buffers = {name: held[name] for name in _STATISTICS}
         self._state[id(layer)].outside = (buffers, layer.momentum)
         # From nothing and with a momentum of 1, the running statistics are the batch's.
         layer.momentum = 1.0
-        layer._buffers.update(
+        held.update(
             {name: None if b is None else torch.zeros_like(b) for name, b in buffers.items()}
         )
 
@@ -112,7 +111,7 @@ class Recorder:
         state = self._state[id(layer)]
         if state.outside is not None:
             buffers, layer.momentum = state.outside
-            layer._buffers.update(buffers)
+            buffers_of(layer).update(buffers)
             state.outside = None
 
 
@@ -123,21 +122,21 @@ def aside(layers: Iterable[nn.Module]) -> Iterator[None]:
     So in backward, where those who compute again have been counted before.
     """
     training = [layer for layer in layers_of(layers) if layer.training]
-    kept = [{name: layer._buffers[name] for name in _STATISTICS} for layer in training]
+    kept = [{name: buffers_of(layer)[name] for name in _STATISTICS} for layer in training]
     for layer, buffers in zip(training, kept, strict=True):
-        layer._buffers.update(
+        buffers_of(layer).update(
             {name: None if b is None else torch.zeros_like(b) for name, b in buffers.items()}
         )
     try:
         yield
     finally:
         for layer, buffers in zip(training, kept, strict=True):
-            layer._buffers.update(buffers)
+            buffers_of(layer).update(buffers)
 
 
 def layers_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The layers that keep running statistics."""
-    return [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return [m for m in modules if isinstance(m, BatchNorm) and m.running_mean is not None]
 
 
 @torch.no_grad()

@@ -15,6 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import (
+    device_generators,
+    put_device_generators,
+    put_host_generator,
+)
+
 HOST = torch.device("cpu")
 # Kinds of which there is but one device.
 _SINGLE = ("cpu", "meta", "mps")
@@ -118,20 +124,20 @@ def default_generator(device: torch.device) -> torch.Generator:
         return torch.default_generator
     if device not in _default_generators:
         module = torch.get_device_module(device)
-        _default_generators[device] = module.default_generators[indexed(device).index]
+        _default_generators[device] = device_generators(module)[indexed(device).index]
     return _default_generators[device]
 
 
 def put_generator(device: torch.device, generator: Any) -> None:
     """Have torch's own functions, such as `torch.get_rng_state`, use this for a device's own."""
     if not is_accelerator(device):
-        vars(torch.random)["default_generator"] = generator
+        put_host_generator(generator)
         return
     default_generator(device)  # before it is out of reach
     module = torch.get_device_module(device)
-    own = list(module.default_generators)
+    own = list(device_generators(module))
     own[indexed(device).index] = generator
-    vars(module)["default_generators"] = tuple(own)
+    put_device_generators(module, own)
 
 
 _default_generators: dict[torch.device, torch.Generator] = {}

@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from lightning_mgpu._compat.torch import TorchDispatchMode, dispatch_modes
 
 
 class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -26,5 +26,5 @@ Mode = TypeVar("Mode", bound=EagerMode)
 
 def innermost(kind: type[Mode]) -> Mode | None:
     """The mode of a kind that was entered last, here or where this thread has its state from."""
-    entered = reversed(_get_current_dispatch_mode_stack())
+    entered = reversed(dispatch_modes())
     return next((mode for mode in entered if isinstance(mode, kind)), None)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch import add_to_each, version_of
 from lightning_mgpu.engine.device import copy_into
 
 
@@ -85,7 +86,7 @@ class Leaves:
 
     def versions(self) -> list[int]:
         """Version counter (number of in-place writes) of each leaf."""
-        return [leaf._version for leaf in self.leaves]
+        return [version_of(leaf) for leaf in self.leaves]
 
     def assigned(self) -> set[int]:
         """The indices of the leaves whose `data` somebody has replaced; may be emptied."""
@@ -186,7 +187,7 @@ def add_gradients(
                 into.append(total)
                 dense.append(other)
         if into:
-            torch._foreach_add_(into, dense)
+            add_to_each(into, dense)
     return totals
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lightning_mgpu._compat.torch import schema_of
 from lightning_mgpu.engine.device import (
     HOST,
     default_generator,
@@ -228,14 +229,14 @@ _generator_taken: dict[Any, bool] = {}
 def _takes_generator(func: Any) -> bool:
     taken = _generator_taken.get(func)
     if taken is None:
-        taken = any(argument.name == "generator" for argument in func._schema.arguments)
+        taken = any(argument.name == "generator" for argument in schema_of(func).arguments)
         _generator_taken[func] = taken
     return taken
 
 
 def _drops_nothing(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether an operation with dropout, such as attention, has probability 0."""
-    for position, argument in enumerate(func._schema.arguments):
+    for position, argument in enumerate(schema_of(func).arguments):
         if argument.name in _PROBABILITIES:
             given = args[position] if position < len(args) else kwargs.get(argument.name)
             return bool((argument.default_value if given is None else given) == 0)

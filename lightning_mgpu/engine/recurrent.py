@@ -11,6 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import (
+    WEIGHT_REFERENCES,
+    WEIGHTS,
+    has_weights,
+    parameters_of,
+    weights_of,
+)
 from lightning_mgpu.engine.entry_swap import MISSING
 
 
@@ -25,31 +32,29 @@ def stand_ins(
     """
     if not isinstance(module, nn.RNNBase):
         return []
-    state = vars(module)
-    flat, references = state["_flat_weights"], state["_flat_weight_refs"]
-    if len(flat) != len(references):  # (somebody is at it)
+    state, held = vars(module), weights_of(module)
+    if len(held.weights) != len(held.references):  # (somebody is at it)
         return []
-    new_flat, new_references = list(flat), list(references)
-    for index, name in enumerate(state["_flat_weights_names"]):
-        weight = module._parameters.get(name)
+    parameters = parameters_of(module)
+    new_weights, new_references = list(held.weights), list(held.references)
+    for index, name in enumerate(held.names):
+        weight = parameters.get(name)
         if weight is not None:  # (else it is computed anew at each call, and found to be new)
-            new_flat[index] = stand_in(weight)
-            new_references[index] = weakref.ref(new_flat[index])
+            new_weights[index] = stand_in(weight)
+            new_references[index] = weakref.ref(new_weights[index])
     return [
-        (state, "_flat_weights", flat, new_flat),
-        (state, "_flat_weight_refs", references, new_references),
+        (state, WEIGHTS, held.weights, new_weights),
+        (state, WEIGHT_REFERENCES, held.references, new_references),
         (state, "flatten_parameters", state.get("flatten_parameters", MISSING), _nothing),
     ]
 
 
 def list_of_weights(module: nn.Module) -> list[Any] | None:
     """A layer's own list of its weights; `None` if it makes a new one at each call."""
-    state = vars(module)
-    names = state.get("_flat_weights_names", ())
-    if not names or any(name not in module._parameters for name in names):
+    if not isinstance(module, nn.RNNBase) or not has_weights(module):
         return None
-    flat: list[Any] = state["_flat_weights"]
-    return flat
+    held, parameters = weights_of(module), parameters_of(module)
+    return held.weights if all(name in parameters for name in held.names) else None
 
 
 def _nothing() -> None:

@@ -1,6 +1,5 @@
 """Worker thread that runs jobs one after another and reports their outcomes."""
 
-import ctypes
 import queue
 import threading
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from lightning_mgpu._compat.python import raise_in_thread
 from lightning_mgpu.engine.context import ThreadContext
 
 T = TypeVar("T")
@@ -108,7 +108,8 @@ class Slot:
         with self._lock:
             job.cancelled = True
             if self._current is job:
-                _raise_in(self.thread, Cancelled)
+                assert self.thread.ident is not None
+                raise_in_thread(self.thread.ident, Cancelled)
 
     def _main(self) -> None:
         # A thread takes the process's setting over at its first parallel operation or query, and
@@ -151,17 +152,6 @@ class Slot:
                 _here.job = outer
         finally:
             job.events.put((job.slot, event))
-
-
-def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:
-    """Have a thread raise at its next bytecode.
-
-    This cannot be taken back: to set no exception makes CPython look for one at every turn, for as
-    long as the process lives.
-    """
-    assert thread.ident is not None
-    ident = ctypes.c_ulong(thread.ident)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(kind))
 
 
 _here = threading.local()

@@ -8,17 +8,9 @@ from dataclasses import dataclass
 
 import cloudpickle
 
-# Gloo reports a lost or silent peer as a plain `RuntimeError`; only its words tell it apart. Most
-# messages begin with the place in its source; the others do not say where they come from.
-_COLLECTIVE_WORDS = (
-    *("gloo/", "NCCL", "monitoredBarrier", "Gloo connectFullMesh"),
-    # A pair of ranks whose connection gloo closed, by the first error and for every later call.
-    *("caused pair closure", "Connection closed by peer", "Connection reset by peer"),
-    *("Socket closed", "Socket unexpectedly closed", "Broken pipe"),
-    *("timed out connecting", "Connect timeout", "Operation timed out!"),
-)
+from lightning_mgpu._compat.torch_messages import COLLECTIVE_FAILED, COLLECTIVE_TIMED_OUT
+
 _NO_ANSWER = "  (no answer: it is probably in native code that holds the interpreter's lock)"
-_TIMEOUT_WORDS = ("timed out", "timeout", "timing out", "failed to pass monitoredbarrier")
 
 
 class LaunchError(RuntimeError):
@@ -144,13 +136,14 @@ def is_collective_error(error: BaseException) -> bool:
     distributed = sys.modules.get("torch.distributed")  # without it there are no collectives
     if distributed is not None and isinstance(error, distributed.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _COLLECTIVE_WORDS)
+    words = str(error)
+    return isinstance(error, RuntimeError) and any(part in words for part in COLLECTIVE_FAILED)
 
 
 def is_timeout_error(error: BaseException) -> bool:
     """Return whether `error` is the timeout of a collective."""
     words = str(error).lower()
-    return is_collective_error(error) and any(word in words for word in _TIMEOUT_WORDS)
+    return is_collective_error(error) and any(part in words for part in COLLECTIVE_TIMED_OUT)
 
 
 def _dump_or_none(error: BaseException) -> bytes | None:

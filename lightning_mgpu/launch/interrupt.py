@@ -1,11 +1,12 @@
 """Make the thread that runs rank 0 stop, whatever it is doing."""
 
-import ctypes
 import signal
 import socket
 import threading
 from types import FrameType
 from typing import Any
+
+from lightning_mgpu._compat.python import raise_in_thread
 
 
 class Interrupted(BaseException):
@@ -61,9 +62,7 @@ class Interrupter:
         if self._signal is not None:
             signal.pthread_kill(self._thread, self._signal)
         else:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self._thread), ctypes.py_object(Interrupted)
-            )
+            raise_in_thread(self._thread, Interrupted)
 
     def ping(self) -> None:
         """Ask the main thread for a sign of life; `is_responsive` tells whether it came."""

@@ -3,14 +3,13 @@
 import os
 import selectors
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from lightning_mgpu._compat.python import stack_of
 from lightning_mgpu.launch import protocol
 from lightning_mgpu.launch.errors import (
     RankHungError,
@@ -292,8 +291,7 @@ class LaunchMonitor:
         return failure.restore(rank) if isinstance(failure, RemoteFailure) else failure
 
     def _rank_zero_stack(self) -> str:
-        frame = sys._current_frames().get(self._rank_zero)
-        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+        return stack_of(self._rank_zero)
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
         self._deadlines[action] = time.monotonic() + seconds

@@ -11,6 +11,7 @@ import torch
 from torch import UntypedStorage
 from torch.storage import TypedStorage
 
+from lightning_mgpu._compat.torch_pickling import identity_of, typed, untyped
 from lightning_mgpu.launch.pickler import Pickler
 
 # Below this, a buffer of its own costs more than it saves.
@@ -26,8 +27,7 @@ class Aside:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         storages = [tensor.untyped_storage() for tensor in tensors if _is_plain(tensor)]
-        # By the address of the storage itself, not of its data: as `torch.save` tells them apart.
-        self._wanted = {s._cdata: s for s in storages if s.nbytes() >= _MIN_BYTES}
+        self._wanted = {identity_of(s): s for s in storages if s.nbytes() >= _MIN_BYTES}
         self._taken: dict[int, UntypedStorage] = {}
 
     def buffers(self) -> list[PickleBuffer]:
@@ -36,11 +36,13 @@ class Aside:
 
     def has(self, obj: Any) -> bool:
         """Return whether `obj` is a storage to leave out."""
-        return bool(self._wanted) and getattr(_untyped(obj), "_cdata", None) in self._wanted
+        if not self._wanted or not isinstance(obj, (UntypedStorage, TypedStorage)):
+            return False
+        return identity_of(_untyped(obj)) in self._wanted
 
     def reduce(self, obj: Any) -> tuple[Any, ...]:
         """Leave out the storage `obj`; return its placeholder in the pickle."""
-        key = _untyped(obj)._cdata
+        key = identity_of(_untyped(obj))
         self._taken.setdefault(key, self._wanted[key])
         index = list(self._taken).index(key)
         return _arrived, (index, obj.dtype if isinstance(obj, TypedStorage) else None)
@@ -100,7 +102,7 @@ def _arrived(index: int, dtype: torch.dtype | None) -> UntypedStorage | TypedSto
     storage = _putting_in.get()[index]
     if dtype is None:
         return storage
-    return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+    return typed(storage, dtype)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -112,5 +114,5 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _untyped(obj: Any) -> Any:
-    return obj._untyped_storage if isinstance(obj, TypedStorage) else obj
+def _untyped(obj: UntypedStorage | TypedStorage) -> UntypedStorage:
+    return untyped(obj) if isinstance(obj, TypedStorage) else obj

@@ -6,16 +6,15 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pickle import PickleBuffer
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from lightning_mgpu._compat.torch_pickling import pickle_module
 from lightning_mgpu.launch.out_of_band import Aside, AsidePickler, leaving_out, putting_in
 from lightning_mgpu.launch.unpicklable import explain
 
-# `torch.save` wants a module-like object and derives its own pickler from `Pickler`.
-_PICKLE_MODULE = SimpleNamespace(Pickler=AsidePickler, __name__="cloudpickle")
+_PICKLE_MODULE = pickle_module(AsidePickler)
 
 
 class Payload:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,7 +20,12 @@ from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.handle import Deliveries, WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupter
 from lightning_mgpu.launch.monitor import LaunchMonitor
-from lightning_mgpu.launch.process_state import ProcessState, frozen_environment, threads_per_rank
+from lightning_mgpu.launch.process_state import (
+    ProcessState,
+    TakeState,
+    frozen_environment,
+    threads_per_rank,
+)
 from lightning_mgpu.launch.rank import GroupGuard, Rank, Rendezvous, abort_group, leave_group
 from lightning_mgpu.launch.rank_variables import RANK_VARIABLES, shown
 from lightning_mgpu.launch.worker import is_worker
@@ -62,6 +67,7 @@ class WorkerPool:
         prepare: Callable[[Rank], None] | None = None,
         normal_exit: tuple[type[BaseException], ...] = (),
         locations: Callable[[int], Mapping[str, str]] = lambda _: {},
+        libraries: Iterable[TakeState] = (),
     ) -> list[Any]:
         """Run a function on every rank and wait for all of them.
 
@@ -75,6 +81,7 @@ class WorkerPool:
             normal_exit: Exceptions that end a rank's function without being a failure.
             locations: For a rank, where tensors go that are on an accelerator here, as
                 ``{"cuda:0": "cuda:1"}``; default: to the same.
+            libraries: Whose state the workers take over, beside that of torch.
 
         Returns:
             The ranks' results, by rank. Those of the workers have their tensors on the CPU.
@@ -89,7 +96,7 @@ class WorkerPool:
         """
         with self._exclusive(), ExitStack() as stack:
             threads = threads_per_rank(world_size)
-            state = ProcessState.capture(threads, for_ranks=True)
+            state = ProcessState.capture(threads, for_ranks=True, libraries=libraries)
             workers = dict(enumerate(self._take(world_size - 1), start=1))
             rendezvous = stack.enter_context(Rendezvous())
             stack.enter_context(GroupGuard())

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import _world
+
+from lightning_mgpu._compat.torch import abort_communicators, forget_failed_group
 
 LOOPBACK = "127.0.0.1"
 
@@ -117,9 +118,7 @@ def leave_group(wait: bool = True) -> None:
         if not wait:
             # Nothing in Python waits for this but the interpreter's end.
             threading.Thread(target=last_hold.clear, name="mgpu-leave").start()
-    # A failed `init_process_group` has counted its group already; the next one would wait for
-    # keys under another name than its peers.
-    _world.group_count = 0
+    forget_failed_group()
 
 
 def abort_group() -> None:
@@ -129,7 +128,7 @@ def abort_group() -> None:
     """
     with _aborting:
         if dist.is_initialized() and "nccl" in dist.get_backend_config():
-            dist.distributed_c10d._abort_process_group()
+            abort_communicators()
 
 
 _aborting = threading.Lock()

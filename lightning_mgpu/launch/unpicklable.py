@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_mgpu._compat.torch_modules import BUFFERS, CHILDREN, PARAMETERS
 from lightning_mgpu.launch.errors import LaunchError, UnpicklableError
 from lightning_mgpu.launch.pickler import Pickler
 
@@ -117,7 +118,7 @@ def _state(obj: Any) -> Iterator[tuple[str, Any]]:
         yield from _children(state) if isinstance(state, tuple) else ()
         return
     for key, value in state.items():
-        if key in ("_modules", "_parameters", "_buffers") and isinstance(value, dict):
+        if key in (CHILDREN, PARAMETERS, BUFFERS) and isinstance(value, dict):
             # `model.net`, as the user writes it, instead of `model._modules['net']`.
             yield from ((f".{name}", child) for name, child in value.items())
         else:

@@ -13,9 +13,9 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from typing import Any, TypeVar
 
+from lightning_mgpu._compat.python import stack_of
 from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.channel import Channel
 from lightning_mgpu.launch.errors import RemoteFailure
@@ -101,8 +101,7 @@ class _Inbox:
             os.killpg(0, signal.SIGKILL)
 
     def _stack(self) -> str:
-        frame = sys._current_frames().get(self._main_thread)
-        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+        return stack_of(self._main_thread)
 
 
 class _Worker:

@@ -49,4 +49,6 @@ def is_connected_as_client() -> bool | None:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
-    return bool(ray.util.client.ray.is_connected())
+    from lightning_mgpu._compat import ray as compat
+
+    return compat.is_client()

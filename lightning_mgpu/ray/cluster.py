@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from lightning_mgpu._compat.ray import is_of_group
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray.connection import is_ours
 
@@ -100,7 +101,7 @@ def describe(resources: Mapping[str, float]) -> str:
         if amount
         and ":" not in name
         and not name.startswith(("object_store", "memory", "bundle"))
-        and "_group_" not in name
+        and not is_of_group(name)
     }
     return ", ".join(f"{name}: {amount:g}" for name, amount in wanted.items()) or "nothing"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from lightning_mgpu._compat.ray import files_in, read_token_mode
 from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray.address import LOCAL, address_of, given
@@ -103,7 +104,7 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
             ignore_cleanup_errors=True,
         ) as directory,
     ):
-        own = {"_temp_dir": directory} if address_of(options) == LOCAL else {}
+        own = files_in(directory) if address_of(options) == LOCAL else {}
         try:
             _init({**_QUIET, **own, **given(options)})
             yield
@@ -117,7 +118,7 @@ def _init(options: dict[str, Any]) -> None:
     arguments = {name: value for name, value in options.items() if name != "address"}
     if address == LOCAL:
         turn_authentication_on()
-        own = {"include_dashboard": False, "_temp_dir": _directory()}
+        own = {"include_dashboard": False, **files_in(_directory())}
         ray.init(address, **{**own, **arguments})
     else:
         _refuse_resources(address, options)
@@ -189,8 +190,11 @@ def turn_authentication_on() -> None:
     """Turn on token authentication, as later versions of Ray do, unless the user chose."""
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
-        # It was read when Ray was imported.
-        ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
+        try:
+            read_token_mode()
+        except Exception:
+            del os.environ["RAY_AUTH_MODE"]  # or the next attempt would take it for the user's
+            raise
 
 
 def _directory() -> str | None:

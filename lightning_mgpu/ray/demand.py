@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ray
-
+from lightning_mgpu._compat.ray import cluster_state
 from lightning_mgpu.ray.cluster import fit_on
 
 # How often to look. Ray's nodes report what waits for them once a second.
@@ -48,10 +47,7 @@ def wait(held: Iterable[str], seconds: float, is_over: Callable[[], bool]) -> bo
 
 def snapshot() -> tuple[list[Bundles], list[tuple[dict[str, float], dict[str, float]]]]:
     """Pending requests, and the free and total resources of each living node."""
-    from ray.autoscaler.v2.sdk import get_cluster_resource_state
-
-    client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
-    state = get_cluster_resource_state(client)
+    state = cluster_state()
     single = [[_plain(each.request)] for each in state.pending_resource_requests if each.count]
     gangs = [
         [_plain(request) for request in gang.requests]

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-# What wrappers put into the names of what they wrap.
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+from lightning_mgpu._compat.torch import WRAPPERS
 
 
 @dataclass(frozen=True)
@@ -31,4 +30,4 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def plain_name(name: str) -> str:
     """Name of a module or tensor without the names of wrappers."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
+from lightning_mgpu._compat import hydra
 from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import (
     LaunchError,
@@ -104,7 +105,9 @@ class RayLauncher(_Launcher):
     def _run(
         self, trainer: "Trainer", packed: PackedObject, keeper: CheckpointKeeper | None = None
     ) -> list[list[PackedObject]]:
-        state = ProcessState.capture(self._strategy.threads_per_worker, for_ranks=True)
+        state = ProcessState.capture(
+            self._strategy.threads_per_worker, for_ranks=True, libraries=[hydra.take_state]
+        )
         workers = self._take_workers(keeper)
         self._strategy.run_failed = False
         try:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_mgpu._compat.torch import version_of
 from lightning_mgpu.errors import one_line
 from lightning_mgpu.ray.trainer_state import dump, load, own_objects
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
@@ -83,7 +84,7 @@ class _State:
         }
         self._own = {id(obj) for obj in here.values()}
         self._seen = {name: self._look(vars(owner)) for name, owner in self.owners.items()}
-        self._versions = {name: tensor._version for name, tensor in self._tensors().items()}
+        self._versions = {name: version_of(tensor) for name, tensor in self._tensors().items()}
         self._generators = _generators()
 
     def changes(self) -> _Changes | None:
@@ -99,7 +100,7 @@ class _State:
         tensors = {
             name: tensor.detach()
             for name, tensor in self._tensors().items()
-            if tensor._version != self._versions[name]
+            if version_of(tensor) != self._versions[name]
         }
         drawn = self._generators != (generators := _generators())
         if not (changed or gone or tensors or drawn):
@@ -166,7 +167,7 @@ class _Seen:
                 continue
             self._kept[id(part)] = part
             if isinstance(part, torch.Tensor):
-                self.marks.append(part._version)
+                self.marks.append(version_of(part))
             elif isinstance(part, np.ndarray) and part.dtype != object:
                 self.marks.append(zlib.crc32(np.ascontiguousarray(part).tobytes()))
             else:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from lightning.pytorch.tuner.lr_finder import _determine_lr_attr_name
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_setattr
 
+from lightning_mgpu._compat.torch_pickling import pickle_module
 from lightning_mgpu.launch.pickler import Pickler
 from lightning_mgpu.ray import loggers
 from lightning_mgpu.ray.gathered_state import GatheredState, plain_name, tensors_of
@@ -234,7 +234,7 @@ def dump(obj: Any, names: dict[int, str]) -> bytes:
             return super().reducer_override(part) if name is None else (_own, (name,))
 
     stream = io.BytesIO()
-    torch.save(obj, stream, SimpleNamespace(Pickler=References, __name__="cloudpickle"), 5)
+    torch.save(obj, stream, pickle_module(References), 5)
     return stream.getvalue()
 
 

@@ -16,6 +16,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lightning_mgpu._compat.ray import of_group
 from lightning_mgpu.launch.errors import WorkerDiedError
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.ray import cluster, connection
@@ -60,7 +61,7 @@ class WorkerRequest:
         """Names of the resources that the workers occupy."""
         names = [name for name, _ in self.resources]
         # A trial's bundles are for the trial's own tasks and actors, under names of their own.
-        return names if self.trial is None else [f"{n}_group_{self.trial.group}" for n in names]
+        return names if self.trial is None else [of_group(n, self.trial.group) for n in names]
 
     def fits(self, count: int) -> bool:
         """Return whether the cluster seems to have resources for `count` workers free."""

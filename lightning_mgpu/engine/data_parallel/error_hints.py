@@ -4,15 +4,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning_mgpu._compat import torch_messages as messages
 from lightning_mgpu.engine.error_notes import add_note
 
-_SHAPES = re.compile(
-    r"[Ss]ize of tensor a|[Ss]hapes? .*(cannot be|mismatch|not)|[Ss]izes? of tensors must match"
-    r"|shape '.*' is invalid|must match the (existing )?size|batch_size|batch size"
-    r"|[Ee]xpected input batch|mat1 and mat2|same (number|size)|broadcast|Dimension out of range"
-    r"|index .* (is )?out of (bounds|range)|expanded size|inconsistent tensor size"
-)
-_GRAPHS = re.compile(r"backward through the graph a second time|modified by an inplace operation")
+_GRAPHS = re.compile(f"{messages.GRAPH_IS_GONE}|{messages.WRITTEN_TO}")
 
 _KEPT = (
     "Under `dp` each replica runs the step on its shard of the batch, on its own thread."
@@ -27,7 +22,7 @@ _NOTES = (
         " outlive the step.",
     ),
     (
-        _SHAPES,
+        messages.SIZE_OF_ANOTHER_BATCH,
         f"{_KEPT} if one size is that of the whole batch and the other that of a shard, take"
         " the size from the step's own tensors (`len(x)`), keep per-sample values in the"
         " batch, or detach the kept values and cut them to the shard.",

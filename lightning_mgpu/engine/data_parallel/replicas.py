@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import inside_compiled
 from lightning_mgpu.engine import batch_norm
-from lightning_mgpu.engine.compiled import inside_compiled
 from lightning_mgpu.engine.data_parallel.copying.copies import Copy
 from lightning_mgpu.engine.data_parallel.copying.master import Master
 from lightning_mgpu.engine.data_parallel.copying.sandbox import Sandbox

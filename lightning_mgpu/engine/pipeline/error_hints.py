@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning_mgpu._compat.torch_messages import GRAPH_IS_GONE, SIZES_OF_TWO_OPERANDS
 from lightning_mgpu.engine.error_notes import add_note
 
-_OF_A_PART = ("The size of tensor a (", "backward through the graph a second time")
+_OF_A_PART = (SIZES_OF_TWO_OPERANDS, GRAPH_IS_GONE)
 _HINT = (
     "(Values that attributes or hooks keep from a module's `forward` belong to one"
     " micro-batch: to use them in the step, return them from the split module's `forward`."

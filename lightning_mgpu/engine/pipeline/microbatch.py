@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import version_kept, version_of
+
 
 class SplitError(ValueError):
     """A call cannot be split into micro-batches, or its outputs cannot be joined."""
@@ -54,7 +56,7 @@ def count_writing(
         return
     for name in dims:
         parts = [chunk[name] for chunk in chunks]
-        if any(part._version > 0 for part in parts if _can_be_apart(part)):
+        if any(version_of(part) > 0 for part in parts if _can_be_apart(part)):
             torch.autograd.graph.increment_version(tensors[name])
 
 
@@ -68,10 +70,8 @@ def _apart(view: Tensor) -> Tensor:
         return view
     storage, offset = view.untyped_storage(), view.storage_offset()
     own = torch.empty(0, dtype=view.dtype, device=view.device)
-    with torch.no_grad():
+    with version_kept(own), torch.no_grad():  # (`set_` counts as writing)
         own.set_(storage, offset, view.shape, view.stride())
-    # `set_` counts as writing.
-    torch._C._autograd._unsafe_set_version_counter((own,), (0,))
     return own.requires_grad_(view.requires_grad)
 
 

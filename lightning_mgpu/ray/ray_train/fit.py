@@ -16,6 +16,7 @@ from ray.train import Result, RunConfig, ScalingConfig, get_checkpoint
 from ray.train.lightning import RayTrainReportCallback
 from ray.train.torch import TorchTrainer
 
+from lightning_mgpu._compat import hydra
 from lightning_mgpu.config.build import build, build_node
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
@@ -76,9 +77,8 @@ def fit(
     resources = given.resources_per_worker  # or, under Ray Tune, what it is drawn from
     cpus: Any = resources.get("CPU", 1) if isinstance(resources, dict) else 1
     connection.connect()
-    loop = _Loop(
-        ProcessState.capture(max(1, int(cpus))), machine(), bytes(cloudpickle.dumps(factory))
-    )
+    state = ProcessState.capture(max(1, int(cpus)), libraries=[hydra.take_state])
+    loop = _Loop(state, machine(), bytes(cloudpickle.dumps(factory)))
     with connection.signal_handlers_kept():
         return TorchTrainer(loop, scaling_config=given, run_config=run_config).fit()
 

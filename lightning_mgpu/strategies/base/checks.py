@@ -7,6 +7,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from lightning_mgpu._compat.torch_modules import compiled_call
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
@@ -40,7 +42,7 @@ def check_module(strategy: str, model: "LightningModule") -> None:
         MisconfigurationException: Names the module at fault and what to do.
     """
     # (What `torch.compile(model)` returns, Lightning itself refuses.)
-    if model._compiled_call_impl is not None:
+    if compiled_call(model) is not None:
         raise MisconfigurationException(
             f"`{type(model).__name__}` is compiled as a whole, and `{strategy}` has to run its"
             " steps for each device. Compile a submodule instead: `self.net ="

@@ -1,7 +1,6 @@
 """Run the Trainer's entry points on every rank of the worker pool."""
 
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_mgpu._compat import hydra
+from lightning_mgpu._compat.python import frame_above
 from lightning_mgpu.launch.payload import Payload
 from lightning_mgpu.launch.pool import default_pool
 from lightning_mgpu.launch.rank import Rank
@@ -70,6 +71,7 @@ class PoolLauncher(_Launcher):
                 prepare=_announce_rank,
                 normal_exit=(_TunerExitException,),
                 locations=self._locations,
+                libraries=[hydra.take_state],
             )
         if isinstance(results[0], RankPredictions):
             return merge_predictions(results)
@@ -88,7 +90,7 @@ class PoolLauncher(_Launcher):
             model = self._strategy.lightning_module
             handlers = {} if model is None else model.trainer._signal_connector._original_handlers
             if callable(handler := handlers.get(signal.SIGTERM)):
-                handler(signum, sys._getframe())
+                handler(signum, frame_above(0))
             # Lightning would go on to tell the other ranks by a collective, in the middle of
             # whatever collective this rank is in. Leave at once: the launch ends the workers.
             raise SIGTERMException

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch.utils._pytree import tree_leaves
 
+from lightning_mgpu._compat.torch import tree_leaves
 from lightning_mgpu.engine.batch import join_samples
 from lightning_mgpu.strategies.ranks.sample_dealing import LoaderOrder, chunks
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
+from lightning_mgpu._compat.torchmetrics import note_updates, reductions_of
 from lightning_mgpu.engine import batch
 
 _MERGEABLE = (dim_zero_sum, dim_zero_max, dim_zero_min, dim_zero_cat)
@@ -69,7 +70,7 @@ class ReplicaMetrics:
             if _guard(metrics[0]).records:
                 _update(master, metrics, sizes)
             else:
-                _merge(master, [m for m in metrics if m._update_count])
+                _merge(master, [m for m in metrics if m.update_called])
 
 
 def seen(masters: Sequence[Any], replicas: Sequence[Sequence[Any]], sizes: Sequence[int]) -> Any:
@@ -93,7 +94,7 @@ def seen(masters: Sequence[Any], replicas: Sequence[Sequence[Any]], sizes: Seque
 def _seen_by(master: Any, metrics: Sequence[Any], sizes: Sequence[int]) -> Any:
     if _guard(metrics[0]).records:
         return list(_joined_calls(metrics, sizes, torch.device("cpu")))
-    updated = [metric for metric in metrics if metric._update_count]
+    updated = [metric for metric in metrics if metric.update_called]
     if not updated:
         return None
     fresh = copy.deepcopy(master)
@@ -106,8 +107,8 @@ def _can_merge(metric: Any) -> bool:
     return (
         isinstance(metric, Metric)
         and not any(metric.children())
-        and bool(metric._reductions)
-        and all(reduce in _MERGEABLE for reduce in metric._reductions.values())
+        and bool(reductions_of(metric))
+        and all(reduce in _MERGEABLE for reduce in reductions_of(metric).values())
         and not metric.full_state_update
     )
 
@@ -134,7 +135,7 @@ class _Guard:
     def begin(self) -> None:
         """Empty the metric for a new step."""
         self.calls.clear()
-        if any(isinstance(m, Metric) and m._update_count for m in self._metric.modules()):
+        if any(isinstance(m, Metric) and m.update_called for m in self._metric.modules()):
             with self._within():
                 self._metric.reset()
 
@@ -181,12 +182,11 @@ def _merge(master: Metric, metrics: Sequence[Metric]) -> None:
     """Add the states of replicas to the master's, in the order of their shards."""
     if not metrics:
         return
-    for name, reduce in master._reductions.items():
+    for name, reduce in reductions_of(master).items():
         states = [getattr(master, name), *(getattr(metric, name) for metric in metrics)]
         setattr(master, name, _reduced(states, reduce, master.device))
     # As many updates as the whole batch would have been.
-    master._update_count += max(metric._update_count for metric in metrics)
-    master._computed = None
+    note_updates(master, max(metric.update_count for metric in metrics))
 
 
 def _reduced(states: Sequence[Any], reduce: Any, device: torch.device) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_mgpu._compat.torch_modules import BatchNorm
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.compare import Difference, compare, parts_of
 from lightning_mgpu.strategies.replicas.dry_run import Result
@@ -178,7 +178,7 @@ def _rows(found: Findings) -> Iterator[str]:
 
 def _statistics(found: Findings) -> Iterator[str]:
     for name, module in found.master.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
+        if isinstance(module, BatchNorm) and module.running_mean is None:
             yield (
                 f"`{name}` (a {type(module).__name__}) keeps no running statistics, and normalises"
                 " each shard by its own."

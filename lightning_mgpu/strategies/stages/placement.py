@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mgpu._compat.torch_modules import map_tensors
 from lightning_mgpu.engine.batch import leaves, map_leaves
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 
@@ -72,7 +73,7 @@ def place(model: LightningModule, cut: Cut, devices: Sequence[torch.device]) -> 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to(where.get(id(tensor), devices[0]))
 
-    model._apply(moved)  # type: ignore[no-untyped-call]
+    map_tensors(model, moved)
     for module in model.modules():
         if isinstance(module, _DeviceDtypeModuleMixin):
             module._device = devices[0]

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_mgpu._compat.torch_modules import is_compiled_anyhow
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 
@@ -86,4 +87,4 @@ class _CallHook:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return is_compiled_anyhow(module)

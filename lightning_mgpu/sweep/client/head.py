@@ -17,9 +17,6 @@ import ray
 from lightning_mgpu.sweep.client.files import File, SweepFiles
 from lightning_mgpu.sweep.job.submitted import SubmittedSweep
 
-HEAD = "node:__internal_head__"
-"""What Ray's first node has, and no other one."""
-
 _WAIT_SECONDS = 0.5
 _DRAIN_SECONDS = 5.0
 

@@ -14,10 +14,11 @@ from typing import Any, TextIO
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from lightning_mgpu._compat.ray import HEAD
 from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
 from lightning_mgpu.ray.address import source_of
 from lightning_mgpu.sweep.client.download import download
-from lightning_mgpu.sweep.client.head import HEAD, Command, Head
+from lightning_mgpu.sweep.client.head import Command, Head
 from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
 from lightning_mgpu.sweep.job.job import program
 from lightning_mgpu.sweep.settings.prepared import PreparedSweep, holds_sweep

@@ -14,11 +14,12 @@ import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
 from ray.tune.search import ConcurrencyLimiter
 
+from lightning_mgpu._compat.ray_tune import trial_number
 from lightning_mgpu.sweep.driver.progress import Progress
 from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
 from lightning_mgpu.sweep.driver.tune_callback import RecordingCallback
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
-from lightning_mgpu.sweep.search.searchers import Trials, build_searcher, trial_number
+from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
 from lightning_mgpu.sweep.search.stopper import SweepStopper
 from lightning_mgpu.sweep.settings.options import needs_checkpoints, stops_early
 from lightning_mgpu.sweep.store.journal import Journal

@@ -9,6 +9,7 @@ from ray.tune.search import Searcher, SearchGenerator
 from ray.tune.search.search_algorithm import SearchAlgorithm
 from typing_extensions import override
 
+from lightning_mgpu._compat import ray_tune
 from lightning_mgpu.sweep.space.domains import to_domains
 from lightning_mgpu.sweep.space.objectives import Objective
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Interval, Space, enumerate_grid
@@ -136,14 +137,7 @@ class Trials(SearchAlgorithm):
     def restore_from_dir(self, dirpath: str) -> None:
         self._generator.restore_from_dir(dirpath)
         # There may be more trials now than when the sweep was begun.
-        self._generator._total_samples = self._num_samples
-        if self._generator._counter < self._num_samples:
-            self._generator._finished = False
-
-
-def trial_number(trial: Any) -> int:
-    """The number of a trial, counted from 0."""
-    return int(trial.experiment_tag.partition("_")[0]) - 1
+        ray_tune.set_samples(self._generator, self._num_samples)
 
 
 class _Drawing(Searcher):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra._internal.grammar.utils import escape_special_characters
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
@@ -20,6 +19,7 @@ from hydra.core.override_parser.types import (
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lightning_mgpu._compat.hydra import escape
 from lightning_mgpu.errors import ConfigError
 
 _PLAIN = re.compile(r"[A-Za-z_][\w./:-]*", re.ASCII)
@@ -170,7 +170,7 @@ def encode(value: Any) -> str:
         return f"[{','.join(map(encode, value))}]"
     if isinstance(value, Mapping):
         # Keys cannot be quoted in Hydra's grammar.
-        items = (f"{escape_special_characters(str(k))}:{encode(v)}" for k, v in value.items())
+        items = (f"{escape(str(k))}:{encode(v)}" for k, v in value.items())
         return "{" + ",".join(items) + "}"
     text = str(value)
     if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:

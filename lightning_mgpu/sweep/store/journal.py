@@ -59,14 +59,13 @@ class Journal:
             dimensions=[_described(name, one) for name, one in space.dimensions.items()],
         )
 
-    def start(self, record: TrialRecord, trial: Any) -> None:
+    def start(self, record: TrialRecord, worker: str) -> None:
         """Record that a trial starts, resumes after a pause, or restarts."""
         self._hosts.pop(record.number, None)
-        actor = getattr(trial.temporary_state.ray_actor, "_actor_id", None)
         self._write(
             "start",
             trial=record.number,
-            worker=actor.hex() if actor is not None else "",
+            worker=worker,
             params=plain(record.values),
             command=job_command(record.overrides),
         )

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.utils import get_args_parser
 
+from lightning_mgpu._compat.hydra import command_line_parser
 from lightning_mgpu.sweep.job.job import program
 from lightning_mgpu.sweep.job.submitted import name_of
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
@@ -113,7 +113,7 @@ def _value(records: Records, record: TrialRecord) -> Any:
 
 def _flags() -> list[str]:
     """Hydra flags that a single job needs, too."""
-    given, _ = get_args_parser().parse_known_args(sys.argv[1:])
+    given, _ = command_line_parser().parse_known_args(sys.argv[1:])
     flags = []
     for name in ("config_path", "config_name", "config_dir"):
         value = getattr(given, name, None)

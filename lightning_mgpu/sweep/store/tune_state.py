@@ -9,6 +9,8 @@ from typing import Any
 from ray.tune import Callback
 from typing_extensions import override
 
+from lightning_mgpu._compat.ray_tune import state_directory
+
 log = logging.getLogger(__name__)
 
 STATE = "state.tar"
@@ -43,7 +45,7 @@ class StateKeeper(Callback):
     @override
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         if trials:
-            self._source = Path(trials[0].storage.experiment_driver_staging_path)
+            self._source = state_directory(trials[0])
             self.take()
 
     def take(self) -> None:

@@ -10,6 +10,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 from typing_extensions import override
 
+from lightning_mgpu._compat.ray_tune import make
 from lightning_mgpu.errors import one_line
 
 
@@ -80,8 +81,7 @@ class SweepTrial(Trial):
     @classmethod
     def take_over(cls, trial: Trial) -> None:
         """Convert a trial, which Ray creates or restores, into one of ours."""
-        if type(trial) is not cls:
-            trial.__class__ = cls
+        make(trial, cls)
 
     @classmethod
     def smaller(cls, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
+from lightning_mgpu._compat.torch import inner_schedulers, learning_rates
+
 Groups = list[list[dict[str, Any]]]
 """For each optimizer and each of its parameter groups: hyperparameters by name."""
 
@@ -69,12 +71,10 @@ def apply(
 
 
 def _rescale(scheduler: Any, group: int, factor: float, new: Any) -> None:
-    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+    for inner in inner_schedulers(scheduler):
         _rescale(inner, group, factor, new)
-    for name in ("base_lrs", "_last_lr"):
-        values = getattr(scheduler, name, None)
-        if values is not None:
-            values[group] = _scaled(values[group], factor, new)
+    for rates in learning_rates(scheduler):
+        rates[group] = _scaled(rates[group], factor, new)
 
 
 def _scaled(value: Any, factor: float, new: Any) -> Any:

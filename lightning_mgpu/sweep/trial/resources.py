@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 from omegaconf import DictConfig
 from ray.tune import PlacementGroupFactory
-from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
@@ -30,7 +29,7 @@ class Requests:
     def __init__(self, sweep: "PreparedSweep") -> None:
         self._sweep = sweep
         options = sweep.options.resources_per_trial
-        self._own = {"cpu": options.cpu, "gpu": options.gpu}
+        self._own = {"CPU": options.cpu, "GPU": options.gpu}
 
     def of(self, values: Mapping[str, Any]) -> PlacementGroupFactory:
         """Resources of the trial with these values."""
@@ -81,8 +80,7 @@ class Requests:
 
     def _factory(self, bundles: list[dict[str, float]]) -> PlacementGroupFactory:
         if not bundles:
-            factory: PlacementGroupFactory = resource_dict_to_pg_factory(self._own)
-            return factory
+            return PlacementGroupFactory([self._own])
         # The trial's own process only waits for its workers.
         return PlacementGroupFactory([{}, *bundles], strategy="PACK")
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray.train._internal.session import get_session
-from ray.tune import Checkpoint
+from ray import tune
 
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import compose
@@ -41,10 +40,8 @@ def run_trial(
         TrialFailedError: In words, what went wrong.
         SystemExit: It was stopped.
     """
-    session = get_session()
-    assert session is not None
     check_storage(plan.sweep_dir)
-    restored = session.loaded_checkpoint
+    restored = tune.get_checkpoint()
     reporting = reporter.Reporting(
         send=_send,
         metrics=plan.objectives if plan.are_logged else (),
@@ -94,10 +91,8 @@ def _run(job: Job, cfg: Any, reporting: reporter.Reporting) -> Any:
 
 
 def _send(metrics: dict[str, Any], directory: Path | None) -> None:
-    session = get_session()
-    assert session is not None
-    checkpoint = Checkpoint.from_directory(str(directory)) if directory is not None else None
-    session.report(metrics, checkpoint=checkpoint)
+    checkpoint = tune.Checkpoint.from_directory(str(directory)) if directory is not None else None
+    tune.report(metrics, checkpoint=checkpoint)
 
 
 def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> None:

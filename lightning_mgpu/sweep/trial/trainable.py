@@ -8,12 +8,10 @@ import os
 import pickle
 from typing import Any
 
-from ray.train._internal.session import get_session
 from ray.tune import PlacementGroupFactory
-from ray.tune.result import RESULT_DUPLICATE
-from ray.tune.trainable.function_trainable import FunctionTrainable
 from typing_extensions import override
 
+from lightning_mgpu._compat.ray_tune import TrialActor
 from lightning_mgpu.sweep.trial.failures import TrialFailedError
 from lightning_mgpu.sweep.trial.resources import request
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
@@ -24,7 +22,7 @@ END_SECONDS = 600
 _REPORT_SECONDS = 60
 
 
-class HydraTrial(FunctionTrainable):
+class HydraTrial(TrialActor):
     """Run a trial on a thread of its actor, and the next one afterwards.
 
     Attributes:
@@ -36,7 +34,7 @@ class HydraTrial(FunctionTrainable):
     @classmethod
     def of(cls, plan: TrialPlan) -> type["HydraTrial"]:
         """Make the trainable of a sweep."""
-        return type("HydraJob", (cls,), {"payload": plan.dumps(), "_name": "hydra"})
+        return cls.named("HydraJob", "hydra", payload=plan.dumps())
 
     @classmethod
     @override
@@ -75,25 +73,18 @@ class HydraTrial(FunctionTrainable):
         from lightning_mgpu.sweep.trial import reporter
 
         # Ray itself would end the process at once, in the middle of a checkpoint perhaps.
-        session = get_session()
-        if session is not None:
-            session.finish(timeout=_REPORT_SECONDS)
-            if reporter.is_stopped():
-                session.finish(timeout=END_SECONDS - _REPORT_SECONDS)
+        self.finish(_REPORT_SECONDS)
+        if reporter.is_stopped():
+            self.finish(END_SECONDS - _REPORT_SECONDS)
         super().cleanup()  # type: ignore[no-untyped-call]
 
-    def _trainable_func(self, config: dict[str, Any]) -> None:
+    @override
+    def run(self, config: dict[str, Any]) -> None:
         from lightning_mgpu.sweep.trial.run_trial import run_trial
 
-        session = get_session()
-        assert session is not None
+        number = int(self.directory_name or 0)
         self._scrubber.before()
         try:
-            run_trial(self._plan, config, self._number(), self._scrubber.threads_left)
+            run_trial(self._plan, config, number, self._scrubber.threads_left)
         finally:
             self._scrubber.after()
-        session.report({RESULT_DUPLICATE: True})
-
-    def _number(self) -> int:
-        assert self._storage is not None
-        return int(self._storage.trial_dir_name or 0)

@@ -4,6 +4,7 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_mgpu._compat import hydra
 from lightning_mgpu.launch.pickler import dumps
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.sweep.job.job import Job
@@ -30,5 +31,5 @@ class TrialPlan:
 
     def dumps(self) -> bytes:
         """Pickle with the state of this process, which comes first: it says where modules are."""
-        state = ProcessState.capture(self.threads)
+        state = ProcessState.capture(self.threads, libraries=[hydra.take_state])
         return pickle.dumps((self.threads, state, dumps(self)))

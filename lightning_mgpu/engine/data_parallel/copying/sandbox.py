@@ -8,14 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import (
+    BatchNorm,
+    Dropout,
+    buffers_of,
+    is_compiled,
+    original_of,
+)
 from lightning_mgpu.engine.batch.containers import rebuild
-from lightning_mgpu.engine.compiled import is_compiled
 from lightning_mgpu.engine.data_parallel.copying import generators
 from lightning_mgpu.engine.data_parallel.copying.containers import state_of
 from lightning_mgpu.engine.data_parallel.copying.copies import Copy
 from lightning_mgpu.engine.data_parallel.copying.isolation import Isolation
 
-_NOISE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+_NOISE = (Dropout, BatchNorm)
 
 
 class Sandbox(Copy):
@@ -75,7 +81,7 @@ class Sandbox(Copy):
                 module.training = False
             if is_compiled(module):
                 # Compiled for the shapes of a trial, it would stay so.
-                vars(module)["forward"] = module._orig_mod
+                vars(module)["forward"] = original_of(module)
 
     @torch.no_grad()
     def to_double(self) -> None:
@@ -83,7 +89,7 @@ class Sandbox(Copy):
         for leaf in self.leaves.leaves:
             leaf.data = in_double(leaf.data)
         for module in self.modules:
-            for holder in (module._buffers, vars(module)):
+            for holder in (buffers_of(module), vars(module)):
                 for key, value in holder.items():
                     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                         holder[key] = in_double(value)

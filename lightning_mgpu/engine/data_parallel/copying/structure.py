@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import parameters_of
+
 # Longer containers are shared rather than copied at every step.
 MAX_CONTAINER = 10_000
 
@@ -107,7 +109,7 @@ class Structure:
         """The name of each parameter, by the module that has it or the place where it was found."""
         found: dict[int, str] = {}
         for module, name in zip(self.modules, self.names, strict=True):
-            for key, parameter in module._parameters.items():
+            for key, parameter in parameters_of(module).items():
                 found.setdefault(id(parameter), f"{name}.{key}" if name else key)
         for _, key, value in self.places:
             found.setdefault(id(value), str(key))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch import is_functorch_wrapped, version_of
+from lightning_mgpu._compat.torch_modules import buffers_of
 from lightning_mgpu.engine.device import copy_into
 
 # What is added to a larger tensor is not told apart: that needs its values before the step.
@@ -67,7 +69,7 @@ class TensorCopy:
     def _now(self) -> tuple[int, int] | None:
         if self.original.is_inference() or self.copied.is_inference():
             return None
-        return self.original._version, self.copied._version
+        return version_of(self.original), version_of(self.copied)
 
 
 class Tensors:
@@ -161,7 +163,7 @@ class BufferCopies:
         self._recorded = [any(module is layer for layer in recorded) for module in modules]
         self._known: dict[tuple[int, str], TensorCopy] = {}
         self.holders: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None], str]] = [
-            (module._buffers, {}, f"{name}." if name else "")
+            (buffers_of(module), {}, f"{name}." if name else "")
             for module, name in zip(modules, names, strict=True)
         ]
         self.refresh()
@@ -204,9 +206,9 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and not tensor.is_quantized
         and not tensor.is_meta
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_functorch_wrapped(tensor)
     )
 
 
 def _version(tensor: Any) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else version_of(tensor)

@@ -5,10 +5,7 @@ show in its values. Replicas other than the first therefore find, in place of pl
 a subclass whose sums remember where they began; any other operation gives a plain number.
 """
 
-import dis
-import functools
 import operator
-import sys
 import types
 from collections import Counter
 from dataclasses import dataclass
@@ -17,9 +14,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-_CONSTANTS = ("LOAD_CONST", "LOAD_SMALL_INT")
+from lightning_mgpu._compat.python import frame_above, offsets_after_constants
+from lightning_mgpu._compat.torch import version_of
+
 _SUM = "_mgpu_sum"
-_BETWEEN = ("CACHE", "PRECALL", "KW_NAMES", "EXTENDED_ARG", "NOT_TAKEN")
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def additions_since(root: Any, value: Any) -> Additions | None:
     if isinstance(value, Tensor):
         began, additions, version = getattr(value, _SUM, (None, None, 0))
         # (Written to in place since, it may be anything.)
-        return additions if began is root and value._version == version else None
+        return additions if began is root and version_of(value) == version else None
     return None
 
 
@@ -130,14 +128,14 @@ def _make(
 def _added(number: Tracked, other: Any, result: Any) -> Any:
     if result is NotImplemented:
         return result
-    frame = sys._getframe(2)
+    frame = frame_above(2)
     site = frame.f_code, frame.f_lasti
     number.sites[site] += 1
     additions = number.additions.more(is_constant_operand(frame))
     if isinstance(result, (int, float, np.integer, np.floating)):
         return _make(result, number.root, additions, number.sites, site)
     if isinstance(result, Tensor) and not result.is_inference():
-        setattr(result, _SUM, (number.root, additions, result._version))
+        setattr(result, _SUM, (number.root, additions, version_of(result)))
     return result
 
 
@@ -145,21 +143,7 @@ def is_constant_operand(frame: types.FrameType | None) -> bool:
     """Return whether a frame's current operation has a source constant as its last operand."""
     if frame is None:
         return False
-    return frame.f_lasti in _constant_operands(frame.f_code)
-
-
-@functools.lru_cache(maxsize=1024)
-def _constant_operands(code: types.CodeType) -> frozenset[int]:
-    """Offsets of the instructions right behind one that loads a constant."""
-    offsets = set()
-    before = ""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _BETWEEN:
-            continue
-        if before in _CONSTANTS:
-            offsets.add(instruction.offset)
-        before = instruction.opname
-    return frozenset(offsets)
+    return frame.f_lasti in offsets_after_constants(frame.f_code)
 
 
 def untracked(value: Any) -> Any:

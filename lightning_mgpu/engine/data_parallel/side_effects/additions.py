@@ -4,16 +4,22 @@ Watching every operation costs some microseconds each. So it is done on one repl
 steps of each kind, and again after a step has written to a tensor that had not been written to.
 """
 
-import sys
 import types
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from lightning_mgpu._compat.python import frame_above
+from lightning_mgpu._compat.torch import (
+    ATEN_ADD_TO_EACH,
+    ATEN_COPY,
+    TorchDispatchMode,
+    schema_of,
+)
+from lightning_mgpu._compat.torch_pickling import identity_of
 from lightning_mgpu.engine.data_parallel.copying.tensors import TensorCopy
 from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import (
     Additions,
@@ -24,10 +30,10 @@ _FIRST_STEPS = 2
 
 _aten = torch.ops.aten
 _ADDS_IN_PLACE = frozenset(
-    {_aten.add_, _aten.sub_, _aten.index_add_, _aten.scatter_add_, _aten._foreach_add_}
+    {_aten.add_, _aten.sub_, _aten.index_add_, _aten.scatter_add_, ATEN_ADD_TO_EACH}
 )
 _ADDS = frozenset({_aten.add, _aten.sub, _aten.index_add, _aten.scatter_add})
-_COPIES = frozenset({_aten.clone, _aten._to_copy})
+_COPIES = frozenset({_aten.clone, ATEN_COPY})
 
 
 class AdditionWatch:
@@ -89,7 +95,7 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func.overloadpacket
         if packet in _ADDS or packet in _COPIES:
             self._derive(packet, args, result)
-        elif func._schema.is_mutable and args:
+        elif schema_of(func).is_mutable and args:
             self._write(packet, args, kwargs or {})
         return result
 
@@ -137,7 +143,7 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _memory(tensor: Any) -> int:
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return identity_of(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # no memory of its own
         return id(tensor)
 
@@ -148,7 +154,7 @@ def _is_constant(args: tuple[Any, ...]) -> bool:
 
 
 def _user_constant() -> bool:
-    frame: types.FrameType | None = sys._getframe(1)
+    frame: types.FrameType | None = frame_above(1)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
         if not module.startswith(("torch", __name__.partition(".")[0])):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch import version_of
 from lightning_mgpu.engine.data_parallel.copying.structure import Structure
 
 _CONTAINERS = (dict, list, set, deque)
@@ -139,7 +140,7 @@ def _content(value: Any) -> Any:
     if isinstance(value, _CONTAINERS):
         return [value, *value]
     if isinstance(value, Tensor):
-        return [value, 0 if value.is_inference() else value._version]
+        return [value, 0 if value.is_inference() else version_of(value)]
     return [value]
 
 

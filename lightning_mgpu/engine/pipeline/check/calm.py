@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_mgpu.engine.compiled import is_compiled
+from lightning_mgpu._compat import torch_modules
 from lightning_mgpu.engine.device import random_state, set_random_state
 
 _QUIET = (
-    nn.modules.dropout._DropoutNd,
-    nn.modules.batchnorm._BatchNorm,
+    torch_modules.Dropout,
+    torch_modules.BatchNorm,
     nn.RNNBase,
 )
 _DROPOUTS = frozenset(
@@ -41,7 +41,7 @@ def calm(modules: Iterable[nn.Module], devices: Sequence[torch.device]) -> Itera
     quiet = [m for m in modules if isinstance(m, _QUIET) and m.training]
     with ExitStack() as stack:
         stack.callback(_restore_random, _random_states(devices))
-        if any(is_compiled(m) or m._compiled_call_impl is not None for m in modules):
+        if any(map(torch_modules.is_compiled_anyhow, modules)):
             # Not once more for our few samples.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in quiet:

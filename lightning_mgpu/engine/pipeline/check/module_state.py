@@ -10,6 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import (
+    BLANK,
+    WEIGHTS,
+    buffers_of,
+    forward_hook_tables,
+    forward_hooks_of,
+)
 from lightning_mgpu.engine.compare import compare
 
 _MISSING = object()
@@ -18,7 +25,7 @@ _DEPTH = 4
 _MAX_BYTES, _MAX_ENTRIES = 2**28, 1000
 # Objects of these packages are taken for parts of the machinery, not of the model.
 _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_mgpu.", "numpy.", "builtins.")
-_OWN = frozenset(vars(nn.Module()))
+_OWN = BLANK | {WEIGHTS}
 
 
 class ModuleSnapshot:
@@ -61,17 +68,17 @@ class ModuleSnapshot:
     def _add_module(self, path: str, module: nn.Module) -> None:
         state = vars(module)
         self._contents.append((state, dict(state)))
-        self._contents.append((module._buffers, dict(module._buffers)))
-        for of_kind in _hooks_of(module):
+        buffers = buffers_of(module)
+        self._contents.append((buffers, dict(buffers)))
+        for of_kind in forward_hook_tables(module):  # (some libraries add hooks at the first call)
             self._contents.append((of_kind, of_kind.copy()))
         kind, where = type(module).__name__, f" (in `{path}`)" if path else ""
         for name, value in state.items():
-            if name not in _OWN and name != "_flat_weights":
+            if name not in _OWN:
                 self._add(f"{kind}.{name}", where, value)
-        for name, buffer in module._buffers.items():
+        for name, buffer in buffers.items():
             self._add(f"{kind}.{name}", where, buffer)
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        for hook in hooks:
+        for hook in forward_hooks_of(module):
             for name, value in _kept_by(hook):
                 if _is_container(value):
                     self._add(name, f" (kept by a hook of `{path or kind}`)", value)
@@ -153,15 +160,6 @@ def _entries(value: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(value, (set, frozenset)):
         return []
     return [(f"[{index}]", part) for index, part in enumerate(islice(value, _MAX_ENTRIES))]
-
-
-def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
-    """The dicts of its hooks; some libraries add hooks at the first call."""
-    yield module._forward_hooks
-    yield module._forward_hooks_with_kwargs
-    yield module._forward_hooks_always_called
-    yield module._forward_pre_hooks
-    yield module._forward_pre_hooks_with_kwargs
 
 
 def _is_container(value: Any) -> bool:

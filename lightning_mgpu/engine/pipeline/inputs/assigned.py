@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import BLANK, WEIGHTS, buffers_of
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
@@ -84,10 +85,11 @@ def _attributes(modules: Mapping[str, nn.Module]) -> Iterator[_Attribute]:
                 for place, leaf in leaves(value, f"{kind}.{name}"):
                     if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
                         yield _Attribute(f"`{place}`{where}", state, name, leaf)
-        for name, buffer in module._buffers.items():
+        buffers = buffers_of(module)
+        for name, buffer in buffers.items():
             if buffer is not None:
-                yield _Attribute(f"buffer `{kind}.{name}`{where}", module._buffers, name, buffer)
+                yield _Attribute(f"buffer `{kind}.{name}`{where}", buffers, name, buffer)
 
 
 _CONTAINERS = (list, tuple, dict)
-_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
+_OWN = BLANK | {WEIGHTS}

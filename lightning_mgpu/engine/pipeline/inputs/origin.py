@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch import is_functorch_wrapped
 from lightning_mgpu.engine.batch import BatchLayout, leaves
 from lightning_mgpu.engine.batch.containers import sequences
 from lightning_mgpu.engine.batch.graphs import is_graph_batch, tensors_of_graphs
@@ -84,7 +85,7 @@ class StepBatch:
 
 def is_wrapped(tensor: Tensor) -> str | None:
     """Reason why a tensor cannot be sliced: ``"functorch"``, ``"nested"``, or its layout."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_functorch_wrapped(tensor):
         return "functorch"
     if tensor.is_nested:
         return "nested"

@@ -5,7 +5,7 @@ from itertools import accumulate, pairwise
 
 from torch import nn
 
-from lightning_mgpu.engine.compiled import is_compiled
+from lightning_mgpu._compat.torch_modules import is_compiled_anyhow
 from lightning_mgpu.engine.pipeline.partition.balance import balance
 from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall
 
@@ -176,6 +176,6 @@ def ancestors(names: Iterable[str]) -> set[str]:
 
 
 def _can_open(call: ModuleCall) -> bool:
-    if not call.children or is_compiled(call.module) or call.module._compiled_call_impl is not None:
+    if not call.children or is_compiled_anyhow(call.module):
         return False
     return isinstance(call.module, _OPENED) or not type(call.module).__module__.startswith("torch.")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import buffers_of, parameters_of
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.pipeline.partition import choice
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, canonical
@@ -228,9 +229,9 @@ class Cutter:
         # What opened modules hold themselves lies with what they call first.
         for name, module in self.module.named_modules():
             inside = [s for n, (_, s) in units.items() if not name or n.startswith(f"{name}.")]
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and inside:
-                    owner.setdefault(id(tensor), inside[0])
+            for own in (*parameters_of(module).values(), *buffers_of(module).values()):
+                if own is not None and inside:
+                    owner.setdefault(id(own), inside[0])
         named = [pair for root in self.roots for pair in _named_tensors(root)]
         tensors: list[dict[str, Tensor]] = [{} for _ in range(self.stages)]
         for name, tensor in named:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_mgpu.engine.compiled import inside_compiled
+from lightning_mgpu._compat.torch import version_of
+from lightning_mgpu._compat.torch_modules import Dropout, inside_compiled, is_compiled_anyhow
 from lightning_mgpu.engine.device import synchronize
 from lightning_mgpu.engine.pipeline import stage_values
 
@@ -46,8 +47,7 @@ class ModuleCall:
 
 def registered(module: nn.Module, name: str = "") -> ModuleCall:
     """Calls to expect of a module whose `forward` calls its children in order."""
-    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-    children = [] if compiled else module.named_children()
+    children = [] if is_compiled_anyhow(module) else module.named_children()
     prefix = f"{name}." if name else ""
     return ModuleCall(name, module, [registered(child, prefix + n) for n, child in children])
 
@@ -76,9 +76,9 @@ def observe(
 
     def before(called: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         given = [t for t in stage_values.tensors((args, kwargs)) if not t.is_inference()]
-        if isinstance(called, nn.modules.dropout._DropoutNd) and called.inplace:
+        if isinstance(called, Dropout) and called.inplace:
             _mark(open_calls, given)  # (which drops nothing while it is watched)
-        made = ModuleCall(name, called, seconds=-now(), given=[(t, t._version) for t in given])
+        made = ModuleCall(name, called, seconds=-now(), given=[(t, version_of(t)) for t in given])
         open_calls[-1].children.append(made)
         open_calls.append(made)
 
@@ -86,7 +86,7 @@ def observe(
         if len(open_calls) > 1 and open_calls[-1].module is called:
             made = open_calls.pop()
             made.seconds += now()
-            made.writes |= any(tensor._version != version for tensor, version in made.given)
+            made.writes |= any(version_of(tensor) != version for tensor, version in made.given)
             made.given = []
 
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}

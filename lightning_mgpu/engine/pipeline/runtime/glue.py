@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_mgpu._compat.torch import innermost_function_mode
+
 Fit = Callable[[Tensor], Tensor]
 
 
@@ -25,8 +27,7 @@ class Glue(TorchFunctionMode):
 
     def pause(self) -> None:
         """Stop intercepting operations until `resume`; may be nested."""
-        depth = torch._C._len_torch_function_stack()
-        on_top = depth > 0 and torch._C._get_function_stack_at(depth - 1) is self
+        on_top = innermost_function_mode() is self
         if on_top:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._paused.append(on_top)

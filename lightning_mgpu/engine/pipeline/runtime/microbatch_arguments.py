@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import version_of
 from lightning_mgpu.engine.pipeline import microbatch, stage_values
 from lightning_mgpu.engine.pipeline.inputs import entries as pieces
 from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
@@ -118,4 +119,4 @@ class MicrobatchArguments:
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor.is_inference() else version_of(tensor)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import parameters_of
 from lightning_mgpu.engine import recurrent
 from lightning_mgpu.engine.entry_swap import EntrySwap
 from lightning_mgpu.engine.parameter_leaves import Leaves
@@ -37,7 +38,7 @@ class ParameterSwap:
         self._holders = list({id(m): m for module in modules for m in module.modules()}.values())
         self.parameters = list(
             {
-                id(p): p for m in self._holders for p in m._parameters.values() if p is not None
+                id(p): p for m in self._holders for p in parameters_of(m).values() if p is not None
             }.values()
         )
         self._stage_of, self._owner, self._devices = stage_of, owner, devices
@@ -124,8 +125,9 @@ class ParameterSwap:
                     return self._leaves.leaves[self._index[id(parameter)]]
                 return self.borrow(parameter, stage)
 
-            for name, parameter in module._parameters.items():
+            parameters = parameters_of(module)
+            for name, parameter in parameters.items():
                 if parameter is not None:
-                    patches.append((module._parameters, name, parameter, leaf_of(parameter)))
+                    patches.append((parameters, name, parameter, leaf_of(parameter)))
             patches += recurrent.stand_ins(module, leaf_of)
         return patches

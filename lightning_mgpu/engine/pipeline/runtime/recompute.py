@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch import version_of
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.context import ThreadContext
 from lightning_mgpu.engine.pipeline import stage_values
@@ -66,7 +67,7 @@ class Recomputed:
             )
         self._moment = self._memory.after(self._before)
         del self._before, self._called
-        if any(copy._version > 0 for copy in self._copies):
+        if any(version_of(copy) > 0 for copy in self._copies):
             raise RuntimeError(
                 f"A `{type(self._module).__name__}` writes to its input, which its first call"
                 " did not show, so it cannot be recomputed in backward. Work on a copy"

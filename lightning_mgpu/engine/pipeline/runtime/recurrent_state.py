@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import BLANK, WEIGHTS, buffers_of
+
 _MISSING = object()
 # A place: the dict that holds it and its key.
 _Place = tuple[dict[str, Any], str]
@@ -83,13 +85,13 @@ class Memory:
                 _fill(container, kept)
 
     def _held(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        holders = (h for module in self._modules for h in (vars(module), module._buffers))
+        holders = (h for module in self._modules for h in (vars(module), buffers_of(module)))
         return [(holder, dict(holder)) for holder in holders]
 
     def _copies(self) -> list[tuple[_Place, Tensor]]:
         found = []
         for module in self._modules:
-            for holder in (module._buffers, vars(module)):
+            for holder in (buffers_of(module), vars(module)):
                 for key, value in holder.items():
                     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
                         continue
@@ -106,7 +108,7 @@ class Memory:
         ]
 
 
-_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
+_OWN = BLANK | {WEIGHTS}
 """What torch itself keeps in every module."""
 
 

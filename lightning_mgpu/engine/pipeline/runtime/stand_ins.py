@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import base_of, is_view, version_of
 from lightning_mgpu.engine.batch.containers import is_container, parts, rebuild
 from lightning_mgpu.engine.device import copied
 from lightning_mgpu.engine.pipeline import stage_values
@@ -33,7 +34,7 @@ class _StandIn(NamedTuple):
 
     @property
     def is_written(self) -> bool:
-        return not self.tensor.is_inference() and self.tensor._version != self.version
+        return not self.tensor.is_inference() and version_of(self.tensor) != self.version
 
 
 class StandIns:
@@ -121,7 +122,7 @@ class StandIns:
         source = self.latest(tensor)
         made = self._made_for(source)
         if made is not source:
-            version = -1 if made.is_inference() else made._version
+            version = -1 if made.is_inference() else version_of(made)
             self._here[key] = _StandIn(tensor, made, version)
             # (The tensor itself may have been replaced by the source before.)
             self._last[id(source)] = _StandIn(source, made, version)
@@ -139,7 +140,7 @@ class StandIns:
     def _made_for(self, source: Tensor) -> Tensor:
         """Replacement for a tensor in the current segment; itself if it can be used directly."""
         is_foreign = self._is_foreign(source)
-        if is_foreign or source._is_view():
+        if is_foreign or is_view(source):
             self._check_memory(source)
         if not is_foreign:
             return source
@@ -167,13 +168,13 @@ class StandIns:
         replaced = {id(stand_in.original): stand_in.tensor for stand_in in written}
         pairs = [(stand_in.original, stand_in.tensor) for stand_in in written]
         memory = _memory(tensor)
-        base = tensor._base if tensor._is_view() else None
+        base = base_of(tensor) if is_view(tensor) else None
         for original, latest in [*pairs, *((own, own) for own in self._rebased)]:
             while id(latest) in replaced:
                 latest = replaced[id(latest)]
             if memory not in (_memory(original), _memory(latest)) or latest is tensor:
                 continue
-            if base is not None and any(base is own for own in (latest, latest._base)):
+            if base is not None and any(base is own for own in (latest, base_of(latest))):
                 continue
             raise RuntimeError(
                 f"A tensor of shape {tuple(tensor.shape)} shares memory with another that was"
@@ -196,7 +197,7 @@ class StandIns:
             return self.fit(tensor)
         if made_at is None or made_at >= self._graph.start or not torch.is_grad_enabled():
             return tensor
-        if tensor.device != self._devices[self._stage] or tensor._is_view():
+        if tensor.device != self._devices[self._stage] or is_view(tensor):
             raise RuntimeError(
                 "The code between layers writes in place to a tensor of shape"
                 f" {tuple(tensor.shape)} that another stage of the pipeline has made. Write to"

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import next_node_number
 from lightning_mgpu.engine.device import make_current
-from lightning_mgpu.engine.pipeline.runtime import graph_position
 from lightning_mgpu.engine.pipeline.runtime.glue import Glue
 from lightning_mgpu.engine.pipeline.runtime.segments import Graph, Segment, Stay
 from lightning_mgpu.engine.pipeline.runtime.stand_ins import StandIns
@@ -119,7 +119,7 @@ class Traveller:
         """
         assert self.stage is not None
         segment = segment or Segment(self.stage)
-        self.graph.add(segment, graph_position.now())
+        self.graph.add(segment, next_node_number())
         self.stays[-1].segments.append(segment)
         self.stand_ins.begin(self.stage)
 
