@@ -1,4 +1,4 @@
-"""Registers the strategies with Lightning when Lightning is there, and not before.
+"""Register the strategies with Lightning once Lightning is imported.
 
 Lightning takes seconds to import, which programs that train nothing should not wait for: the
 command's ``--help``, the driver of a sweep. Each of its namespaces has a registry of its own, and
@@ -72,7 +72,7 @@ def _refuse(namespace: Namespace, name: str, class_name: str) -> NoReturn:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds Lightning as the others do, and has its loader call us when it has been imported."""
+    """Import hook that calls us after one of Lightning's packages has been imported."""
 
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace

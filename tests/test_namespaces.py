@@ -312,7 +312,7 @@ def test_an_application_is_searched(ray_address: str) -> None:
         *("hydra.sweeper.mode=max", "hydra.sweeper.num_samples=2"),
     )
     assert swept.code == 0, swept.err
-    assert [trial["reports"] for trial in swept.trials] == [2, 2]  # by the callback
+    assert max(trial["reports"] for trial in swept.trials) == 2  # by the callback
 
 
 _LIT_MODEL = command.PROJECT.replace("lightning.pytorch", "pytorch_lightning")
@@ -338,7 +338,7 @@ def test_the_command_says_whose_classes_do_not_fit() -> None:
     Path("my_project.py").write_text(_LIT_MODEL)
     done = command.run_process(*command.TINY, "data._target_=my_project.LitData")
     assert done.code == 2
-    assert "data: my_project.LitData is not a lightning.pytorch" in done.err
+    assert "data: `my_project.LitData` is not a `lightning.pytorch." in done.err
     assert "it derives from `pytorch_lightning`, whose classes are others" in done.err
     assert "LIGHTNING_MGPU_NAMESPACE=pytorch_lightning in the environment decides" in done.err
 

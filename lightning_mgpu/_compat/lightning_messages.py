@@ -18,18 +18,12 @@ KNOWN_WARNINGS = (
 
 # How `ModelCheckpoint` and `EarlyStopping` say that what they monitor is not there.
 _NOT_LOGGED = ("could not find the monitored key", "Early stopping conditioned on metric")
-_OTHER_MODEL = "Error(s) in loading state_dict"  # torch's own
 _NO_DEVICE = ("No supported gpu backend", "accelerator is not available")
 
 
 def names_missing_metric(error: BaseException) -> bool:
     """Whether a callback says that nobody has logged what it monitors."""
     return any(words in str(error) for words in _NOT_LOGGED)
-
-
-def tells_of_another_model(error: BaseException) -> bool:
-    """Whether a checkpoint was refused since it is that of another model."""
-    return _OTHER_MODEL in str(error)
 
 
 def finds_no_checkpoint(error: BaseException, ckpt_path: str) -> bool:

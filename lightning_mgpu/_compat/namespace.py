@@ -3,8 +3,8 @@
 Both hold the same code, with classes of their own that refuse each other's objects. This package
 works with one of the two in a process, and decides which when it first needs it:
 
-1. what a Trainer is of that asks for one of our strategies by its name, or what the program that
-   started this process has chosen;
+1. what a Trainer is of that asks for one of our strategies by its name, or what the program has
+   chosen that started this process;
 2. the environment variable ``LIGHTNING_MGPU_NAMESPACE``;
 3. what the module imports that imports ours (a sorted block of imports has ours first);
 4. what has been imported first;
@@ -18,6 +18,8 @@ import importlib
 import os
 import sys
 from dataclasses import dataclass
+
+from lightning_mgpu._compat import ray_namespace
 
 VARIABLE = "LIGHTNING_MGPU_NAMESPACE"
 _US = ("lightning_mgpu", "hydra_plugins")
@@ -78,7 +80,8 @@ def current() -> Namespace:
         ValueError: The environment variable has another value.
     """
     if _chosen is None:
-        choose(*(_by_variable() or _by_importer() or _by_order() or (LIGHTNING, "by default")))
+        found = _by_variable() or _by_driver() or _by_importer() or _by_order()
+        choose(*(found or (LIGHTNING, "by default")))
     assert _chosen is not None
     return _chosen
 
@@ -96,6 +99,7 @@ def choose(namespace: Namespace, reason: str) -> None:
     global _chosen, _reason
     if _chosen is None:
         _chosen, _reason = namespace, reason
+        ray_namespace.tell(namespace.name)
     elif _chosen is not namespace:
         raise TypeError(
             f"lightning_mgpu works with one namespace of Lightning in a process, which is"
@@ -179,6 +183,11 @@ def preload(name: str | None = None) -> None:
 def _by_variable() -> tuple[Namespace, str] | None:
     value = os.environ.get(VARIABLE)
     return (named(value), f"{VARIABLE} says so") if value else None
+
+
+def _by_driver() -> tuple[Namespace, str] | None:
+    name = ray_namespace.told()
+    return (named(name), "as in the driver of this Ray job") if name else None
 
 
 def _by_importer() -> tuple[Namespace, str] | None:

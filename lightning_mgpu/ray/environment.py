@@ -1,13 +1,13 @@
-"""Where a worker stands among the others, in Lightning's terms."""
+"""Ranks of workers, as a Lightning cluster environment."""
 
 from typing_extensions import override
 
-from lightning_mgpu.ray.ranks import Place
+from lightning_mgpu.ray.ranks import RankAssignment
 from lightning_mgpu.strategies.ranks.environment import LaunchedEnvironment
 
 
 class RayEnvironment(LaunchedEnvironment):
-    """Ranks that Ray has placed. On the driver it answers for rank 0 of all workers.
+    """Ranks assigned by the driver, where it answers for rank 0 of all workers.
 
     Args:
         num_workers: How many there will be.
@@ -15,7 +15,7 @@ class RayEnvironment(LaunchedEnvironment):
 
     def __init__(self, num_workers: int) -> None:
         super().__init__()
-        self.place = Place(
+        self.place = RankAssignment(
             0,
             num_workers,
             local_rank=0,
@@ -40,7 +40,7 @@ class RayEnvironment(LaunchedEnvironment):
 
     @override
     def set_world_size(self, size: int) -> None:
-        """Nothing to do: the number of workers is the strategy's."""
+        """Do nothing: the number of workers is the strategy's."""
 
     @override
     def global_rank(self) -> int:

@@ -1,4 +1,4 @@
-"""Where a worker stands among the others, and on which machine.
+"""Ranks of workers, and the machines that they are on.
 
 Imports nothing of Lightning: workers import this before they know which of its packages is in use.
 """
@@ -12,8 +12,8 @@ from lightning_mgpu.launch.rank import Rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place(Rank):
-    """One worker's ranks, and where the ranks meet."""
+class RankAssignment(Rank):
+    """Ranks of one worker, and the address where the ranks meet."""
 
     local_rank: int
     local_world_size: int
@@ -21,11 +21,11 @@ class Place(Rank):
     num_nodes: int
 
 
-def places(nodes: list[str]) -> list[Place]:
-    """The place of each worker, given the node on which it runs."""
+def places(nodes: list[str]) -> list[RankAssignment]:
+    """Assign ranks to workers, given the node on which each runs."""
     order = list(dict.fromkeys(nodes))
     return [
-        Place(
+        RankAssignment(
             rank=rank,
             world_size=len(nodes),
             local_rank=nodes[:rank].count(node),
@@ -38,6 +38,6 @@ def places(nodes: list[str]) -> list[Place]:
 
 
 def machine() -> str:
-    """What tells this machine (or container) from others: they share no files, or so we assume."""
+    """Identifier of this machine or container, which is assumed to share no files with others."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{platform.node()} {boot.read_text().strip() if boot.exists() else os.getuid()}"

@@ -33,15 +33,6 @@ def test_message_of_a_metric_that_is_not_there(kind: str, tmp_path: Path) -> Non
     assert lightning_messages.names_missing_metric(caught.value)
 
 
-def test_message_of_a_checkpoint_of_another_model(tmp_path: Path) -> None:
-    trainer = quiet()
-    trainer.fit(Model())
-    trainer.save_checkpoint(tmp_path / "saved.ckpt")
-    with pytest.raises(RuntimeError, match="size mismatch") as caught:
-        quiet().predict(Model(size=3), ckpt_path=tmp_path / "saved.ckpt")
-    assert lightning_messages.tells_of_another_model(caught.value)
-
-
 @pytest.mark.parametrize("keyword", ["hpc", "best"])
 def test_message_of_a_keyword_without_checkpoint(keyword: str) -> None:
     with pytest.raises(ValueError, match="ckpt_path") as caught:

@@ -1,4 +1,4 @@
-"""`fit`: a config or a function of the user's, trained by Ray Train's `TorchTrainer`."""
+"""Train a config or a user's function with Ray Train's `TorchTrainer`."""
 
 import copy
 import uuid
@@ -11,12 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from ray.train import Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from lightning_mgpu._compat import hydra
 from lightning_mgpu._compat.lightning import seed_everything
 from lightning_mgpu.config.build import build, build_node
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.process_state import ProcessState
-from lightning_mgpu.ray import cluster
+from lightning_mgpu.ray import connection
 from lightning_mgpu.ray.ranks import machine
 from lightning_mgpu.ray.ray_train.loop import TrainLoop
 
@@ -34,7 +35,7 @@ def fit(
     scaling: int | ScalingConfig | Mapping[str, Any] | None = None,
     run_config: RunConfig | None = None,
 ) -> Result:
-    """Train with Ray Train, of whose workers each builds its own objects.
+    """Train with Ray Train, each of whose workers builds its own objects.
 
     For those who want Ray Train's own results, storage, failure handling or data. Where a plain
     script will do, `Trainer(strategy=RayStrategy())` needs less.
@@ -70,16 +71,15 @@ def fit(
         run_config.name = f"lightning_mgpu-{uuid.uuid4().hex[:12]}"
     resources = given.resources_per_worker  # or, under Ray Tune, what it is drawn from
     cpus: Any = resources.get("CPU", 1) if isinstance(resources, dict) else 1
-    cluster.connect()
-    loop = TrainLoop(
-        ProcessState.capture(max(1, int(cpus))), machine(), bytes(cloudpickle.dumps(factory))
-    )
-    with cluster.signal_handlers_kept():
+    connection.connect()
+    state = ProcessState.capture(max(1, int(cpus)), libraries=[hydra.take_state])
+    loop = TrainLoop(state, machine(), bytes(cloudpickle.dumps(factory)))
+    with connection.signal_handlers_kept():
         return TorchTrainer(loop, scaling_config=given, run_config=run_config).fit()
 
 
 def _of_config(cfg: DictConfig) -> Callable[[], Fit]:
-    """A factory of what a config describes, with the strategy of one worker."""
+    """Return a factory of a config's objects, with the strategy of one worker."""
     strategy = cfg.get("strategy") or _DEFAULT
     # The number of workers is Ray Train's affair.
     cfg.strategy = {name: value for name, value in strategy.items() if name != "num_workers"}
@@ -97,7 +97,7 @@ def _of_config(cfg: DictConfig) -> Callable[[], Fit]:
 
 
 def _workers_of(cfg: DictConfig) -> ScalingConfig:
-    """The workers that the config's strategy asks for."""
+    """Workers requested by the config's strategy."""
     if cfg.get("strategy") is None:
         return ScalingConfig(num_workers=1)
     strategy = build_node(cfg, "strategy")

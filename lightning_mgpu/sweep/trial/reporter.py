@@ -1,4 +1,4 @@
-"""Reports metrics of a trial from within Lightning's Trainer, with no change to the user's code.
+"""Report metrics of a trial from Lightning's Trainer, without changes to the user's code.
 
 Lightning asks `callbacks` for more callbacks whenever a Trainer is made (see the entry point in
 pyproject.toml); only inside a trial there is one. Imports no Ray: the ranks of a distributed trial
@@ -37,11 +37,13 @@ _GROUPS = "param_groups.json"
 
 
 def callbacks() -> list[Checkpoint]:
-    """What to add to a new Trainer."""
+    """Callbacks to add to a new Trainer."""
     trial = reporting.current()
     if trial is None:
         return []
-    return [ReportCallback(trial.metrics, trial.every_n_epochs, trial.saves, trial.restore_from)]
+    return [
+        TrialReportCallback(trial.metrics, trial.every_n_epochs, trial.saves, trial.restore_from)
+    ]
 
 
 def _tell(trainer: Trainer, function: Callable[..., None], *args: Any) -> None:
@@ -54,8 +56,8 @@ def _tell(trainer: Trainer, function: Callable[..., None], *args: Any) -> None:
         function(*args)
 
 
-class ReportCallback(Checkpoint):
-    """Reports at the end of each epoch, and after each validation in between.
+class TrialReportCallback(Checkpoint):
+    """Report at the end of each epoch, and after each validation in between.
 
     A `Checkpoint`, since Lightning calls those last: a trial that is stopped in here has saved what
     its other callbacks save.
@@ -84,7 +86,7 @@ class ReportCallback(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Once: a list of callbacks that two Trainers share has those of both.
         attributes = vars(trainer)  # `callbacks` is set by a connector, and no declared attribute
-        others = [c for c in attributes["callbacks"] if not isinstance(c, ReportCallback)]
+        others = [c for c in attributes["callbacks"] if not isinstance(c, TrialReportCallback)]
         attributes["callbacks"] = [*others, self]
 
     @override
@@ -179,7 +181,7 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def _best_checkpoint(trainer: Trainer) -> dict[str, str]:
-    """The best checkpoint by the first callback that has a metric to go by, or else the latest."""
+    """Best checkpoint of the first callback with a metric, or else the latest."""
     found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     found.sort(key=lambda callback: callback.monitor is None)
     return {BEST_CHECKPOINT: found[0].best_model_path} if found else {}

@@ -1,0 +1,73 @@
+"""What Hydra and OmegaConf have no public name for. Imports neither until it is called."""
+
+import functools
+import pickle
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def escape(text: str) -> str:
+    """Escape what means something in an unquoted key of a dictionary among overrides."""
+    from hydra._internal.grammar.utils import escape_special_characters
+
+    return escape_special_characters(text)
+
+
+def command_line_parser() -> "argparse.ArgumentParser":
+    """The parser of Hydra's own flags, such as ``--config-name``."""
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser()
+
+
+def take_state() -> Callable[[], None] | None:
+    """Take a copy of Hydra's process-wide objects and OmegaConf's resolvers.
+
+    Returns:
+        What puts them back, in this process or another; `None` if Hydra is not in use.
+    """
+    if "hydra" not in sys.modules:
+        return None
+    from hydra.core.singleton import Singleton
+
+    pickled = {}
+    for name, resolver in _resolvers().items():
+        with suppress(Exception):  # one that cannot be pickled stays behind
+            pickled[name] = bytes(cloudpickle.dumps(resolver))
+    return functools.partial(_put_state, {**Singleton.get_state(), _RESOLVERS: {}}, pickled)
+
+
+def _put_state(singletons: Any, resolvers: Mapping[str, bytes]) -> None:
+    from hydra.core.plugins import Plugins
+    from hydra.core.singleton import Singleton
+
+    global _plugins
+    if _plugins is not None and _plugins[0] == sys.path:
+        singletons["instances"][Plugins] = _plugins[1]  # or they are searched for again
+    Singleton.set_state(singletons)
+    _plugins = (list(sys.path), Plugins.instance())
+    held = _resolvers()
+    held.clear()
+    held.update({name: pickle.loads(data) for name, data in resolvers.items()})
+
+
+def _resolvers() -> MutableMapping[str, Any]:
+    """The resolvers of OmegaConf by name, as it calls them."""
+    from omegaconf.basecontainer import BaseContainer
+
+    found: MutableMapping[str, Any] = BaseContainer._resolvers
+    return found
+
+
+_RESOLVERS = "omegaconf_resolvers"
+"""The resolvers in Hydra's state, which would have to be picklable one and all."""
+
+_plugins: tuple[list[str], Any] | None = None
+"""Hydra's, and the path where they were found."""
