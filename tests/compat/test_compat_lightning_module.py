@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from lightning_models import Model, quiet
 from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -22,6 +23,7 @@ from lightning_mgpu._compat.lightning import (
     CSVLogger,
     LightningModule,
 )
+from lightning_mgpu._compat.module_device import say_device
 
 
 def test_attributes_that_lightning_keeps_for_itself() -> None:
@@ -47,7 +49,12 @@ def test_a_module_says_another_device() -> None:
     model = Model()
     lightning_module.set_device(model, torch.device("meta"))
     assert model.device.type == "meta"
-    assert model.layer.weight.device.type == "cpu"
+    say_device(model, torch.device("cpu"))
+    say_device(model.layer, torch.device("meta"))  # which has none to name
+    assert model.device.type == model.layer.weight.device.type == "cpu"
+    metric = torchmetrics.MeanMetric()
+    say_device(metric, torch.device("meta"))
+    assert metric.device.type == "meta"
 
 
 def test_arguments_of_log_go_by_name() -> None:

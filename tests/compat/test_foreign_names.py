@@ -18,21 +18,9 @@ _VERSION_DEPENDENT = {
 """By package: names without an underscore that are to be used in `_compat` only."""
 
 _LEFT: dict[str, set[str]] = {
-    "lightning": {
-        *("_DatasetSamplerWrapper", "_DeviceDtypeModuleMixin", "_ExperimentWriter"),
-        *("_IndexBatchSamplerWrapper", "_Launcher", "_Loop", "_PATH"),
-        *("_StrategyRegistry", "_SubprocessScriptLauncher", "_TunerExitException"),
-        *("_accelerator", "_attr_name", "_call_teardown_hook", "_check_log_dir_exists"),
-        *("_checkpoint_connector", "_combined_loader", "_combined_loader_states_to_load"),
-        *("_data_connector", "_data_source", "_datahook_selector", "_ddp_comm_state"),
-        *("_ddp_kwargs", "_determine_lr_attr_name", "_experiment", "_fs"),
-        *("_get_full_state_dict_context", "_get_process_group_backend"),
-        *("_init_dist_connection", "_is_training_done", "_launcher", "_layer_sync"),
-        *("_lightning_optimizers", "_loaded_from_state_dict", "_logger_connector"),
-        *("_original_handlers", "_predictions", "_restarting"),
-        *("_restore_modules_and_callbacks", "_resuming_from_checkpoint"),
-        *("_signal_connector", "_start_method", "_state_dict_type", "_teardown"),
-        *("_timeout", "_update_attr"),
+    "lightning": {  # of the strategies that ours are derived from; see `test_compat_lightning`
+        *("_accelerator", "_ddp_comm_state", "_ddp_kwargs", "_get_process_group_backend"),
+        *("_launcher", "_layer_sync", "_start_method", "_state_dict_type", "_timeout"),
     },
     "torch_geometric": {"_inc_dict", "_key", "_num_graphs", "_num_nodes", "_slice_dict"},
 }

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_mgpu._compat.module_device import say_device
 from lightning_mgpu._compat.namespace import PACKAGES as LIGHTNING_PACKAGES
 from lightning_mgpu._compat.torch_modules import (
     BLANK,
@@ -92,8 +93,7 @@ class Copy(Replica):
         self.tensors.begin()
         self.buffers.refresh()
         self._update()
-        if hasattr(self.module, "_device"):
-            vars(self.module)["_device"] = self.device
+        say_device(self.module, self.device)
         self.was = [dict(vars(original)) for original, _ in self.watched]
         for (original, copied), was, names in zip(
             self.watched, self.was, self._class_numbers, strict=True
