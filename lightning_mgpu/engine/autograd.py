@@ -9,6 +9,21 @@ from torch import Tensor
 Gradients = Sequence[Tensor | None]
 Backward = Callable[[Gradients, bool], Gradients]
 
+# What `graft` adds to the caller's graph. Forward goes from left to right, backward back again:
+#
+#     inputs,                         token                        outputs, on
+#     parameters -----> [ _Work ] -------------> [ _Outputs ] ---> their devices ---> loss
+#                           |      (on the CPU)        |
+#     its backward          |                          |
+#     runs on        the thread that called       a thread of the outputs' device
+#     and            takes the gradients from     keeps the gradients in the `_Link`,
+#                    the `_Link`, waits for       hands on a token, never waits
+#                    the workers, returns one
+#                    gradient for each input
+#
+# With one node instead of two, the waiting would be done by the device's thread, which is the one
+# that the workers need for the backward of their own graphs.
+
 
 def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backward) -> list[Tensor]:
     """Join `outputs`, computed apart from the caller's graph, to it as a function of `inputs`.

@@ -1,4 +1,20 @@
-"""Manual optimisation on replicas: common calls are made once, when all replicas ask."""
+"""Manual optimisation on replicas: common calls are made once, when all replicas ask.
+
+Two replicas in one step, from top to bottom::
+
+    worker of slot 0          worker of slot 1          the thread that called `Workers.run`
+    ----------------          ----------------          ------------------------------------
+    loss of shard 0           loss of shard 1           waits for tasks and calls
+    manual_backward --------- manual_backward --------> all have come: the master is made as it is
+      waits                     waits                   outside of steps, for the joint loss's
+      runs its backward <------ runs its backward <---- backward, which lends the threads its work
+      goes on <---------------- goes on <-------------- one gradient a parameter; back in the step
+    optimizer.step ---------- optimizer.step ---------> all have come: one step of the optimizer,
+      waits                     waits                   whose closure, if there is one, runs on
+      goes on <---------------- goes on <-------------- both workers as their backward has
+
+A replica that calls something else, or ends, while the others wait is a `LockstepError`.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence

@@ -2,6 +2,25 @@
 
 Unlike a deep copy, a structural copy has modules and containers of its own, while all else (data,
 loggers, functions) stays shared, needs no pickling, and parameters may alias the original's.
+
+Two slots on the CPU within a step, where leaves stand for the parameters on the master, too::
+
+    master (slot 0)                                           copy (slot 1)
+    LitModel                                                  LitModel
+     |- net: Linear                                            |- net: Linear
+     |   `- weight: Leaf -------> memory of the <--------------|---`- weight: Leaf
+     |                            user's Parameter             |
+     |- net.running: buffer                                    |- net.running: a copy
+     |- accuracy: a copy of the metric                         |- accuracy: another
+     |- seen: [...]                                            |- seen: [...], a copy for one step
+     |- count: 3                                               |- count: 3, which knows additions
+     |- rng: Generator                                         |- rng: one of its own
+     |- head = net.forward                                     |- head = net.forward, of its net
+     `- trainer, data --------->  one object   <---------------`- trainer, data
+
+Modules and objects that lead to them are made blank, once, and get their attributes before each
+step (`copies`), by a translation of references from one column to the other (`remap`). What a step
+has left in the right column is brought to the left one by `side_effects`.
 """
 
 import functools

@@ -8,7 +8,15 @@ Three stages and four micro-batches::
     stage 1       0    1    2    3
     stage 2            0    1    2    3
 
-Backward is its mirror: it begins with the last stage and the last micro-batch.
+Backward is its mirror: it begins with the last stage and the last micro-batch::
+
+    tick     6    7    8    9   10   11
+    stage 0            3    2    1    0
+    stage 1       3    2    1    0
+    stage 2  3    2    1    0
+
+Ticks are for planning only. What holds in a run is the order at each device (`turns`): nobody waits
+for the end of a tick.
 """
 
 import functools

@@ -9,6 +9,21 @@ from lightning_mgpu.engine.worker_thread import Cancelled
 # How often a micro-batch that waits looks whether it has been cancelled.
 _POLL_SECONDS = 0.05
 
+# Two doors and three micro-batches, of which two are on their way at once; `1.0` is visit 0 of
+# micro-batch 1. What a door expects comes from the timetable, and is let in in this order:
+#
+#                                door 0                 door 1
+#                                inside   expects       inside   expects
+#     at first                   -        0.0 1.0 2.0   -        0.1 1.1 2.1
+#     0 and 1 come to door 0     0.0      1.0 2.0       -        0.1 1.1 2.1     1 waits
+#     0 leaves for door 1        1.0      2.0           0.1      1.1 2.1
+#     1 leaves for door 1        -        2.0           0.1      1.1 2.1         1 waits
+#     0 leaves and is done;      2.0      -             1.1      2.1
+#     its thread takes 2
+#
+# Had 1 left out stage 0 and come to door 1 at once, `drop` would have taken 1.0 off door 0's list,
+# so that 2.0 is next there.
+
 
 class Turns:
     """Locks of the stages. A micro-batch holds one at most, and none while it waits.
