@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf have no public name for. Imports neither until it is called."""
+"""Private names of Hydra and OmegaConf. Imports neither until it is called."""
 
 import functools
 import pickle
