@@ -36,7 +36,7 @@ TESTS = (
     "tests/strategies/test_parity.py",
 )
 INSTALL_SECONDS = 3600
-TEST_SECONDS = 1200
+TEST_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -233,4 +233,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background, too: end what runs
+        signal.signal(number, signal.default_int_handler)
     main()

@@ -1,10 +1,10 @@
-"""What Hydra and OmegaConf have no public name for. Imports neither until it is called."""
+"""Private names of Hydra and OmegaConf. Imports neither until it is called."""
 
 import functools
 import pickle
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -25,6 +25,26 @@ def command_line_parser() -> "argparse.ArgumentParser":
     from hydra._internal.utils import get_args_parser
 
     return get_args_parser()
+
+
+@contextmanager
+def shared_config_store() -> Iterator[None]:
+    """Let all of Hydra's repositories share the store of structured configs.
+
+    For each group that ``--help`` lists, and for each composition, Hydra makes a deep copy of the
+    store, which takes most of the time of ``--help``. It needs none: `ConfigStore.load` returns
+    copies of the nodes.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    if hasattr(ConfigStore, _COPY):
+        yield
+        return
+    setattr(ConfigStore, _COPY, lambda self, _: self)
+    try:
+        yield
+    finally:
+        delattr(ConfigStore, _COPY)
 
 
 def take_state() -> Callable[[], None] | None:
@@ -66,6 +86,7 @@ def _resolvers() -> MutableMapping[str, Any]:
     return found
 
 
+_COPY = "__deepcopy__"
 _RESOLVERS = "omegaconf_resolvers"
 """The resolvers in Hydra's state, which would have to be picklable one and all."""
 

@@ -1,4 +1,4 @@
-"""What CPython has no public or no stable name for."""
+"""Private or unstable names of CPython."""
 
 import ctypes
 import dis
@@ -34,7 +34,7 @@ def raise_in_thread(ident: int, kind: type[BaseException]) -> bool:
 
 
 def stack_of(ident: int) -> str:
-    """What a thread is doing, as in a traceback; empty if there is no such thread.
+    """Stack of a thread, as in a traceback; empty if there is no such thread.
 
     Args:
         ident: The thread's, as `threading.get_ident` returns it.
@@ -57,7 +57,7 @@ _BETWEEN = frozenset({"CACHE", "PRECALL", "KW_NAMES", "EXTENDED_ARG", "NOT_TAKEN
 
 @functools.lru_cache(maxsize=1024)
 def offsets_after_constants(code: types.CodeType) -> frozenset[int]:
-    """Where in a function instructions are whose last operand is a constant of the source.
+    """Offsets of a function's instructions whose last operand is a constant of the source.
 
     Returns:
         Offsets in its bytecode, as `f_lasti` of a frame that is at such an instruction.

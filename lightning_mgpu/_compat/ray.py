@@ -1,4 +1,4 @@
-"""What Ray has no public name for; Ray Tune is in `ray_tune`."""
+"""Private names of Ray; those of Ray Tune are in `ray_tune`."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def of_group(resource: str, group: str) -> str:
 
 
 def is_of_group(resource: str) -> bool:
-    """Whether a resource is a placement group's own."""
+    """Return whether a resource is a placement group's own."""
     return _OF_GROUP in resource
 
 
@@ -58,7 +58,7 @@ def read_token_mode() -> None:
 
 
 def is_client() -> bool:
-    """Whether this process is connected through Ray Client, from outside of the cluster."""
+    """Return whether this process is connected through Ray Client, from outside the cluster."""
     return bool(ray.util.client.ray.is_connected())
 
 
@@ -73,7 +73,7 @@ def actor_id(actor: Any) -> str:
 
 
 def cluster_state() -> Any:
-    """What the autoscaler is told of nodes and of requests that wait (`ClusterResourceState`).
+    """The autoscaler's state: nodes and pending requests (`ClusterResourceState`).
 
     Raises:
         ImportError, AttributeError: This release of Ray says it elsewhere.
@@ -85,7 +85,7 @@ def cluster_state() -> Any:
 
 
 def report_directory(callback: Any) -> str:
-    """Where a `ray.train.lightning.RayTrainReportCallback` puts checkpoints until they are stored.
+    """Directory where a `ray.train.lightning.RayTrainReportCallback` keeps unstored checkpoints.
 
     Args:
         callback: The callback.

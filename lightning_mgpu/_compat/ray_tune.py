@@ -1,4 +1,4 @@
-"""What Ray Tune has no public name for: the process of a trial, and what runs the trials."""
+"""Private names of Ray Tune: the process of a trial, and the controller of trials."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ class TrialActor(FunctionTrainable):
 
     @property
     def directory_name(self) -> str:
-        """That of the trial's directory, within the experiment's."""
+        """Name of the trial's directory, within the experiment's."""
         assert self._storage is not None, "made outside of Ray Tune"
         return str(self._storage.trial_dir_name or "")
 
@@ -63,7 +63,7 @@ class Controller:
         self._its = given._tune_controller
 
     def set_patience(self, seconds: float) -> None:
-        """How long trials may take to stop when the sweep ends; Ray by itself gives them ten."""
+        """Set the seconds that trials may take to stop with the sweep; Ray's default is ten."""
         assign(self._its, "_actor_force_cleanup_timeout", seconds, "ray")
 
     def run_again(self, trial: Trial) -> None:
@@ -120,7 +120,7 @@ def actor_of(trial: Trial) -> Any:
 
 
 def state_directory(trial: Trial) -> Path:
-    """Where Ray writes the state of a trial's sweep, before it copies that to its storage."""
+    """Directory where Ray writes the state of a trial's sweep before copying it to storage."""
     assert trial.storage is not None, "no trial of a sweep"
     return Path(trial.storage.experiment_driver_staging_path)
 

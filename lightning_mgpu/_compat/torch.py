@@ -1,4 +1,4 @@
-"""What torch has no public name for: autograd, dispatch, generators and process groups.
+"""Private names of torch: autograd, dispatch, generators and process groups.
 
 Its modules and hooks are in `torch_modules`, pickling in `torch_pickling`, and the words of its
 errors in `torch_messages`.

@@ -1,4 +1,4 @@
-"""What `torch.nn.Module` and its layers keep their parts in."""
+"""Private attributes of `torch.nn.Module` and its layers."""
 
 import operator
 import sys
@@ -136,14 +136,14 @@ def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> Non
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether it is what `torch.compile` makes of a module."""
+    """Return whether a module was made by `torch.compile`."""
     # Costs a second to import, and nothing is compiled as long as nobody has.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def is_compiled_anyhow(module: nn.Module) -> bool:
-    """Whether it calls compiled code, made of itself or of another module."""
+    """Return whether a module calls compiled code, made of itself or of another module."""
     return compiled_call(module) is not None or is_compiled(module)
 
 
@@ -177,7 +177,7 @@ _WEIGHT_NAMES = "_flat_weights_names"
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What a recurrent layer has beside its parameters.
+    """State of a recurrent layer beside its parameters.
 
     Attributes:
         names: The parameters that it is made of.
@@ -203,5 +203,5 @@ def weights_of(layer: nn.RNNBase) -> LayerWeights:
 
 
 def has_weights(layer: nn.RNNBase) -> bool:
-    """Whether a recurrent layer has made its lists yet."""
+    """Return whether a recurrent layer has made its lists yet."""
     return bool(vars(layer).get(_WEIGHT_NAMES))

@@ -1,4 +1,4 @@
-"""What `torch.save` and DataLoaders have no public name for. Imports torch when it is called."""
+"""Private names for `torch.save` and DataLoaders. Imports torch when it is called."""
 
 import operator
 import sys
@@ -14,7 +14,7 @@ _ITERATOR = "_iterator"
 
 
 def reduce_loader(obj: Any) -> tuple[Any, ...] | None:
-    """What pickles a `DataLoader` without the iterator that its persistent workers serve.
+    """Pickle a `DataLoader` without the iterator that its persistent workers serve.
 
     Returns:
         As `__reduce_ex__`; `None` for anything that has no such iterator.
@@ -29,7 +29,7 @@ def reduce_loader(obj: Any) -> tuple[Any, ...] | None:
 
 
 def pickle_module(pickler: type) -> Any:
-    """What `torch.save(pickle_module=...)` takes for a module.
+    """Module-like object for `torch.save(pickle_module=...)`.
 
     It derives from the pickler a class of its own, whose `persistent_id` claims all storages.
     """
@@ -41,7 +41,7 @@ identity_of: Callable[["torch.UntypedStorage"], int] = operator.attrgetter("_cda
 
 
 def is_typed(obj: Any) -> bool:
-    """Whether it is one of the storages with a dtype that `torch.save` makes of plain ones."""
+    """Return whether `obj` is a storage with a dtype, made by `torch.save` of a plain one."""
     storage = sys.modules.get("torch.storage")
     return storage is not None and isinstance(obj, storage.TypedStorage)
 

@@ -11,7 +11,7 @@ Reduction = str | Callable[..., Any] | None
 
 
 def reductions_of(metric: Metric) -> Mapping[str, Reduction]:
-    """How the states of several processes make one: a function (or its name) by the state's."""
+    """Reductions that join the states of several processes, by the state's name."""
     return metric._reductions
 
 

@@ -22,6 +22,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_mgpu._compat.hydra import shared_config_store
 from lightning_mgpu._compat.lightning_messages import KNOWN_WARNINGS, is_tip, loggers, tip_loggers
 from lightning_mgpu.config.namespace import follow_model
 from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
@@ -59,7 +60,8 @@ def main() -> None:
         # `model._target_=my_project.LitModel`, with the console script as with `python -m`.
         sys.path.insert(0, os.getcwd())
     try:
-        with _environment(_FULL_ERROR, "1"):  # so that Hydra leaves the errors to us
+        # The errors are left to us.
+        with _environment(_FULL_ERROR, "1"), shared_config_store():
             app()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

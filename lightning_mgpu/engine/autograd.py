@@ -18,8 +18,8 @@ Backward = Callable[[Gradients, bool], Gradients]
 #                           |      (on the CPU)        |
 #     its backward          |                          |
 #     runs on        the thread that called       a thread of the outputs' device
-#     and            takes the gradients from     keeps the gradients in the `_Link`,
-#                    the `_Link`, waits for       hands on a token, never waits
+#     and            takes the gradients from     keeps them in the `_GraftState`,
+#                    `_GraftState`, waits for     hands on a token, never waits
 #                    the workers, returns one
 #                    gradient for each input
 #

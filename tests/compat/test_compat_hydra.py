@@ -1,5 +1,6 @@
 """What is used of Hydra and OmegaConf beside their documentation."""
 
+import copy
 import pickle
 import sys
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 
 import cloudpickle
 import pytest
+from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -38,6 +40,19 @@ def test_command_line_parser_knows_the_flags_of_a_single_job() -> None:
     )
     assert (given.config_path, given.config_name, given.config_dir) == ("p", "n", "d")
     assert "--unknown" in rest
+
+
+@pytest.mark.usefixtures("state_kept")
+def test_shared_store_gives_out_copies_of_its_nodes_only() -> None:
+    store = ConfigStore.instance()
+    store.store("compat_node", {"a": 1})
+    with initialize(version_base=None), hydra.shared_config_store():
+        assert copy.deepcopy(store) is store
+        first = compose("compat_node")
+        first.a = 2
+        assert compose("compat_node") == {"a": 1}
+    assert store.load("compat_node.yaml").node == {"a": 1}
+    assert copy.deepcopy(store) is not store
 
 
 @pytest.mark.usefixtures("state_kept")
