@@ -3,6 +3,7 @@
 #   make test PYTEST_ARGS="-k pipeline"    only some tests
 #   make test WORKERS=0                    all tests in one process
 #   make zoo PYTEST_ARGS="-k bert"         only some models of other packages
+#   make corners CORNERS="lowest hydra14"  only some environments
 #   make gpu GPU_PYTHON=python3            with the packages of this Python, installing nothing
 
 SHELL := /bin/bash
@@ -14,6 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= 2
+CORNERS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 ZOO := $(VENV)/zoo
@@ -43,7 +45,7 @@ define install_zoo
 endef
 SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: help demo test test-fast zoo gpu lint bench constraints clean
+.PHONY: help demo test test-fast zoo corners gpu lint bench constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +61,9 @@ test-fast: $(VENV)/.test ## The tests that take a few seconds
 
 zoo: $(ZOO)/.ready ## Train models of other packages, in an environment of their own
 	$(ZOO)/bin/python -m pytest -n $(WORKERS) tests/zoo $(PYTEST_ARGS)
+
+corners: ## Test the oldest, newest and coming releases, in environments of their own
+	@$(PYTHON) .ci/corners.py $(CORNERS)
 
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.test) ## On a machine with a GPU: its tests, then its benchmark
 	@$(if $(GPU_PYTHON),$(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py --tests $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 _ENTRY = "hydra_plugins.ray_tune_sweeper._lightning"
+_OPTIONS = "hydra_plugins.ray_tune_sweeper.config"
 _PLUGIN = "hydra_plugins.ray_tune_sweeper.ray_tune_sweeper"
 PACKAGE = Path(__file__).parent.parent / "lightning_mgpu"
 
@@ -29,13 +30,14 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "config": {"_compat", "errors", "strategies"},
     "plan": {"_compat", "errors", "format", "engine", "strategies", "config"},
     "ray": {"_compat", "errors", "engine", "launch", "strategies", "config"},
-    "sweep": {"_compat", "errors", "format", "launch", "config", "ray", _ENTRY},
-    "cli": {"_compat", "errors", "strategies", "config", "plan", "ray", "sweep", _PLUGIN},
+    "sweep": {"_compat", "errors", "format", "launch", "config", "ray", _ENTRY, _OPTIONS},
+    "cli": {"_compat", "errors", "strategies", "config", "plan", "ray", "sweep", _OPTIONS, _PLUGIN},
     "demo": {"_compat"},
     "__init__": {"_registration", "_version", "engine", "strategies"},
     "__main__": {"cli"},
     _ENTRY: set(),
-    _PLUGIN: {"config", "sweep"},
+    _OPTIONS: set(),
+    _PLUGIN: {"sweep", _OPTIONS},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "timeline")
 _NOT_BELOW = ("lightning", "torchmetrics", "hydra", "omegaconf", "ray")
@@ -109,7 +111,7 @@ def _parents(name: str) -> Iterator[str]:
 
 def _child(name: str, folder: str) -> str:
     """The file or folder, directly in `folder`, that a module is or is in."""
-    # At the top, parts: the plugin's entry point is below the sweeper, the plugin above it.
+    # At the top, parts: the plugin's entry point and options are below the sweeper, which it uses.
     return name.removeprefix(folder).split(".")[0] if folder else _part(name)
 
 

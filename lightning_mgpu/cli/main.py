@@ -42,7 +42,7 @@ _KNOWN_WARNINGS = (
 
 
 def main() -> None:
-    """Compose the config, run it, and end with an exit code that says how it went.
+    """Compose the config, run it, and exit with a code for the outcome.
 
     0: done. 1: training raised, with its traceback. 2: bad input, said in one line.
     128 + n: ended by signal n.
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def _register_sweeper() -> None:
-    """Make `hydra/sweeper=ray_tune` known, however this package was installed."""
+    """Register `hydra/sweeper=ray_tune`, however this package was installed."""
     from hydra_plugins.ray_tune_sweeper.ray_tune_sweeper import RayTuneSweeper
 
     Plugins.instance().register(RayTuneSweeper)
@@ -118,7 +118,7 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Import torch and Lightning: seconds in which an exception may come out as anything."""
+    """Context to import torch and Lightning, which takes seconds and may be interrupted."""
     came: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
     signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
@@ -135,7 +135,7 @@ def _importing() -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Leave out what tells a user of this command nothing."""
+    """Hide warnings and log lines that do not concern users of this command."""
     # Lightning has a handler of its own; Hydra's shows the lines once, and keeps them in a file.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
@@ -172,13 +172,18 @@ def _refuse_to_write(error: OSError) -> NoReturn:
 def _tell_stopped(stopped: "Stopped") -> None:
     if stopped.checkpoint is not None:
         path = _relative(stopped.checkpoint)
-        print(f"Stopped by {stopped}. Saved: {path}\nGo on with: ckpt_path={path}", file=sys.stderr)
+        print(
+            f"Stopped by {stopped}. Saved: {path}\nResume with: ckpt_path={path}", file=sys.stderr
+        )
     else:
-        print(f"Stopped by {stopped}; there was no training under way to save.", file=sys.stderr)
+        print(
+            f"Stopped by {stopped}; no training was in progress, so nothing was saved.",
+            file=sys.stderr,
+        )
 
 
 def _draw_sweep(cfg: DictConfig, wants_traceback: bool) -> None:
-    """`mode=report`, which reads files and needs no torch."""
+    """Run `mode=report`, which reads files and needs no torch."""
     from lightning_mgpu.sweep.report.draw import draw
 
     sweep = cfg.get("sweep")
@@ -194,7 +199,7 @@ def _draw_sweep(cfg: DictConfig, wants_traceback: bool) -> None:
 
 
 def _report(result: "RunResult") -> None:
-    """The last lines of a run: its metrics, and where its files are."""
+    """Print the last lines of a run: its metrics and the paths of its files."""
     from rich.console import Console
     from rich.table import Table
 

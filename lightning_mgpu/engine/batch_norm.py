@@ -1,4 +1,4 @@
-"""Running statistics of a batch whose parts are normalised apart.
+"""Running statistics of a batch whose parts are normalised separately.
 
 Each part (a replica's shard, a pipeline's micro-batch) is normalised with its own mean and
 variance, but the running statistics are updated once, with those of the whole batch.
@@ -22,13 +22,13 @@ _HOOK = "lightning_mgpu.batch_norm"
 
 
 @dataclass
-class _Call:
-    """What one call of a layer saw: per channel, in the dtype of the running statistics."""
+class _BatchStatistics:
+    """Batch statistics of one call of a layer: per channel, in the running statistics' dtype."""
 
     count: float
     mean: Tensor
     variance: Tensor
-    """Unbiased."""
+    """Unbiased variance per channel."""
     part: int = 0
 
 
@@ -36,7 +36,7 @@ class _Call:
 class _Layer:
     """The calls of one layer in one part, and what the layer holds otherwise."""
 
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[_BatchStatistics] = field(default_factory=list)
     outside: tuple[dict[str, Tensor | None], float | None] | None = None
 
 
@@ -66,14 +66,14 @@ class Recorder:
             detach(layer, _HOOK)
             self._restore(layer)
 
-    def take(self) -> list[list[_Call]]:
+    def take(self) -> list[list[_BatchStatistics]]:
         """The calls of each layer since the last time."""
         taken = [self._state[id(layer)].calls for layer in self.layers]
         self._state = {id(layer): _Layer() for layer in self.layers}
         return taken
 
-    def take_parts(self, count: int) -> list[list[list[_Call]]]:
-        """For each part, the calls of each layer since the last time."""
+    def take_parts(self, count: int) -> list[list[list[_BatchStatistics]]]:
+        """The calls of each layer since the last time, for each part."""
         taken = self.take()
         return [[[c for c in calls if c.part == i] for calls in taken] for i in range(count)]
 
@@ -105,7 +105,7 @@ class Recorder:
         mean, variance = layer.running_mean, layer.running_var
         self._restore(layer)
         part = self._part() if self._part is not None else 0
-        state.calls.append(_Call(inputs[0].numel() / mean.numel(), mean, variance, part))
+        state.calls.append(_BatchStatistics(inputs[0].numel() / mean.numel(), mean, variance, part))
 
     def _restore(self, layer: Any) -> None:
         state = self._state[id(layer)]
@@ -117,7 +117,7 @@ class Recorder:
 
 @contextmanager
 def aside(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, running statistics stay as they are, whoever computes layers in training mode.
+    """Context in which running statistics are not updated by layers in training mode.
 
     So in backward, where those who compute again have been counted before.
     """
@@ -140,7 +140,7 @@ def layers_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_Call]]]) -> None:
+def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_BatchStatistics]]]) -> None:
     """Update running statistics as if each layer had seen the parts as one batch.
 
     Args:
@@ -153,7 +153,7 @@ def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_Call]]]) -> N
             _update(layer, [call[number] for call in calls if number < len(call)])
 
 
-def _update(layer: Any, calls: Sequence[_Call]) -> None:
+def _update(layer: Any, calls: Sequence[_BatchStatistics]) -> None:
     """Chan, Golub and LeVeque's pooling of variances, then torch's moving average."""
     device = layer.running_mean.device
     means = [call.mean.to(device) for call in calls]

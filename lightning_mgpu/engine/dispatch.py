@@ -1,4 +1,4 @@
-"""The part that our dispatch modes have in common."""
+"""Base class of our dispatch modes."""
 
 from typing import TypeVar
 
@@ -6,7 +6,7 @@ from lightning_mgpu._compat.torch import TorchDispatchMode, dispatch_modes
 
 
 class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the operations of eager code; what has been compiled stays compiled, and unseen."""
+    """Mode that sees the operations of eager code; compiled code stays compiled and unseen."""
 
     # Both are as torch's, which have no types.
 

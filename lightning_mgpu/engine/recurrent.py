@@ -1,4 +1,4 @@
-"""Recurrent layers keep lists of their weights, in which what stands for a weight must be, too.
+"""Replace weights in the lists that recurrent layers keep of them.
 
 On an accelerator such a layer moves weights to memory of their own, side by side, when it finds
 others than it has a list of, or when asked to (`flatten_parameters`). What stands for a weight must
@@ -24,7 +24,7 @@ from lightning_mgpu.engine.entry_swap import MISSING
 def stand_ins(
     module: nn.Module, stand_in: Callable[[Tensor], Tensor]
 ) -> list[tuple[dict[str, Any], str, Any, Any]]:
-    """What to put into a layer beside its parameters, as `Patches` takes it.
+    """Replacements for a recurrent layer's lists of weights, as `EntrySwap` takes them.
 
     Args:
         module: Any module; of others than recurrent layers there is nothing.
@@ -50,7 +50,7 @@ def stand_ins(
 
 
 def list_of_weights(module: nn.Module) -> list[Any] | None:
-    """The list that a layer has of its weights; `None` if it makes a new one at each call."""
+    """A layer's own list of its weights; `None` if it makes a new one at each call."""
     if not isinstance(module, nn.RNNBase) or not has_weights(module):
         return None
     held, parameters = weights_of(module), parameters_of(module)
@@ -58,4 +58,4 @@ def list_of_weights(module: nn.Module) -> list[Any] | None:
 
 
 def _nothing() -> None:
-    """Leaves weights where they are."""
+    """Leave weights in place (a replacement for `flatten_parameters`)."""

@@ -1,4 +1,4 @@
-"""Objects on their way to another process: pickled once, tensors mapped rather than copied."""
+"""Objects sent to other processes: pickled once, tensors mapped rather than copied."""
 
 import os
 import pickle
@@ -64,11 +64,11 @@ class Payload:
 
     @property
     def buffers(self) -> list[PickleBuffer]:
-        """The memory of what stayed out of the file: the tensors' own. Empty after `close`."""
+        """Memory of the tensors left out of the file; empty after `close`."""
         return self._aside.buffers()
 
     def close(self) -> None:
-        """Drop this process's hold of the file and of the tensors outside."""
+        """Release this process's hold of the file and of the tensors outside."""
         self._aside = Aside(())
         if self.file >= 0:
             os.close(self.file)
@@ -82,7 +82,7 @@ class Payload:
 
 
 def load(file: int, buffers: Sequence[Any] = (), locations: Mapping[str, str] | None = None) -> Any:
-    """The object in a `Payload`'s file, and close the file.
+    """Load the object in a `Payload`'s file, and close the file.
 
     Tensors are private mappings of the file: reading shares the memory, writing copies the page.
 
@@ -108,7 +108,7 @@ def load(file: int, buffers: Sequence[Any] = (), locations: Mapping[str, str] | 
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """The file never leaves memory, and checksums take a third of the time to write it."""
+    """Context without checksums: the file stays in memory, and they take a third of the time."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

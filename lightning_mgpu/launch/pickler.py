@@ -1,4 +1,4 @@
-"""The pickler of what goes to another process."""
+"""Pickler for objects sent to another process."""
 
 import importlib
 import io
@@ -12,7 +12,7 @@ from lightning_mgpu._compat.torch_pickling import reduce_loader
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Pickles what `pickle` cannot: lambdas, `__main__`, a `DataLoader` in the middle of use."""
+    """Pickle what `pickle` cannot: lambdas, `__main__`, a `DataLoader` in use."""
 
     def reducer_override(self, obj: Any) -> Any:
         reduced = reduce_loader(obj)
@@ -31,7 +31,7 @@ def dumps(obj: Any) -> bytes:
 
 
 def _is_special_module(obj: Any) -> bool:
-    """Whether `obj` is a module of a class of its own, like `torch.backends.cudnn`.
+    """Return whether `obj` is a module with its own class, like `torch.backends.cudnn`.
 
     cloudpickle pickles plain modules only.
     """

@@ -1,4 +1,4 @@
-"""The state of the calling process that a worker takes over for one launch."""
+"""Process-wide state that workers copy from the launcher for one launch."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ TakeState = Callable[[], Callable[[], None] | None]
 
 @dataclass(frozen=True)
 class ProcessState:
-    """What code can tell one process from another by, apart from its objects.
+    """Process-wide state (environment, cwd, `sys.path`, RNG, log levels) copied to workers.
 
     Attributes:
         environment: `os.environ` without the variables that say which rank a process is.
@@ -83,7 +83,7 @@ class ProcessState:
         )
 
     def apply(self) -> None:
-        """Take the state over in this process."""
+        """Apply the state to this process."""
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.directory)
@@ -104,7 +104,7 @@ class ProcessState:
 
 
 def frozen_environment() -> dict[str, str]:
-    """The variables that cannot change in a running process."""
+    """Environment variables that are read only when a process starts."""
     return {name: value for name, value in os.environ.items() if name.startswith(_FROZEN_PREFIXES)}
 
 
@@ -142,7 +142,7 @@ def _torch_state() -> "TorchState | None":
 
 
 def _is_seeded() -> bool:
-    """Whether somebody seeded torch.
+    """Return whether torch was seeded by somebody.
 
     An unseeded generator starts from 53 random bits, so a seed below 2**32 was chosen by a person
     (wrong once in two million unseeded runs, which then draw the same numbers on each rank).
@@ -218,7 +218,7 @@ def _library_states(libraries: Iterable[TakeState]) -> tuple[bytes, ...]:
 
 
 def _dump_or_none(obj: Any) -> bytes | None:
-    """Pickled, or `None`: a value that cannot travel must not keep a launch from starting."""
+    """Pickle a value; `None` if it cannot be pickled, as that must not stop a launch."""
     try:
         return bytes(cloudpickle.dumps(obj))
     except Exception:

@@ -18,7 +18,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank's place in a launch, handed to the launched function.
+    """One rank's place in a launch, passed to the launched function.
 
     Attributes:
         rank: 0 in the calling process, 1 to `world_size - 1` in the workers.
@@ -62,7 +62,7 @@ class Rank:
 
 
 class Rendezvous:
-    """The store through which the ranks of one launch find each other.
+    """Store through which the ranks of one launch find each other.
 
     It listens on a port that the kernel picked and that stays ours until `close`. Closing it also
     frees a rank that waits for a peer which will never come: its connection breaks.
@@ -94,7 +94,7 @@ class Rendezvous:
 
 
 class GroupGuard:
-    """Leaves `torch.distributed` and `sys.excepthook` as they were, however the block ends."""
+    """Context that restores `torch.distributed` and `sys.excepthook`, however it ends."""
 
     def __enter__(self) -> "GroupGuard":
         # Every `init_process_group` wraps the hook anew.
@@ -122,7 +122,7 @@ def leave_group(wait: bool = True) -> None:
 
 
 def abort_group() -> None:
-    """Give up an NCCL group whose peers are gone, from any thread, and free who waits for them.
+    """Abort an NCCL group whose peers are gone, from any thread, and release its waiters.
 
     Gloo needs none of this: its collectives end with their connections.
     """

@@ -1,4 +1,4 @@
-"""`mode=plan`: rehearse on one device, predict, and write down what was predicted."""
+"""Run `mode=plan`: measure on one device, predict, and write the predictions."""
 
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -28,7 +28,7 @@ _TRAINER = {
 
 
 def options_of(cfg: DictConfig) -> Options:
-    """What the config asks to be planned for.
+    """Read the options to plan for from the config.
 
     Raises:
         ConfigError: It cannot be planned.
@@ -49,7 +49,7 @@ def options_of(cfg: DictConfig) -> Options:
 
 
 def arranged(cfg: DictConfig) -> DictConfig:
-    """The config of the rehearsal.
+    """Derive the rehearsal's config.
 
     Raises:
         ConfigError: It cannot be planned, or names another strategy than the pipeline.

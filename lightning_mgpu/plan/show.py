@@ -1,4 +1,4 @@
-"""A plan as a table, and as files."""
+"""Show a plan as a table, and write it to files."""
 
 import csv
 import json
@@ -15,10 +15,10 @@ from lightning_mgpu.plan.predict import Plan, Row
 
 
 def summary(plan: Plan) -> Group:
-    """A table of the quickest row for each number of devices, and what is not in it."""
+    """Table of the fastest row for each number of devices, with notes."""
     profile = plan.profile
     title = (
-        f"{len(profile.names)} layers, batches of {profile.batch}; the quickest way for each number"
+        f"{len(profile.names)} layers, batches of {profile.batch}; the fastest for each number"
         " of devices:"
     )
     made = Table(
@@ -36,7 +36,7 @@ def summary(plan: Plan) -> Group:
 
 
 def write(plan: Plan, directory: Path) -> dict[str, Path]:
-    """Write all rows, and what they are made from.
+    """Write all rows, and the measurements behind them.
 
     Returns:
         The files, each by what it is.

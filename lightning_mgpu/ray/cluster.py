@@ -1,4 +1,4 @@
-"""What a Ray cluster has, and reservations of it."""
+"""Resources of a Ray cluster, and reservations of them."""
 
 import itertools
 import logging
@@ -26,7 +26,7 @@ _NEXT_SECONDS = 1.0
 
 
 def fits(bundles: list[dict[str, float]], free: bool = False) -> bool:
-    """Whether the living nodes have room for all `bundles`, each on one node.
+    """Return whether the living nodes have room for all `bundles`, each on one node.
 
     Args:
         bundles: What is asked for.
@@ -40,7 +40,7 @@ def fits(bundles: list[dict[str, float]], free: bool = False) -> bool:
 def reserve(
     bundle: dict[str, float], least: int, most: int, placement: str = "PACK"
 ) -> PlacementGroup:
-    """Reserve equal bundles, one for each worker: as many as the cluster can give by now.
+    """Reserve equal bundles for as many workers as the cluster has room for.
 
     Args:
         bundle: What each worker needs.
@@ -93,7 +93,7 @@ def _try(bundles: list[dict[str, float]], placement: str, seconds: float) -> Pla
 
 
 def describe(resources: Mapping[str, float]) -> str:
-    """Resources as a person writes them: ``CPU: 2, GPU: 1``."""
+    """Format resources for a message: ``CPU: 2, GPU: 1``."""
     # Ray lists its nodes' addresses and its memory among them.
     wanted = {
         name: amount
@@ -119,7 +119,7 @@ def _too_little(asked: str) -> str:
 
 
 def fit_on(bundles: list[dict[str, float]], nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether nodes with these resources have room for all `bundles`, each on one node."""
+    """Return whether nodes with these resources have room for all `bundles`, each on one node."""
     left = [dict(node) for node in nodes]
     return all(_take_one(bundle, left) for bundle in bundles)
 
@@ -134,7 +134,7 @@ def _take_one(bundle: dict[str, float], nodes: list[dict[str, Any]]) -> bool:
 
 
 def _capacity(bundle: dict[str, float]) -> int:
-    """For how many such bundles the living nodes have room, were they all free."""
+    """Number of such bundles that fit on the living nodes when nothing else runs."""
     return _count(bundle, [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]])
 
 

@@ -1,4 +1,4 @@
-"""The one connection of this process to Ray: to a cluster that is named, or to one of its own."""
+"""Connect this process to a Ray cluster, or start one: one connection per process."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ _VARIABLES = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLE
 
 @dataclass(frozen=True)
 class _Made:
-    """A connection that this module has made. It is gone when the program shuts Ray down."""
+    """A connection made by this module; it is gone when the program shuts Ray down."""
 
     connection: str
     ours: bool
@@ -43,7 +43,7 @@ _made: _Made | None = None
 
 
 def connection() -> str | None:
-    """Tells this process's connection to a cluster from all others; `None` if there is none.
+    """Identifier of this process's connection to a cluster; `None` if there is none.
 
     Actors, placement groups and objects of another connection are gone, or nobody's.
     """
@@ -59,7 +59,7 @@ def _own() -> _Made | None:
 
 
 def connect(options: Mapping[str, Any] | None = None) -> None:
-    """See to it that Ray runs.
+    """Connect to the cluster, or start one.
 
     A connection that is there already is used, an address among the options, or one that the user
     named in ``RAY_ADDRESS``, as ``ray job submit`` does. Otherwise a cluster of our own is started,
@@ -82,7 +82,7 @@ def connect(options: Mapping[str, Any] | None = None) -> None:
 
 @contextmanager
 def connected(options: Mapping[str, Any]) -> Iterator[None]:
-    """A connection for the length of the block; one that is there already is used as it is.
+    """Connect for the length of the block; an existing connection is used as it is.
 
     Ray says little, and of a cluster of our own nothing stays: neither files nor variables.
 
@@ -143,12 +143,12 @@ def _join(address: str, options: Mapping[str, Any]) -> None:
     except OSError as error:  # Ray's own is a ConnectionError
         raise LaunchError(
             f"There is no Ray cluster at {address} ({one_line(error, 300)}). Start"
-            " one with `ray start --head`; set RAY_AUTH_MODE=token if it wants a token."
+            " one with `ray start --head`; set RAY_AUTH_MODE=token if it requires a token."
         ) from error
 
 
 def reach(address: str) -> None:
-    """See whether somebody listens at an address, where Ray would try for minutes.
+    """Check that an address accepts connections; Ray itself would try for minutes.
 
     Raises:
         OSError: Nobody does.
@@ -159,7 +159,7 @@ def reach(address: str) -> None:
 
 
 def _refuse_another(asked: Mapping[str, Any]) -> None:
-    """A program has one connection: where we have made it, another cannot be asked for."""
+    """Refuse a second cluster: a program has one connection at a time."""
     made = _own()
     if made is None:
         return
@@ -171,23 +171,23 @@ def _refuse_another(asked: Mapping[str, Any]) -> None:
 
 
 def _refuse_resources(address: str, asked: Mapping[str, Any]) -> None:
-    """What a cluster has cannot be said where it runs already."""
+    """Refuse options for the resources of a cluster that runs already."""
     for name in ("num_cpus", "num_gpus"):
         if name in asked:
             raise LaunchError(
-                f"{name}={asked[name]}: what the cluster at {address} has is fixed where it is"
-                " started. Leave it out, or the address."
+                f"{name}={asked[name]}: the resources of the cluster at {address} are fixed when it"
+                " is started. Remove this option, or the address."
             )
 
 
 def is_ours() -> bool:
-    """Whether the cluster was started here, so that nobody will ever add nodes to it."""
+    """Return whether the cluster was started here, so that it will never get more nodes."""
     made = _own()
     return made is not None and made.ours
 
 
 def turn_authentication_on() -> None:
-    """Ray's later versions do so themselves; a choice of the user's stands."""
+    """Turn on token authentication, as later versions of Ray do, unless the user chose."""
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         try:
@@ -198,14 +198,14 @@ def turn_authentication_on() -> None:
 
 
 def _directory() -> str | None:
-    """Where Ray's files go; `None` for where Ray itself puts them."""
+    """Directory of Ray's files; `None` for Ray's default."""
     directory = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or ""
     return None if len(directory) <= _LONGEST_DIRECTORY else "/tmp/ray"
 
 
 @contextmanager
 def signal_handlers_kept() -> Iterator[None]:
-    """Ray takes SIGTERM over, and ends the process by it; that is the program's own business."""
+    """Context that restores signal handlers: Ray replaces SIGTERM's, which ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -219,7 +219,7 @@ def signal_handlers_kept() -> Iterator[None]:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """`ray.init` reads and leaves variables."""
+    """Context that restores environment variables, which `ray.init` reads and sets."""
     before = dict(os.environ)
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""Resources that somebody on the cluster waits for, as Ray's autoscaler is told of them."""
+"""Resources for which others on the cluster wait, from Ray's autoscaler state."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -46,7 +46,7 @@ def wait(held: Iterable[str], seconds: float, is_over: Callable[[], bool]) -> bo
 
 
 def snapshot() -> tuple[list[Bundles], list[tuple[dict[str, float], dict[str, float]]]]:
-    """What is waited for, and what each living node has free and in all."""
+    """Pending requests, and the free and total resources of each living node."""
     state = cluster_state()
     single = [[_plain(each.request)] for each in state.pending_resource_requests if each.count]
     gangs = [
@@ -70,6 +70,6 @@ def _concerns(
     held: frozenset[str],
     nodes: list[tuple[dict[str, float], dict[str, float]]],
 ) -> bool:
-    """Whether it names something that is held, and is not for ever too large."""
+    """Return whether a request names a held resource and could ever be fulfilled."""
     names = {name for bundle in request for name, amount in bundle.items() if amount}
     return bool(names & held) and fit_on(request, [total for _, total in nodes])

@@ -1,4 +1,4 @@
-"""Share what `prepare_data` leaves in memory with the ranks that have not called it.
+"""Share the in-memory results of `prepare_data` with ranks that have not called it.
 
 Lightning calls `prepare_data` once a node, or once in all. On one device, whatever it sets on the
 module or DataModule is there for the hooks that follow; so it has to be on every rank.
@@ -34,7 +34,7 @@ _LOOKED_INTO = 10_000
 
 
 def share_next(trainer: "Trainer") -> None:
-    """Have the trainer's next call of `prepare_data` reach all ranks. All of them call this."""
+    """Make the trainer's next `prepare_data` reach all ranks, all of which call this."""
     owners = [trainer.datamodule, trainer.lightning_module]  # type: ignore[attr-defined]
     per_node = {
         bool(owner.prepare_data_per_node)
@@ -57,7 +57,7 @@ def share_next(trainer: "Trainer") -> None:
 
 @dataclass(frozen=True)
 class _Changes:
-    """What one rank's `prepare_data` has done.
+    """Changes made by one rank's `prepare_data`.
 
     Attributes:
         attributes: Pickled values by owner and name; they refer to what both sides have.
@@ -73,7 +73,7 @@ class _Changes:
 
 
 class _State:
-    """Modules and DataModule of a Trainer at one moment, as far as one can see them change."""
+    """Snapshot of a Trainer's modules and DataModule, to find changes."""
 
     def __init__(self, here: dict[str, Any]) -> None:
         self.here = here
@@ -88,7 +88,7 @@ class _State:
         self._generators = _generators()
 
     def changes(self) -> _Changes | None:
-        """What is different now; `None` if nothing is."""
+        """Changes since the snapshot; `None` if there are none."""
         changed: dict[tuple[str, str], Any] = {}
         gone = []
         for owner_name, owner in self.owners.items():
@@ -109,7 +109,7 @@ class _State:
         return _Changes(self._dump(changed), gone, tensors, states)
 
     def apply(self, changes: _Changes) -> None:
-        """Do here what has been done there."""
+        """Apply the changes in this process."""
         for (owner_name, name), value in load(changes.attributes, self.here).items():
             vars(self.owners[owner_name])[name] = value
         for owner_name, name in changes.gone:
@@ -138,8 +138,8 @@ class _State:
                 dump(value, names)
             except Exception as error:
                 log.warning(
-                    "`prepare_data` sets `%s.%s`, which cannot be pickled (%s). The ranks that do"
-                    " not call `prepare_data` go without it: set it in `setup`.",
+                    "`prepare_data` sets `%s.%s`, which cannot be pickled (%s). The ranks"
+                    " that do not call `prepare_data` do not get it: set it in `setup`.",
                     type(self.owners[owner_name]).__name__,
                     name,
                     one_line(error, 200),
@@ -151,7 +151,7 @@ class _State:
 
 @dataclass
 class _Seen:
-    """Identity of a value and of all that it holds, which lives as long as this does."""
+    """Identity of a value and all that it holds, valid while this object lives."""
 
     value: Any
     own: set[int]
@@ -189,7 +189,7 @@ class _Seen:
 
 
 def _share(state: _State, local_rank: int, per_node: set[bool]) -> None:
-    """Bring what some ranks have prepared to those that have not.
+    """Send what some ranks have prepared to the others.
 
     Args:
         state: Of this rank, from before.

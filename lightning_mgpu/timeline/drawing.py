@@ -1,4 +1,4 @@
-"""A pipeline's timeline: a trace file, read and drawn.
+"""Read and draw a pipeline's trace file.
 
 `draw` makes the pictures of a trace that is there already, as when the extra was not installed.
 """
@@ -23,7 +23,7 @@ def missing() -> list[str]:
 
 
 def draw(trace: str | Path) -> list[Path]:
-    """Draw a trace that `trace_dir` of `PipelineStrategy` has left, as PNG and as HTML beside it.
+    """Draw a trace written by `PipelineStrategy(trace_dir=...)` as PNG and HTML beside it.
 
     Args:
         trace: The JSON file.
@@ -47,7 +47,7 @@ def draw(trace: str | Path) -> list[Path]:
 
 
 def read(trace: str | Path) -> Chart:
-    """What a trace file says."""
+    """Read a trace file as a chart."""
     content = json.loads(Path(trace).read_text())
     events, about = content["traceEvents"], content["otherData"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}

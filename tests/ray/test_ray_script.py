@@ -125,7 +125,7 @@ if __name__ == "__main__":
     try:
         trainer.fit(Endless(), datamodule=boring.Blobs())
     except BaseException as error:
-        print(type(error).__name__, trainer.state.status.value, worker_group._sessions)
+        print(type(error).__name__, trainer.state.status.value, worker_group._groups)
         print("free:", everything_is_free())
 """
 

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     options = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False}
     connection.connect(options)
     trainer.fit(model, datamodule=data)
-    (first,) = worker_group._sessions
+    (first,) = worker_group._groups
     print("ours:", connection.is_ours())
     ray.shutdown()
 
@@ -39,9 +39,9 @@ if __name__ == "__main__":
         print("tested:", figures["test_loss"] < 1.1, "ours:", connection.is_ours())
         print("variables:", *variables.seen)
         connection.connect({"address": "elsewhere:1"})  # the program's own is used as it is
-        assert worker_group._sessions != [first] and len(worker_group._sessions) == 1
+        assert worker_group._groups != [first] and len(worker_group._groups) == 1
     close()
-    print("left:", worker_group._sessions)
+    print("left:", worker_group._groups)
 
     connection.connect(options)
     trainer.fit_loop.max_epochs = 2

@@ -111,7 +111,7 @@ def test_users_own_torch_trainer(tmp_path: Path) -> None:
 
 
 def test_driver_is_no_worker() -> None:
-    with pytest.raises(MisconfigurationException, match=r"gives its Trainer `strategy=RayStrategy"):
+    with pytest.raises(MisconfigurationException, match=r"use `Trainer\(strategy=RayStrategy"):
         prepare_trainer(boring.trainer(RayStrategy(), "auto"))
 
 

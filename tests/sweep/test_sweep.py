@@ -177,7 +177,7 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
     ("kind", "reason"),
     [
         ("raise", "StubbornError: one and two"),
-        ("exit", "the job ended itself by sys.exit(3)"),
+        ("exit", "the job called sys.exit(3)"),
         ("kill", "its process died"),
         ("diverge", "NotFiniteError: the job returned nan"),
         ("none", "the job returned None and named no metric; set hydra.sweeper.metric"),

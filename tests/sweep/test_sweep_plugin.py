@@ -65,7 +65,7 @@ print(json.dumps([ours, sorted(heavy & set(sys.modules))]))
     [
         (("hydra.sweeper.mode=most",), "hydra.sweeper.mode=most: expected one of min, max"),
         (("hydra.sweeper.search_alg.sed=1",), "Could not override 'hydra.sweeper.search_alg.sed'"),
-        (("hydra/sweeper/scheduler=bohb",), "BOHB is both"),
+        (("hydra/sweeper/scheduler=bohb",), "BOHB needs both"),
         (("hydra/sweeper/search_alg=grid",), "model.lr: an interval of real numbers has no grid"),
         (("model.lrr=1,2",), "Could not override 'model.lrr'"),
         (("hydra.sweeper.resume=nowhere",), "hydra.sweeper.resume=nowhere: holds no sweep"),
@@ -114,7 +114,7 @@ def test_directory_of_another_sweep_is_refused() -> None:
     Path("sweep/search_space.yaml").write_text("{}\n")
     done = run(*SWEEP)
     assert done.code == 2
-    assert "holds a sweep already. Go on with it by hydra.sweeper.resume=" in done.err
+    assert "already holds a sweep. Resume it with hydra.sweeper.resume=" in done.err
 
 
 def test_resumed_sweep_with_another_space_is_refused() -> None:
@@ -137,8 +137,7 @@ def test_sweep_goes_on_at_another_address() -> None:
 
 def test_sweep_runs_in_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_mgpu.sweep.store.lock._PATIENCE_SECONDS", 0.0)
-    path = Path("search_space.yaml")
-    path.touch()
+    path = Path.cwd()
     for _ in range(2):  # the second time, the first one has given it back
         with locked(path), pytest.raises(ConfigError, match="still runs this sweep"), locked(path):
             pytest.fail("twice at once")

@@ -13,11 +13,12 @@ from typing import Any
 
 import journals
 import pytest
+import sklearn.ensemble  # noqa: F401  (sets variables of the environment; no test's leak)
 from browser import rendered
 from command import run
 from journals import ACT, DEPTH, DROP, FLAG, FOUR, L1, LR
 
-from lightning_mgpu.config.sweeper import AshaConf, RandomConf, RayTuneSweeperConf
+from hydra_plugins.ray_tune_sweeper.config import AshaConf, RandomConf, RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.format import duration
 from lightning_mgpu.sweep import main as running
@@ -421,7 +422,7 @@ def test_pictures_that_show_nothing_any_more_go() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "mode=report: of which sweep? Name its directory: sweep="),
+        ((), "mode=report: no sweep given. Set its directory: sweep="),
         (("sweep=nowhere",), "nowhere: there is no such directory"),
         (("sweep=.",), "there is no journal.jsonl. Name the directory of a sweep by"),
         (("sweep=damaged",), "journal.jsonl holds no sweep"),
@@ -475,7 +476,7 @@ def test_train_refuses_to_draw(tmp_path: Path) -> None:
 
     from lightning_mgpu.cli.run import train
 
-    with pytest.raises(ConfigError, match=r"mode=report: draws what is there.*command"):
+    with pytest.raises(ConfigError, match=r"mode=report: only draws existing results.*command"):
         train(OmegaConf.create({"mode": "report", "output_dir": str(tmp_path)}))
 
 

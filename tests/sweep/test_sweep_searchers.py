@@ -11,8 +11,8 @@ import pytest
 import sklearn.gaussian_process  # noqa: F401
 from ray.tune.search import Searcher
 
-from lightning_mgpu.config import sweeper
-from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+from hydra_plugins.ray_tune_sweeper import config as sweeper
+from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
 from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
@@ -216,8 +216,8 @@ def test_only_schedulers_that_pause_need_checkpoints() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (options("bohb", "asha"), "search_alg=bohb .*scheduler=asha: BOHB is both"),
-        (options("random", "bohb"), "search_alg=random .*scheduler=bohb: BOHB is both"),
+        (options("bohb", "asha"), "search_alg=bohb .*scheduler=asha: BOHB needs both"),
+        (options("random", "bohb"), "search_alg=random .*scheduler=bohb: BOHB needs both"),
         (options("optuna", "pbt"), "the scheduler itself changes the values"),
         (options("hyperopt", "pb2"), "the scheduler itself changes the values"),
         (options("random", "pbt", metric=None), r"scheduler=pbt: .*hydra\.sweeper\.metric"),

@@ -1,4 +1,4 @@
-"""What may be behind an error that a replica raises and one device would not."""
+"""Hints for errors that a replica raises and one device would not."""
 
 import re
 from collections.abc import Iterator
@@ -10,22 +10,22 @@ from lightning_mgpu.engine.error_notes import add_note
 _GRAPHS = re.compile(f"{messages.GRAPH_IS_GONE}|{messages.WRITTEN_TO}")
 
 _KEPT = (
-    "Under `dp` each replica runs the step on its shard of the batch, on a thread of its own."
-    " What is kept between steps or in module-level variables, in closures or by hook objects"
-    " belongs to one replica, or is shared by all at once:"
+    "Under `dp` each replica runs the step on its shard of the batch, on its own thread."
+    " Values kept between steps, in module-level variables, in closures or by hook objects"
+    " belong to one replica, or are shared by all of them:"
 )
 _NOTES = (
     (
         _GRAPHS,
-        f"{_KEPT} a graph kept there may be another replica's, or the last step's. Keep such"
-        " tensors in attributes of the LightningModule or its modules, detached if they outlive the"
-        " step.",
+        f"{_KEPT} a graph kept there may belong to another replica or the last step. Keep such"
+        " tensors in attributes of the LightningModule or its modules, detached if they"
+        " outlive the step.",
     ),
     (
         messages.SIZE_OF_ANOTHER_BATCH,
-        f"{_KEPT} if one size is that of the whole batch and the other that of a shard, take the"
-        " size from the step's own tensors (`len(x)`), keep per-sample values in the batch, or"
-        " detach and cut what is kept to the shard.",
+        f"{_KEPT} if one size is that of the whole batch and the other that of a shard, take"
+        " the size from the step's own tensors (`len(x)`), keep per-sample values in the"
+        " batch, or detach the kept values and cut them to the shard.",
     ),
 )
 

@@ -28,7 +28,7 @@ def sizes(total: int, count: int, least: int = 1) -> list[int]:
 def cut(
     tensors: Mapping[str, Tensor], dims: Mapping[str, int], parts: Sequence[int]
 ) -> list[dict[str, Tensor]]:
-    """The tensors of each micro-batch; views.
+    """Views of each micro-batch's tensors.
 
     Args:
         tensors: By name.
@@ -45,7 +45,7 @@ def cut(
 def count_writing(
     tensors: Mapping[str, Tensor], dims: Mapping[str, int], chunks: Sequence[Mapping[str, Tensor]]
 ) -> None:
-    """Tell autograd of tensors whose parts were written to, as it would know on one device.
+    """Tell autograd about in-place writes to parts of tensors.
 
     Args:
         tensors: By name.
@@ -61,7 +61,7 @@ def count_writing(
 
 
 def _apart(view: Tensor) -> Tensor:
-    """The same memory with a version counter of its own.
+    """Tensor over the same memory with a version counter of its own.
 
     Views of one tensor share its counter. If a stage writes to its micro-batch, as a first layer
     in place does, autograd would take the memory of all others for overwritten, too.

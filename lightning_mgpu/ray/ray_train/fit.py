@@ -1,4 +1,4 @@
-"""`fit`: a config or a function of the user's, trained by Ray Train's `TorchTrainer`."""
+"""Train a config or a user's function with Ray Train's `TorchTrainer`."""
 
 import copy
 import os
@@ -40,7 +40,7 @@ def fit(
     scaling: int | ScalingConfig | Mapping[str, Any] | None = None,
     run_config: RunConfig | None = None,
 ) -> Result:
-    """Train with Ray Train, of whose workers each builds its own objects.
+    """Train with Ray Train, each of whose workers builds its own objects.
 
     For those who want Ray Train's own results, storage, failure handling or data. Where a plain
     script will do, `Trainer(strategy=RayStrategy())` needs less.
@@ -85,7 +85,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Loop:
-    """What each worker does."""
+    """Training loop of each worker."""
 
     state: ProcessState
     machine: str
@@ -109,7 +109,7 @@ class _Loop:
 
 
 def _of_config(cfg: DictConfig) -> Callable[[], Fit]:
-    """A factory of what a config describes, with the strategy of one worker."""
+    """Return a factory of a config's objects, with the strategy of one worker."""
     strategy = cfg.get("strategy") or _DEFAULT
     # The number of workers is Ray Train's affair.
     cfg.strategy = {name: value for name, value in strategy.items() if name != "num_workers"}
@@ -127,7 +127,7 @@ def _of_config(cfg: DictConfig) -> Callable[[], Fit]:
 
 
 def _workers_of(cfg: DictConfig) -> ScalingConfig:
-    """The workers that the config's strategy asks for."""
+    """Workers requested by the config's strategy."""
     if cfg.get("strategy") is None:
         return ScalingConfig(num_workers=1)
     strategy = build_node(cfg, "strategy")

@@ -1,4 +1,4 @@
-"""Ray Train's report at the end of each epoch, which leaves nothing behind."""
+"""Report to Ray Train at the end of each epoch, and remove temporary files."""
 
 import shutil
 from typing import Any
@@ -9,8 +9,8 @@ from typing_extensions import override
 from lightning_mgpu._compat.ray import report_directory
 
 
-class ReportCallback(RayTrainReportCallback):
-    """Takes away the directory in which checkpoints waited to be stored."""
+class TrainReportCallback(RayTrainReportCallback):
+    """Remove the directory in which checkpoints waited to be stored."""
 
     @override
     def teardown(self, *_: Any, **__: Any) -> None:

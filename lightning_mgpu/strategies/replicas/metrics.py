@@ -1,4 +1,4 @@
-"""torchmetrics objects under replicas: each step's states come back to the master's metric.
+"""torchmetrics on replicas: merge each step's states into the master's metrics.
 
 Each replica updates a metric of its own, empty at the start of a step. A metric whose states are
 sums, maxima, minima or lists takes them over. Any other, and any collection or wrapper, is updated
@@ -22,7 +22,7 @@ _MERGEABLE = (dim_zero_sum, dim_zero_max, dim_zero_min, dim_zero_cat)
 
 
 def is_metric(value: Any) -> bool:
-    """Whether it is a metric or a collection of them."""
+    """Return whether `value` is a metric or a collection of metrics."""
     return isinstance(value, (Metric, MetricCollection))
 
 
@@ -53,7 +53,7 @@ class ReplicaMetrics:
         }
 
     def original(self, metric: Any) -> Any:
-        """The master's own of a replica's metric, or of a member of its collection."""
+        """Master's metric for a replica's metric, or for a member of its collection."""
         return self._originals.get(id(metric), metric)
 
     def begin(self) -> None:
@@ -64,7 +64,7 @@ class ReplicaMetrics:
 
     @torch.no_grad()
     def merge(self, sizes: Sequence[int]) -> None:
-        """Bring what the replicas' metrics have seen to the master's."""
+        """Merge the states of the replicas' metrics into the master's."""
         for index, master in enumerate(self._masters):
             metrics = [metrics[index] for metrics in self._replicas]
             if _guard(metrics[0]).records:
@@ -74,7 +74,7 @@ class ReplicaMetrics:
 
 
 def seen(masters: Sequence[Any], replicas: Sequence[Sequence[Any]], sizes: Sequence[int]) -> Any:
-    """What metrics would make of a step, for comparison; the masters stay as they are.
+    """Metrics' values after a step, for comparison; the masters stay unchanged.
 
     Args:
         masters: The master's metrics.
@@ -114,7 +114,7 @@ def _can_merge(metric: Any) -> bool:
 
 
 class _Guard:
-    """Stands before the methods of a replica's metric.
+    """Wrapper around the methods of a replica's metric.
 
     Args:
         metric: The replica's own.
@@ -160,9 +160,9 @@ class _Guard:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._inside:
                 raise RuntimeError(
-                    f"`{type(self._metric).__name__}.{name}()` in a step: there each replica knows"
-                    " of its shard only. Log the metric object, or do it in a hook, such as"
-                    " `on_train_epoch_end`."
+                    f"`{type(self._metric).__name__}.{name}()` in a step, where each replica"
+                    " has its shard only. Log the metric object, or call it in a hook, such"
+                    " as `on_train_epoch_end`."
                 )
             return function(*args, **kwargs)
 
@@ -209,7 +209,7 @@ def _update(master: Any, metrics: Sequence[Any], sizes: Sequence[int]) -> None:
 def _joined_calls(
     metrics: Sequence[Any], sizes: Sequence[int], device: torch.device
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the replicas have called a metric with, as the whole batch would have."""
+    """Arguments of the replicas' calls of a metric, joined for the whole batch."""
     calls = [_guard(metric).calls for metric in metrics]
     for number in range(max(map(len, calls))):
         made = [(c[number], size) for c, size in zip(calls, sizes, strict=True) if number < len(c)]

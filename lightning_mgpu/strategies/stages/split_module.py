@@ -1,4 +1,4 @@
-"""Which part of a LightningModule is cut into stages."""
+"""Choose the part of a LightningModule that is cut into stages."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 
 
 def find_module(model: LightningModule, name: str | None) -> tuple[str, nn.Module]:
-    """The submodule to cut, and its name.
+    """Return the name of the submodule to cut, and the submodule.
 
     Args:
         model: The LightningModule.

@@ -1,4 +1,4 @@
-"""The table of a pipeline's stages."""
+"""Table of a pipeline's stages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +19,7 @@ def show_stages(
     costs: Mapping[str, Cost],
     stages_per_device: int = 1,
 ) -> None:
-    """Log what each stage consists of, what it takes, and how long devices will wait.
+    """Log the layers, cost and expected idle time of each stage.
 
     Args:
         cut: The stages.
@@ -52,7 +52,7 @@ def show_stages(
 
 
 def stage_cost(modules: Sequence[str], costs: Mapping[str, Cost]) -> Cost:
-    """What a stage's layers cost together."""
+    """Total cost of a stage's layers."""
     total = Cost()
     for name, cost in costs.items():
         if any(name == module or name.startswith(f"{module}.") for module in modules):

@@ -1,4 +1,4 @@
-"""Keeps the records of trials while Ray runs them, and says what happens."""
+"""Update the records of trials from Ray Tune's events."""
 
 import signal
 import threading
@@ -27,8 +27,8 @@ _OF_RAY = {"time_this_iter_s", "time_total_s", "time_since_restore"}
 Listener = Callable[[TrialRecord | None], None]
 
 
-class Watcher(Callback):
-    """Turns Ray's events into records.
+class RecordingCallback(Callback):
+    """Ray Tune callback that turns events into records.
 
     Args:
         records: Those of an earlier run of the sweep, if it is resumed.
@@ -62,7 +62,7 @@ class Watcher(Callback):
         self._started: dict[int, float] = {}
 
     def watch(self, scheduler: TrialScheduler, patience: float) -> None:
-        """See which trials the scheduler stops; those that the sweep has cut short run again.
+        """Note the trials that the scheduler stops; those cut short by the sweep run again.
 
         The last ones have `patience` seconds to end when the sweep does.
         """
@@ -175,7 +175,7 @@ class Watcher(Callback):
                 record.status = "waiting"
 
     def _set_patience(self, seconds: float) -> None:
-        """How long trials may take to end when the sweep does; Ray by itself gives them ten."""
+        """Set the seconds that trials may take to end with the sweep; Ray's default is ten."""
         if self._controller is not None:
             self._controller.set_patience(seconds)
 
@@ -184,7 +184,7 @@ class Watcher(Callback):
         return record is not None and record.status in ("done", "stopped", "failed")
 
     def _cut_short(self, trial: Any) -> None:
-        """Ray says nothing of trials that end because the sweep does."""
+        """Record trials that end because the sweep does, for which Ray sends no event."""
         record = self.records.trials.get(trial_number(trial))
         if record is not None and record.status in ("running", "waiting"):
             self._end(record, "unfinished")
@@ -214,7 +214,7 @@ class Watcher(Callback):
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    """What the trial itself has reported: numbers, without those that Ray adds."""
+    """Metrics reported by the trial itself, without those that Ray adds."""
     return {
         name: value
         for name, value in result.items()

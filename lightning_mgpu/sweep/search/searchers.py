@@ -1,4 +1,4 @@
-"""How the values of the next trial are found."""
+"""Build search algorithms, which choose the values of the next trial."""
 
 import pickle
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from lightning_mgpu.sweep.space.objectives import Objective
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Interval, Space, enumerate_grid
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 
 def build_searcher(
@@ -51,7 +51,7 @@ def build_searcher(
 
 
 class Trials(SearchAlgorithm):
-    """Asks a searcher for trials, and tells it which value of a run counts.
+    """Ask a searcher for trials, and report each run's value to it.
 
     Not a `SearchGenerator` itself, since population-based schedulers refuse those.
 
@@ -76,7 +76,7 @@ class Trials(SearchAlgorithm):
 
     @property
     def searcher(self) -> Searcher:
-        """Ray's schedulers for BOHB tell it when trials pause."""
+        """The searcher; Ray's schedulers for BOHB tell it when trials pause."""
         return self._generator.searcher
 
     @property
@@ -141,7 +141,7 @@ class Trials(SearchAlgorithm):
 
 
 class _Drawing(Searcher):
-    """A searcher that learns nothing; its state is all there is to it."""
+    """Base class of searchers that learn nothing and whose state is small."""
 
     def __init__(self, metric: str) -> None:
         super().__init__(metric=metric, mode="max")
@@ -169,7 +169,7 @@ class _Drawing(Searcher):
 
 
 class RandomSearcher(_Drawing):
-    """Draws each value on its own."""
+    """Draw each value independently."""
 
     def __init__(self, metric: str, space: Space, seed: int | None) -> None:
         super().__init__(metric)

@@ -1,4 +1,4 @@
-"""A copy of Ray's state of a sweep that is always whole, whenever the driver is killed."""
+"""Consistent copy of Ray Tune's state, whenever the driver is killed."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ STATE = "state.tar"
 
 
 class StateKeeper(Callback):
-    """Keeps what Ray has last written down of its trials, searcher and scheduler.
+    """Keep copies of Ray's state of trials, searcher and scheduler.
 
     Ray writes its files at one place and copies them to the sweep's directory one by one. A driver
     that is killed meanwhile leaves a mixture there, with which Ray would start all over again.
@@ -33,7 +33,7 @@ class StateKeeper(Callback):
         self._has_warned = False
 
     def put_back(self) -> None:
-        """Have the directory hold the copy, for Ray to go on from."""
+        """Restore the copy in the directory from which Ray resumes."""
         if not self._path.exists():
             return
         with tarfile.open(self._path) as archive:
@@ -49,7 +49,7 @@ class StateKeeper(Callback):
             self.take()
 
     def take(self) -> None:
-        """Copy what Ray has written since the last time."""
+        """Copy the state that Ray has written since the last time."""
         if self._source is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""The actor that runs trials, each of them one Hydra job.
+"""Actor that runs trials, each of which is one Hydra job.
 
 The driver of a sweep imports this as well; what needs torch is imported by the actors alone.
 """
@@ -23,7 +23,7 @@ _REPORT_SECONDS = 60
 
 
 class HydraTrial(TrialActor):
-    """Runs a trial on a thread of its actor, and the next one when it is over.
+    """Run a trial on a thread of its actor, and the next one afterwards.
 
     Attributes:
         payload: The pickled `TrialPlan` of the sweep.
@@ -33,7 +33,7 @@ class HydraTrial(TrialActor):
 
     @classmethod
     def of(cls, plan: TrialPlan) -> type["HydraTrial"]:
-        """The trainable of a sweep."""
+        """Make the trainable of a sweep."""
         return cls.named("HydraJob", "hydra", payload=plan.dumps())
 
     @classmethod
@@ -47,13 +47,13 @@ class HydraTrial(TrialActor):
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         gc.disable()  # collecting garbage while importing costs a third of the time
         try:
-            from lightning_mgpu.sweep.trial.actor_reset import Scrubber, adopt
+            from lightning_mgpu.sweep.trial.actor_reset import ActorReset, adopt
 
             threads, state, plan = pickle.loads(self.payload)
             state = adopt(state, threads)
             state.apply()
             self._plan: TrialPlan = pickle.loads(plan)
-            self._scrubber = Scrubber(state)
+            self._scrubber = ActorReset(state)
         finally:
             gc.enable()
         super().setup(config)  # type: ignore[no-untyped-call]
@@ -64,8 +64,8 @@ class HydraTrial(TrialActor):
             return True
         # Ray tells nobody of a trial whose actor just says no.
         raise TrialFailedError(
-            f"was to follow a trial that had not ended {END_SECONDS} s after it was told to. With"
-            " hydra.sweeper.reuse_actors=false each trial has a process of its own."
+            f"the previous trial in this process did not stop within {END_SECONDS} s. With"
+            " hydra.sweeper.reuse_actors=false each trial has its own process."
         )
 
     @override

@@ -30,7 +30,7 @@ from lightning_mgpu.engine.data_parallel.copying.generators import Generators
 from lightning_mgpu.engine.data_parallel.copying.remap import Remap
 from lightning_mgpu.engine.data_parallel.copying.replica import Replica
 from lightning_mgpu.engine.data_parallel.copying.structure import Structure
-from lightning_mgpu.engine.data_parallel.copying.tensors import Buffers, Tensors
+from lightning_mgpu.engine.data_parallel.copying.tensors import BufferCopies, Tensors
 from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import Tracked, track
 
 _MISSING = object()
@@ -62,7 +62,7 @@ class Copy(Replica):
             memo[id(original)] = kind.__new__(kind)
         self._pairs = [(m, memo[id(m)]) for m in (*structure.modules, *structure.objects)]
         layers = self.recorder.layers
-        self.buffers = Buffers(structure.modules, structure.names, layers, self.tensors)
+        self.buffers = BufferCopies(structure.modules, structure.names, layers, self.tensors)
         for index, module in enumerate(structure.modules):
             self._fill(module, memo[id(module)], index)
         self._layers = [_is_layer(original) for original, _ in self._pairs]
@@ -146,7 +146,7 @@ class Copy(Replica):
                     holder[key] = new
 
     def _is_as_before(self, index: int, state: dict[str, Any], copied: dict[str, Any]) -> bool:
-        """Whether one of torch's layers has the attributes that it had, and no hooks."""
+        """Return whether a torch layer has its attributes of before, and no hooks."""
         before = self._layer_states.get(index, ())
         return (
             len(before) == len(state)
@@ -183,14 +183,14 @@ class Copy(Replica):
 
 
 def _is_layer(value: Any) -> bool:
-    """Whether it is one of torch's modules, with no attributes of a user's as far as known."""
+    """Return whether `value` is a module of torch's own, without attributes added by the user."""
     if not type(value).__module__.startswith("torch."):
         return False
     return type(value) not in _BLANK or len(vars(value)) <= len(BLANK)
 
 
 def _may_write(value: Any) -> bool:
-    """Whether a step may write to its attributes: on torch's own layers hooks do so, if anybody."""
+    """Return whether a step may write attributes of `value`; on torch's layers only hooks do."""
     return not _is_layer(value) or any(vars(value).get(key) for key in HOOKS)
 
 

@@ -17,7 +17,7 @@ from lightning_mgpu._compat.torch_modules import (
 from lightning_mgpu.engine import recurrent
 from lightning_mgpu.engine.data_parallel.copying.replica import Replica
 from lightning_mgpu.engine.data_parallel.copying.structure import Structure
-from lightning_mgpu.engine.entry_swap import Patches
+from lightning_mgpu.engine.entry_swap import EntrySwap
 
 
 class Master(Replica):
@@ -30,11 +30,11 @@ class Master(Replica):
         patches = [*self._stand_ins(), *_uncompiled(structure.modules)]
         for module in structure.modules:
             patches += recurrent.stand_ins(module, self.remap)
-        self._patches = Patches(patches)
+        self._patches = EntrySwap(patches)
         self.overrides: Mapping[str, Any] = {}
 
     def is_stale(self) -> bool:
-        """Whether modules or parameters are no longer those that were copied."""
+        """Return whether modules or parameters have been replaced since the copy."""
         return any(
             _parts(module) != parts
             for module, parts in zip(self.structure.modules, self._parts, strict=True)
@@ -94,7 +94,7 @@ def _uncompiled(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, Any, Any, A
 
 
 def _parts(module: nn.Module) -> list[Any]:
-    """What a module is made of: its class (a parametrisation changes it) and its parts by name."""
+    """Identity of a module's parts: its class (parametrizations change it) and children by name."""
     parameters, modules = parameters_of(module), children_of(module)
     return [
         type(module),

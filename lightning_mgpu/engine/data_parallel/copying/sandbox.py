@@ -32,7 +32,7 @@ class Sandbox(Copy):
     """
 
     def isolate(self, is_opaque: Callable[[Any], bool]) -> None:
-        """Follow the master, and let go of all that is shared with it.
+        """Update from the master, and copy everything that is shared with it.
 
         Args:
             is_opaque: Objects that stay shared, however much they refer to.
@@ -58,7 +58,7 @@ class Sandbox(Copy):
                     object.__setattr__(copied, key, new)
 
     def _isolated(self, value: Any, original: Any) -> Any:
-        """What stands for a value, copied where it is the original's."""
+        """Return a value, or its isolated copy if it is the original's."""
         if value is original or isinstance(original, generators.KINDS):
             return self.isolation(original)
         if isinstance(value, tuple):
@@ -71,7 +71,7 @@ class Sandbox(Copy):
         return [copied for _, copied in self._pairs if isinstance(copied, nn.Module)]
 
     def calm(self, everything: bool) -> None:
-        """Put what draws or mixes samples into evaluation mode.
+        """Put modules that draw random numbers or mix samples into evaluation mode.
 
         Args:
             everything: All modules rather than torch's dropout and batch normalisation.
@@ -103,7 +103,7 @@ def in_double(value: Any) -> Any:
 
 
 def _entries(holder: Any) -> list[tuple[Any, Any]]:
-    """What a container or plain object holds, by index, key or attribute."""
+    """Entries of a container or plain object, by index, key or attribute name."""
     if isinstance(holder, dict):
         return list(dict.items(holder))
     if isinstance(holder, (list, deque)):

@@ -1,4 +1,4 @@
-"""Numbers that know what has been added to them.
+"""Numbers that record the additions to them.
 
 Whether a step adds to a number (`self.n += len(y)`) or assigns it (`self.last = len(y)`) does not
 show in its values. Replicas other than the first therefore find, in place of plain numbers, ones of
@@ -22,7 +22,7 @@ _SUM = "_mgpu_sum"
 
 @dataclass(frozen=True)
 class Additions:
-    """How a value has come to differ from what it was: by additions only.
+    """Additions that turned one value into another.
 
     Attributes:
         constant: Whether only constants of the source code were added.
@@ -36,7 +36,7 @@ class Additions:
     looped: bool = False
 
     def more(self, constant: bool) -> "Additions":
-        """The same after another addition."""
+        """Return this with one more addition."""
         return Additions(self.constant and constant, self.count + 1)
 
 
@@ -45,7 +45,7 @@ Sites = Counter[tuple[types.CodeType, int]]
 
 
 class Tracked:
-    """What the two kinds of tracked numbers have in common.
+    """Base class of tracked integers and floats.
 
     Attributes:
         value: The plain number.
@@ -96,12 +96,12 @@ def track(value: Any, sites: Sites) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The number that a tracked one stands for; anything else as it is."""
+    """Plain value of a tracked number; anything else as it is."""
     return value.value if isinstance(value, Tracked) else value
 
 
 def additions_since(root: Any, value: Any) -> Additions | None:
-    """What was added to `root` to make `value`; `None` if it came about in another way."""
+    """Additions that made `value` from `root`; `None` if it came about in another way."""
     if isinstance(value, Tracked):
         return value.additions if value.root is root else None
     if isinstance(value, Tensor):
@@ -140,7 +140,7 @@ def _added(number: Tracked, other: Any, result: Any) -> Any:
 
 
 def is_constant_operand(frame: types.FrameType | None) -> bool:
-    """Whether the operation that a frame is at has a constant of the source as last operand."""
+    """Return whether a frame's current operation has a source constant as its last operand."""
     if frame is None:
         return False
     return frame.f_lasti in offsets_after_constants(frame.f_code)
@@ -164,5 +164,5 @@ def _holds(entries: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number to count with, which a truth value is not."""
+    """Return whether `value` is a number other than a `bool`."""
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)

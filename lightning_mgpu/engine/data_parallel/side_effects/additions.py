@@ -1,4 +1,4 @@
-"""Which operations a step uses on the small tensors that it keeps: additions, or something else.
+"""Find out whether a step changes the small tensors that it keeps by additions alone.
 
 Watching every operation costs some microseconds each. So it is done on one replica, for the first
 steps of each kind, and again after a step has written to a tensor that had not been written to.
@@ -37,7 +37,7 @@ _COPIES = frozenset({_aten.clone, ATEN_COPY})
 
 
 class AdditionWatch:
-    """What is known of the operations on each tensor, by name."""
+    """Record of the operations on each tensor, by name."""
 
     def __init__(self) -> None:
         self._known: dict[str, Additions | None] = {}
@@ -55,14 +55,14 @@ class AdditionWatch:
         return WatchMode()
 
     def learn(self, mode: "WatchMode", copies: Iterable[TensorCopy]) -> None:
-        """Take over what a mode has seen."""
+        """Take over the additions that a mode has recorded."""
         for copied in copies:
             seen = mode.operations(copied.copied)
             if seen is not _NEVER:
                 self._known[copied.name] = seen
 
     def of(self, copied: TensorCopy) -> Additions | None:
-        """How the step changes a tensor, as far as known, in place or by putting another there."""
+        """Additions by which the step changes or replaces a tensor; `None` if others or unknown."""
         if copied.name not in self._known:
             if self._watching:
                 self._known[copied.name] = None  # replaced, and not by anything made of it
@@ -84,7 +84,7 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._keep: list[Any] = []  # memory that is given back may come again under its address
 
     def operations(self, tensor: Tensor) -> Additions | None:
-        """What was done to a tensor; `None` if that was not only additions."""
+        """Additions to a tensor; `None` if there were other operations."""
         return self._seen.get(_memory(tensor), _NEVER)
 
     @override
@@ -100,7 +100,7 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _derive(self, packet: Any, args: tuple[Any, ...], result: Any) -> None:
-        """A new tensor, that another with something added."""
+        """Note that a new tensor is another one with something added."""
         if not isinstance(args[0], Tensor) or args[0].numel() > 2**16:
             return
         operands = args[:1] if packet is not _aten.add else args[:2]
@@ -149,7 +149,7 @@ def _memory(tensor: Any) -> int:
 
 
 def _is_constant(args: tuple[Any, ...]) -> bool:
-    """Whether a constant of the user's source was added."""
+    """Return whether a constant of the user's source was added."""
     return len(args) > 1 and not isinstance(args[1], (list, tuple)) and _user_constant()
 
 

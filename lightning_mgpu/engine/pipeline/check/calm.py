@@ -1,4 +1,4 @@
-"""Compute without random draws and without batch statistics, and leave no trace of it."""
+"""Compute without random draws, batch statistics or side effects."""
 
 import random
 import sys
@@ -29,7 +29,7 @@ _DROPOUTS = frozenset(
 
 @contextmanager
 def calm(modules: Iterable[nn.Module], devices: Sequence[torch.device]) -> Iterator[None]:
-    """Within, dropout drops nothing and batch normalisation takes its running statistics.
+    """Context in which dropout is off and batch normalisation uses running statistics.
 
     What else draws random numbers does so; all generators are put back afterwards.
 
@@ -52,7 +52,7 @@ def calm(modules: Iterable[nn.Module], devices: Sequence[torch.device]) -> Itera
 
 
 class _Calm(TorchFunctionMode):
-    """Turns the functions that layers would call into what they are in evaluation."""
+    """Mode that replaces the functions of layers by their evaluation behaviour."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -84,7 +84,7 @@ def _in_evaluation(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, An
 
 
 def _random_states(devices: Sequence[torch.device]) -> list[tuple[Any, ...]]:
-    """What to call, and with what, to put the generators back."""
+    """Functions and arguments that restore the random generators."""
     states: list[tuple[Any, ...]] = [
         (random.setstate, random.getstate()),
         (torch.default_generator.set_state, torch.default_generator.get_state()),

@@ -1,4 +1,4 @@
-"""All that modules hold beside their parameters: recorded, put back, and compared."""
+"""Record, restore and compare everything that modules hold beside their parameters."""
 
 import functools
 import random
@@ -28,15 +28,17 @@ _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_mgpu.", "nu
 _OWN = BLANK | {WEIGHTS}
 
 
-class Held:
-    """What modules hold at one time: attributes, buffers, and what these and hooks refer to.
+class ModuleSnapshot:
+    """Snapshot of modules: attributes, buffers, and the objects these and hooks refer to.
 
     Args:
         modules: By name; without those they contain.
         since: An earlier record; what is as it was then is not copied again.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], since: "Held | None" = None) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], since: "ModuleSnapshot | None" = None
+    ) -> None:
         self._modules = modules
         self._since = since
         self._seen: dict[int, Any] = {}
@@ -132,8 +134,10 @@ class Held:
         return True
 
 
-def differing(one: Held, other: Held, coarse: torch.dtype | None = None) -> Iterator[str]:
-    """The names of what two records differ in.
+def differing(
+    one: ModuleSnapshot, other: ModuleSnapshot, coarse: torch.dtype | None = None
+) -> Iterator[str]:
+    """Names of the entries in which two snapshots differ.
 
     Args:
         one: A record.
@@ -173,7 +177,7 @@ def _state_of(value: Any) -> dict[str, Any] | None:
 
 
 def _kept_by(function: Any) -> Iterator[tuple[str, Any]]:
-    """What a hook refers to beside its arguments."""
+    """Objects that a hook refers to beside its arguments, with their names."""
     if isinstance(function, functools.partial):
         for index, value in enumerate((*function.args, *function.keywords.values())):
             yield f"argument {index}", value

@@ -24,7 +24,7 @@ class Assigned:
         self.update(modules)
 
     def update(self, modules: Mapping[str, nn.Module]) -> None:
-        """Take what the modules hold now for their own."""
+        """Accept the tensors that the modules hold now."""
         tensors = [found.tensor for found in _attributes(modules)]
         self._known = {id(tensor): weakref.ref(tensor) for tensor in tensors}
 
@@ -55,9 +55,9 @@ class Assigned:
             by_length = tensor.dim() and tensor.shape[0] == size and not title.startswith("buffer")
             if (of_batch or by_length) and is_used(holder, key):
                 raise SplitError(
-                    f"{title} of shape {tuple(tensor.shape)} was set before the call and has an"
-                    f" entry per sample (the batch has {size}), but every micro-batch would see all"
-                    " of it. Hand it on as an argument of the split module's `forward`."
+                    f"{title} of shape {tuple(tensor.shape)} was set before the call and has"
+                    f" an entry per sample (the batch has {size}), but every micro-batch would"
+                    " see all of it. Pass it as an argument of the split module's `forward`."
                 )
 
     def _knows(self, tensor: Tensor) -> bool:

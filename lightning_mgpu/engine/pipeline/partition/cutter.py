@@ -1,4 +1,4 @@
-"""Decides which stage each submodule belongs to, once, from what one call does."""
+"""Assign each submodule to a stage, once, from an observed call."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.pipeline.partition import choice
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, canonical
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, measured
-from lightning_mgpu.engine.pipeline.partition.observation import Called, observe, registered
+from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall, observe, registered
 
 Balance = Sequence[int] | Literal["parameters", "time", "memory"]
 
@@ -22,7 +22,7 @@ _COPIES_OF_PARAMETERS = 4
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Which stage everything belongs to.
+    """Assignment of submodules, parameters and buffers to stages.
 
     Attributes:
         layers: Of each stage, the names of the submodules that it computes, in order.
@@ -102,12 +102,12 @@ class Cutter:
 
     @property
     def wants_costs(self) -> bool:
-        """Whether layers have to be measured before the module can be cut."""
+        """Return whether layers have to be measured before the module can be cut."""
         measured = self._balanced in ("time", "memory")
         return measured and self._starts is None and self._made is None
 
     def expected(self) -> Cut | None:
-        """What the cut is likely to be, before there is a call; `None` if that cannot be told."""
+        """The likely cut before the first call; `None` if that cannot be told."""
         if self.cut is not None or self.wants_costs:
             return self.cut
         called = registered(self.module)
@@ -138,7 +138,7 @@ class Cutter:
             self.costs = {name: self.costs[name] for name in layers.names()}
         return self.cut
 
-    def _chosen(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+    def _chosen(self, called: ModuleCall, chunks: int) -> tuple[choice.Layers, list[int]]:
         layers, counts = self._dealt(called, chunks)
         names = layers.names()
         starts = [names[first] for first in list(accumulate(counts))[:-1]]
@@ -148,7 +148,7 @@ class Cutter:
         except PartitionError:
             return layers, counts
 
-    def _dealt(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+    def _dealt(self, called: ModuleCall, chunks: int) -> tuple[choice.Layers, list[int]]:
         if self._starts is not None:
             return choice.beginning_at(called, self._starts)
         if not isinstance(self._balanced, str):
@@ -242,7 +242,7 @@ class Cutter:
 
 
 class _Chain:
-    """Calls modules one after another, each with what the one before it has returned.
+    """Call modules one after another, each with the output of the one before.
 
     A tuple is handed on as several arguments.
     """

@@ -1,4 +1,4 @@
-"""Where in a thread's autograd graph a tensor was made.
+"""Position of a tensor in its thread's autograd graph.
 
 Autograd numbers the nodes that a thread makes. That tells what was made before a certain moment
 without a mark on any tensor.
@@ -12,7 +12,7 @@ from lightning_mgpu._compat.torch import base_of, is_view, node_number
 
 
 def of(tensor: Tensor) -> int | None:
-    """The number of the node that made a tensor; `None` if no node has."""
+    """Sequence number of the node that made a tensor; `None` if no node has."""
     node: Any = tensor.grad_fn
     if node is None:
         return None

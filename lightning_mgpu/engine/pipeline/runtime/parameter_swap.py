@@ -1,4 +1,4 @@
-"""Compute with leaves that alias a module's parameters, so that the parameters see one gradient."""
+"""Replace parameters by aliasing leaves, so that the parameters get one gradient per step."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lightning_mgpu._compat.torch_modules import parameters_of
 from lightning_mgpu.engine import recurrent
-from lightning_mgpu.engine.entry_swap import Patches
+from lightning_mgpu.engine.entry_swap import EntrySwap
 from lightning_mgpu.engine.parameter_leaves import Leaves
 
 
-class Shadow:
-    """Leaves in place of the parameters of some modules, for as long as a step lasts.
+class ParameterSwap:
+    """Replace the parameters of some modules by leaves during a step.
 
     A parameter that several stages use lies with one of them. Each of the others has a leaf of its
     own, and on another device a copy of the values, so that stages do not wait for each other and
@@ -49,20 +49,20 @@ class Shadow:
         self._loans: dict[tuple[int, int], Leaves] = {}
         self._fresh: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
-        self._patches = Patches(self._find())
+        self._patches = EntrySwap(self._find())
 
     @property
     def has_loans(self) -> bool:
-        """Whether a stage has copies of another's parameters on its own device."""
+        """Return whether a stage has copies of another's parameters on its own device."""
         return any(not loan.is_alias() for loan in self._loans.values())
 
     def is_stale(self) -> bool:
-        """Whether modules or parameters are no longer those that were found."""
+        """Return whether modules or parameters have been replaced since."""
         return self._patches.is_stale()
 
     @contextmanager
     def entered(self, refresh: bool = True) -> Iterator[None]:
-        """The modules compute with the leaves.
+        """Context in which the modules compute with the leaves.
 
         Args:
             refresh: Whether parameters may have changed since the last time.
@@ -79,7 +79,7 @@ class Shadow:
             self._patches.revert()
 
     def borrow(self, leaf: Tensor, stage: int) -> Tensor | None:
-        """What stands for a leaf in a stage; `None` if it is none of ours."""
+        """Stage's replacement for a parameter's leaf; `None` if it is none of ours."""
         index = self._index.get(id(leaf))
         if index is None:
             return None
@@ -93,7 +93,7 @@ class Shadow:
         return None if index is None else self.parameters[index]
 
     def take_gradients(self) -> list[Tensor | None]:
-        """What has been accumulated for each parameter since the last time."""
+        """Take the gradients accumulated for each parameter since the last call."""
         gradients = self._leaves.take_gradients()
         for (index, _), loan in sorted(self._loans.items(), key=lambda item: item[0]):
             (more,) = loan.take_gradients()

@@ -1,4 +1,4 @@
-"""What stands for tensors of earlier segments in the segment at hand.
+"""Replacements for tensors of earlier segments in the current segment.
 
 A tensor that another segment has made is cut off from its graph, and lies on the device of the
 stage that computes next. Each has one stand-in a segment, so that `x is x` stays true, and what is
@@ -20,7 +20,7 @@ from lightning_mgpu.engine.pipeline.runtime.segments import Crossing, Graph
 
 
 class _StandIn(NamedTuple):
-    """What stands for a tensor of an earlier segment.
+    """Replacement for a tensor of an earlier segment.
 
     Attributes:
         original: The tensor, kept alive so that its `id` is its own.
@@ -38,7 +38,7 @@ class _StandIn(NamedTuple):
 
 
 class StandIns:
-    """A micro-batch's.
+    """Replacements for one micro-batch's tensors.
 
     Args:
         graph: Its segments.
@@ -61,16 +61,16 @@ class StandIns:
         self._rebased: list[Tensor] = []
 
     def begin(self, stage: int) -> None:
-        """A segment begins, in which nothing stands for anything yet."""
+        """Start a segment without any replacements."""
         self._stage = stage
         self._here.clear()
 
     def end(self) -> None:
-        """No segment follows."""
+        """Finish the last segment."""
         self._here.clear()
 
     def bring(self, value: Any) -> Any:
-        """A value whose tensors are those of the segment at hand; lists and dicts stay the same."""
+        """Replace tensors in a value by those of the current segment; containers stay the same."""
         if isinstance(value, Tensor):
             return self.fit(value)
         if type(value) is list:
@@ -97,7 +97,7 @@ class StandIns:
         return value
 
     def latest(self, tensor: Tensor) -> Tensor:
-        """A tensor, or what stands for it and has been written to instead."""
+        """The tensor, or its replacement if that has been written to."""
         last = self._last.get(id(tensor))
         while last is not None and last.is_written:
             tensor = last.tensor
@@ -105,12 +105,12 @@ class StandIns:
         return tensor
 
     def was_copied_and_written(self, tensor: Tensor) -> bool:
-        """Whether something has been written to a copy of it on another device."""
+        """Return whether a copy of the tensor on another device has been written to."""
         last = self._last.get(id(tensor))
         return last is not None and last.is_written and last.tensor.device != tensor.device
 
     def fit(self, tensor: Tensor) -> Tensor:
-        """A tensor, as the segment at hand may have it."""
+        """Return a tensor for use in the current segment."""
         if not self._last and not self._rebased and not self._is_foreign(tensor):
             return tensor
         # (What was made without a graph must not stand for it where there is one.)
@@ -129,7 +129,7 @@ class StandIns:
         return made
 
     def _is_foreign(self, tensor: Tensor) -> bool:
-        """Whether it may be another stage's or an earlier segment's."""
+        """Return whether a tensor may belong to another stage or an earlier segment."""
         if self._has_several_devices and tensor.device != self._devices[self._stage]:
             return True
         if not tensor.requires_grad:
@@ -138,7 +138,7 @@ class StandIns:
         return made is None or made < self._graph.start
 
     def _made_for(self, source: Tensor) -> Tensor:
-        """What stands for a tensor in the segment at hand; the same if it may be used itself."""
+        """Replacement for a tensor in the current segment; itself if it can be used directly."""
         is_foreign = self._is_foreign(source)
         if is_foreign or is_view(source):
             self._check_memory(source)
@@ -157,7 +157,7 @@ class StandIns:
         return copied(source, device) if is_elsewhere else source
 
     def _check_memory(self, tensor: Tensor) -> None:
-        """Refuse a tensor whose memory has been written to by another, of another segment.
+        """Refuse a tensor whose memory another segment's tensor has written to.
 
         On one device, autograd would know of it: they are views of each other. (It makes the node
         of such a view anew, so that it seems to be one of the segment at hand.)
@@ -177,9 +177,9 @@ class StandIns:
             if base is not None and any(base is own for own in (latest, base_of(latest))):
                 continue
             raise RuntimeError(
-                f"A tensor of shape {tuple(tensor.shape)} shares memory with another that has been"
-                " written to in place since, on another stage of the pipeline. Write to a copy"
-                " (`x = x.clone()`, `inplace=False`)."
+                f"A tensor of shape {tuple(tensor.shape)} shares memory with another that was"
+                " written to in place afterwards, on another stage of the pipeline. Write to"
+                " a copy (`x = x.clone()`, `inplace=False`)."
             )
 
     def _cut(self, source: Tensor, made_at: int, device: torch.device) -> Tensor:
@@ -190,7 +190,7 @@ class StandIns:
         return stage_values.enter(leaf)
 
     def fit_written(self, tensor: Tensor) -> Tensor:
-        """A tensor that is about to be written to, as one of the segment at hand."""
+        """Return a tensor for in-place writes in the current segment."""
         made_at = graph_position.of(tensor) if tensor.requires_grad else None
         last = self._last.get(id(tensor))
         if last is not None:
@@ -200,13 +200,13 @@ class StandIns:
         if tensor.device != self._devices[self._stage] or is_view(tensor):
             raise RuntimeError(
                 "The code between layers writes in place to a tensor of shape"
-                f" {tuple(tensor.shape)} that another stage of the pipeline has made. Write to a"
-                " copy of it (`x = x.clone()`)."
+                f" {tuple(tensor.shape)} that another stage of the pipeline has made. Write to"
+                " a copy of it (`x = x.clone()`)."
             )
         return self._rebase(tensor, made_at)
 
     def _rebase(self, tensor: Tensor, made_at: int) -> Tensor:
-        """Make a tensor of an earlier segment one of this segment, the object that it is."""
+        """Move a tensor of an earlier segment into this one, keeping its identity."""
         source = stage_values.enter(tensor)  # (no view, which would follow the tensor)
         tensor.detach_()
         leaf = tensor.detach().requires_grad_()

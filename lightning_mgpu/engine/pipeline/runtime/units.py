@@ -1,4 +1,4 @@
-"""The hooks by which micro-batches notice that they come to a unit."""
+"""Hooks that notify micro-batches of calls of units."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ Recompute = Callable[[Traveller, nn.Module, Any, Any], Recomputed | None]
 
 
 class Units:
-    """The submodules that belong to stages.
+    """Submodules that belong to stages.
 
     Args:
         stage_of: By name, each unit and its stage.
@@ -39,7 +39,7 @@ class Units:
 
     @contextmanager
     def attached(self, recompute: Recompute | None = None) -> Iterator[None]:
-        """Within, calls of units are noticed.
+        """Context in which calls of units are noticed.
 
         Args:
             recompute: Decides what is to be computed again in backward.
