@@ -60,7 +60,7 @@ class Journal:
         )
 
     def start(self, record: TrialRecord, worker: str) -> None:
-        """Record that a trial starts, resumes after a pause, or restarts, on that worker."""
+        """Record that a trial starts, resumes after a pause, or restarts."""
         self._hosts.pop(record.number, None)
         self._write(
             "start",
