@@ -40,11 +40,14 @@ class Names:
         defined: All that start with an underscore, of modules, classes and objects.
         classes: By the class's name; of classes that share one, together.
         foreign: What `_compat` has taken over: nobody else uses it.
+        texts: What nobody else may have as a string: names that `_compat` assigns to, and the words
+            of errors.
     """
 
     defined: set[str] = field(default_factory=set)
     classes: dict[str, _Class] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
 
     def of_class(self, name: str, seen: frozenset[str] = frozenset()) -> set[str]:
         """What a class and those of our classes that it is derived from define."""
@@ -84,10 +87,13 @@ def names_of(modules: Iterable[ast.Module], version_dependent: Iterable[str]) ->
     names = Names()
     for module in modules:
         _define(module, names)
-    compat = [ast.parse(file.read_text()) for file in sorted(COMPAT.glob("*.py"))]
-    own = Names()
+    files = {file.stem: ast.parse(file.read_text()) for file in sorted(COMPAT.glob("*.py"))}
+    compat, own = files.values(), Names()
     for module in compat:
         _define(module, own)
+        names.texts |= set(_assigned(module))
+    for stem in filter(lambda stem: stem.endswith("_messages"), files):
+        names.texts |= set(_words(files[stem]))
     used = {name for module in compat for _, name in _mentioned(module) if is_private(name)}
     hooks = overridden(compat, own)
     names.foreign = (used - own.defined) | hooks | set(version_dependent)
@@ -161,7 +167,7 @@ class _Finder(ast.NodeVisitor):
                 self.visit(value)
 
     def visit_Constant(self, node: ast.Constant) -> None:
-        if isinstance(node.value, str) and node.value in self._names.foreign:
+        if isinstance(node.value, str) and node.value in self._names.foreign | self._names.texts:
             self.found.add((node.lineno, node.value))
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -209,6 +215,25 @@ def _mentioned(module: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, part
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
+
+
+def _assigned(module: ast.Module) -> Iterator[str]:
+    """The attributes that a file of `_compat` sets by `assign`."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call) and _name(node.func) == "assign":
+            name = node.args[1]
+            if isinstance(name, ast.Constant):
+                yield str(name.value)
+
+
+def _words(module: ast.Module) -> Iterator[str]:
+    """The strings in a file that are no docstrings, and more than a word."""
+    documenting = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant) and id(node) not in documenting:
+            text = str(node.value)
+            if not text.isalnum():
+                yield text
 
 
 def _define(module: ast.Module, names: Names) -> None:
