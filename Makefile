@@ -28,8 +28,8 @@ define install
 @rm -f $(VENV)/.demo $(VENV)/.test
 @$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 	{ echo "Creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
-@echo "Installing .[$(EXTRAS)] (minutes the first time; details in $(VENV)/pip.log)"
-@$(BIN)/python -m pip install --quiet --log $(VENV)/pip.log -c constraints.txt -e '.[$(EXTRAS)]'
+@echo "Installing .$(EXTRAS) (minutes the first time; details in $(VENV)/pip.log)"
+@$(BIN)/python -m pip install --quiet --log $(VENV)/pip.log -c constraints.txt -e '.$(EXTRAS)'
 endef
 
 # What .venv holds is borrowed, not installed again. Lightning imports torchvision and transformers
@@ -85,12 +85,12 @@ clean: ## Remove .venv, caches, builds and the outputs of runs
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.demo: EXTRAS := demo
+$(VENV)/.demo: EXTRAS :=
 $(VENV)/.demo: $(SETUP)
 	$(install)
 	@touch $@
 
-$(VENV)/.test: EXTRAS := all,demo,dev
+$(VENV)/.test: EXTRAS := [all,dev]
 $(VENV)/.test: $(SETUP)
 	$(install)
 	@touch $(VENV)/.demo $@

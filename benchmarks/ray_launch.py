@@ -126,9 +126,9 @@ def actors(features: int) -> None:
 
 def start_ray() -> None:
     """As our strategy does."""
-    from lightning_mgpu.ray import cluster
+    from lightning_mgpu.ray import connection
 
-    cluster.connect()
+    connection.connect()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Registers the strategies with Lightning when Lightning is there, and not before.
+"""Register the strategies with Lightning once Lightning is imported.
 
 It takes seconds to import, which programs that train nothing should not wait for: the command's
 ``--help``, the driver of a sweep.
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 class _AfterLightning(MetaPathFinder):
-    """Finds Lightning as the others do, and has its loader call us when it has been imported."""
+    """Import hook that calls us after Lightning has been imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -19,7 +19,6 @@ from unittest.mock import patch
 
 import psutil
 import pytest
-import sklearn.datasets  # noqa: F401  (sets variables of the environment; no test's leak)
 from hydra.core.singleton import Singleton
 
 import lightning_mgpu.__main__

@@ -91,7 +91,7 @@ def short_directory() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray instance for all tests, in a directory whose path is short enough for sockets."""
-    from lightning_mgpu.ray import close, cluster
+    from lightning_mgpu.ray import close, connection
 
     with (
         tempfile.TemporaryDirectory(dir="/tmp", prefix="mgpu-") as directory,
@@ -104,7 +104,7 @@ def ray_cluster() -> Iterator[None]:
         patched.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
         # Trials pickle what the tests define by its name.
         patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        with cluster.signal_handlers_kept():
+        with connection.signal_handlers_kept():
             ray.init("local", num_cpus=4, resources={"tape": 2}, include_dashboard=False)
         yield
         close()

@@ -1,6 +1,6 @@
 """The example of ray_lightning's README, for Lightning 2, with its imports changed to ours.
 
-Images are scikit-learn's digits in place of MNIST, which would have to be downloaded.
+Images are our digits in place of MNIST, which would have to be downloaded.
 """
 
 from typing import Any
@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 import torchmetrics
 from ray import tune
-from sklearn.datasets import load_digits
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_mgpu.demo.data.digits import read_digits
 from lightning_mgpu.ray import RayStrategy
 from lightning_mgpu.ray.tune import TuneReportCallback, get_tune_resources
 
@@ -55,8 +55,8 @@ class MNISTClassifier(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        images, labels = load_digits(return_X_y=True)
-        data = TensorDataset(torch.tensor(images).float() / 16, torch.tensor(labels))
+        images, labels = read_digits().tensors
+        data = TensorDataset(images.flatten(1), labels)
         return DataLoader(data, batch_size=self.batch_size)
 
     val_dataloader = train_dataloader

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from command import run
+from sweeps import cluster
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,6 +43,20 @@ def _blocks() -> Iterator[Block]:
 BLOCKS = list(_blocks())
 # `make demo` has a test of its own.
 COMMANDS = [b for b in BLOCKS if b.language == "bash" and not b.text.startswith("make ")]
+OURS = "python -m lightning_mgpu "
+
+
+def _lines(block: Block) -> list[str]:
+    return block.text.replace("\\\n", "").splitlines()
+
+
+# Our command without Ray, which runs in this process, too. The README's has a process of its own.
+HERE = [
+    block
+    for block in COMMANDS
+    if block.page.stem in ("command", "pipeline")
+    and all(line.startswith(OURS) for line in _lines(block))
+]
 
 
 def _is_run_by_a_command(block: Block) -> bool:
@@ -79,9 +96,15 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _run(command: str, directory: Path) -> str:
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    with cluster() as address:
+        yield address
+
+
+def _run(command: str, directory: Path, **variables: str) -> str:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment["TMPDIR"] = str(directory)
+    environment |= {"TMPDIR": str(directory), **variables}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=directory,
@@ -94,10 +117,33 @@ def _run(command: str, directory: Path) -> str:
     return done.stdout
 
 
+def _run_here(block: Block, directory: Path) -> None:
+    """Run our command without the seconds that it takes to start a process."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(directory)
+        for line in _lines(block):
+            done = run(*shlex.split(line.removeprefix(OURS)))
+            assert done.code == 0, f"{line}\n{done.out}\n{done.err}"
+
+
+@pytest.fixture
+def cluster_to_find(request: pytest.FixtureRequest, block: Block) -> dict[str, str]:
+    """What joins a Ray that is there already; scripts, and the first sweep, start their own."""
+    if block.page.stem not in ("ray", "sweeps") or block.number == 0:
+        return {}
+    return {"RAY_ADDRESS": request.getfixturevalue("ray_address"), "RAY_AUTH_MODE": "token"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", COMMANDS, ids=str)
-def test_commands_run(block: Block, project: Path) -> None:
-    _run(block.text, project)
+@pytest.mark.parametrize("block", HERE, ids=str)
+def test_commands_of_ours_run(block: Block, project: Path) -> None:
+    _run_here(block, project)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in COMMANDS if b not in HERE], ids=str)
+def test_commands_run(block: Block, project: Path, cluster_to_find: dict[str, str]) -> None:
+    _run(block.text, project, **cluster_to_find)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 _ENTRY = "hydra_plugins.ray_tune_sweeper._lightning"
+_OPTIONS = "hydra_plugins.ray_tune_sweeper.config"
 _PLUGIN = "hydra_plugins.ray_tune_sweeper.ray_tune_sweeper"
 PACKAGE = Path(__file__).parent.parent / "lightning_mgpu"
 
@@ -19,24 +20,27 @@ PACKAGE = Path(__file__).parent.parent / "lightning_mgpu"
 _MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "_version": set(),
+    "format": set(),
     "_registration": {"_compat"},
     "_compat": {"errors"},
     "engine": {"_compat"},
     "launch": {"_compat"},
-    "timeline": set(),
-    "strategies": {"_compat", "engine", "launch", "timeline"},
+    "timeline": {"format"},
+    "strategies": {"_compat", "format", "engine", "launch", "timeline"},
     "config": {"_compat", "errors", "strategies"},
-    "plan": {"_compat", "errors", "engine", "strategies", "config"},
+    "plan": {"_compat", "errors", "format", "engine", "strategies", "config"},
     "ray": {"_compat", "errors", "engine", "launch", "strategies", "config"},
-    "sweep": {"_compat", "errors", "launch", "config", "ray", _ENTRY},
-    "cli": {"_compat", "errors", "strategies", "config", "plan", "ray", "sweep", _PLUGIN},
+    "sweep": {"_compat", "errors", "format", "launch", "config", "ray", _ENTRY, _OPTIONS},
+    "cli": {"_compat", "errors", "strategies", "config", "plan", "ray", "sweep", _OPTIONS, _PLUGIN},
     "demo": {"_compat"},
     "__init__": {"_registration", "_version", "engine", "strategies"},
     "__main__": {"cli"},
     _ENTRY: set(),
-    _PLUGIN: {"config", "sweep"},
+    _OPTIONS: set(),
+    _PLUGIN: {"sweep", _OPTIONS},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "timeline")
+_NOT_BELOW = ("lightning", "torchmetrics", "hydra", "omegaconf", "ray")
 _ASKS = r"device\.type$|^\w+\.type (==|!=|in|not in) |\.is_cuda$|^torch\.(cuda|xpu|mps)\b"
 _FILES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "hydra_plugins").rglob("*.py")])
 
@@ -75,8 +79,10 @@ def test_imports_point_down(file: Path) -> None:
     for module in _imported(file):
         top = module.split(".")[0]
         if part in _NEVER_LIGHTNING:
-            assert top not in ("lightning", "torchmetrics"), f"{file.name} imports {module}"
-            assert "_compat.lightning" not in module, f"{file.name} imports {module}"
+            assert top not in _NOT_BELOW, f"{file.name} imports {module}"
+            assert not re.search(rf"_compat\.({'|'.join(_NOT_BELOW)})", module), (
+                f"{file.name} imports {module}"
+            )
         assert top != "torch" or part != "timeline", f"{file.name} imports {module}"
         assert top != "ray" or part in ("ray", "sweep", "_compat"), f"{file.name} imports {module}"
 
@@ -105,7 +111,7 @@ def _parents(name: str) -> Iterator[str]:
 
 def _child(name: str, folder: str) -> str:
     """The file or folder, directly in `folder`, that a module is or is in."""
-    # At the top, parts: the plugin's entry point is below the sweeper, the plugin above it.
+    # At the top, parts: the plugin's entry point and options are below the sweeper, which it uses.
     return name.removeprefix(folder).split(".")[0] if folder else _part(name)
 
 

@@ -49,6 +49,7 @@ def test_sdist_and_wheel_carry_the_configs(distributions: tuple[Path, Path]) -> 
     assert "hydra_plugins/ray_tune_sweeper/ray_tune_sweeper.py" in in_wheel
     page = {f"lightning_mgpu/sweep/report/html/page.{kind}" for kind in ("html", "css", "js")}
     assert page <= in_wheel
+    assert "lightning_mgpu/demo/data/optdigits.gz" in in_wheel
     assert "hydra_plugins/__init__.py" not in in_wheel  # it is shared with other plugins
     assert not any(name.startswith(("tests", "conf/", "benchmarks")) for name in in_wheel)
     with tarfile.open(sdist) as archive:
@@ -139,4 +140,4 @@ def test_every_extra_installs_what_it_says() -> None:
     from importlib.metadata import metadata
 
     extras = set(metadata("lightning_mgpu").get_all("Provides-Extra") or ())
-    assert extras >= {"ray", "demo", "search", "report", "zoo", "all", "dev"}
+    assert extras >= {"ray", "search", "bohb", "report", "zoo", "all", "dev"}

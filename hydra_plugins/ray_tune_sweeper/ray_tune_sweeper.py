@@ -6,7 +6,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 
 class RayTuneSweeper(Sweeper):

@@ -1,14 +1,14 @@
-"""Look at a checkpoint before a run depends on it."""
+"""Check a checkpoint before a run depends on it."""
 
 import os
 import pickle
-import re
 import zipfile
 from pathlib import Path
 
 import torch
 
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu._compat.torch_messages import NOT_ALLOWED_IN_WEIGHTS
+from lightning_mgpu.errors import ConfigError, one_line
 
 # Words that the Trainer turns into a path itself.
 _KEYWORDS = ("last", "hpc", "registry")
@@ -18,14 +18,14 @@ _TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch
 
 
 def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
-    """Check that a checkpoint is there, whole, and one of Lightning's.
+    """Check that a checkpoint exists, is complete and was saved by Lightning.
 
     Tensors are not read, so this takes no time however large the file is. Remote paths and
     Lightning's keywords (``last``) are left to Lightning.
 
     Args:
         ckpt_path: Where it is said to be.
-        resume: Whether training is to go on from it, which takes more than the weights.
+        resume: Whether training is to resume from it, which takes more than the weights.
 
     Raises:
         ConfigError: The file is missing, damaged or something else.
@@ -33,22 +33,24 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
     if "://" in ckpt_path or ckpt_path.partition(":")[0] in _KEYWORDS:
         return
     if ckpt_path == "best":  # another of Lightning's words
-        raise ConfigError("ckpt_path=best: known only within the run that fits. Give its path.")
+        raise ConfigError(
+            "ckpt_path=best: only known within the run that trains. Give the checkpoint's path."
+        )
     path = Path(ckpt_path)
     if not path.exists():
         raise ConfigError(f"ckpt_path={ckpt_path}: no such file (looked in {Path.cwd()}).")
     if path.is_dir():
         if any((path / name).exists() for name in _SHARDED):
             return
-        raise ConfigError(f"ckpt_path={ckpt_path}: a directory, and not that of a checkpoint.")
+        raise ConfigError(f"ckpt_path={ckpt_path}: a directory, but not that of a checkpoint.")
     if not zipfile.is_zipfile(path):
         raise _damaged(ckpt_path, "it is no zip archive, as `torch.save` writes them")
     try:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
+        found = NOT_ALLOWED_IN_WEIGHTS.search(str(error))
         if found is None:
-            raise _damaged(ckpt_path, _line(error)) from error
+            raise _damaged(ckpt_path, one_line(error, 200)) from error
         if os.environ.get(_TRUST, "").lower() in ("1", "y", "yes", "true"):
             return
         raise ConfigError(
@@ -58,7 +60,7 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
     except OSError as error:
         raise ConfigError(f"ckpt_path={ckpt_path}: cannot be read: {error}.") from error
     except Exception as error:
-        raise _damaged(ckpt_path, _line(error)) from error
+        raise _damaged(ckpt_path, one_line(error, 200)) from error
     for key in ("state_dict", "pytorch-lightning_version"):
         if not isinstance(content, dict) or key not in content:
             raise ConfigError(
@@ -67,8 +69,8 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
             )
     if resume and "optimizer_states" not in content:
         raise ConfigError(
-            f"ckpt_path={ckpt_path}: holds the weights alone, from which training cannot go on. Use"
-            " one that was saved without `save_weights_only`."
+            f"ckpt_path={ckpt_path}: holds weights only, from which training cannot resume."
+            " Use one that was saved without `save_weights_only`."
         )
 
 
@@ -76,7 +78,3 @@ def _damaged(ckpt_path: str, reason: str) -> ConfigError:
     return ConfigError(
         f"ckpt_path={ckpt_path}: damaged, or not a checkpoint ({reason}). Use an earlier one."
     )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Which Ray cluster a config's run is to be on."""
+"""Connect to the Ray cluster that a config names."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 from lightning_mgpu.config.elsewhere import runs_elsewhere
-from lightning_mgpu.config.sweeper import RayTuneSweeperConf
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, one_line
 from lightning_mgpu.ray import STRATEGIES
 from lightning_mgpu.ray.address import address_of, given, is_client
 
 
 def is_laptop(cfg: DictConfig) -> bool:
-    """Whether the run is on a cluster that this machine is no part of."""
+    """Return whether the run is on a cluster that this machine is not part of."""
     options = _options(cfg.get("ray"))
     if _is_trial():  # which is there already
         return False
@@ -22,7 +22,7 @@ def is_laptop(cfg: DictConfig) -> bool:
 
 
 def connect(strategy: Any, cfg: DictConfig) -> None:
-    """Find the cluster that the config names, if the run is to be on one.
+    """Connect to the cluster that the config names, if the run is to be on one.
 
     Args:
         strategy: The one of the run.
@@ -45,26 +45,26 @@ def connect(strategy: Any, cfg: DictConfig) -> None:
         if options:
             name, value = next(iter(options.items()))
             raise ConfigError(
-                f"ray.{name}={value}: nothing of this run would be on Ray. Add `+strategy=ray`."
+                f"ray.{name}={value}: nothing in this run uses Ray. Add `+strategy=ray`."
             )
         return
-    from lightning_mgpu.ray import cluster
+    from lightning_mgpu.ray import connection
 
     try:
-        cluster.connect(options)
+        connection.connect(options)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"ray: {cluster.in_a_line(error)}") from error
+        raise ConfigError(f"ray: {one_line(error)}") from error
 
 
 def _is_on_ray(cfg: DictConfig, options: dict[str, Any]) -> bool:
-    """Whether the run is on Ray, as far as can be told before its strategy is built."""
+    """Return whether the run is on Ray, as far as the config shows before it is built."""
     strategy = cfg.get("strategy")
     target = strategy.get("_target_") if OmegaConf.is_dict(strategy) else strategy
     return "address" in options or str(target) in STRATEGIES
 
 
 def _is_trial() -> bool:
-    """Whether this run is a trial of a sweep on Ray."""
+    """Return whether this run is a trial of a sweep on Ray."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return False
     return bool(HydraConfig.get().sweeper.get("_target_") == RayTuneSweeperConf._target_)

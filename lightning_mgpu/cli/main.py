@@ -22,7 +22,8 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu._compat.hydra import shared_config_store
+from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
 
 if TYPE_CHECKING:
     from lightning_mgpu.cli.run import RunResult
@@ -42,7 +43,7 @@ _KNOWN_WARNINGS = (
 
 
 def main() -> None:
-    """Compose the config, run it, and end with an exit code that says how it went.
+    """Compose the config, run it, and exit with a code for the outcome.
 
     0: done. 1: training raised, with its traceback. 2: bad input, said in one line.
     128 + n: ended by signal n.
@@ -64,7 +65,8 @@ def main() -> None:
         # `model._target_=my_project.LitModel`, with the console script as with `python -m`.
         sys.path.insert(0, os.getcwd())
     try:
-        with _environment(_FULL_ERROR, "1"):  # so that Hydra leaves the errors to us
+        # The errors are left to us.
+        with _environment(_FULL_ERROR, "1"), shared_config_store():
             app()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -85,7 +87,7 @@ def main() -> None:
 
 
 def _register_sweeper() -> None:
-    """Make `hydra/sweeper=ray_tune` known, however this package was installed."""
+    """Register `hydra/sweeper=ray_tune`, however this package was installed."""
     from hydra_plugins.ray_tune_sweeper.ray_tune_sweeper import RayTuneSweeper
 
     Plugins.instance().register(RayTuneSweeper)
@@ -107,7 +109,7 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             # The other jobs go on, and at the end Hydra raises the first error only.
-            log.error("Job %s failed: %s", HydraConfig.get().job.num, _line(error))
+            log.error("Job %s failed: %s", HydraConfig.get().job.num, one_line(error))
         elif isinstance(error, ConfigError) and not wants_traceback:
             _refuse(error)
         raise
@@ -118,7 +120,7 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Import torch and Lightning: seconds in which an exception may come out as anything."""
+    """Context to import torch and Lightning, which takes seconds and may be interrupted."""
     came: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
     signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
@@ -135,7 +137,7 @@ def _importing() -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Leave out what tells a user of this command nothing."""
+    """Hide warnings and log lines that do not concern users of this command."""
     # Lightning has a handler of its own; Hydra's shows the lines once, and keeps them in a file.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
@@ -155,13 +157,9 @@ def _refuse(error: Exception) -> NoReturn:
             f"Could not find '{error.missing_cfg_file}'. Known: {', '.join(sorted(error.options))}."
         )
     else:
-        message = _line(error)
+        message = one_line(error)
     print(f"Error: {message}", file=sys.stderr)
     sys.exit(_BAD_INPUT)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _refuse_to_write(error: OSError) -> NoReturn:
@@ -176,13 +174,18 @@ def _refuse_to_write(error: OSError) -> NoReturn:
 def _tell_stopped(stopped: "Stopped") -> None:
     if stopped.checkpoint is not None:
         path = _relative(stopped.checkpoint)
-        print(f"Stopped by {stopped}. Saved: {path}\nGo on with: ckpt_path={path}", file=sys.stderr)
+        print(
+            f"Stopped by {stopped}. Saved: {path}\nResume with: ckpt_path={path}", file=sys.stderr
+        )
     else:
-        print(f"Stopped by {stopped}; there was no training under way to save.", file=sys.stderr)
+        print(
+            f"Stopped by {stopped}; no training was in progress, so nothing was saved.",
+            file=sys.stderr,
+        )
 
 
 def _draw_sweep(cfg: DictConfig, wants_traceback: bool) -> None:
-    """`mode=report`, which reads files and needs no torch."""
+    """Run `mode=report`, which reads files and needs no torch."""
     from lightning_mgpu.sweep.report.draw import draw
 
     sweep = cfg.get("sweep")
@@ -198,7 +201,7 @@ def _draw_sweep(cfg: DictConfig, wants_traceback: bool) -> None:
 
 
 def _report(result: "RunResult") -> None:
-    """The last lines of a run: its metrics, and where its files are."""
+    """Print the last lines of a run: its metrics and the paths of its files."""
     from rich.console import Console
     from rich.table import Table
 

@@ -16,12 +16,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_mgpu._compat.torch_messages import STATE_DICT_IS_ANOTHERS
 from lightning_mgpu.cli.checkpoint import check_checkpoint
 from lightning_mgpu.cli.cluster import connect, is_laptop
 from lightning_mgpu.cli.signals import StopOnSignal
 from lightning_mgpu.config.build import Parts, build
 from lightning_mgpu.config.elsewhere import runs_elsewhere
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, one_line
 from lightning_mgpu.plan import command as planning
 from lightning_mgpu.plan.predict import Plan
 from lightning_mgpu.plan.show import write
@@ -37,25 +38,25 @@ _MAX_SEED = 2**32 - 1  # numpy's
 
 @dataclass(kw_only=True)
 class RunResult:
-    """What a run leaves behind."""
+    """Metrics and files of a run."""
 
     metrics: dict[str, float]
-    """The last value of each logged metric, by name."""
+    """Last value of each logged metric, by name."""
     metric: float | None
-    """The best value of the metric that the config names; what a sweeper optimises."""
+    """Best value of the metric that the config names, which a sweeper optimises."""
     output_dir: Path
-    """Where the run's files lie."""
+    """Directory of the run's files."""
     files: dict[str, Path] = field(default_factory=dict)
-    """The run's files, each by what it is."""
+    """The run's files by kind."""
     model: LightningModule
     datamodule: LightningDataModule | None
     trainer: Trainer
     plan: Plan | None = None
-    """What was predicted, in the mode of that name."""
+    """Predictions of `mode=plan`."""
 
 
 def train(cfg: DictConfig) -> RunResult:
-    """Run a composed config. Any program may call this; outside Hydra, set `output_dir`.
+    """Run a composed config; outside Hydra, set `output_dir`.
 
     Args:
         cfg: As composed from `conf/`. `mode` says what to do; ``fit`` trains and then tests the
@@ -74,7 +75,7 @@ def train(cfg: DictConfig) -> RunResult:
     mode = cfg.get("mode", "fit")
     if mode == "report":
         raise ConfigError(
-            "mode=report: draws what is there and trains nothing. Use the command, or"
+            "mode=report: only draws existing results. Use the command, or"
             " lightning_mgpu.sweep.report.draw.draw."
         )
     if mode not in _MODES:
@@ -192,7 +193,7 @@ _MODES: dict[str, Callable[[Parts, DictConfig, Path], _Outcome]] = {
 
 
 def _checkpoints(trainer: Trainer, everywhere: bool) -> dict[str, Path]:
-    """The best checkpoint by the first callback that monitors a metric, and the last one.
+    """The best checkpoint of the first callback that monitors a metric, and the last one.
 
     Args:
         trainer: After `fit`.
@@ -222,7 +223,7 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def _best_score(trainer: Trainer, name: str | None) -> float | None:
-    """The best value of a metric by which checkpoints are kept."""
+    """Best value of the metric by which checkpoints are kept."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor == name is not None:
             score = callback.best_model_score
@@ -256,7 +257,7 @@ def _output_dir(cfg: DictConfig) -> Path:
 
 
 def _check_values(cfg: DictConfig) -> None:
-    """See to it that every value is there before anything is built."""
+    """Check that no value is missing before anything is built."""
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -273,7 +274,7 @@ def _save_config(cfg: DictConfig, output_dir: Path) -> None:
 
 
 def _keep_earlier_metrics(output_dir: Path) -> None:
-    """Put aside the metrics of an earlier run in the same directory; `CSVLogger` deletes them."""
+    """Rename the metrics of an earlier run in the same directory, which `CSVLogger` deletes."""
     metrics = output_dir / "metrics.csv"
     if metrics.exists():
         names = (output_dir / f"metrics-{number}.csv" for number in itertools.count(1))
@@ -282,7 +283,7 @@ def _keep_earlier_metrics(output_dir: Path) -> None:
 
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """Seed everything, and take the seed out of the environment again: the next run has its own."""
+    """Seed everything, and restore the environment afterwards: the next run has its own seed."""
     if seed is not None and (type(seed) is not int or not 0 <= seed <= _MAX_SEED):
         raise ConfigError(f"seed={seed}: expected an integer from 0 to {_MAX_SEED}, or null.")
     before = {name: os.environ.get(name) for name in _SEED_VARIABLES}
@@ -300,18 +301,18 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def _told_in_terms_of(cfg: DictConfig) -> Iterator[None]:
-    """Say what Lightning finds out late, and what the config is to blame for, as such."""
+    """Raise errors and warnings of Lightning's as ones that name the config key."""
     try:
         yield
     except (MisconfigurationException, RuntimeError) as error:
         if any(words in str(error) for words in _NOT_LOGGED):
             raise ConfigError(
-                f"metric={cfg.get('metric')}: {' '.join(str(error).split())} Set `metric=` to one"
+                f"metric={cfg.get('metric')}: {one_line(error)} Set `metric=` to one"
                 " that is logged (with `metric_mode=min` for a loss), or to null."
             ) from error
-        if cfg.get("ckpt_path") is None or "Error(s) in loading state_dict" not in str(error):
+        if cfg.get("ckpt_path") is None or STATE_DICT_IS_ANOTHERS not in str(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"ckpt_path={cfg.ckpt_path}: the checkpoint is of another model ({reason[:300]} ...)."
             " Use the model and the sizes it was trained with."

@@ -1,4 +1,4 @@
-"""Stop a run on SIGINT or SIGTERM without losing what it has learnt."""
+"""Stop a run on SIGINT or SIGTERM and save a checkpoint."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ class Stopped(BaseException):
 
 
 class StopOnSignal(Callback):
-    """Ends the run after the current batch when SIGINT or SIGTERM comes, and saves a checkpoint.
+    """Stop the run after the current batch on SIGINT or SIGTERM, and save a checkpoint.
 
     A second signal ends it at once; the checkpoint may then hold half an optimizer step. Use it
     as a context manager around the Trainer's calls, and as a callback of the Trainer. Outside the
@@ -85,7 +85,8 @@ class StopOnSignal(Callback):
         if self.at_once:
             raise Stopped(signum)
         log.warning(
-            "%s: stopping after this batch; once more to stop at once.", signal.Signals(signum).name
+            "%s: stopping after this batch; send it again to stop at once.",
+            signal.Signals(signum).name,
         )
 
     def _stop_if_asked(self) -> None:

@@ -1,1 +1,1 @@
-"""From Hydra configs to objects, with checks whose errors name the config key."""
+"""Build objects from Hydra configs, with errors that name the config key."""

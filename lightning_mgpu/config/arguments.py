@@ -60,12 +60,13 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], path: str) -> 
         if name in hints and not _fits(value, hints[name]):
             raise ConfigError(
                 f"{path}.{name}={OmegaConf.to_container(value) if _is_config(value) else value}:"
-                f" {describe(target)} wants {_words(hints[name])}{_instead(value, hints[name])}."
+                f" {describe(target)} expects"
+                f" {_words(hints[name])}{_instead(value, hints[name])}."
             )
 
 
 def describe(target: Callable[..., Any]) -> str:
-    """The name of a class or function as its user would write it."""
+    """Name of a class or function as a user would write it."""
     return f"`{getattr(target, '__module__', '?')}.{getattr(target, '__qualname__', target)}`"
 
 
@@ -97,7 +98,7 @@ def _is_config(value: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` may be passed where `hint` is asked for; in doubt it may."""
+    """Return whether `value` may be passed for the type `hint`; `True` if in doubt."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
@@ -152,7 +153,7 @@ def _instead(value: Any, hint: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in the words of `_words`."""
+    """Name of a value's type, as `_words` gives it."""
     if value is None:
         return "null"
     if isinstance(value, DictConfig):

@@ -1,4 +1,4 @@
-"""From a composed config to a model, its data and a Trainer."""
+"""Build a model, its data and a Trainer from a composed config."""
 
 import logging
 import pkgutil
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, open_dict
 
 from lightning_mgpu.config.arguments import accepted_keys, check_arguments, describe
 from lightning_mgpu.config.elsewhere import runs_elsewhere
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, one_line
 from lightning_mgpu.strategies import DDPStrategy
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _CPU_DEVICES = 2
 
 @dataclass
 class Parts:
-    """What a run is made of."""
+    """Objects of a run."""
 
     model: LightningModule
     datamodule: LightningDataModule | None
@@ -38,7 +38,7 @@ class Parts:
 
 
 def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
-    """Instantiate what the config names.
+    """Instantiate the objects that the config names.
 
     Args:
         cfg: As composed from `conf/`: the nodes `model`, `data`, `trainer` and, if wanted,
@@ -67,7 +67,7 @@ def build(cfg: DictConfig, callbacks: Sequence[Callback]) -> Parts:
                 " whole command again, so each would run every job of this multirun. Use"
                 " `+strategy=ddp`, or `trainer.devices=1`."
             )
-        log.info("In a multirun, several devices are trained on with our own DDPStrategy.")
+        log.info("In a multirun, several devices are trained with `lightning_mgpu.DDPStrategy`.")
         trainer = _build(trainer_cfg, "trainer", **{**extra, "strategy": DDPStrategy()})
     _check_type(model, LightningModule, "model")
     _check_type(datamodule, (LightningDataModule, type(None)), "data")
@@ -81,8 +81,8 @@ def _check_type(obj: Any, kind: type | tuple[type, ...], path: str) -> None:
         raise ConfigError(
             f"{path}: {describe(type(obj))} is not a {describe(wanted)}"
             + (
-                "; derive it from `lightning.pytorch`, not from `pytorch_lightning`, whose classes"
-                " are others."
+                "; derive it from `lightning.pytorch`, not from `pytorch_lightning`, whose"
+                " classes are different."
                 if any(base.__module__.startswith("pytorch_lightning") for base in type(obj).mro())
                 else "."
             )
@@ -90,7 +90,7 @@ def _check_type(obj: Any, kind: type | tuple[type, ...], path: str) -> None:
 
 
 def _would_rerun_a_sweep(trainer: Trainer) -> bool:
-    """Whether the other ranks would be started by running a multirun's `sys.argv` again."""
+    """Return whether other ranks would be started by running a multirun's `sys.argv` again."""
     launcher = trainer.strategy.launcher
     return (
         HydraConfig.initialized()
@@ -158,7 +158,7 @@ def _find_target(node: DictConfig, path: str) -> Callable[..., Any]:
         target = pkgutil.resolve_name(str(name))
     except Exception as error:
         raise ConfigError(
-            f"{path}._target_={name}: cannot be imported ({_line(error)})."
+            f"{path}._target_={name}: cannot be imported ({one_line(error)})."
             " Give the full dotted name, and start the command where Python finds the module."
         ) from error
     if not callable(target):
@@ -169,7 +169,7 @@ def _find_target(node: DictConfig, path: str) -> Callable[..., Any]:
 def _without_foreign_defaults(
     node: DictConfig, target: Callable[..., Any], path: str
 ) -> DictConfig:
-    """Leave out defaults that belong to the class which the user has replaced.
+    """Remove defaults that belong to a class which the user has replaced.
 
     ``model._target_=my_project.LitModel`` keeps the other keys of `conf/model/lenet.yaml`; those
     that `LitModel` does not know and nobody set by hand are left out, so that one line is enough.
@@ -198,7 +198,7 @@ def _without_foreign_defaults(
 
 
 def _wants_cpu_devices(trainer: DictConfig, strategy: Any) -> bool:
-    """Whether ``devices: auto`` would leave a strategy for several devices with one CPU."""
+    """Return whether ``devices: auto`` would give a multi-device strategy a single CPU."""
     if runs_elsewhere(strategy):
         return False  # it knows its devices
     if strategy in (None, "auto") or trainer.get("devices", "auto") != "auto":
@@ -208,7 +208,7 @@ def _wants_cpu_devices(trainer: DictConfig, strategy: Any) -> bool:
 
 
 def _explain(error: BaseException, node: DictConfig) -> str:
-    line = _line(error)
+    line = one_line(error)
     if "No supported gpu backend" in line or "accelerator is not available" in line:
         line = (
             f"accelerator={node.get('accelerator')}, devices={node.get('devices')}: this machine"
@@ -218,7 +218,3 @@ def _explain(error: BaseException, node: DictConfig) -> str:
         name = error.name.partition(".")[0]
         line += f". If that is a package, install it: `pip install {name}`."
     return line
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Tell strategies that train in other processes than the one that calls the Trainer."""
+"""Recognise strategies that train in other processes than the Trainer's."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,5 +15,5 @@ class RunsElsewhere(Protocol):
 
 
 def runs_elsewhere(strategy: Any) -> bool:
-    """Whether a strategy, or a class of strategies, trains in processes of its own alone."""
+    """Return whether a strategy, or strategy class, trains in other processes only."""
     return isinstance(strategy, RunsElsewhere) and strategy.runs_elsewhere

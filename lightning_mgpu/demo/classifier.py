@@ -1,4 +1,4 @@
-"""What every demo model shares: the loss, what it logs and its optimizer."""
+"""Base class of the demo models: loss, logging and optimizer."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Work done elsewhere, as one node of the caller's autograd graph."""
+"""Insert work done elsewhere into the caller's autograd graph as one node."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,8 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import backward_keeps_graph
+
 Gradients = Sequence[Tensor | None]
 Backward = Callable[[Gradients, bool], Gradients]
+
+# What `graft` adds to the caller's graph. Forward goes from left to right, backward back again:
+#
+#     inputs,                         token                        outputs, on
+#     parameters -----> [ _Work ] -------------> [ _Outputs ] ---> their devices ---> loss
+#                           |      (on the CPU)        |
+#     its backward          |                          |
+#     runs on        the thread that called       a thread of the outputs' device
+#     and            takes the gradients from     keeps them in the `_GraftState`,
+#                    `_GraftState`, waits for     hands on a token, never waits
+#                    the workers, returns one
+#                    gradient for each input
+#
+# With one node instead of two, the waiting would be done by the device's thread, which is the one
+# that the workers need for the backward of their own graphs.
 
 
 def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backward) -> list[Tensor]:
@@ -38,7 +55,7 @@ def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backwar
     floating = [i for i, v in enumerate(values) if v.is_floating_point() or v.is_complex()]
     if not torch.is_grad_enabled() or not floating or not any(x.requires_grad for x in inputs):
         return values
-    link = _Link(backward, tuple(values[i] for i in floating))
+    link = _GraftState(backward, tuple(values[i] for i in floating))
     token = _Work.apply(link, *inputs)  # type: ignore[no-untyped-call]
     joined = _Outputs.apply(link, token)  # type: ignore[no-untyped-call]
     for i, output in zip(floating, joined, strict=True):
@@ -46,8 +63,8 @@ def graft(outputs: Sequence[Tensor], inputs: Sequence[Tensor], backward: Backwar
     return values
 
 
-class _Link:
-    """What the two nodes of one graft share."""
+class _GraftState:
+    """State shared by the two nodes of one graft."""
 
     def __init__(self, backward: Backward, values: tuple[Tensor, ...]) -> None:
         self.backward = backward
@@ -56,10 +73,10 @@ class _Link:
 
 
 class _Work(torch.autograd.Function):
-    """Inputs to a token on the CPU; does the work in backward."""
+    """Node from the inputs to a CPU token; does the work in backward."""
 
     @staticmethod
-    def forward(ctx: Any, link: _Link, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, link: _GraftState, *inputs: Tensor) -> Tensor:
         ctx.link = link
         return torch.zeros((), device="cpu", dtype=torch.float32)
 
@@ -67,20 +84,20 @@ class _Work(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "Gradients of gradients (`create_graph=True`) cannot be taken through work that was"
-                " done on several devices. Take them inside the step with `strategy='dp'`, where"
-                " each replica has a graph of its own."
+                "Gradients of gradients (`create_graph=True`) cannot be computed through work"
+                " that was done on several devices. Compute them inside the step with"
+                " `strategy='dp'`, where each replica has its own graph."
             )
         gradients, ctx.link.gradients = ctx.link.gradients, ()
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        keep = backward_keeps_graph()
         return None, *ctx.link.backward(gradients, keep)
 
 
 class _Outputs(torch.autograd.Function):
-    """A token to the outputs; hands the gradients on in backward."""
+    """Node from the token to the outputs; passes the gradients on in backward."""
 
     @staticmethod
-    def forward(ctx: Any, link: _Link, token: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, link: _GraftState, token: Tensor) -> tuple[Tensor, ...]:
         ctx.link = link
         ctx.set_materialize_grads(False)
         # No arguments, whose views as outputs could not be written to in place.

@@ -1,4 +1,4 @@
-"""Running statistics of a batch whose parts are normalised apart.
+"""Running statistics of a batch whose parts are normalised separately.
 
 Each part (a replica's shard, a pipeline's micro-batch) is normalised with its own mean and
 variance, but the running statistics are updated once, with those of the whole batch.
@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_mgpu._compat.torch_modules import BatchNorm, attach, buffers_of, detach
 from lightning_mgpu.engine.worker_thread import slot_here
 
 Statistics = Literal["merge", "first"]
@@ -22,13 +22,13 @@ _HOOK = "lightning_mgpu.batch_norm"
 
 
 @dataclass
-class _Call:
-    """What one call of a layer saw: per channel, in the dtype of the running statistics."""
+class _BatchStatistics:
+    """Batch statistics of one call of a layer: per channel, in the running statistics' dtype."""
 
     count: float
     mean: Tensor
     variance: Tensor
-    """Unbiased."""
+    """Unbiased variance per channel."""
     part: int = 0
 
 
@@ -36,7 +36,7 @@ class _Call:
 class _Layer:
     """The calls of one layer in one part, and what the layer holds otherwise."""
 
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[_BatchStatistics] = field(default_factory=list)
     outside: tuple[dict[str, Tensor | None], float | None] | None = None
 
 
@@ -58,24 +58,22 @@ class Recorder:
         """Hook into the layers, for the slot that first calls one."""
         self._slot = None
         for layer in self.layers:
-            layer._forward_pre_hooks[_HOOK] = self._before  # type: ignore[index]
-            layer._forward_hooks[_HOOK] = self._after  # type: ignore[index]
+            attach(layer, _HOOK, self._before, self._after)
 
     def detach(self) -> None:
         """Leave the layers as they were before, also after an exception within one."""
         for layer in self.layers:
-            layer._forward_pre_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
-            layer._forward_hooks.pop(_HOOK, None)  # type: ignore[call-overload]
+            detach(layer, _HOOK)
             self._restore(layer)
 
-    def take(self) -> list[list[_Call]]:
+    def take(self) -> list[list[_BatchStatistics]]:
         """The calls of each layer since the last time."""
         taken = [self._state[id(layer)].calls for layer in self.layers]
         self._state = {id(layer): _Layer() for layer in self.layers}
         return taken
 
-    def take_parts(self, count: int) -> list[list[list[_Call]]]:
-        """For each part, the calls of each layer since the last time."""
+    def take_parts(self, count: int) -> list[list[list[_BatchStatistics]]]:
+        """The calls of each layer since the last time, for each part."""
         taken = self.take()
         return [[[c for c in calls if c.part == i] for calls in taken] for i in range(count)]
 
@@ -91,11 +89,12 @@ class Recorder:
                 " reference that was not found when the model was copied. Keep modules in plain"
                 " attributes, lists and dicts of the model, and reach them through `self`."
             )
-        buffers = {name: layer._buffers[name] for name in _STATISTICS}
+        held = buffers_of(layer)
+        buffers = {name: held[name] for name in _STATISTICS}
         self._state[id(layer)].outside = (buffers, layer.momentum)
         # From nothing and with a momentum of 1, the running statistics are the batch's.
         layer.momentum = 1.0
-        layer._buffers.update(
+        held.update(
             {name: None if b is None else torch.zeros_like(b) for name, b in buffers.items()}
         )
 
@@ -106,42 +105,42 @@ class Recorder:
         mean, variance = layer.running_mean, layer.running_var
         self._restore(layer)
         part = self._part() if self._part is not None else 0
-        state.calls.append(_Call(inputs[0].numel() / mean.numel(), mean, variance, part))
+        state.calls.append(_BatchStatistics(inputs[0].numel() / mean.numel(), mean, variance, part))
 
     def _restore(self, layer: Any) -> None:
         state = self._state[id(layer)]
         if state.outside is not None:
             buffers, layer.momentum = state.outside
-            layer._buffers.update(buffers)
+            buffers_of(layer).update(buffers)
             state.outside = None
 
 
 @contextmanager
 def aside(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, running statistics stay as they are, whoever computes layers in training mode.
+    """Context in which running statistics are not updated by layers in training mode.
 
     So in backward, where those who compute again have been counted before.
     """
     training = [layer for layer in layers_of(layers) if layer.training]
-    kept = [{name: layer._buffers[name] for name in _STATISTICS} for layer in training]
+    kept = [{name: buffers_of(layer)[name] for name in _STATISTICS} for layer in training]
     for layer, buffers in zip(training, kept, strict=True):
-        layer._buffers.update(
+        buffers_of(layer).update(
             {name: None if b is None else torch.zeros_like(b) for name, b in buffers.items()}
         )
     try:
         yield
     finally:
         for layer, buffers in zip(training, kept, strict=True):
-            layer._buffers.update(buffers)
+            buffers_of(layer).update(buffers)
 
 
 def layers_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The layers that keep running statistics."""
-    return [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return [m for m in modules if isinstance(m, BatchNorm) and m.running_mean is not None]
 
 
 @torch.no_grad()
-def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_Call]]]) -> None:
+def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_BatchStatistics]]]) -> None:
     """Update running statistics as if each layer had seen the parts as one batch.
 
     Args:
@@ -154,7 +153,7 @@ def commit(layers: Sequence[nn.Module], parts: Sequence[list[list[_Call]]]) -> N
             _update(layer, [call[number] for call in calls if number < len(call)])
 
 
-def _update(layer: Any, calls: Sequence[_Call]) -> None:
+def _update(layer: Any, calls: Sequence[_BatchStatistics]) -> None:
     """Chan, Golub and LeVeque's pooling of variances, then torch's moving average."""
     device = layer.running_mean.device
     means = [call.mean.to(device) for call in calls]

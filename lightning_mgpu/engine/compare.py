@@ -1,4 +1,4 @@
-"""Compare what a whole batch gave with what its parts gave, to a tolerance that fits the dtype."""
+"""Compare outputs of a whole batch with those of its parts, within the dtype's tolerance."""
 
 import dataclasses
 import numbers
@@ -37,12 +37,12 @@ _ENTRIES = 32
 
 
 class ParityError(RuntimeError):
-    """Computing a batch in parts gives something else than computing it whole."""
+    """A batch computed in parts gives a different result than computed whole."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One place where the parts gave something else than the whole.
+    """One place where the parts differ from the whole.
 
     Attributes:
         path: How to get there, such as ``output['logits'][0]``.
@@ -224,7 +224,7 @@ def _is_known(value: Any) -> bool:
 
 
 def parts_of(value: Any) -> dict[str, Any] | None:
-    """What a container holds by how to get there; `None` if it is no container."""
+    """Parts of a container by access path; `None` if it is no container."""
     if isinstance(value, Mapping):
         return {f"[{key!r}]": part for key, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

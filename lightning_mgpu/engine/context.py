@@ -1,4 +1,4 @@
-"""What torch keeps per thread, carried from the caller to a worker."""
+"""Carry torch's per-thread settings from the caller to a worker."""
 
 import contextvars
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from lightning_mgpu.engine import device as kinds
 
 @dataclass(frozen=True)
 class ThreadContext:
-    """The thread-local state of one thread, to be entered in others.
+    """Thread-local state of one thread, to be entered in others.
 
     Gradient mode, inference mode, autocast, the default device, current streams and context
     variables are a thread's own. (Default dtype, determinism and anomaly detection are the

@@ -1,4 +1,4 @@
-"""What depends on the kind of a device. Nobody else in the engine or the strategies asks for it.
+"""Device-specific operations. No other module of engine or strategies asks for a device's kind.
 
 The CPU has one device, no streams and nothing to wait for. Accelerators are addressed by what
 `torch.accelerator` and their device modules have in common; tried on CUDA.
@@ -15,13 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import (
+    device_generators,
+    put_device_generators,
+    put_host_generator,
+)
+
 HOST = torch.device("cpu")
 # Kinds of which there is but one device.
 _SINGLE = ("cpu", "meta", "mps")
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Whether a device computes by itself, while the host goes on."""
+    """Return whether a device computes asynchronously to the host."""
     return device.type not in ("cpu", "meta")
 
 
@@ -80,7 +86,7 @@ def copy_into(target: Tensor, source: Tensor) -> None:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What the calling thread's operations on a device are cast to; `None` if to nothing."""
+    """Autocast dtype of the calling thread on a device; `None` if autocast is off."""
     kind = device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
@@ -94,44 +100,44 @@ def autocast_kinds() -> tuple[str, ...]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which nothing on a device is cast."""
+    """A context in which autocast is off on a device."""
     if autocast_dtype(device) is None:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def rounds_float32(device: torch.device) -> bool:
-    """Whether a device may compute with fewer bits than ``float32`` has, unasked."""
+    """Return whether a device may round ``float32`` to fewer bits (TF32)."""
     return device.type == "cuda" and (
         torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     )
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether a device can compute in double precision."""
+    """Return whether a device can compute in double precision."""
     return device.type != "mps"
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """Torch's own, whatever has been put in its place."""
+    """Torch's own generator of a device, even while another has replaced it."""
     if not is_accelerator(device):
         return torch.default_generator
     if device not in _default_generators:
         module = torch.get_device_module(device)
-        _default_generators[device] = module.default_generators[indexed(device).index]
+        _default_generators[device] = device_generators(module)[indexed(device).index]
     return _default_generators[device]
 
 
 def put_generator(device: torch.device, generator: Any) -> None:
     """Have torch's own functions, such as `torch.get_rng_state`, use this for a device's own."""
     if not is_accelerator(device):
-        vars(torch.random)["default_generator"] = generator
+        put_host_generator(generator)
         return
     default_generator(device)  # before it is out of reach
     module = torch.get_device_module(device)
-    own = list(module.default_generators)
+    own = list(device_generators(module))
     own[indexed(device).index] = generator
-    vars(module)["default_generators"] = tuple(own)
+    put_device_generators(module, own)
 
 
 _default_generators: dict[torch.device, torch.Generator] = {}
@@ -162,7 +168,7 @@ def synchronize(devices: Iterable[torch.device]) -> None:
 
 
 class Clock(Protocol):
-    """Tells a device's time."""
+    """Clock of a device."""
 
     def now(self) -> Any:
         """A stamp of what the calling thread's device has reached."""
@@ -180,7 +186,7 @@ class _HostClock:
 
 
 class _EventClock:
-    """Stamps are events, which the device comes to in its turn: nothing waits for it meanwhile."""
+    """Clock made of CUDA-style events, which the host reads without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -203,5 +209,5 @@ class _EventClock:
 
 
 def clock(device: torch.device) -> Clock:
-    """A device's."""
+    """Clock for a device."""
     return _EventClock(device) if is_accelerator(device) else _HostClock()

@@ -1,12 +1,12 @@
-"""The part that our dispatch modes have in common."""
+"""Base class of our dispatch modes."""
 
 from typing import TypeVar
 
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from lightning_mgpu._compat.torch import TorchDispatchMode, dispatch_modes
 
 
 class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the operations of eager code; what has been compiled stays compiled, and unseen."""
+    """Mode that sees the operations of eager code; compiled code stays compiled and unseen."""
 
     # Both are as torch's, which have no types.
 
@@ -26,5 +26,5 @@ Mode = TypeVar("Mode", bound=EagerMode)
 
 def innermost(kind: type[Mode]) -> Mode | None:
     """The mode of a kind that was entered last, here or where this thread has its state from."""
-    entered = reversed(_get_current_dispatch_mode_stack())
+    entered = reversed(dispatch_modes())
     return next((mode for mode in entered if isinstance(mode, kind)), None)

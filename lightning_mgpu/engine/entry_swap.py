@@ -1,4 +1,4 @@
-"""Other objects in the places of some, for as long as a step lasts."""
+"""Temporarily replace dict and list entries during a step."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,8 +7,8 @@ MISSING: Any = object()
 """What is in a place that is empty."""
 
 
-class Patches:
-    """What is put into which places, and what belongs there.
+class EntrySwap:
+    """Replacements for entries of dicts and lists, with the originals.
 
     Args:
         patches: For each place a holder (a dict or list), a key of it, what is there, and what
@@ -19,13 +19,13 @@ class Patches:
         self._patches = list(patches)
 
     def apply(self) -> None:
-        """Put the stand-ins in, where nobody has put something else meanwhile."""
+        """Set the replacements, except where the original is gone already."""
         for holder, key, old, new in self._patches:
             if _at(holder, key) is old:
                 holder[key] = new
 
     def revert(self) -> None:
-        """Take them out, unless the step has put something in their place."""
+        """Restore the originals, except where the step has set something else."""
         for holder, key, old, new in self._patches:
             if _at(holder, key) is new:
                 if old is MISSING:
@@ -34,7 +34,7 @@ class Patches:
                     holder[key] = old
 
     def is_stale(self) -> bool:
-        """Whether a place no longer holds what it did."""
+        """Return whether an entry is no longer the original."""
         return any(_at(holder, key) is not old for holder, key, old, _ in self._patches)
 
 

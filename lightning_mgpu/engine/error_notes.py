@@ -1,4 +1,4 @@
-"""Say on an exception where in the work it arose."""
+"""Add to an exception where in the work it occurred."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The leaves of one slot's graph: aliases of the master's parameters, or copies of them."""
+"""Leaves of one slot's graph: aliases or copies of the master's parameters."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch import add_to_each, version_of
 from lightning_mgpu.engine.device import copy_into
 
 
@@ -80,19 +81,19 @@ class Leaves:
                 set_data(own, view)
 
     def is_alias(self) -> bool:
-        """Whether the leaves are aliases, which count their writes together with the parameters."""
+        """Return whether the leaves alias the parameters and share their version counters."""
         return not self._buckets
 
     def versions(self) -> list[int]:
-        """How often each leaf, or what it is an alias of, has been written to."""
-        return [leaf._version for leaf in self.leaves]
+        """Version counter (number of in-place writes) of each leaf."""
+        return [version_of(leaf) for leaf in self.leaves]
 
     def assigned(self) -> set[int]:
         """The indices of the leaves whose `data` somebody has replaced; may be emptied."""
         return self._marks
 
     def keep_freezing(self) -> None:
-        """Freeze the parameters whose leaves a step has frozen, and the other way round."""
+        """Copy the step's changes of `requires_grad` from leaves to parameters."""
         for parameter, leaf in zip(self._parameters, self.leaves, strict=True):
             if parameter.requires_grad != leaf.requires_grad:
                 parameter.requires_grad_(leaf.requires_grad)
@@ -116,9 +117,9 @@ class Leaves:
         for leaf, shown in zip(self.leaves, self._shown, strict=True):
             if leaf.grad is not shown:
                 raise RuntimeError(
-                    "The step sets the gradient of a parameter, on one replica only as far as the"
-                    " others can tell. Use `self.manual_backward(loss)` rather than"
-                    " `loss.backward()`, and change gradients in place (`p.grad.mul_(0.5)`)."
+                    "`training_step` assigned `parameter.grad`; other replicas do not see it."
+                    " Use `self.manual_backward(loss)` rather than `loss.backward()`, and"
+                    " change gradients in place (`p.grad.mul_(0.5)`)."
                 )
 
     def take_gradients(self) -> list[Tensor | None]:
@@ -186,7 +187,7 @@ def add_gradients(
                 into.append(total)
                 dense.append(other)
         if into:
-            torch._foreach_add_(into, dense)
+            add_to_each(into, dense)
     return totals
 
 

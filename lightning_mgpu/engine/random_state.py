@@ -21,11 +21,11 @@ class RandomState:
         self._state = self._now()
 
     def has_moved(self) -> bool:
-        """Whether somebody has drawn, or seeded, since."""
+        """Return whether a generator was used or seeded since."""
         return not all(map(_same, self._state, self._now()))
 
     def has_moved_beside_torch(self) -> bool:
-        """The same of NumPy's and Python's generators alone."""
+        """Return whether NumPy's or Python's generator was used or seeded since."""
         return not all(map(_same, self._state[2:], self._now()[2:]))
 
     def restore(self) -> None:

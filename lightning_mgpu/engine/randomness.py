@@ -1,4 +1,4 @@
-"""Random numbers that do not depend on which thread comes first.
+"""Random numbers that are independent of the order of threads.
 
 torch has one generator a device, shared by all threads. Where several threads draw at once, which
 is so on the CPU, each task here draws from a generator of its own, seeded from the caller's, so
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lightning_mgpu._compat.torch import schema_of
 from lightning_mgpu.engine.device import (
     HOST,
     default_generator,
@@ -84,14 +85,14 @@ class RandomStreams:
         elif not all(map(torch.equal, before, self._now())):
             self._draws[kind] = True
             log.warning(
-                "%s drew random numbers for the first time after steps that drew none, so those of"
-                " this one step depend on which thread came first. From the next step on they"
-                " repeat under the same seed.",
+                "%s drew random numbers for the first time after steps without any: in this"
+                " one step they depend on the order of threads and cannot be reproduced. From"
+                " the next step on they can.",
                 kind,
             )
 
     def _now(self) -> list[torch.Tensor]:
-        """Where torch's generators are."""
+        """States of torch's generators."""
         return [default_generator(device).get_state() for device in (HOST, *self._shared)]
 
     def _seed(self, slot: int) -> int:
@@ -101,7 +102,7 @@ class RandomStreams:
 
 
 class Stream:
-    """The random numbers of one slot in one step. Entered again, in backward, it goes on.
+    """Random numbers of one slot in one step; entered again in backward, it continues.
 
     Args:
         seed: Of all its generators.
@@ -116,17 +117,17 @@ class Stream:
 
     @property
     def drawn(self) -> bool:
-        """Whether an operation has drawn from it."""
+        """Return whether an operation has drawn from this stream."""
         return self._mode is not None and self._mode.drawn
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """Its own on a device; `None` where it draws from the device's."""
+        """The stream's generator for a device; `None` where it draws from the device's own."""
         if device in self._shared and device not in self._generators:
             self._generators[device] = _generator(device, self._seed)
         return self._generators.get(device)
 
     def state(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where it is, on the host and on a device."""
+        """State of the stream's generators on the host and on a device."""
         own = self.generator(device)
         elsewhere = random_state(device) if own is None else own.get_state()
         return self._generators[HOST].get_state(), elsewhere
@@ -174,7 +175,7 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 class _SupplyGenerator(EagerMode):
-    """Hands operations that draw a stream's generator, where they were not given one."""
+    """Mode that passes a stream's generator to random operations called without one."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__()
@@ -203,7 +204,7 @@ class _SupplyGenerator(EagerMode):
         return func(*args, **kwargs)
 
     def _with_default_generator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """For the few operations that take no generator: lend torch's own our state."""
+        """Lend torch's default generator our state, for operations that take no generator."""
         device = _device(args, kwargs)
         own = self.stream.generator(device)
         if own is None:
@@ -228,14 +229,14 @@ _generator_taken: dict[Any, bool] = {}
 def _takes_generator(func: Any) -> bool:
     taken = _generator_taken.get(func)
     if taken is None:
-        taken = any(argument.name == "generator" for argument in func._schema.arguments)
+        taken = any(argument.name == "generator" for argument in schema_of(func).arguments)
         _generator_taken[func] = taken
     return taken
 
 
 def _drops_nothing(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation that may drop out, such as attention, is told not to."""
-    for position, argument in enumerate(func._schema.arguments):
+    """Return whether an operation with dropout, such as attention, has probability 0."""
+    for position, argument in enumerate(schema_of(func).arguments):
         if argument.name in _PROBABILITIES:
             given = args[position] if position < len(args) else kwargs.get(argument.name)
             return bool((argument.default_value if given is None else given) == 0)
@@ -253,7 +254,7 @@ _local = threading.local()
 
 
 class _ThreadAwareGenerator:
-    """A device's generator in torch, or that of the stream that the calling thread has entered.
+    """Device generator that draws from the calling thread's stream if it has entered one.
 
     Activation checkpointing saves and restores the states of generators around each region, by
     `torch.get_rng_state` and the like. Threads that do so with the one generator would put back
@@ -274,7 +275,7 @@ class _ThreadAwareGenerator:
 
 
 class _ThreadAware:
-    """While entered, by any number of users, torch's own functions for a device know of streams."""
+    """Context for several users in which torch's device functions use a thread's streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

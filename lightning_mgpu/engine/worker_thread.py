@@ -1,6 +1,5 @@
-"""One worker thread: runs jobs one after another and says how they ended."""
+"""Worker thread that runs jobs one after another and reports their outcomes."""
 
-import ctypes
 import queue
 import threading
 from collections.abc import Callable
@@ -9,17 +8,18 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from lightning_mgpu._compat.python import raise_in_thread
 from lightning_mgpu.engine.context import ThreadContext
 
 T = TypeVar("T")
 
 
 class Cancelled(BaseException):
-    """Raised inside a task whose peers have failed; like `KeyboardInterrupt` no `Exception`."""
+    """Raised inside a task whose peers have failed; no `Exception`, like `KeyboardInterrupt`."""
 
 
 @dataclass
-class Job:
+class ThreadJob:
     slot: int
     task: Callable[[], Any]
     context: ThreadContext
@@ -28,32 +28,34 @@ class Job:
 
 
 @dataclass
-class Done:
+class TaskDone:
     value: Any
 
 
 @dataclass
-class Failed:
+class TaskFailed:
     error: BaseException
 
 
 @dataclass
-class Call(Generic[T]):
+class CallerRequest(Generic[T]):
     name: str
     function: Callable[[], T]
-    _inbox: "queue.SimpleQueue[Done | Failed | Job]" = field(default_factory=queue.SimpleQueue)
+    _inbox: "queue.SimpleQueue[TaskDone | TaskFailed | ThreadJob]" = field(
+        default_factory=queue.SimpleQueue
+    )
 
-    def lend(self, job: Job) -> None:
+    def lend(self, job: ThreadJob) -> None:
         """Have the waiting thread run a job."""
         self._inbox.put(job)
 
-    def answer(self, reply: Done | Failed) -> None:
+    def answer(self, reply: TaskDone | TaskFailed) -> None:
         self._inbox.put(reply)
 
     def wait(self) -> T:
-        while isinstance(reply := self._inbox.get(), Job):
+        while isinstance(reply := self._inbox.get(), ThreadJob):
             _here.slot.execute(reply)
-        if isinstance(reply, Failed):
+        if isinstance(reply, TaskFailed):
             raise reply.error
         value: T = reply.value
         return value
@@ -75,8 +77,8 @@ def on_caller(name: str, function: Callable[[], T]) -> T:
         LockstepError: Another task calls something else, or has ended.
         BaseException: What `function` raised, in every task.
     """
-    job: Job = _here.job
-    call = Call(name, function)
+    job: ThreadJob = _here.job
+    call = CallerRequest(name, function)
     job.events.put((job.slot, call))
     return call.wait()
 
@@ -88,25 +90,26 @@ def slot_here() -> int | None:
 
 
 class Slot:
-    """A worker's thread and the way to it."""
+    """A worker thread and its queue."""
 
     def __init__(self, index: int, device: torch.device, threads: int) -> None:
         self.index = index
         self.device = device
-        self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ThreadJob | None] = queue.SimpleQueue()
         self.ready = threading.Event()
         self._threads = threads
-        self._current: Job | None = None
+        self._current: ThreadJob | None = None
         self._lock = threading.Lock()
         self.thread = threading.Thread(target=self._main, name=f"mgpu-worker-{index}", daemon=True)
         self.thread.start()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: ThreadJob) -> None:
         """Raise `Cancelled` in the job's task at its next step in Python, unless it is over."""
         with self._lock:
             job.cancelled = True
             if self._current is job:
-                _raise_in(self.thread, Cancelled)
+                assert self.thread.ident is not None
+                raise_in_thread(self.thread.ident, Cancelled)
 
     def _main(self) -> None:
         # A thread takes the process's setting over at its first parallel operation or query, and
@@ -128,10 +131,10 @@ class Slot:
             finally:
                 job = None  # hold nothing of the last task while waiting for the next
 
-    def execute(self, job: Job) -> None:
+    def execute(self, job: ThreadJob) -> None:
         """Run a job in this thread and report its outcome; within another job, if that waits."""
         outer = self._current
-        event: Done | Failed = Failed(Cancelled())
+        event: TaskDone | TaskFailed = TaskFailed(Cancelled())
         try:
             try:
                 with self._lock:
@@ -140,26 +143,15 @@ class Slot:
                     self._current = job
                 _here.job = job
                 with job.context.entered(self.device):
-                    event = Done(job.context.variables.copy().run(job.task))
+                    event = TaskDone(job.context.variables.copy().run(job.task))
             except BaseException as error:
-                event = Failed(error)
+                event = TaskFailed(error)
             finally:
                 with self._lock:
                     self._current = outer
                 _here.job = outer
         finally:
             job.events.put((job.slot, event))
-
-
-def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:
-    """Have a thread raise at its next bytecode.
-
-    This cannot be taken back: to set no exception makes CPython look for one at every turn, for as
-    long as the process lives.
-    """
-    assert thread.ident is not None
-    ident = ctypes.c_ulong(thread.ident)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(kind))
 
 
 _here = threading.local()

@@ -1,4 +1,4 @@
-"""Tasks side by side, one persistent thread per slot; the first error wins."""
+"""Run tasks in parallel, on one persistent thread per slot; the first error is raised."""
 
 import logging
 import os
@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_mgpu.engine.context import ThreadContext
-from lightning_mgpu.engine.worker_thread import Call, Cancelled, Done, Failed, Job, Slot
+from lightning_mgpu.engine.worker_thread import (
+    CallerRequest,
+    Cancelled,
+    Slot,
+    TaskDone,
+    TaskFailed,
+    ThreadJob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +54,7 @@ class Workers:
         self.devices = list(devices)
         self._threads = threads or max(1, available_cores() // max(1, len(self.devices)))
         self._slots: list[Slot] = []
-        self._parked: list[Call[Any]] = []
+        self._parked: list[CallerRequest[Any]] = []
 
     def run(
         self,
@@ -74,7 +81,7 @@ class Workers:
             LockstepError: Tasks disagree about what to call in lockstep.
         """
         self._start()
-        run = _Run(self, around_calls)
+        run = _TaskGroup(self, around_calls)
         try:
             run.start(tasks)
             run.wait()
@@ -86,7 +93,7 @@ class Workers:
         return run.results()
 
     def close(self) -> None:
-        """End the threads. The workers can be used again."""
+        """Stop the threads. The workers can be used again."""
         slots, self._slots = self._slots, []
         for slot in slots:
             slot.inbox.put(None)
@@ -96,14 +103,14 @@ class Workers:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slots": [], "_parked": []}  # threads stay with their process
 
-    def _submit(self, job: "Job") -> None:
+    def _submit(self, job: "ThreadJob") -> None:
         if self._parked:
             self._parked[job.slot].lend(job)
         else:
             self._slots[job.slot].inbox.put(job)
 
     @contextmanager
-    def _lent(self, calls: "list[Call[Any]]") -> Iterator[None]:
+    def _lent(self, calls: "list[CallerRequest[Any]]") -> Iterator[None]:
         before, self._parked = self._parked, calls
         try:
             yield
@@ -126,7 +133,7 @@ class Workers:
         if not stuck:
             return
         log.warning(
-            "The work on %s does not stop; its thread is left behind.",
+            "The task on %s does not stop; its thread keeps running.",
             ", ".join(f"slot {slot.index} ({slot.device})" for slot in stuck),
         )
         for slot in self._slots:
@@ -141,8 +148,8 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-class _Run:
-    """One `Workers.run`, as its caller sees it."""
+class _TaskGroup:
+    """State of one `Workers.run` call."""
 
     def __init__(
         self,
@@ -154,14 +161,14 @@ class _Run:
         self._events: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self._around_calls = around_calls
         self._results: dict[int, Any] = {}
-        self._calls: dict[int, Call[Any]] = {}
-        self._busy: dict[int, tuple[Slot, Job]] = {}
+        self._calls: dict[int, CallerRequest[Any]] = {}
+        self._busy: dict[int, tuple[Slot, ThreadJob]] = {}
 
     def start(self, tasks: Sequence[Callable[[], Any]]) -> None:
         assert len(tasks) <= len(self._workers.devices), (tasks, self._workers.devices)
         context = ThreadContext.capture(self._workers.devices)
         for index, task in enumerate(tasks):
-            job = Job(index, task, context, self._events)
+            job = ThreadJob(index, task, context, self._events)
             # Known before it runs, so that Ctrl-C in between finds it.
             self._busy[index] = (self._workers._slots[index], job)
             self._workers._submit(job)
@@ -172,11 +179,11 @@ class _Run:
                 slot, event = self._events.get(timeout=_SIGNAL_SECONDS)
             except queue.Empty:
                 continue
-            if isinstance(event, Call):
+            if isinstance(event, CallerRequest):
                 self._calls[slot] = event
             else:
                 del self._busy[slot]
-                if isinstance(event, Failed):
+                if isinstance(event, TaskFailed):
                     raise event.error
                 self._results[slot] = event.value
             if self._calls:
@@ -199,17 +206,17 @@ class _Run:
         return [slot for slot, _ in self._busy.values()]
 
     def _drain(self, seconds: float) -> None:
-        """Let tasks end, and those end that wait for others."""
+        """Wait for tasks, and release those that wait for others."""
         deadline = time.monotonic() + seconds
         while self._busy:
             for call in self._calls.values():
-                call.answer(Failed(Cancelled()))
+                call.answer(TaskFailed(Cancelled()))
             self._calls.clear()
             try:
                 index, event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 return
-            if isinstance(event, Call):
+            if isinstance(event, CallerRequest):
                 self._calls[index] = event
             else:
                 del self._busy[index]
@@ -233,12 +240,12 @@ class _Run:
                 + ", ".join(f"`{name}` (task {i})" for i, name in enumerate(names))
                 + "."
             )
-        reply: Done | Failed
+        reply: TaskDone | TaskFailed
         try:
             with self._workers._lent(calls), self._around_calls():
-                reply = Done(calls[0].function())
+                reply = TaskDone(calls[0].function())
         except Exception as error:  # raised where the task called, whose code may know what to do
-            reply = Failed(error)
+            reply = TaskFailed(error)
         self._calls.clear()
         for call in calls:
             call.answer(reply)

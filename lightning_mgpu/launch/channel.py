@@ -39,11 +39,11 @@ class Channel:
         return cls(ours), theirs
 
     def fileno(self) -> int:
-        """For `selectors`."""
+        """File descriptor, for `selectors`."""
         return self._socket.fileno()
 
     def send(self, message: Any, file: int | None = None) -> None:
-        """Send `message`; `file` is a descriptor that the other side gets a copy of.
+        """Send `message`; the other side gets a copy of the descriptor `file`.
 
         Raises:
             OSError: The other side is gone.
@@ -98,7 +98,7 @@ class Channel:
 
 
 def _fresh_memory(size: int) -> mmap.mmap:
-    """Private memory, in huge pages where the system has them: filling it takes half the time."""
+    """Anonymous memory, in huge pages where available, which halves the time to fill it."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel built without

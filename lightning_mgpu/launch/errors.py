@@ -1,4 +1,4 @@
-"""What can go wrong in a launch, and how an error crosses from a worker to its caller."""
+"""Errors of a launch, and their transfer from a worker to the caller."""
 
 import pickle
 import signal
@@ -8,29 +8,21 @@ from dataclasses import dataclass
 
 import cloudpickle
 
-# Gloo reports a lost or silent peer as a plain `RuntimeError`; only its words tell it apart. Most
-# messages begin with the place in its source; the others do not say where they come from.
-_COLLECTIVE_WORDS = (
-    *("gloo/", "NCCL", "monitoredBarrier", "Gloo connectFullMesh"),
-    # A pair of ranks whose connection gloo closed, by the first error and for every later call.
-    *("caused pair closure", "Connection closed by peer", "Connection reset by peer"),
-    *("Socket closed", "Socket unexpectedly closed", "Broken pipe"),
-    *("timed out connecting", "Connect timeout", "Operation timed out!"),
-)
+from lightning_mgpu._compat.torch_messages import COLLECTIVE_FAILED, COLLECTIVE_TIMED_OUT
+
 _NO_ANSWER = "  (no answer: it is probably in native code that holds the interpreter's lock)"
-_TIMEOUT_WORDS = ("timed out", "timeout", "timing out", "failed to pass monitoredbarrier")
 
 
 class LaunchError(RuntimeError):
-    """A launch that was refused or could not begin."""
+    """A launch was refused or could not start."""
 
 
 class UnpicklableError(LaunchError):
-    """An object on its way to the workers cannot be pickled; the message names where it hangs."""
+    """An object for the workers cannot be pickled; the message names where it is stored."""
 
 
 class WorkerDiedError(RuntimeError):
-    """A worker process ended in the middle of a launch without reporting an error.
+    """A worker process ended during a launch without reporting an error.
 
     Attributes:
         rank: The rank that was lost.
@@ -47,7 +39,7 @@ class WorkerDiedError(RuntimeError):
 
 
 class RankHungError(TimeoutError):
-    """Some ranks waited for the others longer than the timeout; the message shows their stacks.
+    """Some ranks waited longer than the timeout for others; the message shows their stacks.
 
     Attributes:
         ranks: The ranks that did not arrive.
@@ -79,7 +71,7 @@ class RankHungError(TimeoutError):
         noun = "rank" if len(ranks) == 1 else "ranks"
         return cls(
             f"The other ranks waited more than {timeout:g} s for {noun}"
-            f" {', '.join(map(str, ranks))}. If that is only slow, raise the strategy's"
+            f" {', '.join(map(str, ranks))}. If those are only slow, raise the strategy's"
             f" `timeout`.\n{shown}",
             ranks,
         )
@@ -89,7 +81,7 @@ class RankHungError(TimeoutError):
 
 
 class RemoteTraceback(Exception):
-    """The cause of an error that was raised on another rank: that rank's traceback, as text."""
+    """Traceback of an error from another rank, as text; set as the error's cause."""
 
     def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""' if self.args else ""
@@ -97,7 +89,7 @@ class RemoteTraceback(Exception):
 
 @dataclass(frozen=True)
 class RemoteFailure:
-    """An exception as it travels from a worker to the caller.
+    """Picklable form of an exception, sent from a worker to the caller.
 
     Attributes:
         pickled: The exception, or `None` if it does not survive pickling.
@@ -125,7 +117,7 @@ class RemoteFailure:
         )
 
     def restore(self, rank: int) -> BaseException:
-        """The exception again, its cause the traceback of `rank`."""
+        """Unpack the exception, with the traceback of `rank` as its cause."""
         error: BaseException | None = None
         if self.pickled is not None:
             try:
@@ -140,17 +132,18 @@ class RemoteFailure:
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """Whether `error` reports a lost or silent peer rather than a fault of its own rank."""
+    """Return whether `error` reports a lost or silent peer rather than a fault of its own rank."""
     distributed = sys.modules.get("torch.distributed")  # without it there are no collectives
     if distributed is not None and isinstance(error, distributed.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _COLLECTIVE_WORDS)
+    words = str(error)
+    return isinstance(error, RuntimeError) and any(part in words for part in COLLECTIVE_FAILED)
 
 
 def is_timeout_error(error: BaseException) -> bool:
-    """Whether a collective gave up waiting."""
+    """Return whether `error` is the timeout of a collective."""
     words = str(error).lower()
-    return is_collective_error(error) and any(word in words for word in _TIMEOUT_WORDS)
+    return is_collective_error(error) and any(part in words for part in COLLECTIVE_TIMED_OUT)
 
 
 def _dump_or_none(error: BaseException) -> bytes | None:

@@ -1,4 +1,4 @@
-"""The caller's hold on one worker process."""
+"""Handle of one worker process."""
 
 import os
 import select
@@ -19,7 +19,7 @@ _EXIT_SECONDS = 5.0
 
 
 class WorkerHandle:
-    """A worker process, started at once and without waiting for it to be up.
+    """A worker process; starts it without waiting until it is up.
 
     It runs in a session of its own: the terminal's Ctrl-C reaches the caller alone, which then
     decides, and `kill` takes the worker's children with it.
@@ -57,16 +57,16 @@ class WorkerHandle:
         return self._process.pid
 
     def is_alive(self) -> bool:
-        """Whether the process still runs."""
+        """Return whether the process is running."""
         return self._process.poll() is None
 
     def send(self, message: Any, file: int | None = None) -> None:
-        """Send a message. That the worker is gone shows when its answer is waited for."""
+        """Send a message. If the worker is gone, waiting for its answer fails."""
         with suppress(BrokenPipeError, ConnectionResetError):
             self.channel.send(message, file)
 
     def deliver(self, message: Any) -> None:
-        """`send`, from a thread whose errors nobody sees: the worker dies of them."""
+        """Send from a background thread; kill the worker on errors, which nobody would see."""
         try:
             self.send(message)
         except BaseException:
@@ -74,7 +74,7 @@ class WorkerHandle:
             raise
 
     def comes_to_rest(self, deadline: float) -> bool:
-        """Wait until the worker is idle or dead; whether it was so by `deadline`, monotonic."""
+        """Wait until the worker is idle or dead; `False` if not by `deadline` (monotonic)."""
         try:
             while select.select([self.channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 if isinstance(self.channel.receive()[0], protocol.Idle):
@@ -91,19 +91,19 @@ class WorkerHandle:
             return None
 
     def kill(self) -> None:
-        """End the process and all it started. May be called twice."""
+        """Kill the process and all it started. May be called twice."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def close(self) -> None:
-        """`kill`, and give the socket back."""
+        """Kill the process and close the socket."""
         self.kill()
         self.channel.close()
 
 
 class Deliveries:
-    """Messages on their way, each in a thread of its own; the block ends when all have arrived.
+    """Send messages in one thread each; the block ends when all have arrived.
 
     Plain threads, since an executor starts none once the main thread has come to its end.
     """
@@ -112,7 +112,7 @@ class Deliveries:
         self._threads: list[threading.Thread] = []
 
     def start(self, worker: WorkerHandle, message: Any) -> None:
-        """Send `message`, however long `worker` takes to read it."""
+        """Start to send `message` to `worker`, however long that takes to read it."""
         thread = threading.Thread(
             target=worker.deliver, args=(message,), name="mgpu-send", daemon=True
         )

@@ -1,19 +1,20 @@
 """Make the thread that runs rank 0 stop, whatever it is doing."""
 
-import ctypes
 import signal
 import socket
 import threading
 from types import FrameType
 from typing import Any
 
+from lightning_mgpu._compat.python import raise_in_thread
+
 
 class Interrupted(BaseException):
-    """Raised inside rank 0's function to make it end; not an `Exception`, so few catch it."""
+    """Raised in rank 0's function to stop it; no `Exception`, so that few handlers catch it."""
 
 
 class Interrupter:
-    """A way into the thread that entered the block, for as long as the block lasts.
+    """Interrupt the thread that entered the block, until the block ends.
 
     In the main thread it uses a signal that nobody else handles, which also ends a `sleep` or a
     blocking read. In another thread it can only wait for that thread's next bytecode.
@@ -61,9 +62,7 @@ class Interrupter:
         if self._signal is not None:
             signal.pthread_kill(self._thread, self._signal)
         else:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self._thread), ctypes.py_object(Interrupted)
-            )
+            raise_in_thread(self._thread, Interrupted)
 
     def ping(self) -> None:
         """Ask the main thread for a sign of life; `is_responsive` tells whether it came."""
@@ -75,14 +74,14 @@ class Interrupter:
 
     @property
     def is_responsive(self) -> bool:
-        """Whether the main thread has run Python since the last `ping`, signal handlers included.
+        """Return whether the main thread has run Python, signal handlers included, since `ping`.
 
         If not, it is in native code, and a Ctrl-C that came before the `ping` waits there too.
         """
         return self._responsive.is_set()
 
     def answer(self) -> None:
-        """What the main thread does when our signal comes."""
+        """Handle our signal in the main thread."""
         self._responsive.set()
         if self._wanted:
             raise Interrupted

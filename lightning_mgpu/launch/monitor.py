@@ -1,16 +1,15 @@
-"""Follow one launch from a thread of the caller's, and end it at the first failure."""
+"""Monitor one launch from a thread, and stop it at the first failure."""
 
 import os
 import selectors
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from lightning_mgpu._compat.python import stack_of
 from lightning_mgpu.launch import protocol
 from lightning_mgpu.launch.errors import (
     RankHungError,
@@ -33,8 +32,8 @@ _PATIENCE_SECONDS = 10.0
 _STOP, _LOOK = b"s", b"l"
 
 
-class Watch:
-    """Collects the workers' answers and decides what a failed launch failed of.
+class LaunchMonitor:
+    """Collect the workers' answers and find the cause of a failed launch.
 
     Whatever goes wrong ends in one conclusion: every worker is killed, the rendezvous closed (so
     that nobody waits for them) and rank 0's thread, if it still runs its function, interrupted.
@@ -73,7 +72,7 @@ class Watch:
         # One byte ends the watch, the other makes it look at its deadlines again.
         self._control_reader, self._control_writer = os.pipe()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "LaunchMonitor":
         self._thread.start()
         return self
 
@@ -96,7 +95,7 @@ class Watch:
             return set(self._answers.get(kind, {}))
 
     def collect(self, kind: type[Any], seconds: float) -> dict[int, int]:
-        """Wait until every worker has sent a `kind`; the files that came along, by rank.
+        """Wait until every worker has sent a `kind`; return the files received, by rank.
 
         The files are closed with the watch.
 
@@ -114,7 +113,7 @@ class Watch:
             return {rank: file for rank, file in answers.items() if file is not None}
 
     def wait_for(self, kind: type[Any], seconds: float) -> bool:
-        """Wait until every worker has sent a `kind` or the launch failed; whether either came."""
+        """Wait for a `kind` from every worker or a failure; return `False` on timeout."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: (
@@ -191,7 +190,7 @@ class Watch:
         return True
 
     def _on_message(self, rank: int) -> bool:
-        """Take a worker's message; whether more can come."""
+        """Handle a worker's message; return whether more can come."""
         try:
             message, file = self._workers[rank].channel.receive()
         except EOFError:
@@ -224,7 +223,7 @@ class Watch:
             self._after(_CAUSE_SECONDS, self._show_missing_stacks)
 
     def _show_missing_stacks(self) -> None:
-        """Nobody named a cause: ask the ranks that have not come back what they are doing."""
+        """Ask ranks that have not answered for their stacks, as no cause is known."""
         with self._changed:
             if self._conclusion is not None:
                 return
@@ -276,7 +275,7 @@ class Watch:
         return True
 
     def _free_rank_zero(self) -> None:
-        """If somebody wants to stop rank 0, and it cannot know: it waits in native code."""
+        """Stop the workers if rank 0 is to be interrupted but waits in native code."""
         with self._changed:
             if self._rank_zero_busy and not self._interrupter.is_responsive:
                 self._rank_zero_freed = True
@@ -292,8 +291,7 @@ class Watch:
         return failure.restore(rank) if isinstance(failure, RemoteFailure) else failure
 
     def _rank_zero_stack(self) -> str:
-        frame = sys._current_frames().get(self._rank_zero)
-        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+        return stack_of(self._rank_zero)
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
         self._deadlines[action] = time.monotonic() + seconds

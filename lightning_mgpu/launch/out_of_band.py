@@ -1,4 +1,4 @@
-"""Large tensors that travel beside a pickle instead of within it: straight into fresh memory."""
+"""Send large tensors beside a pickle instead of within it, straight into fresh memory."""
 
 import contextvars
 import ctypes
@@ -11,6 +11,7 @@ import torch
 from torch import UntypedStorage
 from torch.storage import TypedStorage
 
+from lightning_mgpu._compat.torch_pickling import identity_of, typed, untyped
 from lightning_mgpu.launch.pickler import Pickler
 
 # Below this, a buffer of its own costs more than it saves.
@@ -18,7 +19,7 @@ _MIN_BYTES = 2**20
 
 
 class Aside:
-    """The storages that one pickle leaves out, in the order in which it comes across them.
+    """Storages that one pickle leaves out, in the order of their discovery.
 
     Args:
         tensors: Whose storages to leave out, where they are large enough and on the CPU.
@@ -26,8 +27,7 @@ class Aside:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         storages = [tensor.untyped_storage() for tensor in tensors if _is_plain(tensor)]
-        # By the address of the storage itself, not of its data: as `torch.save` tells them apart.
-        self._wanted = {s._cdata: s for s in storages if s.nbytes() >= _MIN_BYTES}
+        self._wanted = {identity_of(s): s for s in storages if s.nbytes() >= _MIN_BYTES}
         self._taken: dict[int, UntypedStorage] = {}
 
     def buffers(self) -> list[PickleBuffer]:
@@ -35,22 +35,24 @@ class Aside:
         return [_memory_of(storage) for storage in self._taken.values()]
 
     def has(self, obj: Any) -> bool:
-        """Whether `obj` is a storage to leave out."""
-        return bool(self._wanted) and getattr(_untyped(obj), "_cdata", None) in self._wanted
+        """Return whether `obj` is a storage to leave out."""
+        if not self._wanted or not isinstance(obj, (UntypedStorage, TypedStorage)):
+            return False
+        return identity_of(_untyped(obj)) in self._wanted
 
     def reduce(self, obj: Any) -> tuple[Any, ...]:
-        """Leave the storage `obj` out: what stands for it in the pickle."""
-        key = _untyped(obj)._cdata
+        """Leave out the storage `obj`; return its placeholder in the pickle."""
+        key = identity_of(_untyped(obj))
         self._taken.setdefault(key, self._wanted[key])
         index = list(self._taken).index(key)
         return _arrived, (index, obj.dtype if isinstance(obj, TypedStorage) else None)
 
 
 class AsidePickler(Pickler):
-    """A pickler for `torch.save`, which leaves out what the current `Aside` has."""
+    """Pickler for `torch.save` that leaves out the storages of the current `Aside`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """`torch.save` derives from its pickler one that claims every storage: ask us first."""
+        """Ask our reducer first in the pickler that `torch.save` derives from this one."""
         super().__init_subclass__(**kwargs)
         theirs = cls.persistent_id
 
@@ -66,7 +68,7 @@ class AsidePickler(Pickler):
 
 @contextmanager
 def leaving_out(aside: Aside) -> Iterator[None]:
-    """What an `AsidePickler` leaves out, as long as the block lasts."""
+    """Context in which an `AsidePickler` leaves out the storages of `aside`."""
     token = _leaving_out.set(aside)
     try:
         yield
@@ -76,7 +78,7 @@ def leaving_out(aside: Aside) -> Iterator[None]:
 
 @contextmanager
 def putting_in(buffers: Sequence[Any]) -> Iterator[None]:
-    """What a pickle finds in place of what was left out, as long as the block lasts."""
+    """Context in which unpickling finds `buffers` in place of the storages left out."""
     # One storage for each, however many tensors view it.
     storages = [torch.frombuffer(b, dtype=torch.uint8).untyped_storage() for b in buffers]
     token = _putting_in.set(storages)
@@ -100,11 +102,11 @@ def _arrived(index: int, dtype: torch.dtype | None) -> UntypedStorage | TypedSto
     storage = _putting_in.get()[index]
     if dtype is None:
         return storage
-    return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+    return typed(storage, dtype)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` surely has memory of its own: fake and distributed ones have none."""
+    """Return whether `tensor` has memory of its own, unlike fake and distributed ones."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
@@ -112,5 +114,5 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _untyped(obj: Any) -> Any:
-    return obj._untyped_storage if isinstance(obj, TypedStorage) else obj
+def _untyped(obj: UntypedStorage | TypedStorage) -> UntypedStorage:
+    return untyped(obj) if isinstance(obj, TypedStorage) else obj

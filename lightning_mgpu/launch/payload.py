@@ -1,4 +1,4 @@
-"""Objects on their way to another process: pickled once, tensors mapped rather than copied."""
+"""Objects sent to other processes: pickled once, tensors mapped rather than copied."""
 
 import os
 import pickle
@@ -6,16 +6,15 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pickle import PickleBuffer
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from lightning_mgpu._compat.torch_pickling import pickle_module
 from lightning_mgpu.launch.out_of_band import Aside, AsidePickler, leaving_out, putting_in
 from lightning_mgpu.launch.unpicklable import explain
 
-# `torch.save` wants a module-like object and derives its own pickler from `Pickler`.
-_PICKLE_MODULE = SimpleNamespace(Pickler=AsidePickler, __name__="cloudpickle")
+_PICKLE_MODULE = pickle_module(AsidePickler)
 
 
 class Payload:
@@ -65,11 +64,11 @@ class Payload:
 
     @property
     def buffers(self) -> list[PickleBuffer]:
-        """The memory of what stayed out of the file: the tensors' own. Empty after `close`."""
+        """Memory of the tensors left out of the file; empty after `close`."""
         return self._aside.buffers()
 
     def close(self) -> None:
-        """Drop this process's hold of the file and of the tensors outside."""
+        """Release this process's hold of the file and of the tensors outside."""
         self._aside = Aside(())
         if self.file >= 0:
             os.close(self.file)
@@ -83,7 +82,7 @@ class Payload:
 
 
 def load(file: int, buffers: Sequence[Any] = (), locations: Mapping[str, str] | None = None) -> Any:
-    """The object in a `Payload`'s file, and close the file.
+    """Load the object in a `Payload`'s file, and close the file.
 
     Tensors are private mappings of the file: reading shares the memory, writing copies the page.
 
@@ -109,7 +108,7 @@ def load(file: int, buffers: Sequence[Any] = (), locations: Mapping[str, str] | 
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """The file never leaves memory, and checksums take a third of the time to write it."""
+    """Context without checksums: the file stays in memory, and they take a third of the time."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -1,22 +1,23 @@
-"""The pickler of what goes to another process."""
+"""Pickler for objects sent to another process."""
 
 import importlib
 import io
 import sys
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import cloudpickle
 
+from lightning_mgpu._compat.torch_pickling import reduce_loader
+
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Pickles what `pickle` cannot: lambdas, `__main__`, a `DataLoader` in the middle of use."""
+    """Pickle what `pickle` cannot: lambdas, `__main__`, a `DataLoader` in use."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if _is_loader(obj) and obj._iterator is not None:
-            # Persistent DataLoader workers belong to this process.
-            function, arguments, state, *rest = cast("tuple[Any, ...]", obj.__reduce_ex__(2))
-            return function, arguments, {**state, "_iterator": None}, *rest
+        reduced = reduce_loader(obj)
+        if reduced is not None:  # its persistent workers belong to this process
+            return reduced
         if _is_special_module(obj):
             return importlib.import_module, (obj.__name__,)
         return super().reducer_override(obj)
@@ -29,13 +30,8 @@ def dumps(obj: Any) -> bytes:
     return stream.getvalue()
 
 
-def _is_loader(obj: Any) -> bool:
-    data = sys.modules.get("torch.utils.data")
-    return data is not None and isinstance(obj, data.DataLoader)
-
-
 def _is_special_module(obj: Any) -> bool:
-    """Whether `obj` is a module of a class of its own, like `torch.backends.cudnn`.
+    """Return whether `obj` is a module with its own class, like `torch.backends.cudnn`.
 
     cloudpickle pickles plain modules only.
     """

@@ -1,4 +1,4 @@
-"""The pool: workers that outlive a launch, and the launch itself."""
+"""Pool of workers that outlive a launch, and the launch itself."""
 
 import atexit
 import functools
@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,8 +19,13 @@ from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.handle import Deliveries, WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupter
-from lightning_mgpu.launch.monitor import Watch
-from lightning_mgpu.launch.process_state import ProcessState, frozen_environment, threads_per_rank
+from lightning_mgpu.launch.monitor import LaunchMonitor
+from lightning_mgpu.launch.process_state import (
+    ProcessState,
+    TakeState,
+    frozen_environment,
+    threads_per_rank,
+)
 from lightning_mgpu.launch.rank import GroupGuard, Rank, Rendezvous, abort_group, leave_group
 from lightning_mgpu.launch.rank_variables import RANK_VARIABLES, shown
 from lightning_mgpu.launch.worker import is_worker
@@ -33,7 +38,7 @@ _CLEANUP_SECONDS = 60.0
 
 
 class WorkerPool:
-    """Worker processes that are started when first needed and kept for later launches.
+    """Worker processes, started when first needed and kept for later launches.
 
     One launch at a time: the default process group is one per process. A failed launch kills the
     workers; the next one starts new ones. After a successful one they clean up while the caller
@@ -45,7 +50,7 @@ class WorkerPool:
         self._tidying: list[WorkerHandle] = []  # who has yet to say that it is idle
         self._launching = threading.Lock()
         self._owner = os.getpid()
-        self._started_under: _Conditions | None = None
+        self._started_under: _FixedState | None = None
 
     @property
     def pids(self) -> list[int]:
@@ -62,6 +67,7 @@ class WorkerPool:
         prepare: Callable[[Rank], None] | None = None,
         normal_exit: tuple[type[BaseException], ...] = (),
         locations: Callable[[int], Mapping[str, str]] = lambda _: {},
+        libraries: Iterable[TakeState] = (),
     ) -> list[Any]:
         """Run a function on every rank and wait for all of them.
 
@@ -75,6 +81,7 @@ class WorkerPool:
             normal_exit: Exceptions that end a rank's function without being a failure.
             locations: For a rank, where tensors go that are on an accelerator here, as
                 ``{"cuda:0": "cuda:1"}``; default: to the same.
+            libraries: Whose state the workers take over, beside that of torch.
 
         Returns:
             The ranks' results, by rank. Those of the workers have their tensors on the CPU.
@@ -89,7 +96,7 @@ class WorkerPool:
         """
         with self._exclusive(), ExitStack() as stack:
             threads = threads_per_rank(world_size)
-            state = ProcessState.capture(threads, for_ranks=True)
+            state = ProcessState.capture(threads, for_ranks=True, libraries=libraries)
             workers = dict(enumerate(self._take(world_size - 1), start=1))
             rendezvous = stack.enter_context(Rendezvous())
             stack.enter_context(GroupGuard())
@@ -108,7 +115,7 @@ class WorkerPool:
                     threading.Thread(target=abort_group, daemon=True).start()
 
             seconds = timeout.total_seconds()
-            watch = stack.enter_context(Watch(workers, interrupter, seconds, unblock))
+            watch = stack.enter_context(LaunchMonitor(workers, interrupter, seconds, unblock))
 
             def run(rank: int) -> protocol.Run:
                 return protocol.Run(ranks[rank], state, prepare, normal_exit, locations(rank))
@@ -148,7 +155,7 @@ class WorkerPool:
             return results
 
     def close(self) -> None:
-        """End every worker. The pool can be used again."""
+        """Stop every worker. The pool can be used again."""
         self._settle()
         workers, self._workers = self._workers, []
         if os.getpid() == self._owner:  # a forked child must leave its parent's workers alone
@@ -156,9 +163,9 @@ class WorkerPool:
                 worker.close()
 
     def _take(self, count: int) -> list[WorkerHandle]:
-        """`count` workers fit to stand in for this process, started where there are too few."""
+        """Take `count` workers that suit this process; start those that are missing."""
         self._settle()
-        conditions = _Conditions()
+        conditions = _FixedState()
         fit = self._started_under is not None and self._started_under.still_hold(conditions)
         if not fit or len(self.pids) < len(self._workers) or os.getpid() != self._owner:
             self.close()
@@ -171,7 +178,7 @@ class WorkerPool:
         return self._workers[:count]
 
     def _settle(self) -> None:
-        """Wait until the workers have cleaned up after the last launch; end those that cannot.
+        """Wait until the workers have cleaned up after a launch; kill those that cannot.
 
         What they do then, such as to finish a file that became garbage, must not be cut off.
         """
@@ -182,7 +189,9 @@ class WorkerPool:
         try:
             if all(worker.comes_to_rest(deadline) for worker in tidying):
                 return
-            log.warning("The workers do not come to rest; the next launch starts new ones.")
+            log.warning(
+                "The workers did not finish cleaning up in time; the next launch starts new ones."
+            )
         except BaseException:
             self.close()
             raise
@@ -205,9 +214,9 @@ class WorkerPool:
         try:
             if dist.is_initialized():
                 raise LaunchError(
-                    "A process group is initialised already, and not by us. Call"
-                    " `torch.distributed.destroy_process_group()` first, or start every rank from"
-                    " outside with `torchrun`."
+                    "A process group has been initialised already, by other code. Call"
+                    " `torch.distributed.destroy_process_group()` first, or start every rank"
+                    " from outside with `torchrun`."
                 )
             yield
         finally:
@@ -225,8 +234,8 @@ class WorkerPool:
             raise
 
 
-class _Conditions:
-    """What a worker cannot change any more once it runs, as it is in this process now."""
+class _FixedState:
+    """State of this process that a running worker cannot adopt later."""
 
     def __init__(self) -> None:
         self._environment = frozen_environment()
@@ -238,14 +247,14 @@ class _Conditions:
             and not str(getattr(spec, "origin", "")).startswith((sys.prefix, sys.base_prefix))
         }
 
-    def still_hold(self, now: "_Conditions") -> bool:
-        """Whether a process started under these conditions can serve under `now`."""
+    def still_hold(self, now: "_FixedState") -> bool:
+        """Return whether a process started under these conditions can serve under `now`."""
         return self._environment == now._environment and all(
             now._specs.get(name, spec) is spec for name, spec in self._specs.items()
         )
 
-    def add(self, now: "_Conditions") -> None:
-        """Take in the modules imported since: the coming launch may load them in the workers."""
+    def add(self, now: "_FixedState") -> None:
+        """Add the modules imported since, which the next launch may load in the workers."""
         self._specs = now._specs | self._specs
 
 
@@ -261,7 +270,7 @@ def _intra_op_threads(count: int) -> Iterator[None]:
 
 @functools.cache
 def default_pool() -> WorkerPool:
-    """The pool that all strategies of this process share; its workers end with the process."""
+    """Pool shared by all strategies of this process; its workers end with the process."""
     pool = WorkerPool()
     atexit.register(pool.close)
     return pool

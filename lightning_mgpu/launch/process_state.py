@@ -1,4 +1,4 @@
-"""The state of the calling process that a worker takes over for one launch."""
+"""Process-wide state that workers copy from the launcher for one launch."""
 
 import logging
 import os
@@ -6,11 +6,13 @@ import pickle
 import random
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
+from lightning_mgpu._compat.python import set_warning_filters
 from lightning_mgpu.launch.rank_variables import RANK_VARIABLES
 
 if TYPE_CHECKING:
@@ -24,9 +26,13 @@ _FROZEN_PREFIXES = (
 )
 
 
+TakeState = Callable[[], Callable[[], None] | None]
+"""Takes a copy of a library's state and returns what puts it back; `None` if it is not in use."""
+
+
 @dataclass(frozen=True)
 class ProcessState:
-    """What code can tell one process from another by, apart from its objects.
+    """Process-wide state (environment, cwd, `sys.path`, RNG, log levels) copied to workers.
 
     Attributes:
         environment: `os.environ` without the variables that say which rank a process is.
@@ -34,7 +40,7 @@ class ProcessState:
         torch: torch's settings; `None` if the caller has not imported it.
         random: Generator states; `None` if the receiver is to draw numbers of its own. Those of
             torch are left out if nobody seeded it: then each rank draws its own from there.
-        hydra: Pickled singletons and resolvers of Hydra and OmegaConf; `None` if not in use.
+        libraries: Pickled functions that put the state of other libraries back.
     """
 
     environment: dict[str, str]
@@ -47,10 +53,12 @@ class ProcessState:
     random: dict[str, Any] | None
     log_levels: dict[str, int]
     warning_filters: bytes | None
-    hydra: bytes | None = field(repr=False)
+    libraries: tuple[bytes, ...] = field(repr=False)
 
     @classmethod
-    def capture(cls, threads: int, *, for_ranks: bool = False) -> "ProcessState":
+    def capture(
+        cls, threads: int, *, for_ranks: bool = False, libraries: Iterable[TakeState] = ()
+    ) -> "ProcessState":
         """The state of this process.
 
         Args:
@@ -58,6 +66,7 @@ class ProcessState:
             for_ranks: The receivers run one program together, so they draw the same numbers of
                 Python and NumPy, whether or not somebody seeded these. Otherwise they do so only
                 where somebody seeded torch.
+            libraries: Of libraries that torch does not know of.
         """
         return cls(
             environment={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES},
@@ -70,11 +79,11 @@ class ProcessState:
             random=_random_states(for_ranks),
             log_levels=_log_levels(),
             warning_filters=_dump_or_none(warnings.filters),
-            hydra=_hydra_state(),
+            libraries=_library_states(libraries),
         )
 
     def apply(self) -> None:
-        """Take the state over in this process."""
+        """Apply the state to this process."""
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.directory)
@@ -88,15 +97,14 @@ class ProcessState:
             if logger.level != level:  # setting a level takes a walk over all loggers
                 logger.setLevel(level)
         if self.warning_filters is not None:
-            warnings.filters[:] = pickle.loads(self.warning_filters)  # type: ignore[index]
-            warnings._filters_mutated()  # type: ignore[attr-defined]
-        if self.hydra is not None:
-            _restore_hydra(self.hydra)
+            set_warning_filters(pickle.loads(self.warning_filters))
+        for put_back in self.libraries:
+            pickle.loads(put_back)()
         _set_random_states(self.random)
 
 
 def frozen_environment() -> dict[str, str]:
-    """The variables that cannot change in a running process."""
+    """Environment variables that are read only when a process starts."""
     return {name: value for name, value in os.environ.items() if name.startswith(_FROZEN_PREFIXES)}
 
 
@@ -134,7 +142,7 @@ def _torch_state() -> "TorchState | None":
 
 
 def _is_seeded() -> bool:
-    """Whether somebody seeded torch.
+    """Return whether torch was seeded by somebody.
 
     An unseeded generator starts from 53 random bits, so a seed below 2**32 was chosen by a person
     (wrong once in two million unseeded runs, which then draw the same numbers on each rank).
@@ -203,40 +211,14 @@ def _log_levels() -> dict[str, int]:
     return {logging.root.name: logging.root.level, **levels}
 
 
-def _hydra_state() -> bytes | None:
-    if "hydra" not in sys.modules:
-        return None
-    from hydra.core.singleton import Singleton
-    from omegaconf.basecontainer import BaseContainer
-
-    resolvers = {}
-    for name, resolver in BaseContainer._resolvers.items():
-        pickled = _dump_or_none(resolver)
-        if pickled is not None:
-            resolvers[name] = pickled
-    return _dump_or_none((Singleton.get_state(), resolvers))
-
-
-_plugins: tuple[list[str], Any] | None = None  # of Hydra, and the path where they were found
-
-
-def _restore_hydra(state: bytes) -> None:
-    from hydra.core.plugins import Plugins
-    from hydra.core.singleton import Singleton
-    from omegaconf.basecontainer import BaseContainer
-
-    global _plugins
-    singletons, resolvers = pickle.loads(state)
-    if _plugins is not None and _plugins[0] == sys.path:
-        singletons["instances"][Plugins] = _plugins[1]  # or they are searched for again
-    Singleton.set_state(singletons)
-    _plugins = (list(sys.path), Plugins.instance())
-    BaseContainer._resolvers.clear()
-    BaseContainer._resolvers.update({k: pickle.loads(v) for k, v in resolvers.items()})
+def _library_states(libraries: Iterable[TakeState]) -> tuple[bytes, ...]:
+    taken = (take() for take in libraries)
+    pickled = (_dump_or_none(put_back) for put_back in taken if put_back is not None)
+    return tuple(state for state in pickled if state is not None)
 
 
 def _dump_or_none(obj: Any) -> bytes | None:
-    """Pickled, or `None`: a value that cannot travel must not keep a launch from starting."""
+    """Pickle a value; `None` if it cannot be pickled, as that must not stop a launch."""
     try:
         return bytes(cloudpickle.dumps(obj))
     except Exception:

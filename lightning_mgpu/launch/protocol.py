@@ -1,16 +1,23 @@
-"""What the caller and a worker say to each other.
+"""Messages between the caller and a worker.
 
-One launch, in order::
+One launch, from top to bottom::
 
-    caller -> worker   Run        the process state to take over; the payload comes as a file
-    caller -> worker   Buffers    what is not in the file
-    worker -> caller   Ready      the payload is unpickled
-    caller -> worker   Go         every rank is ready
-    worker -> caller   Done       the result comes as a file; or Failed, at any point
-    caller -> worker   Release    every rank is done, so nobody still needs a peer
-    worker -> caller   Idle       process group gone, memory freed; awaited before the next Run
+    caller, rank 0                                   worker, rank k
+         | --- Run, with the payload's file -----------> |  takes over the process state
+         | --- Buffers: what is not in the file -------> |  unpickles the payload
+         | <-- Ready ----------------------------------- |
+    all are ready                                        |
+         | --- Go -------------------------------------> |
+    runs its function <==== collectives of torch ====> runs its function
+         | <-- Done, with the result's file ------------ |
+    all are done, so nobody still needs a peer           |
+         | --- Release --------------------------------> |  leaves the process group, frees memory
+         | <-- Idle ------------------------------------ |  awaited before the next Run
+         v                                               v  waits for it
 
-`ShowStack` and `Stack` may come at any time in between.
+A worker whose part fails sends `Failed` in place of `Ready` or `Done`, and does not leave the group
+by itself, since others may be talking to it: the caller kills all workers. `ShowStack` may be sent
+at any time, and is answered by `Stack` from a thread that is never busy.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import _world
+
+from lightning_mgpu._compat.torch import abort_communicators, forget_failed_group
 
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank's place in a launch, handed to the launched function.
+    """One rank's place in a launch, passed to the launched function.
 
     Attributes:
         rank: 0 in the calling process, 1 to `world_size - 1` in the workers.
@@ -61,7 +62,7 @@ class Rank:
 
 
 class Rendezvous:
-    """The store through which the ranks of one launch find each other.
+    """Store through which the ranks of one launch find each other.
 
     It listens on a port that the kernel picked and that stays ours until `close`. Closing it also
     frees a rank that waits for a peer which will never come: its connection breaks.
@@ -98,7 +99,7 @@ class Rendezvous:
 
 
 class GroupGuard:
-    """Leaves `torch.distributed` and `sys.excepthook` as they were, however the block ends."""
+    """Context that restores `torch.distributed` and `sys.excepthook`, however it ends."""
 
     def __enter__(self) -> "GroupGuard":
         # Every `init_process_group` wraps the hook anew.
@@ -122,19 +123,17 @@ def leave_group(wait: bool = True) -> None:
         if not wait:
             # Nothing in Python waits for this but the interpreter's end.
             threading.Thread(target=last_hold.clear, name="mgpu-leave").start()
-    # A failed `init_process_group` has counted its group already; the next one would wait for
-    # keys under another name than its peers.
-    _world.group_count = 0
+    forget_failed_group()
 
 
 def abort_group() -> None:
-    """Give up an NCCL group whose peers are gone, from any thread, and free who waits for them.
+    """Abort an NCCL group whose peers are gone, from any thread, and release its waiters.
 
     Gloo needs none of this: its collectives end with their connections.
     """
     with _aborting:
         if dist.is_initialized() and "nccl" in dist.get_backend_config():
-            dist.distributed_c10d._abort_process_group()
+            abort_communicators()
 
 
 _aborting = threading.Lock()

@@ -1,4 +1,4 @@
-"""Environment variables by which code tells which rank its process is."""
+"""Environment variables that name the rank of a process."""
 
 import os
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def of_rank(
 
 
 def come_from_a_launch() -> bool:
-    """Whether a launch of ours has set the variables, here or in the program that started us.
+    """Return whether a launch of ours has set the variables, here or in a parent process.
 
     If not, somebody has started this process as one of several ranks.
     """
@@ -58,7 +58,7 @@ def come_from_a_launch() -> bool:
 
 @contextmanager
 def shown(rank: "Rank") -> Iterator[None]:
-    """Set the variables in this process until the block ends, however it does."""
+    """Context in which the variables are set in this process."""
     ours = of_rank(rank)
     before = {name: os.environ.get(name) for name in ours}
     try:

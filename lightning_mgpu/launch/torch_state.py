@@ -1,4 +1,4 @@
-"""The settings of torch that a worker takes over."""
+"""Settings of torch that a worker copies."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ _CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
 
 @dataclass(frozen=True)
 class TorchState:
-    """What holds for all tensors of a process."""
+    """Settings for all tensors of a process."""
 
     default_dtype: torch.dtype
     default_device: str
@@ -36,7 +36,7 @@ class TorchState:
         )
 
     def apply(self, threads: int) -> None:
-        """Take them over in this process, with so many intra-op threads."""
+        """Apply the settings to this process, with so many intra-op threads."""
         torch.set_num_threads(threads)
         torch.set_default_dtype(self.default_dtype)
         # Setting the CPU, too, would slow down every tensor factory from then on.
@@ -47,3 +47,8 @@ class TorchState:
         set_sharing = torch.multiprocessing.set_sharing_strategy
         set_sharing(self.sharing_strategy)  # type: ignore[no-untyped-call]
         torch.set_float32_matmul_precision(self.matmul_precision)
+
+
+def release_accelerator_memory() -> None:
+    """Give memory that is cached and unused back to the devices."""
+    torch.cuda.empty_cache()  # nothing where CUDA is not in use

@@ -1,4 +1,4 @@
-"""Find which attribute keeps an object from being pickled."""
+"""Find the attribute that keeps an object from being pickled."""
 
 import functools
 import io
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_mgpu._compat.torch_modules import BUFFERS, CHILDREN, PARAMETERS
 from lightning_mgpu.launch.errors import LaunchError, UnpicklableError
 from lightning_mgpu.launch.pickler import Pickler
 
@@ -20,7 +21,7 @@ class _Probe(Pickler):
 
 
 def explain(error: Exception, roots: dict[str, Any]) -> LaunchError:
-    """The error to raise when pickling `roots` failed with `error`.
+    """Build the error to raise when pickling `roots` failed with `error`.
 
     Args:
         error: What the pickler raised.
@@ -49,14 +50,14 @@ _WAYS_OUT = (
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """`error` itself or what it covers: `torch.save` may fail once more when it gives up."""
+    """The `OSError` behind an error of `torch.save`, which may fail again when it gives up."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
 def find(roots: dict[str, Any]) -> tuple[str, Any, Exception] | None:
-    """Path, object and error of the innermost part of `roots` that cannot be pickled, if any."""
+    """Path, object and error of the innermost part that cannot be pickled, if there is one."""
     seen: set[int] = set()
     for name, root in roots.items():
         found = _descend(name, root, seen)
@@ -117,7 +118,7 @@ def _state(obj: Any) -> Iterator[tuple[str, Any]]:
         yield from _children(state) if isinstance(state, tuple) else ()
         return
     for key, value in state.items():
-        if key in ("_modules", "_parameters", "_buffers") and isinstance(value, dict):
+        if key in (CHILDREN, PARAMETERS, BUFFERS) and isinstance(value, dict):
             # `model.net`, as the user writes it, instead of `model._modules['net']`.
             yield from ((f".{name}", child) for name, child in value.items())
         else:

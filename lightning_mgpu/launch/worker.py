@@ -1,4 +1,4 @@
-"""The life of a worker process: wait for a launch, run it, clean up, wait for the next.
+"""Main loop of a worker process: wait for a launch, run it, clean up.
 
 Started as ``python -c "from lightning_mgpu.launch.worker import main; main(...)"`` rather than
 with `multiprocessing`, so that nothing of the caller's ``__main__`` runs again.
@@ -13,14 +13,15 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from typing import Any, TypeVar
 
+from lightning_mgpu._compat.python import stack_of
 from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.channel import Channel
 from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.rank import GroupGuard
 from lightning_mgpu.launch.rank_variables import of_rank
+from lightning_mgpu.launch.torch_state import release_accelerator_memory
 
 _Message = TypeVar("_Message")
 _PARENT_CHECK_SECONDS = 0.5
@@ -31,7 +32,7 @@ _forked_by_main_thread = False
 
 
 def is_worker() -> bool:
-    """Whether this process is a worker of some pool."""
+    """Return whether this process is a worker of some pool."""
     return _running_in_worker
 
 
@@ -58,7 +59,7 @@ def main(descriptor: int, parent: int, spawned_by_main_thread: bool) -> None:
 
 
 class _Inbox:
-    """Messages for the main thread; a thread of its own answers what cannot wait."""
+    """Messages for the main thread; a second thread answers the urgent ones."""
 
     def __init__(self, channel: Channel, parent: int) -> None:
         self._channel = channel
@@ -100,8 +101,7 @@ class _Inbox:
             os.killpg(0, signal.SIGKILL)
 
     def _stack(self) -> str:
-        frame = sys._current_frames().get(self._main_thread)
-        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+        return stack_of(self._main_thread)
 
 
 class _Worker:
@@ -116,22 +116,22 @@ class _Worker:
             assert file is not None
             self._serve_one(message, file)
             gc.collect()
-            _release_accelerator_memory()
+            release_accelerator_memory()
             self._channel.send(protocol.Idle())
 
     def _serve_one(self, run: protocol.Run, file: int) -> None:
         with GroupGuard():
             try:
                 result = self._run(run, file)
-                parcel = payload.Payload(result, {f"result of rank {run.rank.rank}": result})
+                packed = payload.Payload(result, {f"result of rank {run.rank.rank}": result})
             except BaseException as error:
                 self._channel.send(protocol.Failed(RemoteFailure.of(error)))
                 # Peers may still be talking to us: only the caller knows when to end this.
                 self._inbox.next()
                 raise
             _flush()  # the caller may go on as soon as it hears of us
-            with parcel:
-                self._channel.send(protocol.Done(), parcel.file)
+            with packed:
+                self._channel.send(protocol.Done(), packed.file)
             del result
             self._inbox.expect(protocol.Release)
         _flush()
@@ -168,12 +168,6 @@ def _note_forking_thread() -> None:
 
 
 def _die_with_main_thread() -> None:
-    """In a forked child, such as a DataLoader worker: go when this worker goes."""
+    """End a forked child, such as a DataLoader worker, when this worker ends."""
     if _forked_by_main_thread:  # another thread may end long before the process does
         _die_with_parent()
-
-
-def _release_accelerator_memory() -> None:
-    torch = sys.modules["torch"]
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

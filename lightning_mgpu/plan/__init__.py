@@ -1,4 +1,4 @@
-"""What a pipeline would take, predicted from a rehearsal on one device: `mode=plan`.
+"""Predict time and memory of pipelines from measurements on one device: `mode=plan`.
 
 `options` is what is asked for; `rehearsal`, `bench` and `turn` measure; `profile` holds what they
 have measured, `stages` what stages made of it take; `predict` makes rows of that with `simulate`;

@@ -1,4 +1,4 @@
-"""A module run as a pipeline on one device: in one stage, and in one stage for each layer."""
+"""Measure a module in one stage, and in one stage for each layer, on one device."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.device import synchronize
 from lightning_mgpu.engine.pipeline import microbatch
 from lightning_mgpu.engine.pipeline.check.parity import Parity
-from lightning_mgpu.engine.pipeline.check.sample_run import Trial
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.check.sample_run import SampleRun
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter, Splitting
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, opened_until
@@ -33,11 +33,11 @@ _LOST = 50
 
 
 class NothingMeasuredError(RuntimeError):
-    """Steps are not such that they could be measured."""
+    """The steps cannot be measured."""
 
 
 class Bench:
-    """Runs a module in turns of some steps, and measures.
+    """Run a module in turns of some steps, and measure them.
 
     Args:
         module: The module.
@@ -78,12 +78,12 @@ class Bench:
         """The fewest samples that a micro-batch may have."""
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         for turn in self._turns:
             turn.pipeline.close()
 
     def step(self) -> bool:
-        """A step begins, and the one before is over.
+        """Start a step; the one before is over.
 
         Returns:
             Whether there is still something to be measured.
@@ -104,7 +104,7 @@ class Bench:
         return not self._turns or bool(self._ahead)
 
     def _took(self, seconds: float) -> bool:
-        """Take down what the step before has taken; whether it counts."""
+        """Record the previous step's time; return whether it counts."""
         if not self._ahead:
             return False
         turn = self._ahead[0]
@@ -116,7 +116,7 @@ class Bench:
     def call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], chunks: Sequence[int], stages: int
     ) -> Any:
-        """What the module's `forward` returns.
+        """Run the module's `forward`, and measure it.
 
         Args:
             args: Its arguments.
@@ -131,7 +131,7 @@ class Bench:
         return self._ahead[0].run(args, kwargs)
 
     def samples(self) -> list[Sample]:
-        """What has been measured, once `step` has said that this is all."""
+        """Measurements, available once `step` has returned `False`."""
         assert self._turns
         assert not self._ahead
         pairs = zip(self._turns[::2], self._turns[1::2], strict=True)
@@ -143,7 +143,7 @@ class Bench:
         fixed = (*self._module.parameters(), *self._module.buffers())
         batch = self._step_batch()
         is_piece = self._splitter.pieces(self._forward, (args, kwargs), batch)
-        call = Call.of(self._forward, args, kwargs, is_piece)
+        call = CallArguments.of(self._forward, args, kwargs, is_piece)
         splitting = self._splitter.split(call, self._forward, batch, lambda: fixed)
         self.batch = splitting.size
         training = [m for m in batch_norm.layers_of(self._module.modules()) if m.training]
@@ -160,8 +160,10 @@ class Bench:
         """Samples in each micro-batch."""
         return microbatch.sizes(self.batch, chunks, self.least)
 
-    def _cutters(self, call: Call, splitting: Splitting, stages: int) -> tuple[Cutter, Cutter]:
-        """What makes a stage of each layer, and one of all."""
+    def _cutters(
+        self, call: CallArguments, splitting: Splitting, stages: int
+    ) -> tuple[Cutter, Cutter]:
+        """Cutters for a stage per layer, and for a single stage."""
         module, forward = self._module, self._forward
         if self._made is not None:
             self.names = [f"stage {index}" for index in range(len(self._made))]
@@ -169,7 +171,7 @@ class Bench:
             assert apart.cut is not None
             self._know(apart.cut)
             return apart, Cutter(module, forward, 1, made=[_InARow(self._made)])
-        trial = Trial(forward, call, splitting, [self._device])
+        trial = SampleRun(forward, call, splitting, [self._device])
         run = partial(trial.run, 0, splitting.size)
         unseen = Parity("off", "", [self._device]).unseen
         with unseen(dict(module.named_modules())), torch.no_grad():
@@ -180,7 +182,7 @@ class Bench:
         return apart, Cutter(module, forward, 1, [])
 
     def _know(self, cut: Cut) -> None:
-        """Take down whose the parameters are, of a cut with a stage for each layer."""
+        """Record the owners of the parameters, from a cut with a stage for each layer."""
         self.tensors = cut.tensors
         users: dict[int, set[int]] = {}
         for module, layer in cut.units.values():
@@ -194,7 +196,7 @@ class Bench:
         ]
 
     def _layers(self, run: Callable[[], Any], stages: int) -> list[str]:
-        """The layers that a stage can begin with: as many as are of interest, if possible."""
+        """Layers that a stage can begin with: as many as are of interest, if possible."""
 
         def size(name: str) -> float:
             return sum(p.nbytes for p in self._module.get_submodule(name).parameters())
@@ -226,7 +228,7 @@ class Bench:
 
 
 class _InARow(nn.Module):
-    """Stages that the user has made, as one."""
+    """The user's own stages, joined into one."""
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -258,7 +260,7 @@ def _apart(calls: Sequence[str]) -> list[str]:
 
 
 def _spread(counts: Sequence[int]) -> list[int]:
-    """A few of many, the first and the last among them."""
+    """Choose a few of many names, the first and the last among them."""
     if len(counts) <= _COUNTS:
         return list(counts)
     return [counts[round(i * (len(counts) - 1) / (_COUNTS - 1))] for i in range(_COUNTS)]

@@ -1,4 +1,4 @@
-"""`mode=plan`: rehearse on one device, predict, and write down what was predicted."""
+"""Run `mode=plan`: measure on one device, predict, and write the predictions."""
 
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lightning_mgpu.config.build import Parts, build_node
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, one_line
 from lightning_mgpu.plan.bench import NothingMeasuredError
 from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.predict import Plan, predict
@@ -28,7 +28,7 @@ _TRAINER = {
 
 
 def options_of(cfg: DictConfig) -> Options:
-    """What the config asks to be planned for.
+    """Read the options to plan for from the config.
 
     Raises:
         ConfigError: It cannot be planned.
@@ -49,7 +49,7 @@ def options_of(cfg: DictConfig) -> Options:
 
 
 def arranged(cfg: DictConfig) -> DictConfig:
-    """The config of the rehearsal.
+    """Derive the rehearsal's config.
 
     Raises:
         ConfigError: It cannot be planned, or names another strategy than the pipeline.
@@ -89,4 +89,4 @@ def plan(parts: Parts, options: Options) -> Plan:
         trainer.fit(parts.model, datamodule=parts.datamodule)
         return predict(rehearsal.profile(), options)
     except (PartitionError, SplitError, NothingMeasuredError) as error:
-        raise ConfigError(f"mode=plan: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"mode=plan: {one_line(error)}") from error

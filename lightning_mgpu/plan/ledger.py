@@ -1,4 +1,4 @@
-"""What layers hand on and keep for backward, counted while a pipeline runs them."""
+"""Count the bytes that layers pass on and keep for backward while a pipeline runs."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ CALLER = -1
 
 
 class Holders(NamedTuple):
-    """Who has to do with a piece of memory.
+    """Layers that hold or use a piece of memory.
 
     Attributes:
         keepers: The layers whose backward needs it.
@@ -32,7 +32,7 @@ class Holders(NamedTuple):
 
 
 class Ledger:
-    """The bytes of all that forward passes make, each memory once.
+    """Bytes of all tensors made by forward passes, each memory once.
 
     Args:
         own: Tensors that belong to the model, which do not count.
@@ -41,11 +41,11 @@ class Ledger:
     def __init__(self, own: Iterable[Tensor]) -> None:
         self._own = {_memory(tensor) for tensor in own}
         self._batch: set[int] = set()
-        self._entries: list[_Entry] = []
-        self._latest: dict[int, _Entry] = {}
+        self._entries: list[_MemoryRecord] = []
+        self._latest: dict[int, _MemoryRecord] = {}
 
     def total(self) -> dict[Holders, int]:
-        """The bytes, by who holds them."""
+        """Bytes by their holders."""
         found: dict[Holders, int] = {}
         for entry in self._entries:
             consumers = frozenset(entry.users - {entry.producer})
@@ -55,17 +55,17 @@ class Ledger:
         return found
 
     def given(self, tensor: Tensor) -> None:
-        """It is one of the caller's."""
+        """Record a tensor of the caller's."""
         self._batch.add(_memory(tensor) or 0)
         self._entry(tensor, CALLER)
 
     def made(self, tensor: Tensor, layer: int) -> None:
-        """A layer has made it; whatever had its memory before is gone."""
+        """Record a tensor made by a layer; whatever had its memory before is gone."""
         self._latest.pop(_memory(tensor) or 0, None)
         self._entry(tensor, layer)
 
     def used(self, tensor: Tensor, layer: int, producer: int) -> None:
-        """A layer, or the caller, takes it.
+        """Record a tensor used by a layer or the caller.
 
         Args:
             tensor: What is taken.
@@ -75,17 +75,17 @@ class Ledger:
         self._entry(tensor, producer).users.add(layer)
 
     def kept(self, tensor: Tensor, layer: int) -> None:
-        """A layer's backward needs it."""
+        """Record a tensor needed by a layer's backward."""
         self._entry(tensor, layer).keepers.add(layer)
 
-    def _entry(self, tensor: Tensor, producer: int) -> "_Entry":
+    def _entry(self, tensor: Tensor, producer: int) -> "_MemoryRecord":
         key = _memory(tensor)
         if key is None or key in self._own:
-            return _Entry(producer)
+            return _MemoryRecord(producer)
         if key in self._batch:
             key = tensor.data_ptr()  # micro-batches are views of one memory
         if key not in self._latest:
-            self._latest[key] = _Entry(producer)
+            self._latest[key] = _MemoryRecord(producer)
             self._entries.append(self._latest[key])
         entry = self._latest[key]
         entry.size = max(entry.size, min(tensor.untyped_storage().nbytes(), tensor.nbytes))
@@ -93,7 +93,7 @@ class Ledger:
 
 
 @dataclass
-class _Entry:
+class _MemoryRecord:
     producer: int
     size: int = 0
     keepers: set[int] = field(default_factory=set)
@@ -101,7 +101,7 @@ class _Entry:
 
 
 class Watched:
-    """A `forward` that a pipeline calls; written down while there is a ledger.
+    """Wrapper of a pipeline's `forward` that records into a ledger.
 
     Args:
         forward: The `forward`. Each layer is a stage of its own.
@@ -131,7 +131,7 @@ class Watched:
 
 
 class _Watching(EagerMode):
-    """Writes down what each operation takes and makes."""
+    """Mode that records the inputs and outputs of each operation."""
 
     def __init__(self, ledger: Ledger, traveller: Traveller) -> None:
         super().__init__()
@@ -154,14 +154,14 @@ class _Watching(EagerMode):
 
 
 def _stage_of(tensor: Tensor, traveller: Traveller) -> int:
-    """Where it was made, as far as autograd knows: operations of compiled code may not be seen."""
+    """Stage that made a tensor, as far as autograd knows: compiled operations may be hidden."""
     known = graph_position.of(tensor) is not None
     stage: int = traveller.graph.of(tensor).stage if known else traveller.stage or 0
     return stage
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Where it begins; `None` if it has none, or in several pieces."""
+    """Address of a tensor's memory; `None` if it has none, or several pieces."""
     if tensor.layout is not torch.strided:
         return None
     return tensor.untyped_storage().data_ptr() or None

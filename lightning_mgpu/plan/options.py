@@ -1,4 +1,4 @@
-"""What to plan for."""
+"""Options of `mode=plan`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ Checkpoint = Literal["never", "except_last", "always"]
 
 @dataclass(kw_only=True)
 class Options:
-    """The pipelines to be compared: each combination of these.
+    """Pipelines to compare: every combination of these options.
 
     Raises:
         ValueError: A number makes no sense, or a list is empty.
     """
 
     stages: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-    """Stages of each pipeline."""
+    """Stages per pipeline."""
     stages_per_device: Sequence[int] = (1,)
-    """How many of the stages lie on each device."""
+    """Stages per device."""
     chunks: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
-    """Micro-batches."""
+    """Micro-batches per batch."""
     replicas: Sequence[int] = (1, 2, 4, 8)
-    """Copies of the whole pipeline, each with a batch of its own."""
+    """Copies of the whole pipeline, each with its own batch."""
     checkpoint: Sequence[Checkpoint] = ("never", "always")
-    """What is computed again in backward, to save memory."""
+    """Activation checkpointing."""
     bandwidth: float = 1e10
-    """Bytes a second, of each link between two devices."""
+    """Bandwidth between two devices in bytes per second."""
     latency: float = 1e-5
-    """Seconds until the first byte of a message arrives."""
+    """Latency of a message in seconds."""
     memory: float | None = None
-    """Bytes of each device, for what does not fit to be told apart."""
+    """Memory per device in bytes; rows that need more get `fits=False`."""
     threads: int = 1
-    """Intra-op threads of each device, where that is a CPU."""
+    """Intra-op threads per device, for CPUs."""
 
     def __post_init__(self) -> None:
         for name in ("stages", "stages_per_device", "chunks", "replicas"):

@@ -1,4 +1,4 @@
-"""What each pipeline would take, from what the layers of its stages do."""
+"""Predict time and memory of pipelines from measurements of their layers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,43 +7,43 @@ from itertools import accumulate, pairwise
 from lightning_mgpu.engine.pipeline.partition.balance import balance
 from lightning_mgpu.plan import simulate
 from lightning_mgpu.plan.options import Checkpoint, Options
-from lightning_mgpu.plan.profile import Profile, Span
+from lightning_mgpu.plan.profile import LayerRange, Profile
 from lightning_mgpu.plan.simulate import Load
 from lightning_mgpu.plan.stages import Stages
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A pipeline, or several copies of it, and what is to be expected of it."""
+    """Prediction for one pipeline, or several copies of it."""
 
     devices: int
     stages: int
     stages_per_device: int
     replicas: int
     chunks: int
-    """Micro-batches."""
+    """Micro-batches per batch."""
     checkpoint: Checkpoint
     seconds: float
-    """Of a training step."""
+    """Seconds per training step."""
     samples_per_second: float
-    """Of all replicas together."""
+    """Samples per second of all replicas together."""
     bubble: float
-    """The share of forward and backward in which devices wait."""
+    """Share of forward and backward in which devices wait."""
     all_reduce: float
     """Seconds in which replicas sum their gradients."""
     memory: float
-    """Bytes of the device that takes most."""
+    """Peak bytes of the device that needs most."""
     fits: bool
-    """Whether a device has as much."""
+    """True if each device has enough memory."""
     memory_of_devices: list[float]
-    """Of each device of one pipeline."""
+    """Peak bytes per device of one pipeline."""
     split_at: list[str]
     """Layers at which the second and later stages begin."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predictions.
+    """All predictions.
 
     Attributes:
         profile: What they are made from.
@@ -56,7 +56,7 @@ class Plan:
     left_out: list[str] = field(default_factory=list)
 
     def best(self) -> list[Row]:
-        """For each number of devices, the quickest row that fits them."""
+        """The fastest row that fits the devices, for each number of devices."""
         found: dict[int, Row] = {}
         for row in self.rows:
             known = found.get(row.devices)
@@ -102,7 +102,7 @@ def predict(profile: Profile, options: Options) -> Plan:
 def memory(
     stages: Stages, chunks: int, checkpoint: Checkpoint, devices: int | None = None
 ) -> list[float]:
-    """The most bytes that each device takes at once: weights, and activations of all chunks.
+    """Peak bytes per device: weights, and activations of all micro-batches.
 
     Args:
         stages: The stages.
@@ -163,8 +163,8 @@ def _rows(
         )
 
 
-def _cut(profile: Profile, stages: int) -> list[Span]:
-    """The layers of each stage: as the user wants, or so that the slowest is as quick as can be."""
+def _cut(profile: Profile, stages: int) -> list[LayerRange]:
+    """Layers of each stage: as the user wants, or so that the slowest is as fast as possible."""
     if len(profile.split_at) == stages - 1:
         starts = [0, *map(profile.names.index, profile.split_at)]
     else:
@@ -172,7 +172,7 @@ def _cut(profile: Profile, stages: int) -> list[Span]:
         sample = profile.samples[len(profile.samples) // 2]
         costs = [f + b for f, b in zip(sample.forward, sample.backward, strict=True)]
         starts = [0, *accumulate(balance(costs, stages)[:-1])]
-    return [Span(*pair) for pair in pairwise([*starts, len(profile.names)])]
+    return [LayerRange(*pair) for pair in pairwise([*starts, len(profile.names)])]
 
 
 def _load(

@@ -1,4 +1,4 @@
-"""What a model's layers have been measured to take."""
+"""Measurements of a model's layers."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from lightning_mgpu.plan.ledger import Holders
 
 @dataclass(frozen=True)
 class Weights:
-    """The bytes that do not depend on the batch.
+    """Bytes of a stage that do not depend on the batch.
 
     Attributes:
         parameters: Of parameters and buffers.
@@ -35,8 +35,8 @@ class Weights:
         return self.parameters + self.gradients + self.state
 
 
-class Span(NamedTuple):
-    """The layers of a stage, from the first to before the end."""
+class LayerRange(NamedTuple):
+    """Range of a stage's layers, from the first to before the end."""
 
     first: int
     end: int
@@ -58,7 +58,7 @@ class Tied(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """What was measured with one number of micro-batches.
+    """Measurements with one number of micro-batches.
 
     Attributes:
         chunks: The number.
@@ -81,7 +81,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Profile:
-    """A model, measured.
+    """All measurements of a model.
 
     Attributes:
         names: Of the layers, in order; stages can begin at each.
@@ -108,11 +108,11 @@ class Profile:
         return microbatch.sizes(self.batch, chunks, self.least)
 
     def own(self, chunks: int) -> float:
-        """Seconds of a step beside the module."""
+        """Seconds of a step outside of the module."""
         return on_line([(sample.chunks, sample.own) for sample in self.samples], chunks)
 
-    def weights_of(self, span: Span) -> Weights:
-        """The bytes of a stage that do not depend on the batch."""
+    def weights_of(self, span: LayerRange) -> Weights:
+        """Bytes of a stage that do not depend on the batch."""
         own = sum(self.weights[slice(*span)], self.rest if span.first == 0 else Weights())
         layers = range(*span)
         borrowed = sum(
@@ -123,7 +123,7 @@ class Profile:
 
 
 def on_line(points: Sequence[tuple[float, float]], at: float) -> float:
-    """What lies at a place between points; beyond them, on the line through the nearest two."""
+    """Interpolate linearly between points; extrapolate from the two nearest ones."""
     points = sorted(points)
     if len(points) == 1:
         return points[0][1]

@@ -1,4 +1,4 @@
-"""A run on one device whose steps are measured."""
+"""Run on one device whose steps are measured."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from lightning_mgpu.plan.bench import Bench, NothingMeasuredError
 from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.profile import Profile, Weights
 from lightning_mgpu.strategies import PipelineStrategy
-from lightning_mgpu.strategies.stages.placement import Override
+from lightning_mgpu.strategies.stages.placement import ForwardOverride
 from lightning_mgpu.strategies.stages.split_module import find_module, own_stages
 
 
 class Rehearsal(PipelineStrategy):
-    """A `PipelineStrategy` on one device, which measures the steps of training and then ends it.
+    """A `PipelineStrategy` on one device that measures training steps and then stops.
 
     Its arguments are those of `PipelineStrategy`, of which it heeds those that say what is cut and
     how the batch is split. Give it an `Options` by `prepare` before training.
@@ -30,19 +30,19 @@ class Rehearsal(PipelineStrategy):
     _starts: list[str] | None = None
 
     def prepare(self, options: Options) -> None:
-        """Set what is to be planned for."""
+        """Set the options to plan for."""
         self._options = options
         self._trace_dir = None  # there is no timetable to be drawn
 
     def profile(self) -> Profile:
-        """What has been measured, once training is over.
+        """Measurements, once training is over.
 
         Raises:
             NothingMeasuredError: It was over too soon.
         """
         if self._profile is None:
             raise NothingMeasuredError(
-                "Training was over before everything had been measured. Give it more batches."
+                "Training ended before everything had been measured. Give it more batches."
             )
         return self._profile
 
@@ -54,7 +54,7 @@ class Rehearsal(PipelineStrategy):
         name, module = find_module(model, self._module)
         made = own_stages(model)
         self._prefix = f"{name}." if name and made is None else ""
-        self._override = Override(module)
+        self._override = ForwardOverride(module)
         self._bench = Bench(
             module,
             self._override.plain,
@@ -107,7 +107,7 @@ class Rehearsal(PipelineStrategy):
         )
 
     def _cuts(self, names: Sequence[str]) -> list[str]:
-        """Where the user wants stages to begin.
+        """Layers at which the user wants stages to begin.
 
         Raises:
             PartitionError: At something else than a layer.
@@ -139,7 +139,7 @@ def _weights(tensors: Iterable[Tensor], state: Mapping[int, int]) -> Weights:
 
 
 def _state_bytes(optimizers: Iterable[Optimizer]) -> dict[int, int]:
-    """What optimizers keep for each parameter, by its `id`."""
+    """Bytes of optimizer state per parameter, by its `id`."""
     return {
         id(parameter): sum(leaf.nbytes for _, leaf in leaves(state) if isinstance(leaf, Tensor))
         for optimizer in optimizers

@@ -1,4 +1,4 @@
-"""A plan as a table, and as files."""
+"""Show a plan as a table, and write it to files."""
 
 import csv
 import json
@@ -10,14 +10,15 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from lightning_mgpu.format import duration, readable_bytes
 from lightning_mgpu.plan.predict import Plan, Row
 
 
 def summary(plan: Plan) -> Group:
-    """A table of the quickest row for each number of devices, and what is not in it."""
+    """Table of the fastest row for each number of devices, with notes."""
     profile = plan.profile
     title = (
-        f"{len(profile.names)} layers, batches of {profile.batch}; the quickest way for each number"
+        f"{len(profile.names)} layers, batches of {profile.batch}; the fastest for each number"
         " of devices:"
     )
     made = Table(
@@ -35,7 +36,7 @@ def summary(plan: Plan) -> Group:
 
 
 def write(plan: Plan, directory: Path) -> dict[str, Path]:
-    """Write all rows, and what they are made from.
+    """Write all rows, and the measurements behind them.
 
     Returns:
         The files, each by what it is.
@@ -54,10 +55,10 @@ def write(plan: Plan, directory: Path) -> dict[str, Path]:
 def _cells(row: Row) -> list[str]:
     return [
         *map(str, (row.devices, row.stages, row.replicas, row.chunks, row.checkpoint)),
-        _seconds(row.seconds),
+        duration(row.seconds),
         f"{row.samples_per_second:.4g}",
         f"{row.bubble:.0%}",
-        _bytes(row.memory),
+        readable_bytes(row.memory),
     ]
 
 
@@ -86,14 +87,3 @@ def _flat(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " ".join(map(str, value))
     return value
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"

@@ -1,4 +1,4 @@
-"""The timetable with times: when each stage works on each micro-batch, and for how long it waits.
+"""Simulate a pipeline: start and end of each stage's work on each micro-batch.
 
 An event simulation of `schedule`: a task begins as soon as its device is through with the task
 before and what it needs has arrived. Links between stages send one micro-batch after another, while
@@ -13,15 +13,15 @@ from lightning_mgpu.engine.pipeline.runtime import schedule
 from lightning_mgpu.engine.pipeline.runtime.schedule import Task
 
 
-class Span(NamedTuple):
-    """From when to when, in seconds after the first task's begin."""
+class TimeSpan(NamedTuple):
+    """Start and end in seconds after the first task's start."""
 
     start: float
     end: float
 
 
 class Link(NamedTuple):
-    """From one stage to another, which waits for what comes over it."""
+    """Transfer from one stage to another, which waits for it."""
 
     sender: int
     receiver: int
@@ -29,7 +29,7 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Load:
-    """What a passage of a batch through the stages consists of.
+    """Durations of all work in forward and backward of a batch.
 
     Attributes:
         forward: Of each stage, the seconds it takes for each micro-batch.
@@ -44,8 +44,8 @@ class Load:
 
 
 @dataclass
-class Timetable:
-    """When everything happens.
+class SimulatedTimes:
+    """Times of all tasks and transfers.
 
     Attributes:
         tasks: Of each task, its time.
@@ -54,8 +54,8 @@ class Timetable:
         devices: How many there are.
     """
 
-    tasks: dict[Task, Span] = field(default_factory=dict)
-    transfers: dict[tuple[Link, int], Span] = field(default_factory=dict)
+    tasks: dict[Task, TimeSpan] = field(default_factory=dict)
+    transfers: dict[tuple[Link, int], TimeSpan] = field(default_factory=dict)
     seconds: float = 0.0
     devices: int = 0
 
@@ -65,11 +65,11 @@ class Timetable:
         return sum(span.end - span.start for span in self.tasks.values())
 
 
-class Passage(NamedTuple):
-    """Forward and backward of a batch; all of forward is over when backward begins."""
+class BatchTimes(NamedTuple):
+    """Times of forward and backward of a batch; all of forward ends before backward starts."""
 
-    forward: Timetable
-    backward: Timetable
+    forward: SimulatedTimes
+    backward: SimulatedTimes
 
     @property
     def seconds(self) -> float:
@@ -77,13 +77,13 @@ class Passage(NamedTuple):
 
     @property
     def waiting(self) -> float:
-        """The share of time in which devices wait."""
+        """Share of time in which devices wait."""
         whole = self.forward.devices * self.seconds
         return 1 - (self.forward.busy + self.backward.busy) / whole if whole else 0.0
 
 
-def passage(load: Load, devices: int | None = None) -> Passage:
-    """Simulate one passage.
+def passage(load: Load, devices: int | None = None) -> BatchTimes:
+    """Simulate forward and backward of a batch.
 
     Args:
         load: What it consists of.
@@ -98,7 +98,7 @@ def passage(load: Load, devices: int | None = None) -> Passage:
         for tick in schedule.timetable(way, chunks, count).ticks
     ]
     back = {Link(link.receiver, link.sender): times for link, times in load.links.items()}
-    return Passage(
+    return BatchTimes(
         run(ticks, load.forward, load.links, count),
         run(reversed(ticks), load.backward, back, count),
     )
@@ -109,7 +109,7 @@ def run(
     seconds: Sequence[Sequence[float]],
     links: Mapping[Link, Sequence[float]],
     devices: int,
-) -> Timetable:
+) -> SimulatedTimes:
     """Simulate one direction.
 
     Args:
@@ -122,23 +122,23 @@ def run(
     outgoing = _by(links, "sender")
     free = [0.0] * devices
     line_free = dict.fromkeys(links, 0.0)
-    made = Timetable(devices=devices)
+    made = SimulatedTimes(devices=devices)
     for task in (task for tick in ticks for task in tick):
         stage, chunk = task
         arrived = (made.transfers[link, chunk].end for link in incoming.get(stage, ()))
         start = max(free[stage % devices], *arrived, 0.0)
         end = free[stage % devices] = start + seconds[stage][chunk]
-        made.tasks[task] = Span(start, end)
+        made.tasks[task] = TimeSpan(start, end)
         for link in outgoing.get(stage, ()):
             sent = max(end, line_free[link])
             line_free[link] = sent + links[link][chunk]
-            made.transfers[link, chunk] = Span(sent, line_free[link])
+            made.transfers[link, chunk] = TimeSpan(sent, line_free[link])
     made.seconds = max(free)
     return made
 
 
 def all_reduce(size: float, replicas: int, bandwidth: float, latency: float) -> float:
-    """The seconds in which `replicas` sum their gradients in a ring.
+    """Seconds of a ring all-reduce of gradients over `replicas`.
 
     Args:
         size: Bytes of the gradients of each.

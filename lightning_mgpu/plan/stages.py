@@ -1,17 +1,17 @@
-"""What stages that are made of measured layers would take."""
+"""Costs of stages made of measured layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from lightning_mgpu.plan.ledger import CALLER, Holders
-from lightning_mgpu.plan.profile import Profile, Sample, Span, on_line
+from lightning_mgpu.plan.profile import LayerRange, Profile, Sample, on_line
 from lightning_mgpu.plan.simulate import Link
 
 
 @dataclass
 class Costs:
-    """What each stage takes for one micro-batch.
+    """Costs of each stage for one micro-batch.
 
     Attributes:
         forward: Seconds.
@@ -29,7 +29,7 @@ class Costs:
 
 
 class Stages:
-    """A profile's layers, dealt out to stages.
+    """A profile's layers, distributed to stages.
 
     What was not measured is taken to lie on a line between the micro-batches that were: small
     operations are less efficient, so that nothing is just proportional to their size.
@@ -39,7 +39,7 @@ class Stages:
         spans: Those of each stage.
     """
 
-    def __init__(self, profile: Profile, spans: Sequence[Span]) -> None:
+    def __init__(self, profile: Profile, spans: Sequence[LayerRange]) -> None:
         self.profile, self.spans = profile, list(spans)
         self._measured = [(sample.size, _costs(sample, self.spans)) for sample in profile.samples]
         self._known: dict[int, Costs] = {}
@@ -48,7 +48,7 @@ class Stages:
         return len(self.spans)
 
     def costs(self, size: int) -> Costs:
-        """What each stage takes for a micro-batch of that many samples."""
+        """Costs of each stage for a micro-batch of `size` samples."""
         if size not in self._known:
             self._known[size] = Costs(
                 self._each(size, lambda costs: costs.forward),
@@ -72,7 +72,7 @@ class Stages:
         return {link: on_line(of_link, size) for link, of_link in points.items()}
 
 
-def _costs(sample: Sample, spans: Sequence[Span]) -> Costs:
+def _costs(sample: Sample, spans: Sequence[LayerRange]) -> Costs:
     forward, backward = (
         [overhead + until[span.end] - until[span.first] for span in spans]
         for overhead, until in zip(

@@ -1,4 +1,4 @@
-"""A few steps with a module cut in one way, and what they have taken."""
+"""Measure a few steps with a module cut in one way."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
-from lightning_mgpu.engine.pipeline.profile.timeline import Kind, Timeline
+from lightning_mgpu.engine.pipeline.profile.timeline import Kind, PipelineTimeline
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
 from lightning_mgpu.plan.ledger import Ledger, Watched
 from lightning_mgpu.plan.profile import Sample
@@ -19,7 +19,7 @@ _STEPS = 3
 
 
 class _Counted(Chunks):
-    """A fixed number of micro-batches; tells what came of it."""
+    """Fixed number of micro-batches that records the time taken."""
 
     done: tuple[int, int] | None = None
 
@@ -63,7 +63,7 @@ class Turn:
         return self.pipeline(*args, **kwargs)
 
     def take(self, seconds: float, batch: int) -> bool:
-        """Take down what a step has taken; whether it counts."""
+        """Record the time of a step; return whether it counts."""
         counted, self._counted = self._counted, None
         recording, self._recording = self._recording, None
         ledger = None
@@ -93,7 +93,7 @@ class Turn:
 
 
 def sample_of(apart: Turn, whole: Turn, batch: int) -> Sample:
-    """What both turns together tell.
+    """Combine the measurements of both turns.
 
     Args:
         apart: Each layer in a stage of its own.
@@ -122,8 +122,8 @@ def sample_of(apart: Turn, whole: Turn, batch: int) -> Sample:
     )
 
 
-def _seconds(timeline: Timeline, kind: Kind) -> list[float]:
-    """What each stage has taken, for all micro-batches."""
+def _seconds(timeline: PipelineTimeline, kind: Kind) -> list[float]:
+    """Seconds of each stage for all micro-batches."""
     taken = [0.0] * timeline.stages
     for span in timeline.spans:
         if span.kind == kind:
@@ -132,12 +132,12 @@ def _seconds(timeline: Timeline, kind: Kind) -> list[float]:
 
 
 def _medians(steps: Sequence[Sequence[float]], chunks: int) -> list[float]:
-    """Of each stage, for one micro-batch."""
+    """Median seconds of each stage for one micro-batch."""
     return [median(of_stage) / chunks for of_stage in zip(*steps, strict=True)]
 
 
 def _shared_out(apart: Sequence[float], whole: float) -> tuple[list[float], float]:
-    """What layers take in one stage, and what each stage takes beside.
+    """Split measured time into that of layers and the overhead per stage.
 
     Args:
         apart: What each layer takes as a stage of its own.

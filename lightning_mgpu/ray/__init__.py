@@ -47,7 +47,7 @@ _GONE = {
     "RayPlugin": "it is called `RayStrategy` now.",
     "HorovodRayPlugin": _HOROVOD,
     "HorovodRayStrategy": _HOROVOD,
-    "RayShardedPlugin": "it is called `RayShardedStrategy` now, and rests on Lightning's FSDP.",
+    "RayShardedPlugin": "it is called `RayShardedStrategy` now, and uses Lightning's FSDP.",
 }
 
 

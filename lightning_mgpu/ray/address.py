@@ -1,4 +1,4 @@
-"""Arguments of `ray.init` as users give them, and where the address among them leads."""
+"""Arguments of `ray.init`, and the cluster address among them."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ _VARIABLE = "RAY_ADDRESS"
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that say something: what is `None`, there or further in, is a default."""
+    """Drop arguments that are `None`, also nested ones: they are defaults."""
     inner = {
         name: given(value) if isinstance(value, Mapping) else value
         for name, value in options.items()
@@ -20,7 +20,7 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def address_of(options: Mapping[str, Any]) -> str:
-    """The address among them; else ``RAY_ADDRESS``, as ``ray job submit`` sets it; else ``local``.
+    """Address to connect to: the option, else ``RAY_ADDRESS``, else ``local``.
 
     ``local`` is a Ray that is started on this machine, whatever else runs there.
     """
@@ -28,7 +28,7 @@ def address_of(options: Mapping[str, Any]) -> str:
 
 
 def source_of(options: Mapping[str, Any], key: str) -> str:
-    """What has named that address: ``key=address``, or the variable."""
+    """Name of the address's source: ``key=address``, or the environment variable."""
     where = key if options.get("address") or not _in_environment() else _VARIABLE
     return f"{where}={address_of(options)}"
 
@@ -40,13 +40,15 @@ def _in_environment() -> str | None:
 
 
 def is_client(address: str) -> bool:
-    """Whether it is used through Ray Client, by a machine that is no part of the cluster."""
+    """Return whether an address is used through Ray Client, from outside the cluster."""
     return address.startswith(_CLIENT)
 
 
 def is_connected_as_client() -> bool | None:
-    """Whether the connection that this process has is such a one; `None` if it has none."""
+    """Return whether this process is connected by Ray Client; `None` if not connected."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
-    return bool(ray.util.client.ray.is_connected())
+    from lightning_mgpu._compat import ray as compat
+
+    return compat.is_client()

@@ -1,11 +1,10 @@
-"""Resources that somebody on the cluster waits for, as Ray's autoscaler is told of them."""
+"""Resources for which others on the cluster wait, from Ray's autoscaler state."""
 
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ray
-
+from lightning_mgpu._compat.ray import cluster_state
 from lightning_mgpu.ray.cluster import fit_on
 
 # How often to look. Ray's nodes report what waits for them once a second.
@@ -47,11 +46,8 @@ def wait(held: Iterable[str], seconds: float, is_over: Callable[[], bool]) -> bo
 
 
 def snapshot() -> tuple[list[Bundles], list[tuple[dict[str, float], dict[str, float]]]]:
-    """What is waited for, and what each living node has free and in all."""
-    from ray.autoscaler.v2.sdk import get_cluster_resource_state
-
-    client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
-    state = get_cluster_resource_state(client)
+    """Pending requests, and the free and total resources of each living node."""
+    state = cluster_state()
     single = [[_plain(each.request)] for each in state.pending_resource_requests if each.count]
     gangs = [
         [_plain(request) for request in gang.requests]
@@ -74,6 +70,6 @@ def _concerns(
     held: frozenset[str],
     nodes: list[tuple[dict[str, float], dict[str, float]]],
 ) -> bool:
-    """Whether it names something that is held, and is not for ever too large."""
+    """Return whether a request names a held resource and could ever be fulfilled."""
     names = {name for bundle in request for name, amount in bundle.items() if amount}
     return bool(names & held) and fit_on(request, [total for _, total in nodes])

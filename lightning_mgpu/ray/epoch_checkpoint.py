@@ -1,4 +1,4 @@
-"""The latest state of a training that may lose its workers, and the driver's place for it."""
+"""Checkpoint after each epoch, from which training resumes when workers are lost."""
 
 import io
 import os
@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
-from lightning_mgpu.ray.worker import Saved, call_on_driver
+from lightning_mgpu.ray.worker import SavedCheckpoint, call_on_driver
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -24,7 +24,7 @@ Save = Callable[[dict[str, Any]], None]
 
 
 class Autosave(Checkpoint):
-    """Keeps a checkpoint after each epoch.
+    """Save a checkpoint after each epoch.
 
     A `Checkpoint`, since Lightning calls those after all other callbacks.
 
@@ -42,18 +42,18 @@ class Autosave(Checkpoint):
         if trainer.is_global_zero:
             self._save(checkpoint)
             for logger in trainer.loggers:
-                logger.save()  # whoever goes on from here does not log it again
+                logger.save()  # whoever resumes from here does not log it again
 
 
 class CallsRanks(Protocol):
-    """Workers between two runs."""
+    """Interface of a worker group between two runs."""
 
     def call(self, function: Callable[[], Any], ranks: Sequence[int] | None = None) -> list[Any]:
         """Call a function on all of them, or on those of some ranks, and wait for the results."""
 
 
-class Keeper(ABC):
-    """Where the checkpoints of one training are kept, as the driver knows it; gone with the block.
+class CheckpointKeeper(ABC):
+    """The driver's view of where one training's checkpoints are kept; removed with the block.
 
     Attributes:
         save: For the workers.
@@ -62,26 +62,26 @@ class Keeper(ABC):
     save: Save
 
     @abstractmethod
-    def latest(self) -> Saved | None:
+    def latest(self) -> SavedCheckpoint | None:
         """The latest checkpoint, if there is one by now."""
 
     @abstractmethod
     def check(self, workers: CallsRanks) -> None:
-        """Refuse workers that could not go on from here."""
+        """Refuse workers that could not resume from here."""
 
     @abstractmethod
     def finish(self, workers: CallsRanks) -> None:
-        """Training is done, so nobody will go on from here."""
+        """Finish: training is done, so nobody will resume from here."""
 
     @abstractmethod
-    def __enter__(self) -> "Keeper": ...
+    def __enter__(self) -> "CheckpointKeeper": ...
 
     @abstractmethod
     def __exit__(self, *_: Any) -> None: ...
 
 
-class DriverKeeper(Keeper):
-    """Keeps them in a file beside the driver: no node has to share any storage with another."""
+class DriverKeeper(CheckpointKeeper):
+    """Keep checkpoints in a file on the driver, so that nodes need no shared storage."""
 
     def __init__(self) -> None:
         self._name = uuid.uuid4().hex
@@ -94,14 +94,14 @@ class DriverKeeper(Keeper):
 
     @override
     def check(self, workers: CallsRanks) -> None:
-        """Nothing to refuse: every worker gets the checkpoint from here."""
+        """Do nothing: every worker gets the checkpoint from here."""
 
     @override
     def finish(self, workers: CallsRanks) -> None:
-        """Nothing to do: the file goes with the block."""
+        """Do nothing: the file is removed with the block."""
 
     def keep(self, data: bytes) -> None:
-        """Put a checkpoint in the place of the last one, or leave that as it is."""
+        """Replace the last checkpoint, or leave it unchanged on failure."""
         fresh = self._path().with_suffix(".part")
         fresh.write_bytes(data)
         os.replace(fresh, self._path())

@@ -1,17 +1,16 @@
-"""The tensors of a model and of its optimizers, put together from wherever its ranks keep them."""
+"""Gather the tensors of a model and its optimizers from all ranks."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-# What wrappers put into the names of what they wrap.
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+from lightning_mgpu._compat.torch import WRAPPERS
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What rank 0 sends home.
+class GatheredState:
+    """Tensors that rank 0 sends to the driver.
 
     Attributes:
         weights: The model's tensors by name; `None` if the run has not changed them.
@@ -24,11 +23,11 @@ class Whole:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer of a model, also those that no state dict has."""
+    """Every parameter and buffer of a model, also those missing in its state dict."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {plain_name(name): tensor for name, tensor in named}
 
 
 def plain_name(name: str) -> str:
-    """A module's or tensor's name as it is without wrappers."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    """Name of a module or tensor without the names of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

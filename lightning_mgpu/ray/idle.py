@@ -1,4 +1,4 @@
-"""Idle workers: they wait for the next call, and end when their time is over or others wait."""
+"""Stop idle workers after a time, or when others wait for their resources."""
 
 import logging
 import threading
@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 5.0
 
 
-class Rest:
-    """Waits in a thread until idle workers are to end, then ends them.
+class IdleTimer:
+    """Wait in a thread until idle workers are to stop, then stop them.
 
     One of the workers looks at what the cluster's other users wait for, so that this process makes
     no call to Ray by itself, which could come in the middle of `ray.shutdown`.
@@ -42,7 +42,7 @@ class Rest:
         threading.Thread(target=self._wait, name="mgpu-ray-idle", daemon=True).start()
 
     def stop(self) -> None:
-        """The next call has come, or the workers have ended."""
+        """Stop waiting: the next call has come, or the workers have been stopped."""
         self._stopped = True
         self._awake.set()
 
@@ -56,12 +56,12 @@ class Rest:
         self._end()
 
     def _is_asked(self) -> bool:
-        """Whether the worker has seen that others wait, or has died."""
+        """Return whether a worker has seen that others wait, or has died."""
         assert self._wanted is not None
         if self._wanted.exception() is not None or self._wanted.result():
             return True
         log.warning(
-            "This version of Ray does not say what others wait for, so idle workers keep their"
+            "This version of Ray does not report pending requests, so idle workers keep their"
             " resources until `lightning_mgpu.ray.close()` or the end of `keep_warm`'s time."
         )
         self._awake.clear()

@@ -1,4 +1,4 @@
-"""Runs the Trainer's entry points on Ray workers and brings home what they leave behind."""
+"""Run the Trainer's entry points on Ray workers and bring their state back."""
 
 import itertools
 import logging
@@ -14,6 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
+from lightning_mgpu._compat import hydra
+from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import (
     LaunchError,
     WorkerDiedError,
@@ -21,11 +23,11 @@ from lightning_mgpu.launch.errors import (
     is_timeout_error,
 )
 from lightning_mgpu.launch.process_state import ProcessState
-from lightning_mgpu.ray import cluster, loggers, worker_group
-from lightning_mgpu.ray.epoch_checkpoint import Autosave, Keeper, Save
-from lightning_mgpu.ray.object_store import Parcel, pack, unpack
-from lightning_mgpu.ray.ranks import Place
-from lightning_mgpu.ray.trainer_state import Returned, weights_of
+from lightning_mgpu.ray import connection, loggers, worker_group
+from lightning_mgpu.ray.epoch_checkpoint import Autosave, CheckpointKeeper, Save
+from lightning_mgpu.ray.object_store import PackedObject, pack, unpack
+from lightning_mgpu.ray.ranks import RankAssignment
+from lightning_mgpu.ray.trainer_state import RunState, weights_of
 from lightning_mgpu.ray.worker import is_worker
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 from lightning_mgpu.strategies.ranks.launcher import names_of_parts, set_live_state_aside
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class RayLauncher(_Launcher):
-    """Sends the trainer to a session of workers; this process only waits.
+    """Run the trainer on a group of workers while this process waits.
 
     Args:
         strategy: The strategy to launch for.
@@ -72,42 +74,44 @@ class RayLauncher(_Launcher):
                 " the outer one."
             )
         self._strategy.check(trainer)
-        cluster.connect()
-        entry = _Entry(self._strategy, trainer, function, args, kw)
+        connection.connect()
+        entry = _WorkerEntry(self._strategy, trainer, function, args, kw)
         keeper = self._strategy.keeper() if trainer.state.fn == TrainerFn.FITTING else None
         if keeper is None:
             return self._bring_home(trainer, self._run(trainer, entry.pack()))
         with keeper:
-            parcel = replace(entry, save=keeper.save).pack()
-            return self._bring_home(trainer, self._run_until_done(trainer, parcel, keeper))
+            packed = replace(entry, save=keeper.save).pack()
+            return self._bring_home(trainer, self._run_until_done(trainer, packed, keeper))
 
     def _run_until_done(
-        self, trainer: "Trainer", parcel: Parcel, keeper: Keeper
-    ) -> list[list[Parcel]]:
+        self, trainer: "Trainer", packed: PackedObject, keeper: CheckpointKeeper
+    ) -> list[list[PackedObject]]:
         """Start again from the latest checkpoint when workers are lost, as often as allowed."""
         for failures in itertools.count(1):
             try:
-                return self._run(trainer, parcel, keeper)
+                return self._run(trainer, packed, keeper)
             except Exception as error:
                 if not _is_loss(error) or failures > self._strategy.max_failures:
                     raise
                 log.warning(
-                    "%s (failure %d of %d). New workers go on from the last epoch's end, or from"
-                    " the beginning if there has been none.",
-                    " ".join(str(error).split())[:200],
+                    "%s (failure %d of %d). New workers resume from the end of the last"
+                    " epoch, or start from the beginning if there is none.",
+                    one_line(error, 200),
                     failures,
                     self._strategy.max_failures,
                 )
         raise AssertionError
 
     def _run(
-        self, trainer: "Trainer", parcel: Parcel, keeper: Keeper | None = None
-    ) -> list[list[Parcel]]:
-        state = ProcessState.capture(self._strategy.threads_per_worker, for_ranks=True)
+        self, trainer: "Trainer", packed: PackedObject, keeper: CheckpointKeeper | None = None
+    ) -> list[list[PackedObject]]:
+        state = ProcessState.capture(
+            self._strategy.threads_per_worker, for_ranks=True, libraries=[hydra.take_state]
+        )
         workers = self._take_workers(keeper)
         self._strategy.run_failed = False
         try:
-            results = workers.run(parcel, state, keeper.latest() if keeper is not None else None)
+            results = workers.run(packed, state, keeper.latest() if keeper is not None else None)
             if keeper is not None:
                 keeper.finish(workers)
         except BaseException:
@@ -119,7 +123,7 @@ class RayLauncher(_Launcher):
         workers.rest(worker_group.idle_seconds())
         return results
 
-    def _take_workers(self, keeper: Keeper | None) -> worker_group.Session:
+    def _take_workers(self, keeper: CheckpointKeeper | None) -> worker_group.WorkerGroup:
         most, workers = self._strategy.num_workers, worker_group.take(self._strategy.group())
         try:
             if keeper is not None:
@@ -132,30 +136,30 @@ class RayLauncher(_Launcher):
             raise
         if workers.size < most:
             log.warning(
-                "%d workers, of at most %d: the cluster has no more to give at present. A step's"
-                " batch is that of %d.",
+                "Training on %d workers, of at most %d: the cluster has no more resources"
+                " free at present. The batch of a step is that of %d workers.",
                 *(workers.size, most, workers.size),
             )
         return workers
 
-    def _bring_home(self, trainer: "Trainer", results: list[list[Parcel]]) -> Any:
+    def _bring_home(self, trainer: "Trainer", results: list[list[PackedObject]]) -> Any:
         # Weights are copied into the model at once: they need no memory in between.
-        returned: Returned = unpack(results[0][0], copy=False)
+        returned: RunState = unpack(results[0][0], copy=False)
         result = returned.restore(trainer)
         if trainer.state.fn == TrainerFn.PREDICTING:
-            return merge_predictions([unpack(parcels[1]) for parcels in results])
+            return merge_predictions([unpack(packs[1]) for packs in results])
         return result
 
     @override
     def kill(self, signum: int) -> None:
-        """Lightning's way to hand a signal on; the session ends with the exception that follows."""
+        """Forward a signal; the workers are stopped by the exception that follows."""
         if signum == signal.SIGTERM:
             worker_group.close()
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A function of the trainer, as each worker runs it."""
+class _WorkerEntry:
+    """A function of the trainer, in the form in which each worker runs it."""
 
     strategy: "OnRay"
     trainer: "Trainer"
@@ -164,8 +168,8 @@ class _Entry:
     kwargs: dict[str, Any]
     save: Save | None = None
 
-    def pack(self) -> Parcel:
-        """This entry, less what the workers make anew.
+    def pack(self) -> PackedObject:
+        """Pickle this entry, without what the workers make anew.
 
         Raises:
             UnpicklableError: Names the attribute at fault.
@@ -176,7 +180,7 @@ class _Entry:
             set_live_state_aside(self.trainer, stack)
             return pack(self, names, weights_of(self.trainer).values())
 
-    def __call__(self, place: Place, resume: str | None = None) -> list[Parcel]:
+    def __call__(self, place: RankAssignment, resume: str | None = None) -> list[PackedObject]:
         trainer = self.trainer
         attached = callbacks_of(trainer)
         callbacks, args = list(attached), self.args
@@ -203,7 +207,7 @@ class _Entry:
             predictions, result = RankPredictions.of(trainer, result), None
         whole, returned = self.strategy.gather(trainer), None  # all ranks have a part in it
         if place.rank == 0:
-            returned = Returned.of(trainer, result, callbacks, whole)
+            returned = RunState.of(trainer, result, callbacks, whole)
         return [
             pack(
                 returned,
@@ -215,14 +219,14 @@ class _Entry:
 
 
 def _end_search(trainer: "Trainer") -> None:
-    """What Lightning does where the `Tuner` stops a run that was for a search only."""
+    """End the Trainer's run as Lightning does where the `Tuner` stops after a search."""
     _call_teardown_hook(trainer)
     trainer._teardown()
     trainer.state.status, trainer.state.stage = TrainerStatus.FINISHED, None
 
 
 def _is_loss(error: Exception) -> bool:
-    """Whether `error` says that a worker was lost, rather than that the program is at fault."""
+    """Return whether `error` reports a lost worker rather than a fault of the program."""
     if isinstance(error, WorkerDiedError):
         return True
     return is_collective_error(error) and not is_timeout_error(error)

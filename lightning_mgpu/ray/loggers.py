@@ -1,4 +1,4 @@
-"""Loggers, which write on rank 0 of the workers and belong to the Trainer on the driver."""
+"""Transfer loggers between the driver and rank 0 of the workers, which writes them."""
 
 import csv
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def send(loggers: Iterable[Logger]) -> None:
-    """On the driver, before loggers are pickled: find out what the workers would find out else."""
+    """Resolve on the driver, before pickling, what loggers would look up on the workers."""
     for logger in loggers:
         _ = logger.version  # on first use, and by then the workers' directory is there
         if isinstance(logger, CSVLogger) and logger._experiment is not None:
@@ -22,7 +22,7 @@ def send(loggers: Iterable[Logger]) -> None:
 
 
 def go_on(loggers: Iterable[Logger], began: bool) -> None:
-    """Have loggers add to the files of the calls before, which a new CSV writer deletes.
+    """Make loggers append to files of earlier calls, which a new CSV writer would delete.
 
     Args:
         loggers: Those of the Trainer.

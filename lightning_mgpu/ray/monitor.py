@@ -1,4 +1,4 @@
-"""Follow the ranks of a run, do what they ask for, and find out which of them failed first."""
+"""Monitor the ranks of a run, handle their requests, and find out which failed first."""
 
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -8,7 +8,7 @@ import cloudpickle
 from ray.exceptions import RayError
 
 from lightning_mgpu.launch.errors import WorkerDiedError
-from lightning_mgpu.ray.object_store import Parcel
+from lightning_mgpu.ray.object_store import PackedObject
 
 # How long to wait for somebody to name a cause when all that is known is that a peer was lost.
 _CAUSE_SECONDS = 10.0
@@ -16,8 +16,8 @@ _CAUSE_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 2.0
 
 
-class Watch:
-    """Follows the ranks of one run until all are done or one has failed.
+class RunMonitor:
+    """Monitor the ranks of one run until all are done or one has failed.
 
     Args:
         runs: The pending results, each with its rank.
@@ -28,12 +28,12 @@ class Watch:
         # Futures, since `ray.wait` swallows what a signal's handler raises.
         self._runs = {run.future(): rank for run, rank in runs.items()}
         self._first = first
-        self._results: dict[int, list[Parcel]] = {}
+        self._results: dict[int, list[PackedObject]] = {}
         self._lost: dict[int, BaseException] = {}  # who reports no more than a lost peer
         self._give_up: float | None = None
 
-    def outcomes(self) -> list[list[Parcel]]:
-        """What the ranks return, by rank; or the error that was first."""
+    def outcomes(self) -> list[list[PackedObject]]:
+        """Return values of the ranks, by rank; raises the first error."""
         message: Future[Any] | None = self._next_message()
         while self._runs or message is not None:
             waiting = [*self._runs, *([message] if message is not None else [])]
@@ -51,7 +51,7 @@ class Watch:
         return future
 
     def _follow(self, message: "Future[Any]") -> "Future[Any] | None":
-        """Do what rank 0 asks for; what to wait for next."""
+        """Handle a request of rank 0; return the next thing to wait for."""
         try:
             asked = message.result()
         except RayError:
@@ -80,7 +80,7 @@ class Watch:
             raise failure.restore(rank)
 
     def _let_first_finish(self) -> None:
-        """Give rank 0 a moment to write what its loggers hold, before the workers are ended."""
+        """Give rank 0 a moment to flush its loggers before the workers are stopped."""
         first = next((run for run, rank in self._runs.items() if rank == 0), None)
         if first is not None:
             wait([first], _LAST_WORDS_SECONDS)

@@ -1,4 +1,4 @@
-"""Objects on their way through Ray's object store."""
+"""Send pickled objects through Ray's object store."""
 
 import mmap
 import os
@@ -16,8 +16,8 @@ _Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A pickled object as arrays, which Ray puts into its store and maps from there without a copy.
+class PackedObject:
+    """A pickled object as arrays, which Ray stores and maps without a copy.
 
     Attributes:
         pickled: The object, less the memory of its large tensors.
@@ -28,7 +28,7 @@ class Parcel:
     memory: list[_Bytes]
 
 
-def pack(obj: Any, names: dict[str, Any], tensors: Iterable[torch.Tensor] = ()) -> Parcel:
+def pack(obj: Any, names: dict[str, Any], tensors: Iterable[torch.Tensor] = ()) -> PackedObject:
     """Pickle `obj`.
 
     Args:
@@ -43,18 +43,18 @@ def pack(obj: Any, names: dict[str, Any], tensors: Iterable[torch.Tensor] = ()) 
         size = os.fstat(packed.file).st_size
         view = mmap.mmap(packed.file, size, prot=mmap.PROT_READ)
         memory = [np.frombuffer(buffer.raw(), np.uint8) for buffer in packed.buffers]
-        return Parcel(np.frombuffer(view, np.uint8), memory)
+        return PackedObject(np.frombuffer(view, np.uint8), memory)
 
 
-def unpack(parcel: Parcel, copy: bool = True) -> Any:
-    """The object again, its tensors on the CPU.
+def unpack(packed: PackedObject, copy: bool = True) -> Any:
+    """Unpickle the object, with its tensors on the CPU.
 
     Args:
-        parcel: As Ray hands it out.
+        packed: As Ray hands it out.
         copy: Whether large tensors get memory of their own. Otherwise they lie in Ray's store, to
             be read only, and keep their place there for as long as they live.
     """
     file = os.memfd_create("lightning_mgpu")
     with os.fdopen(os.dup(file), "wb") as stream:
-        stream.write(parcel.pickled.data)
-    return payload.load(file, [part.copy() if copy else part for part in parcel.memory])
+        stream.write(packed.pickled.data)
+    return payload.load(file, [part.copy() if copy else part for part in packed.memory])

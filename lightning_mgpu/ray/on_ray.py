@@ -1,4 +1,4 @@
-"""What strategies on the workers of a Ray cluster share, but for the launching."""
+"""Mixin for strategies whose ranks are workers on a Ray cluster, without the launching."""
 
 import logging
 import os
@@ -20,9 +20,9 @@ from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from lightning_mgpu.ray import prepared_data, tune_placement, validation, worker_group
-from lightning_mgpu.ray.epoch_checkpoint import DriverKeeper, Keeper
-from lightning_mgpu.ray.gathered_state import Whole
-from lightning_mgpu.ray.ranks import Place, RayEnvironment
+from lightning_mgpu.ray.epoch_checkpoint import CheckpointKeeper, DriverKeeper
+from lightning_mgpu.ray.gathered_state import GatheredState
+from lightning_mgpu.ray.ranks import RankAssignment, RayEnvironment
 from lightning_mgpu.ray.trainer_state import weights_of
 from lightning_mgpu.strategies.ranks.rank_data import process_loader
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class OnRay(ParallelStrategy, ABC):
-    """A strategy whose ranks are Ray actors; the program itself stays where it is.
+    """Strategy whose ranks are Ray actors, while the program stays where it is.
 
     To be put before the strategy that trains. The arguments are described by `RayStrategy`.
     """
@@ -85,7 +85,7 @@ class OnRay(ParallelStrategy, ABC):
     @property
     @override
     def accelerator(self) -> Accelerator | None:
-        """That of the Trainer.
+        """The Trainer's accelerator.
 
         Not kept where Lightning does, which takes that for an argument of the strategy when a
         second Trainer comes, and complains about it.
@@ -98,7 +98,7 @@ class OnRay(ParallelStrategy, ABC):
 
     @property
     def devices_per_worker(self) -> int:
-        """On how many devices each worker trains."""
+        """Number of devices on which each worker trains."""
         return 1
 
     @property
@@ -106,9 +106,9 @@ class OnRay(ParallelStrategy, ABC):
         """Intra-op threads of each worker."""
         return max(1, int(self._resources.get("CPU", 1)))
 
-    def group(self) -> worker_group.Group:
-        """What to ask Ray for."""
-        group = worker_group.Group(
+    def group(self) -> worker_group.WorkerRequest:
+        """Request for workers."""
+        group = worker_group.WorkerRequest(
             least=self.min_workers,
             most=self.num_workers,
             resources=tuple(sorted(self._resources.items())),
@@ -120,8 +120,8 @@ class OnRay(ParallelStrategy, ABC):
                 return replace(group, least=count, most=count, trial=bundles)
         return group
 
-    def keeper(self) -> Keeper | None:
-        """Where `fit` keeps its state after each epoch; `None` if nobody has asked for that."""
+    def keeper(self) -> CheckpointKeeper | None:
+        """Keeper of the state after each epoch of `fit`; `None` if not asked for."""
         if self.storage_path is not None:
             from lightning_mgpu.ray.storage import StorageKeeper, absolute
 
@@ -129,7 +129,7 @@ class OnRay(ParallelStrategy, ABC):
         return DriverKeeper() if self.max_failures else None
 
     def check(self, trainer: "Trainer") -> None:
-        """Refuse what contradicts the number of workers.
+        """Refuse options that contradict the number of workers.
 
         Raises:
             MisconfigurationException: Says which argument of the Trainer is at fault.
@@ -151,7 +151,7 @@ class OnRay(ParallelStrategy, ABC):
                 f" {each} device{'s' if each > 1 else ''}. Leave `devices` out."
             )
 
-    def take_place(self, place: Place) -> None:
+    def take_place(self, place: RankAssignment) -> None:
         """Become the strategy of one worker."""
         environment = self._environment
         environment.place = place
@@ -167,17 +167,17 @@ class OnRay(ParallelStrategy, ABC):
 
     @property
     def bound_device(self) -> torch.device | None:
-        """The one device whose tensors this rank exchanges; `None` if there are several."""
+        """The device whose tensors this rank exchanges; `None` if there are several."""
         return self.root_device if self.root_device.type != "cpu" else None
 
-    def gather(self, trainer: "Trainer") -> Whole:
-        """What rank 0 sends home when a run has ended; called on all ranks."""
+    def gather(self, trainer: "Trainer") -> GatheredState:
+        """Gather the tensors that rank 0 sends to the driver after a run; called on all ranks."""
         # A checkpoint that is only to be tested is loaded as well.
         changed = trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path
-        return Whole(weights_of(trainer) if changed else None)
+        return GatheredState(weights_of(trainer) if changed else None)
 
     def dump_checkpoint(self, trainer: "Trainer") -> dict[str, Any]:
-        """A checkpoint that rank 0 can save alone; called on all ranks."""
+        """Build a checkpoint that rank 0 can save alone; called on all ranks."""
         return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
     @property
@@ -204,9 +204,9 @@ class OnRay(ParallelStrategy, ABC):
     ) -> None:
         if self.run_failed:
             log.warning(
-                "%s is not written when the run fails: the weights are gone with the workers, and"
-                " those here are from before the run. `%s(storage_path=...)` keeps the state of"
-                " the last whole epoch.",
+                "%s is not written when the run fails: the weights are lost with the workers,"
+                " and those of this process are from before the run. `%s(storage_path=...)`"
+                " keeps the state of the last complete epoch.",
                 *(filepath, type(self).__name__),
             )
             return

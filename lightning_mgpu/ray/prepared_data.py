@@ -1,4 +1,4 @@
-"""Share what `prepare_data` leaves in memory with the ranks that have not called it.
+"""Share the in-memory results of `prepare_data` with ranks that have not called it.
 
 Lightning calls `prepare_data` once a node, or once in all. On one device, whatever it sets on the
 module or DataModule is there for the hooks that follow; so it has to be on every rank.
@@ -19,6 +19,8 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_mgpu._compat.torch import version_of
+from lightning_mgpu.errors import one_line
 from lightning_mgpu.ray.trainer_state import dump, load, own_objects
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
@@ -32,7 +34,7 @@ _LOOKED_INTO = 10_000
 
 
 def share_next(trainer: "Trainer") -> None:
-    """Have the trainer's next call of `prepare_data` reach all ranks. All of them call this."""
+    """Make the trainer's next `prepare_data` reach all ranks, all of which call this."""
     owners = [trainer.datamodule, trainer.lightning_module]  # type: ignore[attr-defined]
     per_node = {
         bool(owner.prepare_data_per_node)
@@ -55,7 +57,7 @@ def share_next(trainer: "Trainer") -> None:
 
 @dataclass(frozen=True)
 class _Changes:
-    """What one rank's `prepare_data` has done.
+    """Changes made by one rank's `prepare_data`.
 
     Attributes:
         attributes: Pickled values by owner and name; they refer to what both sides have.
@@ -71,7 +73,7 @@ class _Changes:
 
 
 class _State:
-    """Modules and DataModule of a Trainer at one moment, as far as one can see them change."""
+    """Snapshot of a Trainer's modules and DataModule, to find changes."""
 
     def __init__(self, here: dict[str, Any]) -> None:
         self.here = here
@@ -82,11 +84,11 @@ class _State:
         }
         self._own = {id(obj) for obj in here.values()}
         self._seen = {name: self._look(vars(owner)) for name, owner in self.owners.items()}
-        self._versions = {name: tensor._version for name, tensor in self._tensors().items()}
+        self._versions = {name: version_of(tensor) for name, tensor in self._tensors().items()}
         self._generators = _generators()
 
     def changes(self) -> _Changes | None:
-        """What is different now; `None` if nothing is."""
+        """Changes since the snapshot; `None` if there are none."""
         changed: dict[tuple[str, str], Any] = {}
         gone = []
         for owner_name, owner in self.owners.items():
@@ -98,7 +100,7 @@ class _State:
         tensors = {
             name: tensor.detach()
             for name, tensor in self._tensors().items()
-            if tensor._version != self._versions[name]
+            if version_of(tensor) != self._versions[name]
         }
         drawn = self._generators != (generators := _generators())
         if not (changed or gone or tensors or drawn):
@@ -107,7 +109,7 @@ class _State:
         return _Changes(self._dump(changed), gone, tensors, states)
 
     def apply(self, changes: _Changes) -> None:
-        """Do here what has been done there."""
+        """Apply the changes in this process."""
         for (owner_name, name), value in load(changes.attributes, self.here).items():
             vars(self.owners[owner_name])[name] = value
         for owner_name, name in changes.gone:
@@ -136,11 +138,11 @@ class _State:
                 dump(value, names)
             except Exception as error:
                 log.warning(
-                    "`prepare_data` sets `%s.%s`, which cannot be pickled (%s). The ranks that do"
-                    " not call `prepare_data` go without it: set it in `setup`.",
+                    "`prepare_data` sets `%s.%s`, which cannot be pickled (%s). The ranks"
+                    " that do not call `prepare_data` do not get it: set it in `setup`.",
                     type(self.owners[owner_name]).__name__,
                     name,
-                    " ".join(str(error).split())[:200],
+                    one_line(error, 200),
                 )
             else:
                 sent[owner_name, name] = value
@@ -149,7 +151,7 @@ class _State:
 
 @dataclass
 class _Seen:
-    """Identity of a value and of all that it holds, which lives as long as this does."""
+    """Identity of a value and all that it holds, valid while this object lives."""
 
     value: Any
     own: set[int]
@@ -165,7 +167,7 @@ class _Seen:
                 continue
             self._kept[id(part)] = part
             if isinstance(part, torch.Tensor):
-                self.marks.append(part._version)
+                self.marks.append(version_of(part))
             elif isinstance(part, np.ndarray) and part.dtype != object:
                 self.marks.append(zlib.crc32(np.ascontiguousarray(part).tobytes()))
             else:
@@ -187,7 +189,7 @@ class _Seen:
 
 
 def _share(state: _State, local_rank: int, per_node: set[bool]) -> None:
-    """Bring what some ranks have prepared to those that have not.
+    """Send what some ranks have prepared to the others.
 
     Args:
         state: Of this rank, from before.

@@ -1,4 +1,4 @@
-"""Where a worker stands among the others, in Lightning's terms."""
+"""Ranks of workers, as a Lightning cluster environment."""
 
 import os
 import platform
@@ -12,8 +12,8 @@ from lightning_mgpu.strategies.ranks.environment import LaunchedEnvironment
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place(Rank):
-    """One worker's ranks, and where the ranks meet."""
+class RankAssignment(Rank):
+    """Ranks of one worker, and the address where the ranks meet."""
 
     local_rank: int
     local_world_size: int
@@ -21,11 +21,11 @@ class Place(Rank):
     num_nodes: int
 
 
-def places(nodes: list[str]) -> list[Place]:
-    """The place of each worker, given the node on which it runs."""
+def places(nodes: list[str]) -> list[RankAssignment]:
+    """Assign ranks to workers, given the node on which each runs."""
     order = list(dict.fromkeys(nodes))
     return [
-        Place(
+        RankAssignment(
             rank=rank,
             world_size=len(nodes),
             local_rank=nodes[:rank].count(node),
@@ -38,13 +38,13 @@ def places(nodes: list[str]) -> list[Place]:
 
 
 def machine() -> str:
-    """What tells this machine (or container) from others: they share no files, or so we assume."""
+    """Identifier of this machine or container, which is assumed to share no files with others."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{platform.node()} {boot.read_text().strip() if boot.exists() else os.getuid()}"
 
 
 class RayEnvironment(LaunchedEnvironment):
-    """Ranks that Ray has placed. On the driver it answers for rank 0 of all workers.
+    """Ranks assigned by the driver, where it answers for rank 0 of all workers.
 
     Args:
         num_workers: How many there will be.
@@ -52,7 +52,7 @@ class RayEnvironment(LaunchedEnvironment):
 
     def __init__(self, num_workers: int) -> None:
         super().__init__()
-        self.place = Place(
+        self.place = RankAssignment(
             0,
             num_workers,
             local_rank=0,
@@ -77,7 +77,7 @@ class RayEnvironment(LaunchedEnvironment):
 
     @override
     def set_world_size(self, size: int) -> None:
-        """Nothing to do: the number of workers is the strategy's."""
+        """Do nothing: the number of workers is the strategy's."""
 
     @override
     def global_rank(self) -> int:

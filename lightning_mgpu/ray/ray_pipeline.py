@@ -1,4 +1,4 @@
-"""Pipelines on the workers of a Ray cluster, and DDP between them."""
+"""Pipeline parallelism on each worker of a Ray cluster, with DDP between them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -64,8 +64,8 @@ class RayPipelineStrategy(LaunchedOnRay, PipelineDDPStrategy):
     @property
     @override
     def bound_device(self) -> None:
-        """None: each stage's gradients are reduced between devices of its own."""
+        """Always `None`: each stage's gradients are reduced between its own devices."""
 
     @override
     def _check_devices(self, count: int) -> None:
-        """The driver's devices say nothing, and a worker's are what it has asked for."""
+        """Accept any devices of the driver: a worker's devices come from its resources."""

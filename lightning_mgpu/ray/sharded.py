@@ -15,17 +15,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mgpu.launch.errors import LaunchError
-from lightning_mgpu.ray import cluster
-from lightning_mgpu.ray.gathered_state import Whole, tensors_of
+from lightning_mgpu.ray import connection
+from lightning_mgpu.ray.gathered_state import GatheredState, tensors_of
 from lightning_mgpu.ray.strategy import LaunchedOnRay
-from lightning_mgpu.ray.worker_group import Group
+from lightning_mgpu.ray.worker_group import WorkerRequest
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
 class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
-    """Lightning's FSDP on the GPUs of a Ray cluster; the program itself stays where it is.
+    """Lightning's FSDP on the GPUs of a Ray cluster, while the program stays where it is.
 
     Parameters, gradients and optimizer state are shared out among the workers. When they are done,
     the whole of the weights and of the optimizers is put together on rank 0 and returns to the
@@ -72,8 +72,8 @@ class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
             )
 
     @override
-    def group(self) -> Group:
-        if "GPU" in self._resources and cluster.is_ours() and not torch.cuda.is_available():
+    def group(self) -> WorkerRequest:
+        if "GPU" in self._resources and connection.is_ours() and not torch.cuda.is_available():
             raise LaunchError(
                 f"`RayShardedStrategy(num_workers={self.num_workers})` trains on GPUs only, and"
                 " this machine has none. Connect to a cluster that has: `ray.init('auto')`,"
@@ -93,10 +93,10 @@ class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
         return super()._setup_model(model)
 
     @override
-    def gather(self, trainer: "Trainer") -> Whole:
+    def gather(self, trainer: "Trainer") -> GatheredState:
         fitted = trainer.state.fn == TrainerFn.FITTING
         weights = self._weights() if fitted or trainer.ckpt_path else None
-        return Whole(weights, self._optimizer_states() if fitted else None)
+        return GatheredState(weights, self._optimizer_states() if fitted else None)
 
     @override
     def dump_checkpoint(self, trainer: "Trainer") -> dict[str, Any]:
@@ -131,7 +131,7 @@ class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
             return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _is_sharded(self) -> bool:
-        """Whether the model is as the workers have it, and not as it returns to the driver."""
+        """Return whether the model is sharded, as on workers and not on the driver."""
         assert self.model is not None
         return any(isinstance(part, FullyShardedDataParallel) for part in self.model.modules())
 
@@ -141,7 +141,7 @@ class RayShardedStrategy(LaunchedOnRay, FSDPStrategy):
             yield
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """All tensors of the model, on rank 0; the others have to call this, too."""
+        """All tensors of the model, on rank 0; collective."""
         assert self.lightning_module is not None
         with self._in_one_file():
             # Buffers are everywhere, and some of them are not in the state dict.

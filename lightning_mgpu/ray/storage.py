@@ -1,4 +1,4 @@
-"""Checkpoints of a training on storage that its workers share: a directory, or a URI."""
+"""Checkpoints on storage that all workers share: a directory or a URI."""
 
 import logging
 import os
@@ -20,8 +20,9 @@ from pyarrow.fs import (
 )
 from typing_extensions import override
 
+from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import WorkerDiedError
-from lightning_mgpu.ray.epoch_checkpoint import CallsRanks, Keeper
+from lightning_mgpu.ray.epoch_checkpoint import CallsRanks, CheckpointKeeper
 from lightning_mgpu.ray.worker import call_on_driver
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ _MARK = ".shared"
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A path as it is from any working directory; a URI as it is."""
+    """Make a path absolute; a URI stays as it is."""
     text = os.fspath(path)
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
@@ -49,7 +50,7 @@ class Directory:
     has_some: bool = False
 
     def write(self, checkpoint: dict[str, Any]) -> None:
-        """Put a checkpoint in the place of the last one, or leave that as it is."""
+        """Replace the last checkpoint, or leave it unchanged on failure."""
         system, path = self._open()
         system.create_dir(path, recursive=True)
         name = f"epoch={checkpoint['epoch']}-step={checkpoint['global_step']}.ckpt"
@@ -64,7 +65,7 @@ class Directory:
                 system.delete_file(info.path)
 
     def copy_to(self, file: IO[bytes]) -> bool:
-        """Write the latest checkpoint to a file; whether there is one.
+        """Write the latest checkpoint to a file; return whether there is one.
 
         Raises:
             ValueError: It is known to be there and cannot be found from here.
@@ -73,8 +74,8 @@ class Directory:
         if system.get_file_info(f"{path}/{_POINTER}").type == FileType.NotFound:
             if self.has_some:
                 raise ValueError(
-                    f"`storage_path`: the last checkpoint in {self.path} cannot be seen from the"
-                    " node on which training is to go on. Use storage that all nodes share."
+                    f"`storage_path`: the last checkpoint in {self.path} is not visible on the"
+                    " node where training is to resume. Use storage that all nodes share."
                 )
             return False
         with system.open_input_stream(f"{path}/{_POINTER}") as pointer:
@@ -84,28 +85,28 @@ class Directory:
         return True
 
     def mark(self) -> str | None:
-        """Leave a sign beside the directory; what was wrong."""
+        """Write a marker file beside the directory; return the error message, if any."""
         try:
             system, path = self._open()
             system.create_dir(path.rpartition("/")[0], recursive=True)
             with system.open_output_stream(path + _MARK) as file:
                 file.write(b"seen")
         except (OSError, ValueError) as error:
-            return " ".join(str(error).split())
+            return one_line(error)
         return None
 
     def is_marked(self) -> bool:
-        """Whether the sign can be seen from here."""
+        """Return whether the marker file is visible to this process."""
         system, path = self._open()
         return bool(system.get_file_info(path + _MARK).type == FileType.File)
 
     def unmark(self) -> None:
-        """Take the sign away."""
+        """Remove the marker file."""
         system, path = self._open()
         system.delete_file(path + _MARK)
 
     def remove(self) -> None:
-        """Take the directory away with all that is in it, if it has come into being."""
+        """Remove the directory with its contents, if it exists."""
         system, path = self._open()
         if system.get_file_info(path).type != FileType.NotFound:
             system.delete_dir(path)
@@ -128,8 +129,8 @@ class Directory:
         return system, path
 
 
-class StorageKeeper(Keeper):
-    """Has rank 0 write them to storage. They stay there if training fails.
+class StorageKeeper(CheckpointKeeper):
+    """Make rank 0 write checkpoints to storage, where they stay if training fails.
 
     Args:
         path: The strategy's `storage_path`; each training has a directory in it.
@@ -151,7 +152,7 @@ class StorageKeeper(Keeper):
 
     @override
     def check(self, workers: CallsRanks) -> None:
-        """Refuse storage that rank 0 cannot write to, or that is not one for all nodes.
+        """Refuse storage that rank 0 cannot write to, or that nodes do not share.
 
         Raises:
             ValueError: Says which.
@@ -166,10 +167,11 @@ class StorageKeeper(Keeper):
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
             raise ValueError(
-                f"`storage_path={self._asked!r}`: what rank 0 writes there, rank {blind[0]} on"
-                " another node cannot see, so if rank 0's node were lost, training could not go on."
-                " Use storage that all nodes share (a network mount, `s3://...`), or leave"
-                " `storage_path` out: the state then comes to this process instead."
+                f"`storage_path={self._asked!r}`: files that rank 0 writes there are not"
+                f" visible to rank {blind[0]} on another node, so training could not resume if"
+                " rank 0's node were lost. Use storage that all nodes share (a network mount,"
+                " `s3://...`), or remove `storage_path`: the state then comes to this process"
+                " instead."
             )
 
     @override
@@ -190,8 +192,8 @@ class StorageKeeper(Keeper):
         del _all[self._directory.path]
         if self.has_some:
             log.warning(
-                "The state of training at its last whole epoch's end is the checkpoint in %s. Give"
-                " it to `trainer.fit(..., ckpt_path=...)` to go on.",
+                "The state at the end of the last complete epoch is the checkpoint in %s."
+                " Resume with `trainer.fit(..., ckpt_path=...)`.",
                 self._directory.path,
             )
 

@@ -1,4 +1,4 @@
-"""What a run on the workers leaves behind, on its way into the driver's Trainer."""
+"""Transfer the state of rank 0's Trainer to the driver's after a run."""
 
 import contextvars
 import io
@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +15,10 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from lightning.pytorch.tuner.lr_finder import _determine_lr_attr_name
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_setattr
 
+from lightning_mgpu._compat.torch_pickling import pickle_module
 from lightning_mgpu.launch.pickler import Pickler
 from lightning_mgpu.ray import loggers
-from lightning_mgpu.ray.gathered_state import Whole, plain_name, tensors_of
+from lightning_mgpu.ray.gathered_state import GatheredState, plain_name, tensors_of
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ _LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
 @dataclass(frozen=True)
-class Returned:
-    """Rank 0's Trainer after a run, as far as the driver's has to know of it.
+class RunState:
+    """State of rank 0's Trainer after a run.
 
     Attributes:
         result: What the trainer's function returned.
@@ -62,13 +62,13 @@ class Returned:
     found: dict[str, Any]
     optimizers: bytes | None
     precision: dict[str, Any]
-    whole: Whole
+    whole: GatheredState
 
     @classmethod
     def of(
-        cls, trainer: "Trainer", result: Any, callbacks: "Iterable[Callback]", whole: Whole
-    ) -> "Returned":
-        """Taken when a run of `trainer` has just returned `result`.
+        cls, trainer: "Trainer", result: Any, callbacks: "Iterable[Callback]", whole: GatheredState
+    ) -> "RunState":
+        """Take the state when a run of `trainer` has just returned `result`.
 
         Args:
             trainer: Rank 0's.
@@ -95,11 +95,11 @@ class Returned:
         )
 
     def large_tensors(self) -> list[torch.Tensor]:
-        """What need not be pickled."""
+        """Tensors that need not be pickled."""
         return list((self.whole.weights or {}).values())
 
     def restore(self, trainer: "Trainer") -> Any:
-        """Make the driver's `trainer` what rank 0's was; the run's result."""
+        """Give the driver's `trainer` the state of rank 0's; return the run's result."""
         model = trainer.lightning_module
         callbacks = callbacks_of(trainer)
         trainer.strategy.connect(model)
@@ -155,8 +155,10 @@ def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> N
             tensor.copy_(weights[name])
 
 
-def _load_states(model: torch.nn.Module, optimizers: "list[Optimizer]", whole: Whole) -> None:
-    """Give the optimizers the states that they have come without."""
+def _load_states(
+    model: torch.nn.Module, optimizers: "list[Optimizer]", whole: GatheredState
+) -> None:
+    """Load the states of optimizers that were sent without."""
     tensors = tensors_of(model)
     for optimizer, states in zip(optimizers, whole.optimizer_states or (), strict=False):
         for name, state in states.items():
@@ -164,7 +166,7 @@ def _load_states(model: torch.nn.Module, optimizers: "list[Optimizer]", whole: W
 
 
 def _forget_restart(loop: _Loop) -> None:
-    """Take back what `load_state_dict` concludes: the next run starts, and does not go on."""
+    """Undo what `load_state_dict` concludes: the next run starts anew instead of resuming."""
     loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
     for child in vars(loop).values():
         if isinstance(child, _Loop):
@@ -180,7 +182,7 @@ def _callback_state(callback: "Callback", names: dict[int, str]) -> bytes | dict
 
 
 def _found(trainer: "Trainer", callbacks: "Iterable[Callback]") -> dict[str, Any]:
-    """What Lightning's search for a learning rate has set: it is the user's to read."""
+    """Attributes set by Lightning's learning rate search, for the user to read."""
     model, found = trainer.lightning_module, {}
     for callback in callbacks:
         if not isinstance(callback, LearningRateFinder) or not callback._update_attr:
@@ -191,7 +193,7 @@ def _found(trainer: "Trainer", callbacks: "Iterable[Callback]") -> dict[str, Any
     return found
 
 
-def _optimizers(trainer: "Trainer", names: dict[int, str], whole: Whole) -> bytes | None:
+def _optimizers(trainer: "Trainer", names: dict[int, str], whole: GatheredState) -> bytes | None:
     optimizers: list[Optimizer] = trainer.strategy.optimizers
     if whole.optimizer_states is not None:
         for optimizer in optimizers:
@@ -204,7 +206,7 @@ def _optimizers(trainer: "Trainer", names: dict[int, str], whole: Whole) -> byte
 
 
 def own_objects(trainer: "Trainer", callbacks: "Iterable[Callback]") -> dict[str, Any]:
-    """What both sides have, by name: it stays where it is, and references to it are kept."""
+    """Objects that both sides have, by name; references to them are kept, not pickled."""
     model = trainer.lightning_module
     modules = model.named_modules()
     objects: dict[str, Any] = {f"module {plain_name(name)}": module for name, module in modules}
@@ -224,7 +226,7 @@ def _own(name: str) -> Any:
 
 
 def dump(obj: Any, names: dict[int, str]) -> bytes:
-    """Pickle `obj`, where each object in `names` is a reference to the driver's own."""
+    """Pickle `obj`, with references by name to the objects in `names`."""
 
     class References(Pickler):
         def reducer_override(self, part: Any) -> Any:
@@ -232,12 +234,12 @@ def dump(obj: Any, names: dict[int, str]) -> bytes:
             return super().reducer_override(part) if name is None else (_own, (name,))
 
     stream = io.BytesIO()
-    torch.save(obj, stream, SimpleNamespace(Pickler=References, __name__="cloudpickle"), 5)
+    torch.save(obj, stream, pickle_module(References), 5)
     return stream.getvalue()
 
 
 def load(data: bytes, here: dict[str, Any]) -> Any:
-    """What `dump` has pickled, with the objects in `here` for the references."""
+    """Unpickle the data of `dump`, with the objects in `here` for the references."""
     token = _here.set(here)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)

@@ -1,4 +1,4 @@
-"""Ray Tune over trials that themselves train on several workers.
+"""Callbacks and resources for Ray Tune trials that train on several workers.
 
 Within a trial, `TuneReportCallback` reports what the workers log, and `get_tune_resources` says
 what a trial with a `RayStrategy` takes.
@@ -36,10 +36,16 @@ def get_tune_resources(
     use_gpu: bool = False,
     resources_per_worker: Mapping[str, float] | None = None,
 ) -> PlacementGroupFactory:
-    """What to give `tune.with_resources` or `tune.run(resources_per_trial=...)`.
+    """Resources for `tune.with_resources` or `tune.run(resources_per_trial=...)`.
 
-    The arguments are those of the trial's `RayStrategy`. The trial's own process, which only waits
-    for its workers, takes nothing.
+    Args:
+        num_workers: As of the trial's `RayStrategy`.
+        num_cpus_per_worker: CPU cores of each worker; a fraction will do.
+        use_gpu: Whether each worker has a GPU.
+        resources_per_worker: Further resources of each worker, by name.
+
+    Returns:
+        A bundle for each worker, and an empty one for the trial's own process, which only waits.
     """
     bundle = {
         "CPU": float(num_cpus_per_worker),
@@ -51,7 +57,7 @@ def get_tune_resources(
 
 
 class TuneReportCallback(Callback):
-    """Reports logged metrics to the trial in which the Trainer runs.
+    """Report logged metrics to the trial in which the Trainer runs.
 
     Args:
         metrics: Which of `trainer.callback_metrics`: a name, several, or a mapping from Tune's
@@ -101,7 +107,7 @@ class TuneReportCallback(Callback):
 
 
 class TuneReportCheckpointCallback(TuneReportCallback):
-    """Reports metrics along with a checkpoint of the Trainer, of which Tune keeps the best.
+    """Report metrics along with a checkpoint of the Trainer, of which Tune keeps the best.
 
     Args:
         metrics: As `TuneReportCallback`.
@@ -139,7 +145,7 @@ for _moment in _MOMENTS:
 
 
 def _in_the_trial(function: Callable[..., None], *args: Any) -> None:
-    """Call a function where the trial runs: on the driver of these workers, or right here."""
+    """Call a function in the trial's process: on the driver of these workers, or here."""
     if is_worker():
         call_on_driver(function, *args)
     else:

@@ -1,4 +1,4 @@
-"""What a Ray Tune trial that runs in this process has reserved for workers."""
+"""Bundles that a Ray Tune trial in this process has reserved for workers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class TrialBundles:
 
 
 def reserved(count: int, resources: Mapping[str, float]) -> TrialBundles | None:
-    """What the trial has reserved for workers; `None` outside a trial, or if it is too little.
+    """Bundles that the trial has reserved for workers; `None` without a trial or if too few.
 
     So what `get_tune_resources` asks for is what the workers take, and nothing is counted twice.
 

@@ -1,4 +1,4 @@
-"""Checks of what a strategy on Ray is asked for."""
+"""Check the arguments of strategies on Ray."""
 
 import numbers
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ _PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
 def least_and_most(num_workers: float | Sequence[float]) -> tuple[int, int]:
-    """The least and the most workers, where one number means both.
+    """Return the least and the most workers, where one number means both.
 
     Raises:
         ValueError: It says neither one whole number nor two.
@@ -27,7 +27,7 @@ def least_and_most(num_workers: float | Sequence[float]) -> tuple[int, int]:
 
 
 def _whole(count: Any) -> int | None:
-    """The number if it is a whole one; searches and configs may have it as 2.0."""
+    """Convert a whole number, which searches and configs may have as 2.0; else `None`."""
     if isinstance(count, bool) or not isinstance(count, numbers.Real):
         return None
     number = float(count)
@@ -35,7 +35,7 @@ def _whole(count: Any) -> int | None:
 
 
 def resources(strategy: str, devices: int, wanted: dict[str, float]) -> dict[str, float]:
-    """What to reserve for each worker, less what is zero.
+    """Resources to reserve for each worker, without zeros.
 
     Args:
         strategy: Name of the strategy, for the error message.
@@ -71,6 +71,6 @@ def check_failures(max_failures: int) -> None:
 
 
 def check_placement(strategy: str) -> None:
-    """Refuse what is no placement strategy of Ray's."""
+    """Refuse placement strategies that Ray does not know."""
     if strategy not in _PLACEMENTS:
         raise ValueError(f"`placement_strategy={strategy!r}`: use one of {', '.join(_PLACEMENTS)}.")

@@ -1,4 +1,4 @@
-"""The process of one rank, as a Ray actor that serves one run after another."""
+"""Ray actor that runs one rank, for one run after another."""
 
 import dataclasses
 import gc
@@ -19,9 +19,10 @@ from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.launch.rank import GroupGuard, Rendezvous
 from lightning_mgpu.launch.rank_variables import of_rank
+from lightning_mgpu.launch.torch_state import release_accelerator_memory
 from lightning_mgpu.ray import demand
-from lightning_mgpu.ray.object_store import Parcel, unpack
-from lightning_mgpu.ray.ranks import Place, machine
+from lightning_mgpu.ray.object_store import PackedObject, unpack
+from lightning_mgpu.ray.ranks import RankAssignment, machine
 
 # What a worker keeps of its own environment, whatever the driver's says.
 _OWN = ("RAY_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LD_", "PYTHON")
@@ -32,23 +33,23 @@ _MESSAGES = 2
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker needs to know of a run before it unpickles anything of the user's."""
+class RunSpec:
+    """Data that a worker needs before it unpickles the user's objects."""
 
-    place: Place
+    place: RankAssignment
     state: ProcessState
     machine: str
 
 
-class Saved(Protocol):
-    """A checkpoint on its way to workers that go on from it."""
+class SavedCheckpoint(Protocol):
+    """A checkpoint sent to workers that resume from it."""
 
     def copy_to(self, file: IO[bytes]) -> bool:
-        """Write it to a file; whether there is one."""
+        """Write the checkpoint to a file; return whether there is one."""
 
 
 class TrainWorker:
-    """Holds nothing of a run when it is over but the modules it has imported.
+    """Worker actor, which keeps nothing between runs but imported modules.
 
     Args:
         hook: A pickled function to call before all else.
@@ -74,22 +75,22 @@ class TrainWorker:
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Call a function of ours between runs."""
+        """Call a function between runs."""
         return function()
 
     def listen(self, host: str) -> int:
-        """Open the store through which the ranks of the coming run find each other; its port."""
+        """Open the store through which the ranks of the next run meet; return its port."""
         self._rendezvous = Rendezvous(host)
         return self._rendezvous.port
 
     def run(
-        self, job: Job, parcel: Parcel, resume: Saved | None
-    ) -> tuple[list[Parcel] | None, RemoteFailure | None]:
-        """Unpickle a function and call it: the parcels it returns, or its error.
+        self, job: RunSpec, packed: PackedObject, resume: SavedCheckpoint | None
+    ) -> tuple[list[PackedObject] | None, RemoteFailure | None]:
+        """Unpickle a function and call it: the packed objects it returns, or its error.
 
         Args:
             job: All else that belongs to the run.
-            parcel: The function, of the place and of a path.
+            packed: The function, of the place and of a path.
             resume: The checkpoint that will lie at the path.
         """
         global _current
@@ -103,7 +104,7 @@ class TrainWorker:
                 os.environ.update(
                     of_rank(place, place.local_rank, place.local_world_size, place.node_rank)
                 )
-                return unpack(parcel)(job.place, path), None
+                return unpack(packed)(job.place, path), None
         except BaseException as error:
             return None, RemoteFailure.of(error)
         finally:
@@ -114,21 +115,21 @@ class TrainWorker:
             sys.stdout.flush()
             sys.stderr.flush()
             gc.collect()
-            _release_accelerator_memory()
+            release_accelerator_memory()
 
     @ray.method(concurrency_group="messages")
     def next_message(self) -> bytes | None:
-        """Wait for something that the driver is to do; `None` when the run is over."""
+        """Wait for a request to the driver; `None` when the run is over."""
         return self._messages.get()
 
     @ray.method(concurrency_group="messages")
     def take_answer(self, answer: bytes) -> None:
-        """What the driver says to a message that asks."""
+        """Receive the driver's answer to a request."""
         self._answers.put(answer)
 
     @ray.method(concurrency_group="demand")
     def watch_demand(self, calls: int, held: list[str], seconds: float) -> bool:
-        """Wait between runs until somebody else wants what the workers hold.
+        """Wait between runs until somebody else needs the workers' resources.
 
         Args:
             calls: The number of runs so far; with the next one, waiting is over.
@@ -141,11 +142,11 @@ class TrainWorker:
         return demand.wait(held, seconds, lambda: self._calls != calls)
 
     def post(self, message: bytes) -> None:
-        """Leave a message for the driver."""
+        """Leave a request for the driver."""
         self._messages.put(message)
 
     def wait_for_answer(self) -> bytes:
-        """Wait for what the driver says to the message before."""
+        """Wait for the driver's answer to the last request."""
         return self._answers.get()
 
 
@@ -153,7 +154,7 @@ _current: TrainWorker | None = None
 
 
 def is_worker() -> bool:
-    """Whether this process is in the middle of a run."""
+    """Return whether this process is running a rank."""
     return _current is not None
 
 
@@ -174,8 +175,8 @@ def ask_driver(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @contextmanager
-def _as_file(saved: Saved | None) -> Iterator[str | None]:
-    """The path at which the checkpoint lies as long as the block lasts, if there is one."""
+def _as_file(saved: SavedCheckpoint | None) -> Iterator[str | None]:
+    """Path of the checkpoint as a file during the block; `None` without a checkpoint."""
     # In memory: nothing stays behind when the worker is killed.
     with os.fdopen(os.memfd_create("lightning_mgpu"), "wb") as file:
         there = saved is not None and saved.copy_to(file)
@@ -184,14 +185,14 @@ def _as_file(saved: Saved | None) -> Iterator[str | None]:
 
 
 def set_by_ray() -> set[str]:
-    """Variables that a runtime environment has set for this worker."""
+    """Environment variables that a runtime environment has set for this worker."""
     return set(ray.get_runtime_context().runtime_env.get("env_vars") or {})
 
 
 def adopt(
     state: ProcessState, driver: str, environment: Mapping[str, str], own: Collection[str]
 ) -> None:
-    """Take over the driver's state as far as it means something here.
+    """Apply the driver's state as far as it is valid on this machine.
 
     Args:
         state: The driver's.
@@ -215,9 +216,3 @@ def adopt(
         if here
         else list(sys.path),
     ).apply()
-
-
-def _release_accelerator_memory() -> None:
-    torch = sys.modules["torch"]
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Warm workers: a group of actors that outlives a call, and the groups that this driver keeps."""
+"""Groups of warm worker actors that outlive a call."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -16,23 +16,24 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lightning_mgpu._compat.ray import of_group
 from lightning_mgpu.launch.errors import WorkerDiedError
 from lightning_mgpu.launch.process_state import ProcessState
-from lightning_mgpu.ray import cluster
-from lightning_mgpu.ray.idle import Rest
-from lightning_mgpu.ray.monitor import Watch
-from lightning_mgpu.ray.object_store import Parcel
-from lightning_mgpu.ray.ranks import Place, machine, places
+from lightning_mgpu.ray import cluster, connection
+from lightning_mgpu.ray.idle import IdleTimer
+from lightning_mgpu.ray.monitor import RunMonitor
+from lightning_mgpu.ray.object_store import PackedObject
+from lightning_mgpu.ray.ranks import RankAssignment, machine, places
 from lightning_mgpu.ray.tune_placement import TrialBundles
-from lightning_mgpu.ray.worker import Job, Saved, TrainWorker
+from lightning_mgpu.ray.worker import RunSpec, SavedCheckpoint, TrainWorker
 
 # How long idle workers may take to show that they are alive.
 _ALIVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Group:
-    """What workers are asked for; a session serves every call that asks for the same.
+class WorkerRequest:
+    """Request for workers; a worker group serves every call with the same request.
 
     Attributes:
         least: Number of workers to wait for.
@@ -52,45 +53,47 @@ class Group:
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """What to reserve for all workers, as many as are enough."""
+        """Resources to reserve, one bundle for each of the most workers."""
         return [dict(self.resources)] * self.most
 
     @property
     def held(self) -> list[str]:
-        """Names of the resources that the workers keep from others."""
+        """Names of the resources that the workers occupy."""
         names = [name for name, _ in self.resources]
         # A trial's bundles are for the trial's own tasks and actors, under names of their own.
-        return names if self.trial is None else [f"{n}_group_{self.trial.group}" for n in names]
+        return names if self.trial is None else [of_group(n, self.trial.group) for n in names]
 
     def fits(self, count: int) -> bool:
-        """Whether the cluster seems to have so many workers' resources free."""
+        """Return whether the cluster seems to have resources for `count` workers free."""
         return cluster.fits([dict(self.resources)] * count, free=True)
 
 
-class Session:
-    """Workers that have been started, and what they hold of the cluster."""
+class WorkerGroup:
+    """Running workers and the resources they hold."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, request: WorkerRequest) -> None:
+        self.request = request
         self.busy = True
         self._reservation: PlacementGroup | None = None
         self._workers: list[Any] = []
-        self._idle: Rest | None = None
+        self._idle: IdleTimer | None = None
         self._calls = 0
-        self._connection = cluster.connection()
+        self._connection = connection.connection()
         try:
             self._start()
         except BaseException:
             self.close()
             raise
 
-    def run(self, parcel: Parcel, state: ProcessState, resume: Saved | None) -> list[list[Parcel]]:
+    def run(
+        self, packed: PackedObject, state: ProcessState, resume: SavedCheckpoint | None
+    ) -> list[list[PackedObject]]:
         """Run a pickled function on every worker and wait for all of them.
 
         Args:
-            parcel: A function of the `Place`, which returns parcels.
+            packed: A function of the `RankAssignment`, which returns packed objects.
             state: The driver's state, for the workers to take over.
-            resume: A checkpoint for the function to go on from.
+            resume: A checkpoint for the function to resume from.
 
         Returns:
             What the ranks return, by rank.
@@ -105,17 +108,17 @@ class Session:
             port = ray.get(self._workers[0].listen.remote(host))
         except RayError as error:
             raise WorkerDiedError(0, None) from error
-        sent = ray.put(parcel)
+        sent = ray.put(packed)
         checkpoint = ray.put(resume)
         self._calls += 1
         runs = {}
         for worker, place in zip(self._workers, self._places, strict=True):
-            job = Job(replace(place, host=host, port=port), state, machine())
+            job = RunSpec(replace(place, host=host, port=port), state, machine())
             runs[worker.run.remote(job, sent, checkpoint)] = place.rank
-        return Watch(runs, self._workers[0]).outcomes()
+        return RunMonitor(runs, self._workers[0]).outcomes()
 
     def call(self, function: Callable[[], Any], ranks: Sequence[int] | None = None) -> list[Any]:
-        """Call a function of ours on some workers, or on all; what it returns."""
+        """Call a function on some or all workers between runs; return the results."""
         chosen = range(len(self._workers)) if ranks is None else ranks
         try:
             results: list[Any] = ray.get(
@@ -131,23 +134,23 @@ class Session:
         return len(self._workers)
 
     def rest(self, seconds: float) -> None:
-        """Wait for the next call, at most `seconds`, and until others wait for the resources."""
+        """Keep the workers for at most `seconds`, or until others wait for the resources."""
         self.busy = False
         first, end = self._workers[0], partial(close_if_idle, self)
-        self._idle = Rest(first, self._calls, self.group.held, seconds, end)
+        self._idle = IdleTimer(first, self._calls, self.request.held, seconds, end)
 
     def wake(self) -> None:
-        """The next call has come."""
+        """Stop the idle timer: the next call has come."""
         if self._idle is not None:
             self._idle.stop()
         self.busy, self._idle = True, None
 
     def is_stale(self) -> bool:
-        """Whether Ray has been shut down since the workers were started, which ended them."""
-        return self._connection != cluster.connection()
+        """Return whether Ray has been shut down, which also ended the workers."""
+        return self._connection != connection.connection()
 
     def is_alive(self) -> bool:
-        """Whether every worker still answers."""
+        """Return whether every worker still answers."""
         try:
             ray.get([worker.node.remote() for worker in self._workers], timeout=_ALIVE_SECONDS)
         except RayError:
@@ -155,7 +158,7 @@ class Session:
         return True
 
     def close(self) -> None:
-        """End the workers and give back what they hold. May be called twice."""
+        """Stop the workers and free their resources. May be called twice."""
         self.busy = True  # nobody's any more
         if self._idle is not None:
             self._idle.stop()
@@ -166,22 +169,22 @@ class Session:
             with suppress(RayError):
                 ray.kill(worker)
         reservation, self._reservation = self._reservation, None
-        if reservation is not None and self.group.trial is None:
+        if reservation is not None and self.request.trial is None:
             with suppress(RayError):
                 remove_placement_group(reservation)
 
     def _start(self) -> None:
-        group = self.group
-        resources = dict(group.resources)
-        if group.trial is None:
+        request = self.request
+        resources = dict(request.resources)
+        if request.trial is None:
             self._reservation, first = (
-                cluster.reserve(resources, group.least, group.most, group.placement),
+                cluster.reserve(resources, request.least, request.most, request.placement),
                 0,
             )
             size = self._reservation.bundle_count
         else:
-            self._reservation, first = get_current_placement_group(), group.trial.first
-            size = group.most
+            self._reservation, first = get_current_placement_group(), request.trial.first
+            size = request.most
         assert self._reservation is not None
         options: dict[str, Any] = {
             "num_cpus": resources.pop("CPU", 0),
@@ -193,62 +196,65 @@ class Session:
         actor = ray.remote(**groups)(TrainWorker)
         for index in range(first, first + size):
             strategy = PlacementGroupSchedulingStrategy(self._reservation, index)
-            worker = actor.options(**options, scheduling_strategy=strategy).remote(group.hook)
+            worker = actor.options(**options, scheduling_strategy=strategy).remote(request.hook)
             self._workers.append(worker)
         nodes = ray.get([worker.node.remote() for worker in self._workers])
         # Neighbours get neighbouring ranks.
         order = sorted(range(size), key=lambda i: [n for n, _ in nodes].index(nodes[i][0]))
         self._workers = [self._workers[i] for i in order]
-        self._places: list[Place] = places([nodes[i][0] for i in order])
+        self._places: list[RankAssignment] = places([nodes[i][0] for i in order])
         self._address: str = nodes[order[0]][1]
 
 
-_sessions: list[Session] = []
+_groups: list[WorkerGroup] = []
 _changing = threading.RLock()
 _idle_seconds = 300.0
 
 
-def take(group: Group) -> Session:
-    """A session that nobody uses: a warm one, or else a new one."""
+def take(request: WorkerRequest) -> WorkerGroup:
+    """Take an unused group: a warm one, or else a new one."""
     with _changing:
-        for session in list(_sessions):
-            if session.is_stale():
-                discard(session)
-            elif session.group == group and not session.busy:
-                session.wake()
+        for group in list(_groups):
+            if group.is_stale():
+                discard(group)
+            elif group.request == request and not group.busy:
+                group.wake()
                 # More of them, if that is welcome by now?
-                enough = session.size >= group.most or not group.fits(1)
-                if enough and session.is_alive():
-                    return session
-                discard(session)
-        if group.trial is None and not group.fits(group.most):
+                enough = group.size >= request.most or not request.fits(1)
+                if enough and group.is_alive():
+                    return group
+                discard(group)
+        if request.trial is None and not request.fits(request.most):
             close()
-    session = Session(group)
+    group = WorkerGroup(request)
     with _changing:
-        _sessions.append(session)
-    return session
+        _groups.append(group)
+    return group
 
 
-def discard(session: Session) -> None:
-    """End a session."""
+def discard(group: WorkerGroup) -> None:
+    """Stop a group of workers."""
     with _changing:
-        if session in _sessions:
-            _sessions.remove(session)
-    session.close()
+        if group in _groups:
+            _groups.remove(group)
+    group.close()
 
 
-def close_if_idle(session: Session) -> None:
-    """End a session unless a call has come in the meantime."""
+def close_if_idle(group: WorkerGroup) -> None:
+    """Stop a group unless a call has come in the meantime."""
     with _changing:
-        if not session.busy:
-            discard(session)
+        if not group.busy:
+            discard(group)
 
 
 def keep_warm(seconds: float) -> None:
-    """Set how long workers wait for the next call before they end.
+    """Set how many seconds workers wait for the next call before they stop.
 
     Args:
-        seconds: From now on; 0 ends them after each call.
+        seconds: From now on, at least 0, which ends them after each call; 300 at first.
+
+    Raises:
+        ValueError: The number is negative.
     """
     global _idle_seconds
     if seconds < 0:
@@ -257,12 +263,12 @@ def keep_warm(seconds: float) -> None:
 
 
 def idle_seconds() -> float:
-    """How long workers wait for the next call before they end."""
+    """Seconds that workers wait for the next call before they stop."""
     return _idle_seconds
 
 
 def close() -> None:
-    """End the workers that are kept for later calls, and free what they hold of the cluster."""
+    """Stop the workers that are kept for later calls, and free their resources."""
     with _changing:
-        for session in list(_sessions):
-            close_if_idle(session)
+        for group in list(_groups):
+            close_if_idle(group)

@@ -1,4 +1,4 @@
-"""Data parallel in one process: a replica of the model per device, each on a thread of its own."""
+"""Data parallelism in one process: a replica of the model per device, each on its own thread."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -34,7 +34,7 @@ __all__ = ["DataParallelStrategy"]
 
 
 class DataParallelStrategy(SingleProcessStrategy):
-    """Trains on several devices of one process: a replica per device, each with part of the batch.
+    """Train on several devices of one process: a replica per device, each with part of the batch.
 
     What Lightning's ``dp`` was until 2.0: nothing is pickled and no port is opened, so it works in
     notebooks, in debuggers and with any model and data. ``training_step`` runs once per replica on
@@ -119,7 +119,7 @@ class DataParallelStrategy(SingleProcessStrategy):
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
-        """Nothing yet: each replica moves its own shard, in its step."""
+        """Return the batch unchanged: each replica moves its own shard in its step."""
         self._dataloader_idx = dataloader_idx
         return batch
 
@@ -188,7 +188,7 @@ class DataParallelStrategy(SingleProcessStrategy):
         return self._replicas, self._workers
 
     def _step(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run a step of the LightningModule on every replica and put the outputs together."""
+        """Run a step of the LightningModule on every replica and join the outputs."""
         model = self.lightning_module
         assert model is not None
         replicas, workers = self._prepared()
@@ -209,7 +209,7 @@ class DataParallelStrategy(SingleProcessStrategy):
         return _training_output(sharding, outputs, step.sizes, loss)
 
     def _sharding(self, name: str) -> Sharding:
-        """How the batches of a step are split that come from the current DataLoader."""
+        """Splitter of the current DataLoader's batches for a kind of step."""
         key = name, self._dataloader_idx
         if key not in self._shardings:
             model = self.lightning_module

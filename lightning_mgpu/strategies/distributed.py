@@ -53,7 +53,7 @@ class DDPStrategy(RebuiltDDPStrategy):
 
     @property
     def cluster_environment(self) -> ClusterEnvironment | None:
-        """Our pool's, unless something outside starts the ranks."""
+        """The pool's environment, unless something outside starts the ranks."""
         return self._cluster_environment
 
     @cluster_environment.setter
@@ -72,8 +72,8 @@ class DDPStrategy(RebuiltDDPStrategy):
             return
         if self._start_method != "popen":
             raise ValueError(
-                f"`{type(self).__name__}(start_method={self._start_method!r})`: this strategy has"
-                " a launcher of its own. Leave `start_method` out, or use Lightning's"
+                f"`{type(self).__name__}(start_method={self._start_method!r})`: this strategy"
+                " has its own launcher. Remove `start_method`, or use Lightning's"
                 " `strategy='ddp_spawn'`."
             )
         if self.num_nodes > 1:
@@ -92,7 +92,7 @@ class DDPStrategy(RebuiltDDPStrategy):
 
     @property
     def bound_device(self) -> torch.device | None:
-        """The one device whose tensors this rank exchanges; `None` if there are several."""
+        """The device whose tensors this rank exchanges; `None` if there are several."""
         return self.root_device if is_accelerator(self.root_device) else None
 
     @override
@@ -144,7 +144,7 @@ def _leave_group_at_exit() -> None:
 
 
 def _restore_forward(model: torch.nn.Module) -> None:
-    """Take away what Lightning puts in the place of `forward` for the time of a call of DDP's.
+    """Remove the wrapper that Lightning sets in place of `forward` during a call of DDP's.
 
     It stays where that call fails early, and then nothing that refers to the model can be pickled.
     """

@@ -1,17 +1,17 @@
-"""The pipelined model split: one model in stages, each on a device and a thread of its own."""
+"""Pipeline parallelism in one process: one model in stages, each with a device and a thread."""
 
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from typing_extensions import override
 
 from lightning_mgpu.strategies.base.single_process import SingleProcessStrategy
-from lightning_mgpu.strategies.stages.pipelined import Pipelined
+from lightning_mgpu.strategies.stages.pipelined import PipelineMixin
 
 __all__ = ["PipelineStrategy"]
 
 
-class PipelineStrategy(Pipelined, SingleProcessStrategy):
-    """Trains one model that is cut into stages, which lie on the devices of this process.
+class PipelineStrategy(PipelineMixin, SingleProcessStrategy):
+    """Train one model that is cut into stages on the devices of this process.
 
     The batch is split into micro-batches that stream through the stages (GPipe, Huang et al.,
     2019). The LightningModule is unchanged: only the `forward` of one submodule is computed in
@@ -34,13 +34,13 @@ class PipelineStrategy(Pipelined, SingleProcessStrategy):
             of: ``"parameters"`` (bytes of them, default), ``"time"`` or ``"memory"``, which are
             measured on the first batch. Measured times vary, and with them the cut.
         chunks: Micro-batches; default: 4 for each device. ``"auto"`` tries 1, 2, 4 and 8 for each
-            device on the first batches, three times each, and keeps the quickest.
+            device on the first batches, three times each, and keeps the fastest.
         stages_per_device: Stages on each device (default 1): with `s` devices stage `k` lies on
             device `k % s`. More stages make devices wait less for the first micro-batch, and hand
             over more often.
         checkpoint: Which micro-batches keep only the inputs of units (submodules that lie with one
-            stage), which are computed again in backward: ``"never"``, ``"except_last"`` or
-            ``"always"``.
+            stage), which are computed again in backward: ``"never"`` (default), ``"except_last"``
+            or ``"always"``.
         split_args: Parameters of the submodule's `forward`, by name or position, whose tensors have
             an entry per sample. Needed where that is not certain. A mapping gives the dimension of
             the batch, too, as ``{"src": 1}`` for tensors of shape (time, batch, features).
@@ -48,7 +48,7 @@ class PipelineStrategy(Pipelined, SingleProcessStrategy):
         deferred_batch_norm: Whether running statistics of batch normalisation are updated once,
             with those of the whole batch (default), or with each micro-batch. Normalisation itself
             is done micro-batch by micro-batch.
-        parity_check: What to do if a few samples of the first batch give something else in two
+        parity_check: What to do if a few samples of the first batch give other results in two
             micro-batches than in one, or if `forward` leaves attributes with a gradient behind:
             ``"error"``, ``"warn"``, or ``"off"`` to compare nothing. Done for each kind of call, in
             training and in evaluation.

@@ -1,4 +1,4 @@
-"""Several processes, each with a pipeline over devices of its own, and DDP between them."""
+"""Pipeline parallelism in each of several processes, with DDP between them."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from typing_extensions import override
 
 from lightning_mgpu.engine.workers import available_cores
 from lightning_mgpu.strategies.distributed import DDPStrategy
-from lightning_mgpu.strategies.stages.pipelined import Pipelined
+from lightning_mgpu.strategies.stages.pipelined import PipelineMixin
 
 __all__ = ["PipelineDDPStrategy"]
 
 
-class PipelineDDPStrategy(Pipelined, DDPStrategy):
-    """Trains in several processes, each of which computes the model in stages.
+class PipelineDDPStrategy(PipelineMixin, DDPStrategy):
+    """Train in several processes, each of which computes the model in stages.
 
     ``Trainer(devices=4, strategy=PipelineDDPStrategy(stages=2))`` is two processes with two devices
     each: within a process `PipelineStrategy`, between processes `DDPStrategy`, which averages
@@ -52,7 +52,7 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
     @property
     @override
     def parallel_devices(self) -> list[torch.device] | None:
-        """The devices of all processes on this node, those of one process side by side."""
+        """Devices of all processes on this node, those of one process next to each other."""
         return self._parallel_devices
 
     @parallel_devices.setter
@@ -63,9 +63,10 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
     def _check_devices(self, count: int) -> None:
         if count % self.stages:
             raise MisconfigurationException(
-                f"`Trainer(devices={count}, strategy=PipelineDDPStrategy(stages={self.stages}))`:"
-                f" {count} devices cannot be shared out among processes with {self.stages} stages"
-                f" each. Use a multiple of {self.stages}."
+                f"`Trainer(devices={count},"
+                f" strategy=PipelineDDPStrategy(stages={self.stages}))`: {count} devices"
+                f" cannot be divided into processes with {self.stages} stages each. Use a"
+                f" multiple of {self.stages}."
             )
 
     @property
@@ -97,7 +98,7 @@ class PipelineDDPStrategy(Pipelined, DDPStrategy):
     @property
     @override
     def bound_device(self) -> None:
-        """None: each stage's gradients are reduced between devices of its own."""
+        """Always `None`: each stage's gradients are reduced between its own devices."""
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:

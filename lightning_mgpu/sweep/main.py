@@ -1,4 +1,4 @@
-"""Runs a sweep, and says what has come of it."""
+"""Run a sweep and show its results."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.errors import CompactHydraException
 
-from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
 from lightning_mgpu.ray.address import (
     address_of,
     is_client,
@@ -19,13 +19,13 @@ from lightning_mgpu.ray.address import (
 )
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.submitted import receive
-from lightning_mgpu.sweep.settings.prepared import SPACE, Sweep
+from lightning_mgpu.sweep.settings.prepared import PreparedSweep
 from lightning_mgpu.sweep.store.lock import locked
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
 from lightning_mgpu.sweep.store.results import job_command, resume_command, write_results
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class FailedError(SweepFailedError, CompactHydraException):
 
 
 def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
-    """Search, show how it goes, and write the results to ``hydra.sweep.dir``.
+    """Search, show progress, and write the results to ``hydra.sweep.dir``.
 
     Raises:
         RefusedError: The options ask for what cannot be; nothing was started.
@@ -57,29 +57,29 @@ def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> N
     sent = receive()
     if sent is not None:
         options.ray, options.resume = sent.adopt(job, options.ray, options.resume)
-    sweep = Sweep.prepare(job, options, arguments)
+    sweep = PreparedSweep.prepare(job, options, arguments)
     if _is_on_laptop(options.ray):
         from lightning_mgpu.sweep.client.laptop import run_on_cluster
 
         run_on_cluster(sweep)
         return
     sweep.claim_directory()
-    with locked(sweep.directory / SPACE):
+    with locked(sweep.directory):
         _search(sweep)
 
 
 def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
-    """Whether the sweep is to be sent to a cluster; a connection that is there is used."""
+    """Return whether to submit the sweep to a cluster; an existing connection is used."""
     wanted, there = is_client(address_of(ray)), is_connected_as_client()
     if wanted and there is False:
         raise ConfigError(
             f"{source_of(ray, 'hydra.sweeper.ray.address')}: this process uses another Ray"
-            " already. Call `ray.shutdown()` first, or leave the address away."
+            " already. Call `ray.shutdown()` first, or remove the address."
         )
     return wanted if there is None else there
 
 
-def _search(sweep: Sweep) -> None:
+def _search(sweep: PreparedSweep) -> None:
     options = sweep.options
     from lightning_mgpu.sweep.driver.ray_tune import tune  # Ray, now that there is something to run
 
@@ -87,7 +87,7 @@ def _search(sweep: Sweep) -> None:
     path = write_results(sweep.records, sweep.directory)
     if was_interrupted:
         log.warning(
-            "Interrupted. Results so far: %s\nGo on with: %s",
+            "Interrupted. Results so far: %s\nResume with: %s",
             _relative(path),
             resume_command(sweep.directory),
         )
@@ -98,8 +98,8 @@ def _search(sweep: Sweep) -> None:
     _conclude(sweep.records, path, page)
 
 
-def _draw(sweep: Sweep) -> Path | None:
-    """The report's page, if it can be drawn; a sweep is worth more than its pictures."""
+def _draw(sweep: PreparedSweep) -> Path | None:
+    """Draw the report, and log a warning instead of an error if that fails."""
     from lightning_mgpu.sweep.report.draw import draw, missing
 
     again = f"python -m lightning_mgpu mode=report sweep={sweep.directory}"
@@ -111,9 +111,9 @@ def _draw(sweep: Sweep) -> Path | None:
     try:
         return draw(sweep.directory)[0]
     except Exception as error:
-        line = " ".join(str(error).split())
+        line = one_line(error)
         log.warning(
-            "The report could not be drawn (%s: %s). Try again by: %s",
+            "The report could not be drawn (%s: %s). Try again with: %s",
             type(error).__name__,
             line,
             again,
@@ -121,12 +121,12 @@ def _draw(sweep: Sweep) -> Path | None:
         return None
 
 
-def _say_that_early(sweep: Sweep, why: str) -> None:
-    """Why there may be fewer results than were asked for."""
+def _say_that_early(sweep: PreparedSweep, why: str) -> None:
+    """Log why there are fewer results than asked for."""
     unfinished = sweep.records.count("unfinished")
     missing = sweep.num_samples - len(sweep.records.trials)
     log.warning(
-        "Ended early, since %s: %d trials unfinished, %d not begun. Go on with: %s",
+        "Stopped early, since %s: %d trials unfinished, %d not started. Resume with: %s",
         why,
         unfinished,
         missing,
@@ -135,7 +135,7 @@ def _say_that_early(sweep: Sweep, why: str) -> None:
 
 
 def _conclude(records: Records, path: Path, page: Path | None) -> None:
-    """The last lines: the best trial, and how to run it again."""
+    """Log the last lines: the best trial, and how to run it again."""
     failed = [record for record in records.ordered() if record.status == "failed"]
     if failed:
         log.warning(

@@ -1,4 +1,4 @@
-"""A pipeline's timeline: a trace file, read and drawn.
+"""Read and draw a pipeline's trace file.
 
 `draw` makes the pictures of a trace that is there already, as when the extra was not installed.
 """
@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning_mgpu.format import duration
 from lightning_mgpu.timeline.gantt import Bar, Chart
 
 __all__ = ["draw", "missing"]
@@ -22,7 +23,7 @@ def missing() -> list[str]:
 
 
 def draw(trace: str | Path) -> list[Path]:
-    """Draw a trace that `trace_dir` of `PipelineStrategy` has left, as PNG and as HTML beside it.
+    """Draw a trace written by `PipelineStrategy(trace_dir=...)` as PNG and HTML beside it.
 
     Args:
         trace: The JSON file.
@@ -46,7 +47,7 @@ def draw(trace: str | Path) -> list[Path]:
 
 
 def read(trace: str | Path) -> Chart:
-    """What a trace file says."""
+    """Read a trace file as a chart."""
     content = json.loads(Path(trace).read_text())
     events, about = content["traceEvents"], content["otherData"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
@@ -62,10 +63,9 @@ def read(trace: str | Path) -> Chart:
 def _title(about: dict[str, Any]) -> tuple[str, str]:
     chunks, seconds, efficiency = about["micro-batches"], about["seconds"], about["efficiency"]
     calls = f" in {len(chunks)} calls" if len(chunks) > 1 else ""
-    took = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
     return (
         f"Training step {about['step']}: {about['stages']} stages × {sum(chunks)} micro-batches"
-        f"{calls}, {took}",
+        f"{calls}, {duration(seconds)}",
         f"measured efficiency {efficiency:.1%}, bubble {1 - efficiency:.1%}"
         f" (even stages without overhead: m / (m + s - 1) = {about['ideal']:.1%})",
     )

@@ -1,4 +1,4 @@
-"""What a chart of bars is made of: lanes, and work in them."""
+"""Data of a Gantt chart: lanes and bars."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is to be drawn.
+    """A Gantt chart of stages.
 
     Attributes:
         stages: The name of each.

@@ -1,4 +1,4 @@
-"""A chart of bars to zoom into, drawn by plotly."""
+"""Draw a Gantt chart as interactive HTML with plotly."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from lightning_mgpu.timeline.gantt import KINDS, TEXT, Chart
 
 
 def draw(chart: Chart, path: Path) -> None:
-    """Draw a chart to an HTML file that needs no other."""
+    """Draw a chart to a self-contained HTML file."""
     figure = go.Figure()
     lanes = list(range(len(chart.stages)))
     figure.add_bar(

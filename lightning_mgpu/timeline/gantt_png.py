@@ -1,4 +1,4 @@
-"""A chart of bars, drawn by matplotlib."""
+"""Draw a Gantt chart as PNG with matplotlib."""
 
 from pathlib import Path
 from statistics import median
@@ -51,7 +51,7 @@ def _bars(axes: Axes, chart: Chart, kind: str) -> None:
 
 
 def _numbers(axes: Axes, chart: Chart) -> None:
-    """Micro-batches, in the bars that are wide enough for any number."""
+    """Write micro-batch numbers into the bars that are wide enough."""
     digits = max(len(str(bar.chunk)) for bar in chart.bars)
     for bar in chart.bars:
         if _inches(bar, chart) > _DIGIT * (digits + 0.5):

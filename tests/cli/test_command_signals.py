@@ -91,10 +91,10 @@ def test_signal_saves_a_checkpoint_from_which_training_goes_on(
     assert done.code == code
     assert done.err.endswith(
         f"Stopped by {name}. Saved: run/checkpoints/interrupted.ckpt\n"
-        "Go on with: ckpt_path=run/checkpoints/interrupted.ckpt\n"
+        "Resume with: ckpt_path=run/checkpoints/interrupted.ckpt\n"
     )
     assert "Traceback" not in done.err
-    assert f"{name}: stopping after this batch; once more to stop at once." in done.out
+    assert f"{name}: stopping after this batch; send it again to stop at once." in done.out
     assert "Outputs:" not in done.out
     saved = _checkpoint("run/checkpoints/interrupted.ckpt")
     assert (saved["epoch"], saved["global_step"]) == (1, 6)
@@ -134,7 +134,7 @@ def test_signal_while_fit_validates(devices: tuple[str, ...]) -> None:
 def test_signal_before_the_first_step_has_nothing_to_save() -> None:
     done = _run(at="validate 0")
     assert done.code == 130
-    assert done.err == "Stopped by SIGINT; there was no training under way to save.\n"
+    assert done.err == "Stopped by SIGINT; no training was in progress, so nothing was saved.\n"
     assert not Path("run/checkpoints/interrupted.ckpt").exists()
 
 
@@ -143,7 +143,9 @@ def test_signal_before_the_first_step_has_nothing_to_save() -> None:
 def test_signal_in_an_evaluation(mode: str, devices: tuple[str, ...]) -> None:
     done = _run(f"mode={mode}", *devices, at=f"{mode} 0", signals="SIGTERM")
     assert done.code == 143
-    assert done.err.endswith("Stopped by SIGTERM; there was no training under way to save.\n")
+    assert done.err.endswith(
+        "Stopped by SIGTERM; no training was in progress, so nothing was saved.\n"
+    )
     assert "Traceback" not in done.err
     assert not Path("run/predictions.pt").exists()
 
@@ -169,7 +171,7 @@ def test_second_signal_ends_at_once(signals: str, code: int) -> None:
     assert done.code == code
     assert "signal 1\n" in done.out
     assert "after the signals" not in done.out
-    assert done.err.endswith("Go on with: ckpt_path=run/checkpoints/interrupted.ckpt\n")
+    assert done.err.endswith("Resume with: ckpt_path=run/checkpoints/interrupted.ckpt\n")
     assert _checkpoint("run/checkpoints/interrupted.ckpt")["global_step"] == 5
 
 
@@ -273,7 +275,7 @@ def test_second_signal_from_outside_ends_a_step_that_hangs(
     with started(*_LONG, *hangs, *devices) as process:
         eventually(lambda: process.reaches("hanging-0"), _START_SECONDS)
         process.signal(signal.SIGINT)
-        eventually(lambda: "once more to stop at once" in process.written(), 10.0)
+        eventually(lambda: "send it again to stop at once" in process.written(), 10.0)
         process.signal(signal.SIGINT)
         sent = time.monotonic()
         done = process.wait()

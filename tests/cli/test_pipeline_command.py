@@ -56,5 +56,5 @@ def test_several_pipelines_are_two_on_the_cpu_by_default() -> None:
 def test_wrong_number_of_devices_is_one_line() -> None:
     done = command.run_tiny("+strategy=pipeline_ddp", "trainer.devices=3")
     assert done.code == 2
-    assert "3 devices cannot be shared out among processes with 2 stages" in done.err
+    assert "3 devices cannot be divided into processes with 2 stages" in done.err
     assert "Traceback" not in done.err

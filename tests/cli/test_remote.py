@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_mgpu.cli.cluster import connect, is_laptop
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.errors import LaunchError
-from lightning_mgpu.ray import cluster
+from lightning_mgpu.ray import connection
 
 ON_RAY = SimpleNamespace(runs_elsewhere=True)
 
@@ -40,9 +40,9 @@ def inits(monkeypatch: pytest.MonkeyPatch) -> Inits:
     inits = Inits()
     monkeypatch.setattr(ray, "init", inits)
     monkeypatch.setattr(ray, "is_initialized", inits.is_initialized)
-    monkeypatch.setattr(cluster, "_made", None)
-    monkeypatch.setattr(cluster, "connection", lambda: "some" if inits.calls else None)
-    monkeypatch.setattr(cluster, "turn_authentication_on", lambda: None)
+    monkeypatch.setattr(connection, "_made", None)
+    monkeypatch.setattr(connection, "connection", lambda: "some" if inits.calls else None)
+    monkeypatch.setattr(connection, "turn_authentication_on", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return inits
 
@@ -66,7 +66,7 @@ def test_options_reach_ray(inits: Inits, listener: str) -> None:
     assert options["runtime_env"] == {"working_dir": "."}
     assert type(options["runtime_env"]) is dict
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert not cluster.is_ours()
+    assert not connection.is_ours()
 
 
 def test_options_that_say_nothing_do_not_reach_ray(inits: Inits) -> None:
@@ -80,7 +80,7 @@ def test_without_an_address_the_cluster_is_ours(inits: Inits) -> None:
     ((address, options),) = inits.calls
     assert address == "local"
     assert options["include_dashboard"] is False
-    assert cluster.is_ours()
+    assert connection.is_ours()
 
 
 def test_one_process_has_one_cluster(inits: Inits, listener: str) -> None:
@@ -104,7 +104,7 @@ def test_no_cluster_at_the_address(inits: Inits, listener: str, prefix: str) -> 
     with pytest.raises(ConfigError, match=rf"ray: There is no Ray cluster at {nobody} .*refused"):
         connect(ON_RAY, config(address=nobody))
     with pytest.raises(LaunchError, match="ray start --head"):
-        cluster.connect({"address": nobody})
+        connection.connect({"address": nobody})
     assert inits.calls == []
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sklearn  # noqa: F401  (sets environment variables when it is first imported)
 import torch
 from configs import CONF, config
 from hydra import compose, initialize_config_dir

@@ -1,23 +1,26 @@
 """The default task: its models, its data, and that the one learns the other."""
 
+import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from omegaconf import OmegaConf
-from sklearn.datasets import load_digits
 from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lightning_mgpu.demo.classifier import Classifier
 from lightning_mgpu.demo.data import CIFAR10, Digits, Synthetic
+from lightning_mgpu.demo.data.digits import read_digits
 from lightning_mgpu.demo.lenet import LeNet
 from lightning_mgpu.demo.mlp import MLP
 from lightning_mgpu.demo.resnet import ResNet
@@ -217,11 +220,28 @@ def test_classifier_predicts_without_labels() -> None:
 # Digits
 
 
+def test_digits_are_the_ones_of_scikit_learn() -> None:
+    with patch.dict(os.environ):  # it sets variables when it is first imported
+        datasets = pytest.importorskip("sklearn.datasets")
+    originals = datasets.load_digits()
+    images, labels = read_digits().tensors
+    expected = torch.as_tensor(originals.images, dtype=torch.float32).unsqueeze(1) / 16
+    assert torch.equal(images, expected)
+    assert torch.equal(labels, torch.as_tensor(originals.target, dtype=torch.int64))
+
+
+def test_digits_are_the_ones_of_the_original_file() -> None:
+    images, labels = read_digits().tensors
+    rows = torch.cat([images.flatten(1) * 16, labels.unsqueeze(1)], dim=1)
+    lines = "".join(",".join(map(str, row)) + "\n" for row in rows.int().tolist())
+    digest = "6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8"
+    assert hashlib.sha256(lines.encode()).hexdigest() == digest
+
+
 def test_digits_samples() -> None:
     data = Digits()
     images, labels = samples(data.splits.train)
-    originals = load_digits().images[data.splits.train.indices]
-    assert torch.equal(images * 16, torch.as_tensor(originals, dtype=torch.float32).unsqueeze(1))
+    assert torch.equal(images, read_digits().tensors[0][data.splits.train.indices])
     assert images.shape[1:] == (1, 8, 8)
     assert images.dtype == torch.float32
     assert (images.min(), images.max()) == (0, 1)
@@ -269,12 +289,6 @@ def test_data_refuses_fractions(val: float, test: float) -> None:
     data = Synthetic(size=20, val_fraction=val, test_fraction=test)
     with pytest.raises(ValueError, match=f"20 samples .*val_fraction: {val}.*fraction: {test}"):
         data.setup()
-
-
-def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_mgpu\[demo\]'"):
-        Digits()
 
 
 # Loaders

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_mgpu.engine.batch import (
+    BatchLayout,
     Hint,
     JoinMemory,
-    Layout,
     gather,
     join,
     join_samples,
@@ -153,8 +153,8 @@ def test_split_of_a_small_batch_makes_fewer_shards() -> None:
             {"a": torch.zeros(4), "b": [torch.zeros(3, 4)]},
             r"`batch\['a'\]` has 4 samples .*\['b'\]\[0\]` has 3",
         ),
-        ({"a": 1, "b": "text"}, r"there is no tensor in it \(a `dict`\)"),
-        (torch.tensor(1.0), "there is no tensor in it"),
+        ({"a": 1, "b": "text"}, r"it has no tensor \(a `dict`\)"),
+        (torch.tensor(1.0), "it has no tensor"),
         (
             [pack_padded_sequence(torch.zeros(3, 2, 1), [3, 1])],
             r"`batch\[0\]` is a `PackedSequence`",
@@ -218,7 +218,7 @@ def test_join_refuses_what_does_not_fit(outputs: Any, message: str) -> None:
 
 
 def test_lists_stay_what_they_were_in_earlier_batches() -> None:
-    layout = Layout()
+    layout = BatchLayout()
 
     def lengths(*boxes: int) -> list[list[int]]:
         batch = {"x": torch.zeros(4, 1), "boxes": [torch.zeros(n, 4) for n in boxes]}
@@ -231,7 +231,7 @@ def test_lists_stay_what_they_were_in_earlier_batches() -> None:
 
 
 def test_columns_stay_columns_where_a_batch_has_as_many_samples() -> None:
-    layout = Layout()
+    layout = BatchLayout()
     for size in (5, 2, 3):
         batch = (torch.zeros(size), [torch.zeros(size, 1)] * 3)
         shards = split(batch, 2, 1, layout)
@@ -239,14 +239,14 @@ def test_columns_stay_columns_where_a_batch_has_as_many_samples() -> None:
 
 
 def test_lists_of_another_length_stay_whole() -> None:
-    layout = Layout()
+    layout = BatchLayout()
     for size in (3, 2):
         shards = split({"x": torch.zeros(size), "names": ["a", "b"]}, 2, 1, layout)
         assert all(shard.batch["names"] == ["a", "b"] for shard in shards)
 
 
 def test_numbers_of_samples_are_told() -> None:
-    layout = Layout()
+    layout = BatchLayout()
     split({"x": torch.zeros(3), "n": 3, "epoch": 4, "last": True}, 2, 1, layout)
     assert layout.doubts == ["`batch['n']` is 3, as many as there are samples"]
 
@@ -266,14 +266,14 @@ def test_numbers_of_samples_are_told() -> None:
     ],
 )
 def test_number_of_samples_by_what_the_loader_tells(batch: Any, hint: Hint, expected: int) -> None:
-    assert Layout(lambda: hint).read(batch) == expected
+    assert BatchLayout(lambda: hint).read(batch) == expected
 
 
 def test_collation_of_torch_leaves_columns_of_texts() -> None:
     batch = [torch.zeros(2, 3), [("a", "b"), ("c", "d")]]
-    shards = split(batch, 2, 1, Layout(lambda: Hint(collated=True)))
+    shards = split(batch, 2, 1, BatchLayout(lambda: Hint(collated=True)))
     assert shards[0].batch[1] == [("a",), ("c",)]
-    with pytest.raises(ValueError, match="cannot be told whether"):
+    with pytest.raises(ValueError, match="an entry per sample, or an array per input"):
         split(batch, 2)
 
 
@@ -328,9 +328,9 @@ def test_dimension_of_outputs_is_remembered() -> None:
 
 
 def test_sequence_first_batches_are_told() -> None:
-    layout = Layout(lambda: Hint(frozenset({8})))
+    layout = BatchLayout(lambda: Hint(frozenset({8})))
     split(torch.zeros(12, 8, 3), 2, 1, layout)
     assert "split along its first dimension" in layout.doubts[0]
-    layout = Layout(lambda: Hint(frozenset({8})))
+    layout = BatchLayout(lambda: Hint(frozenset({8})))
     split(torch.zeros(8, 12, 3), 2, 1, layout)
     assert layout.doubts == []

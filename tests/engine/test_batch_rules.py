@@ -48,7 +48,7 @@ NAMES = {
 
 
 def _rows(heading: str) -> list[list[str]]:
-    section = TEXT.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    section = re.split(r"\n#+ ", TEXT.partition(f"# {heading}\n")[2])[0]
     lines = [line for line in section.splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 

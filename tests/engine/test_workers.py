@@ -147,7 +147,7 @@ def test_thread_that_does_not_stop_is_given_up(
 
     with pytest.raises(KeyError, match="broken"):
         workers.run([release.wait, failing])
-    assert "The work on slot 0 (cpu) does not stop" in caplog.text
+    assert "The task on slot 0 (cpu) does not stop" in caplog.text
     assert workers.run([lambda: 1]) == [1]
     release.set()
 

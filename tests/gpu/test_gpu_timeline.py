@@ -1,4 +1,4 @@
-"""What is taken down of the GPU's time and memory."""
+"""Time and memory of the GPU, as recorded."""
 
 import itertools
 import time

@@ -26,7 +26,7 @@ from torch.distributed import HashStore
 
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.payload import Payload
-from lightning_mgpu.launch.pool import WorkerPool, _Conditions, default_pool
+from lightning_mgpu.launch.pool import WorkerPool, _FixedState, default_pool
 from lightning_mgpu.launch.process_state import threads_per_rank
 from lightning_mgpu.launch.rank import Rank
 from lightning_mgpu.launch.rank_variables import RANK_VARIABLES, of_rank
@@ -499,7 +499,7 @@ def test_worker_that_does_not_come_to_rest_is_replaced(
         launch(leave_slow_garbage(tmp_path / "cleaned", 60.0), pool=pool)
         first = pool.pids[0]
         assert launch(rank_and_pid, pool=pool)[1] != (1, first)
-        assert "do not come to rest" in caplog.text
+        assert "did not finish cleaning up" in caplog.text
     finally:
         pool.close()
 
@@ -555,7 +555,7 @@ def test_foreign_process_group_is_refused() -> None:
     hook = sys.excepthook
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(LaunchError, match="group is initialised already, and not by us"):
+        with pytest.raises(LaunchError, match="group has been initialised already, by other code"):
             launch(rank_and_pid)
         assert dist.is_initialized()
     finally:
@@ -607,12 +607,12 @@ def test_conditions_tell_a_reloaded_module(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("mgpu_known")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    before = _Conditions()
-    assert before.still_hold(_Conditions())
+    before = _FixedState()
+    assert before.still_hold(_FixedState())
     importlib.reload(module)
-    assert not before.still_hold(_Conditions())
+    assert not before.still_hold(_FixedState())
     monkeypatch.delitem(sys.modules, module.__name__)
-    assert before.still_hold(_Conditions())
+    assert before.still_hold(_FixedState())
 
 
 def test_frozen_variable_needs_new_workers() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_mgpu._compat import hydra
 from lightning_mgpu.launch import process_state as state_module
 from lightning_mgpu.launch.process_state import (
     ProcessState,
@@ -178,7 +179,7 @@ def test_capture_changes_nothing() -> None:
     first = ProcessState.capture(threads=3)
     second = ProcessState.capture(threads=3)
     for field in dataclasses.fields(ProcessState):
-        if field.name not in ("random", "hydra"):
+        if field.name not in ("random", "libraries"):
             assert getattr(first, field.name) == getattr(second, field.name), field.name
 
 
@@ -187,9 +188,13 @@ def test_value_that_does_not_pickle_stays_behind(patch: pytest.MonkeyPatch) -> N
         raise TypeError("cannot pickle")
 
     patch.setattr(state_module.cloudpickle, "dumps", refuse)
-    captured = ProcessState.capture(threads=1)
+    captured = ProcessState.capture(threads=1, libraries=[lambda: int])
     assert captured.warning_filters is None
-    assert captured.hydra is None
+    assert captured.libraries == ()
+
+
+def test_library_that_is_not_in_use_stays_behind() -> None:
+    assert ProcessState.capture(threads=1, libraries=[lambda: None]).libraries == ()
 
 
 _TAKE_OVER = """
@@ -222,8 +227,10 @@ print(json.dumps({
 @pytest.mark.usefixtures("random_states")
 def test_another_process_takes_the_state_over(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     """A fresh interpreter, with other values of everything."""
-    from hydra.core.hydra_config import HydraConfig  # noqa: F401  so that Hydra is in use
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
+
+    HydraConfig.instance()
 
     captured = tmp_path / "state"
     program = [sys.executable, "-c", _TAKE_OVER, str(captured)]
@@ -243,7 +250,8 @@ def test_another_process_takes_the_state_over(tmp_path: Path, patch: pytest.Monk
             torch.manual_seed(5)
             random.seed(5)
             np.random.seed(5)
-            captured.write_bytes(pickle.dumps(ProcessState.capture(threads=1)))
+            state = ProcessState.capture(threads=1, libraries=[hydra.take_state])
+            captured.write_bytes(pickle.dumps(state))
             numbers = [random.random(), torch.rand(1).item(), np.random.rand()]
         environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
         output = subprocess.run(

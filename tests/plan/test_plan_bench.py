@@ -1,4 +1,4 @@
-"""What a rehearsal takes down of a module: layers, seconds, bytes."""
+"""Measurements of a module in a rehearsal: layers, seconds, bytes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter
 from lightning_mgpu.plan.bench import Bench
 from lightning_mgpu.plan.ledger import CALLER, Holders
-from lightning_mgpu.plan.profile import Profile, Span, Tied, Weights
+from lightning_mgpu.plan.profile import LayerRange, Profile, Tied, Weights
 
 
 def _measured(
@@ -206,7 +206,7 @@ def test_tied_parameters_are_copied_by_other_stages() -> None:
     assert bench.tied == [Tied(0, frozenset({0, 2}), 64)]
     weights = [Weights(80, 80, 0), Weights(), Weights()]
     profile = Profile(bench.names, weights, Weights(), 4, 1, bench.samples(), tied=bench.tied)
-    assert profile.weights_of(Span(0, 3)).total == 160
-    assert profile.weights_of(Span(0, 1)).total == 160
-    assert profile.weights_of(Span(1, 2)).total == 0
-    assert profile.weights_of(Span(1, 3)).total == 128
+    assert profile.weights_of(LayerRange(0, 3)).total == 160
+    assert profile.weights_of(LayerRange(0, 1)).total == 160
+    assert profile.weights_of(LayerRange(1, 2)).total == 0
+    assert profile.weights_of(LayerRange(1, 3)).total == 128

@@ -161,7 +161,7 @@ _REFUSED = {
     ),
     "too-few-batches": (
         ["++trainer.limit_train_batches=0"],
-        "mode=plan: Training was over before everything had been measured.",
+        "mode=plan: Training ended before everything had been measured.",
     ),
 }
 

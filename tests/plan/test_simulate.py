@@ -14,7 +14,7 @@ from lightning_mgpu.plan import simulate
 from lightning_mgpu.plan.ledger import CALLER, Holders
 from lightning_mgpu.plan.options import Checkpoint, Options
 from lightning_mgpu.plan.predict import memory, predict
-from lightning_mgpu.plan.profile import Profile, Sample, Span, Weights
+from lightning_mgpu.plan.profile import LayerRange, Profile, Sample, Weights
 from lightning_mgpu.plan.simulate import Link, Load
 from lightning_mgpu.plan.stages import Stages
 
@@ -184,7 +184,7 @@ def _profile(batch: int = 64) -> Profile:
 
 
 def _stages(*starts: int) -> Stages:
-    return Stages(_profile(), [Span(*pair) for pair in itertools.pairwise([0, *starts, 3])])
+    return Stages(_profile(), [LayerRange(*pair) for pair in itertools.pairwise([0, *starts, 3])])
 
 
 def test_what_was_not_measured_lies_on_the_line_between() -> None:
@@ -206,7 +206,7 @@ def test_links_go_one_way() -> None:
     profile = _profile()
     back = {Holders(frozenset(), 2, frozenset({0})): 7.0, **_VALUES}
     samples = [replace(sample, values=back) for sample in profile.samples]
-    stages = Stages(replace(profile, samples=samples), [Span(0, 2), Span(2, 3)])
+    stages = Stages(replace(profile, samples=samples), [LayerRange(0, 2), LayerRange(2, 3)])
     assert [*stages.costs(1).sent] == [Link(0, 1)]
 
 
@@ -327,6 +327,6 @@ def test_options_that_make_no_sense(arguments: dict[str, object], message: str) 
         Options(**arguments)  # type: ignore[arg-type]
 
 
-def _assert_apart(spans: list[simulate.Span]) -> None:
+def _assert_apart(spans: list[simulate.TimeSpan]) -> None:
     for earlier, later in itertools.pairwise(sorted(spans)):
         assert earlier.end <= later.start

@@ -43,8 +43,8 @@ def test_entry_points_in_any_order_repeatedly() -> None:
             torch.testing.assert_close(torch.cat(result), model(boring.blobs()[:][0]))
         assert trainer.state.finished
         assert trainer.state.fn.value == name
-        warm = warm or worker_group._sessions[0]
-        assert worker_group._sessions == [warm], "the workers were started again"
+        warm = warm or worker_group._groups[0]
+        assert worker_group._groups == [warm], "the workers were started again"
 
 
 def test_everything_returns_as_ddp_leaves_it(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_resources_hook_and_ddp_arguments(monkeypatch: pytest.MonkeyPatch) -> No
     assert facts.facts[0]["node"] == {"CPU": 0.5, "tape": 1.0}
     assert facts.facts[0]["hooked"] == "called"
     close()
-    assert worker_group._sessions == []
+    assert worker_group._groups == []
 
 
 class _Unused(boring.Classifier):
@@ -269,9 +269,9 @@ def test_original_exception_arrives_and_the_next_call_works() -> None:
     assert "training_step" in str(caught.value.__cause__)
     assert "On rank 1" in str(caught.value.__cause__)
     assert trainer.interrupted
-    assert worker_group._sessions == []
+    assert worker_group._groups == []
     _trainer().fit(boring.Classifier(), datamodule=boring.Blobs())
-    assert len(worker_group._sessions) == 1
+    assert len(worker_group._groups) == 1
 
 
 def test_weights_from_before_a_failed_run_are_not_saved_as_those_of_the_failure(
@@ -290,7 +290,7 @@ def test_weights_from_before_a_failed_run_are_not_saved_as_those_of_the_failure(
 def test_killed_worker_is_named() -> None:
     with pytest.raises(WorkerDiedError, match="Rank 1 died"):
         _trainer().fit(_Fails("kill"), datamodule=boring.Blobs())
-    assert worker_group._sessions == []
+    assert worker_group._groups == []
 
 
 def test_worker_killed_between_calls_is_replaced() -> None:
@@ -321,7 +321,7 @@ def test_too_few_resources_are_said_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     words = r"ask for 64 × \(CPU: 1\), and the cluster has 1 node \(CPU: 4, tape: 2\).*free: "
     with pytest.raises(LaunchError, match=words):
         _trainer(64).fit(boring.Classifier(), datamodule=boring.Blobs())
-    assert worker_group._sessions == []
+    assert worker_group._groups == []
 
 
 def test_idle_workers_end() -> None:
@@ -332,7 +332,7 @@ def test_idle_workers_end() -> None:
         for thread in threading.enumerate():
             if thread.name == "mgpu-ray-idle":
                 thread.join(5)
-        assert worker_group._sessions == []
+        assert worker_group._groups == []
     finally:
         keep_warm(300)
     with pytest.raises(ValueError, match=r"keep_warm\(-1\)"):

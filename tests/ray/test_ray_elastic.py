@@ -55,20 +55,20 @@ def test_as_many_are_reserved_as_there_is_room_for(
 
 
 class _Workers:
-    """A session that starts nothing: as many workers as `room` has for them."""
+    """A group that starts nothing: as many workers as `room` has for them."""
 
     room = 0
 
-    def __init__(self, group: worker_group.Group) -> None:
-        self.group, self.busy = group, True
-        self.size = max(group.least, min(group.most, self.room))
+    def __init__(self, request: worker_group.WorkerRequest) -> None:
+        self.request, self.busy = request, True
+        self.size = max(request.least, min(request.most, self.room))
         self.is_alive, self.is_stale = lambda: True, lambda: False
         self.wake = self.close = lambda: None
 
 
 def test_warm_workers_give_way_to_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_group, "Session", _Workers)
-    monkeypatch.setattr(worker_group, "_sessions", [])
+    monkeypatch.setattr(worker_group, "WorkerGroup", _Workers)
+    monkeypatch.setattr(worker_group, "_groups", [])
     free = 0
 
     def take(strategy: RayStrategy) -> Any:
@@ -76,7 +76,7 @@ def test_warm_workers_give_way_to_more(monkeypatch: pytest.MonkeyPatch) -> None:
         workers.busy = False
         return workers
 
-    monkeypatch.setattr(worker_group.Group, "fits", lambda group, count: count <= free)
+    monkeypatch.setattr(worker_group.WorkerRequest, "fits", lambda group, count: count <= free)
     elastic, fixed = RayStrategy(num_workers=(2, 4)), RayStrategy(num_workers=3)
     _Workers.room = 2
     first = take(elastic)
@@ -84,7 +84,7 @@ def test_warm_workers_give_way_to_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert take(elastic) is first, "there is no room for more"
     free, _Workers.room = 1, 3
     second = take(elastic)
-    assert (second.size, worker_group._sessions) == (3, [second])
+    assert (second.size, worker_group._groups) == (3, [second])
     _Workers.room = 9
     third = take(elastic)
     assert third.size == 4

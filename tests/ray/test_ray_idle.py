@@ -28,7 +28,7 @@ def test_task_finds_cpus_that_idle_workers_held() -> None:
     start = time.monotonic()
     assert ray.get(ray.remote(lambda: "done").remote(), timeout=60) == "done"
     assert time.monotonic() - start < 20, "they gave way by themselves"
-    assert worker_group._sessions == []
+    assert worker_group._groups == []
 
 
 @pytest.mark.slow
@@ -41,7 +41,7 @@ def test_placement_group_of_others_ends_idle_workers(eventually: Callable[..., N
         assert group.wait(20)
     finally:
         remove_placement_group(group)
-    eventually(lambda: worker_group._sessions == [])
+    eventually(lambda: worker_group._groups == [])
 
 
 @pytest.mark.slow
@@ -49,13 +49,13 @@ def test_placement_group_of_others_ends_idle_workers(eventually: Callable[..., N
 def test_requests_that_do_not_concern_workers_leave_them_warm() -> None:
     close()
     _fit(1)
-    (warm,) = worker_group._sessions
+    (warm,) = worker_group._groups
     too_large = ray.remote(num_cpus=1000)(lambda: None).remote()
     other = placement_group([{"tape": 2}])
     more = ray.remote(num_cpus=0, resources={"tape": 1})(lambda: None).remote()
     assert ray.get(ray.remote(lambda: "free").remote()) == "free"
     time.sleep(3)
-    assert worker_group._sessions == [warm]
+    assert worker_group._groups == [warm]
     ray.cancel(too_large)
     ray.cancel(more)
     remove_placement_group(other)

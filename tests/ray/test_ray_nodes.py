@@ -159,7 +159,10 @@ def test_several_nodes_one_that_is_lost_and_a_client(tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.glob("prepared-*")] == ["x", "x"]  # once a node
     assert seen["in order"]
     assert seen["placed"] == [1, 2, 2]
-    assert "storage_path='/dev/fd/200/states'`: what rank 0 writes there, rank" in seen["refused"]
+    assert (
+        "storage_path='/dev/fd/200/states'`: files that rank 0 writes there are not visible to rank"
+        in seen["refused"]
+    )
     # Three workers until a node is lost in the second epoch, then the two that there is room for.
     assert seen["epochs"] == 3
     assert seen["worlds"] == ["3", "2", "2"]

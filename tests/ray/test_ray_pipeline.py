@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_mgpu.ray import RayPipelineStrategy
-from lightning_mgpu.ray.ranks import Place
+from lightning_mgpu.ray.ranks import RankAssignment
 
 
 class Last(nn.Linear):
@@ -91,7 +91,7 @@ def test_config_takes_the_arguments_of_both() -> None:
 
 def test_each_worker_has_devices_of_its_own() -> None:
     strategy = RayPipelineStrategy(num_workers=2, num_cpus_per_worker=6, use_gpu=True, stages=3)
-    place = Place(1, 2, local_rank=1, local_world_size=2, node_rank=0, num_nodes=1)
+    place = RankAssignment(1, 2, local_rank=1, local_world_size=2, node_rank=0, num_nodes=1)
     strategy.take_place(place)
     try:
         assert strategy.stage_devices == [torch.device("cuda", i) for i in range(3)]

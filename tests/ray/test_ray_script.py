@@ -105,7 +105,7 @@ def test_notebook_trains_what_its_cells_define(environment: dict[str, str]) -> N
 _ENDLESS = """
 import pathlib, time
 import boring, ray
-from lightning_mgpu.ray import RayStrategy, session
+from lightning_mgpu.ray import RayStrategy, worker_group
 
 def everything_is_free():
     deadline = time.monotonic() + 20
@@ -125,7 +125,7 @@ if __name__ == "__main__":
     try:
         trainer.fit(Endless(), datamodule=boring.Blobs())
     except BaseException as error:
-        print(type(error).__name__, trainer.state.status.value, session._sessions)
+        print(type(error).__name__, trainer.state.status.value, worker_group._groups)
         print("free:", everything_is_free())
 """
 

@@ -11,7 +11,7 @@ from configs import config
 from hydra.utils import instantiate
 
 from lightning_mgpu.launch.errors import LaunchError
-from lightning_mgpu.ray import RayShardedStrategy, close, cluster
+from lightning_mgpu.ray import RayShardedStrategy, close, connection
 
 # Lightning's FSDP computes in float32, whatever the model's type.
 SINGLE = 1e-5
@@ -85,7 +85,7 @@ def test_workers_without_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         RayShardedStrategy(num_workers=2, use_gpu=False)
     with pytest.raises(ValueError, match=words.format(True)):
         RayShardedStrategy(num_workers=2, resources_per_worker={"GPU": 0})
-    monkeypatch.setattr(cluster, "is_ours", lambda: True)
+    monkeypatch.setattr(connection, "is_ours", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
         LaunchError, match=r"trains on GPUs only, and this machine has none.*ray://"

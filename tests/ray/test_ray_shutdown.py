@@ -14,7 +14,7 @@ _SCRIPT = """
 import os
 import boring, ray
 import lightning.pytorch as pl
-from lightning_mgpu.ray import RayStrategy, close, cluster, session
+from lightning_mgpu.ray import RayStrategy, close, connection, worker_group
 
 class Variables(pl.Callback):
     seen = None
@@ -27,26 +27,26 @@ if __name__ == "__main__":
     trainer = boring.trainer(RayStrategy(num_workers=1, num_cpus_per_worker=0.5), "auto",
                              callbacks=[variables := Variables()])
     options = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False}
-    cluster.connect(options)
+    connection.connect(options)
     trainer.fit(model, datamodule=data)
-    (first,) = session._sessions
-    print("ours:", cluster.is_ours())
+    (first,) = worker_group._groups
+    print("ours:", connection.is_ours())
     ray.shutdown()
 
     os.environ.update(MODE="driver", OTHER="driver")
     with ray.init(**options, runtime_env={"env_vars": {"MODE": "worker"}}):
         (figures,) = trainer.test(model, datamodule=data)
-        print("tested:", figures["test_loss"] < 1.1, "ours:", cluster.is_ours())
+        print("tested:", figures["test_loss"] < 1.1, "ours:", connection.is_ours())
         print("variables:", *variables.seen)
-        cluster.connect({"address": "elsewhere:1"})  # the program's own is used as it is
-        assert session._sessions != [first] and len(session._sessions) == 1
+        connection.connect({"address": "elsewhere:1"})  # the program's own is used as it is
+        assert worker_group._groups != [first] and len(worker_group._groups) == 1
     close()
-    print("left:", session._sessions)
+    print("left:", worker_group._groups)
 
-    cluster.connect(options)
+    connection.connect(options)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, datamodule=data)
-    print("steps:", trainer.global_step, "ours:", cluster.is_ours())
+    print("steps:", trainer.global_step, "ours:", connection.is_ours())
 """
 
 

@@ -52,12 +52,12 @@ def test_half_written_checkpoint_leaves_the_last_one(tmp_path: Path) -> None:
 
 
 def test_checkpoint_that_is_elsewhere_is_not_taken_for_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot be seen from the node .* all nodes share"):
+    with pytest.raises(ValueError, match=r"is not visible on the node .* all nodes share"):
         Directory(f"{tmp_path}/fit", has_some=True).copy_to(io.BytesIO())
 
 
 class _Workers:
-    """Two workers of a session, of which only the first sees the storage."""
+    """Two workers of a group, of which only the first sees the storage."""
 
     def call(self, function: Any, ranks: Any = (0, 1)) -> list[Any]:
         return [function() if rank == 0 else False for rank in ranks]
@@ -74,7 +74,7 @@ def test_storage_that_cannot_do_is_refused(tmp_path: Path) -> None:
         StorageKeeper("s3://bucket/runs?bad=1").check(_Workers())
     with pytest.raises(ValueError, match=r"Unrecognized filesystem type"):  # `?` is no name
         StorageKeeper("memory://bucket?bad=1").check(_Workers())
-    with pytest.raises(ValueError, match=r"rank 1 on another node cannot see.*leave"):
+    with pytest.raises(ValueError, match=r"not visible to rank 1 on another node.*remove"):
         StorageKeeper(f"{tmp_path}/mine").check(_Workers())
     assert list((tmp_path / "mine").iterdir()) == []
 

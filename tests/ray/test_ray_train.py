@@ -16,7 +16,7 @@ from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 from ray.train.torch import TorchTrainer
 
 from lightning_mgpu.errors import ConfigError
-from lightning_mgpu.ray import RayStrategy, close, cluster, fit, prepare_trainer
+from lightning_mgpu.ray import RayStrategy, close, connection, fit, prepare_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -100,7 +100,7 @@ def test_users_own_torch_trainer(tmp_path: Path) -> None:
         scaling_config=ScalingConfig(num_workers=2, **_CPU),
         run_config=RunConfig(name="mine", storage_path=str(tmp_path)),
     )
-    with cluster.signal_handlers_kept():
+    with connection.signal_handlers_kept():
         trainer.fit()
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["ours_place"] == facts["rays_place"] == [0, 2, 0]
@@ -111,7 +111,7 @@ def test_users_own_torch_trainer(tmp_path: Path) -> None:
 
 
 def test_driver_is_no_worker() -> None:
-    with pytest.raises(MisconfigurationException, match=r"gives its Trainer `strategy=RayStrategy"):
+    with pytest.raises(MisconfigurationException, match=r"use `Trainer\(strategy=RayStrategy"):
         prepare_trainer(boring.trainer(RayStrategy(), "auto"))
 
 

@@ -278,7 +278,7 @@ def test_scatter_fn_splits_what_we_cannot() -> None:
 
 def test_scatter_fn_with_too_many_shards_is_refused() -> None:
     strategy = DataParallelStrategy(scatter_fn=lambda batch, n: [Shard(batch, 1)] * (n + 1))
-    with pytest.raises(ValueError, match="`scatter_fn` has made 3 shards for 2 devices"):
+    with pytest.raises(ValueError, match="`scatter_fn` made 3 shards for 2 devices"):
         dp(strategy=strategy).fit(boring.Classifier(), boring.Blobs())
 
 
@@ -629,7 +629,7 @@ def test_attributes_that_differ_between_replicas_are_told_once(
     model = Model()
     dp(limit_val_batches=0).fit(model, boring.Blobs(5, 10))
     assert model.last == 3
-    assert caplog.text.count("something else to `Model.last` on each replica") == 1
+    assert caplog.text.count("a different value to `Model.last` on each replica") == 1
 
 
 def test_containers_and_buffers_that_count_are_as_on_one_device(

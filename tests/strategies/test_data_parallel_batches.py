@@ -254,7 +254,10 @@ class Bag:
         (Bag, "a `Bag` that holds tensors"),
         (lambda ids: (X[ids], Bag(ids)), r"`batch\[1\]` is a `Bag`"),
         (lambda ids: (torch.stack([X[ids]] * 5), Y[ids]), r"`batch\[0\]` has 5 .* has 8"),
-        (lambda ids: {"x": X[ids], "y": [[X[ids]] * SIZE]}, "cannot be told whether"),
+        (
+            lambda ids: {"x": X[ids], "y": [[X[ids]] * SIZE]},
+            "an entry per sample, or an array per input",
+        ),
     ],
     ids=["sparse", "object", "object in a tuple", "sequence first", "undecided"],
 )

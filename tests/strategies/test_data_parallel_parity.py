@@ -146,7 +146,7 @@ def test_loss_that_is_no_mean_over_samples_is_told_once(
 ) -> None:
     fit(Net(step), max_epochs=2)
     (text,) = warnings_of(caplog)
-    assert "`training_step` gives something else on 2 shards (of 4, 4 samples)" in text
+    assert "`training_step` gives different results on 2 shards (of 4, 4 samples)" in text
     assert "`loss`: " in text
     assert " instead of " in text
     assert "parity_check='off'" in text
@@ -209,7 +209,7 @@ def test_output_whose_rows_are_no_samples_is_told(caplog: pytest.LogCaptureFixtu
 
     boring.trainer(DataParallelStrategy(), 2).predict(Net(loss_of, predict_step=gram), loader())
     (text,) = warnings_of(caplog)
-    assert "`predict_step` gives something else" in text
+    assert "`predict_step` gives different results" in text
     assert "`output`: shape (8, 4) instead of (4, 4)" in text
     assert "`output` has 4 rows for 8 samples" in text
     assert "gather_fn" in text
@@ -363,7 +363,7 @@ def test_parity_models_are_no_difference(
 @pytest.mark.parametrize("kind", parity_models.UNPICKLABLE_MODELS, ids=lambda kind: kind.__name__)
 def test_parametrised_models_are_no_difference(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
     fit(kind(), parity="error")
-    assert not [text for text in warnings_of(caplog) if "gives something else" in text]
+    assert not [text for text in warnings_of(caplog) if "gives different results" in text]
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_random_draws_are_no_difference(kind: str, caplog: pytest.LogCaptureFixt
     torch.manual_seed(0)
     trainer = boring.trainer(DataParallelStrategy(parity_check="error"), 2, max_steps=1)
     trainer.fit(noisy(kind), loader(), loader())
-    assert not [text for text in warnings_of(caplog) if "gives something else" in text]
+    assert not [text for text in warnings_of(caplog) if "gives different results" in text]
 
 
 @pytest.mark.parametrize("kind", ["functional", "depth"])
@@ -448,7 +448,7 @@ def test_dropout_and_batch_normalisation_are_no_difference(
     model.net.insert(1, nn.BatchNorm1d(8, dtype=torch.float64))
     model.net.insert(2, nn.Dropout(0.5))
     fit(model, parity="error")
-    assert not [text for text in warnings_of(caplog) if "gives something else" in text]
+    assert not [text for text in warnings_of(caplog) if "gives different results" in text]
 
 
 def test_small_differences_of_double_precision_are_no_rounding(
@@ -458,7 +458,7 @@ def test_small_differences_of_double_precision_are_no_rounding(
         return loss_of(self, batch) * (1 + 1e-6 * len(batch[0]))
 
     fit(Net(step))
-    assert any("gives something else" in text for text in warnings_of(caplog))
+    assert any("gives different results" in text for text in warnings_of(caplog))
 
 
 @pytest.mark.parametrize("is_mean", [True, False])
@@ -475,7 +475,7 @@ def test_steps_without_a_loss_in_evaluation_are_compared_with_their_draws(
         return loss if is_mean else loss / (batch[1] == 0).sum()
 
     fit(Net(step))
-    told = [text for text in warnings_of(caplog) if "gives something else" in text]
+    told = [text for text in warnings_of(caplog) if "gives different results" in text]
     assert len(told) == (0 if is_mean else 1)
 
 
@@ -763,7 +763,9 @@ def test_short_runs_are_checked(options: Any, caplog: pytest.LogCaptureFixture) 
     model = Net(class_weights, validation_step=lambda self, b: self.log("v", summed(self, b)))
     trainer = boring.trainer(DataParallelStrategy(), 2, **options)
     trainer.fit(model, loader(), loader())
-    kinds = [text.split("`")[1] for text in warnings_of(caplog) if "gives something" in text]
+    kinds = [
+        text.split("`")[1] for text in warnings_of(caplog) if "gives different results" in text
+    ]
     assert sorted(kinds) == ["training_step", "validation_step"]
 
 
@@ -774,7 +776,7 @@ def test_lr_finder_is_checked_and_tells_once(
     model = Net(class_weights)
     Tuner(trainer).lr_find(model, loader(), num_training=4, update_attr=False)
     trainer.fit(model, loader())
-    texts = [text for text in warnings_of(caplog) if "gives something else" in text]
+    texts = [text for text in warnings_of(caplog) if "gives different results" in text]
     assert len(texts) == 1
 
 

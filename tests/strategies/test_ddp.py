@@ -440,7 +440,7 @@ def test_ranks_started_from_outside_are_left_alone(
 
 
 def test_start_method_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"start_method='spawn'.*has a launcher of its own"):
+    with pytest.raises(ValueError, match=r"start_method='spawn'.*has its own launcher"):
         boring.trainer(DDPStrategy(start_method="spawn"))
 
 

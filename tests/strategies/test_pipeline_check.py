@@ -37,7 +37,9 @@ MIXING: dict[str, Any] = {
 def test_layers_that_mix_samples_are_refused(middle: Any, samples: int) -> None:
     with (
         pipelined(Net(middle)) as run,
-        pytest.raises(SplitError, match=r"`Net.forward` gives other values.*`output`.*chunks=1"),
+        pytest.raises(
+            SplitError, match=r"`Net.forward` gives different values.*`output`.*chunks=1"
+        ),
     ):
         run(data(samples, 6, seed=4))
 

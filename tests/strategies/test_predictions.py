@@ -154,7 +154,7 @@ def test_unknown_dealing_comes_in_the_order_of_the_dataset(
 
 
 def test_repetitions_of_unknown_dealing_are_kept_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match="padding cannot be told from repetition"):
+    with pytest.warns(UserWarning, match="padding cannot be distinguished from repetition"):
         merged = _merge(_column, [[[0, 2], [4]], [[1, 3], [0]]], "dataset")
     assert [_plain(batch) for batch in merged] == [[0, 0], [1, 2], [3, 4]]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from lightning_mgpu.sweep.report.lanes import timeline
 from lightning_mgpu.sweep.report.reader import read
 
 pytestmark = pytest.mark.slow
+
+_NEEDS_BOHB = pytest.mark.skipif(
+    find_spec("hpbandster") is None,
+    reason="needs hpbandster: pip install 'lightning_mgpu[bohb]'",
+)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +177,7 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
     ("kind", "reason"),
     [
         ("raise", "StubbornError: one and two"),
-        ("exit", "the job ended itself by sys.exit(3)"),
+        ("exit", "the job called sys.exit(3)"),
         ("kill", "its process died"),
         ("diverge", "NotFiniteError: the job returned nan"),
         ("none", "the job returned None and named no metric; set hydra.sweeper.metric"),
@@ -312,7 +318,11 @@ def test_population_goes_on_from_the_better_with_new_values(
 
 @pytest.mark.parametrize(
     ("search", "scheduler"),
-    [("bohb", "bohb"), ("optuna", "median"), ("random", "pb2")],
+    [
+        pytest.param("bohb", "bohb", marks=_NEEDS_BOHB),
+        ("optuna", "median"),
+        ("random", "pb2"),
+    ],
 )
 def test_search_and_scheduler_work_together(ray_address: str, search: str, scheduler: str) -> None:
     done = sweep(

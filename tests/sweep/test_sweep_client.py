@@ -133,7 +133,7 @@ def test_our_command_in_a_terminal(there: Path, address: str) -> None:
     written = b"".join(shown).decode()
     assert process.returncode == 0, written + err
     assert "2 of 2 ended, 0 running" in written  # below the table
-    assert "Copied to multirun/first" in written
+    assert "Downloaded to multirun/first" in written
 
     home = Path("multirun/first")
     results = yaml.safe_load((home / "optimization_results.yaml").read_text())
@@ -168,7 +168,7 @@ def test_project_is_sent_and_a_sweep_that_was_cut_goes_on(
     assert process.returncode == 130, out + err
     assert seconds < 10
     assert resume_argument(out) == "hydra.sweeper.resume=swept"
-    assert address in out.partition("Go on with: ")[2]
+    assert address in out.partition("Resume with: ")[2]
     saved = yaml.safe_load((project / "swept" / "optimization_results.yaml").read_text())
     assert saved["trials"][0]["status"] == "done"
     assert (project / "swept/0/seen").read_text() == "1 blue"
@@ -246,11 +246,14 @@ def test_what_is_lost_on_the_head_ends_command_and_sweep(
     ("arguments", "message"),
     [
         (("hydra.sweeper.ray.runtime_env.working_dir=null",), "app.py is not there"),
-        (("hydra.sweeper.ray.num_cpus=4",), "hydra.sweeper.ray.num_cpus=4: what a cluster has"),
+        (
+            ("hydra.sweeper.ray.num_cpus=4",),
+            "num_cpus=4: the resources of the cluster at",
+        ),
         (("hydra.sweeper.ray.address=ray://127.0.0.1:1",), "There is no Ray cluster at ray://127"),
-        (("hydra.sweep.dir=../above",), "hydra.sweep.dir=../above: lies on the cluster"),
-        (("hydra.sweep.dir=other",), "holds a sweep already. Go on with it by hydra.sweeper"),
-        (("hydra.sweep.dir=mine",), "scripts/mine holds a sweep already, and the new one"),
+        (("hydra.sweep.dir=../above",), "hydra.sweep.dir=../above: leads out of the home"),
+        (("hydra.sweep.dir=other",), "already holds a sweep. Resume it with hydra.sweeper"),
+        (("hydra.sweep.dir=mine",), "scripts/mine already holds a sweep, and the new one"),
     ],
 )
 def test_what_cannot_work_is_refused(

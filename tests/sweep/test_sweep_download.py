@@ -135,8 +135,8 @@ def test_disk_that_is_full_says_where_the_files_are(
 
     monkeypatch.setattr(os, "utime", fail)
     download(afar, Path("home"))
-    assert "Not all could be copied ([Errno 28] No space left on device)" in caplog.text
-    assert f"It is on the cluster: {Path('cluster/swept').absolute()}" in caplog.text
+    assert "Some files could not be downloaded ([Errno 28] No space left on device)" in caplog.text
+    assert f"They are on the cluster: {Path('cluster/swept').absolute()}" in caplog.text
     assert _names(Path("home")) == set()
 
 

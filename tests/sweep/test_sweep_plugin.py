@@ -15,7 +15,7 @@ from hydra.plugins.sweeper import Sweeper
 
 from hydra_plugins.ray_tune_sweeper.ray_tune_sweeper import RayTuneSweeper
 from lightning_mgpu.errors import ConfigError
-from lightning_mgpu.ray import cluster
+from lightning_mgpu.ray import connection
 from lightning_mgpu.sweep.store.lock import locked
 
 SWEEP = ("-m", "hydra/sweeper=ray_tune", "hydra.sweep.dir=sweep", "model.lr=interval(0.1,1)")
@@ -65,11 +65,11 @@ print(json.dumps([ours, sorted(heavy & set(sys.modules))]))
     [
         (("hydra.sweeper.mode=most",), "hydra.sweeper.mode=most: expected one of min, max"),
         (("hydra.sweeper.search_alg.sed=1",), "Could not override 'hydra.sweeper.search_alg.sed'"),
-        (("hydra/sweeper/scheduler=bohb",), "BOHB is both"),
+        (("hydra/sweeper/scheduler=bohb",), "BOHB needs both"),
         (("hydra/sweeper/search_alg=grid",), "model.lr: an interval of real numbers has no grid"),
         (("model.lrr=1,2",), "Could not override 'model.lrr'"),
         (("hydra.sweeper.resume=nowhere",), "hydra.sweeper.resume=nowhere: holds no sweep"),
-        (("hydra.sweeper.ray.address='127.0.0.1:1'",), "127.0.0.1:1: no such cluster"),
+        (("hydra.sweeper.ray.address='127.0.0.1:1'",), "There is no Ray cluster at 127.0.0.1:1 "),
         (
             ("hydra.sweeper.ray.address='ray://127.0.0.1:1'",),
             "There is no Ray cluster at ray://127",
@@ -92,7 +92,7 @@ def test_cluster_may_be_named_in_the_environment(
     monkeypatch.setenv("RAY_ADDRESS", address)
     done = run(*SWEEP)
     assert done.code == 2, done.err
-    assert f"RAY_ADDRESS={address}: no such" in done.err or f"cluster at {address}" in done.err
+    assert f"There is no Ray cluster at {address} " in done.err
 
 
 def test_any_application_shows_what_is_wrong_without_a_traceback() -> None:
@@ -114,7 +114,7 @@ def test_directory_of_another_sweep_is_refused() -> None:
     Path("sweep/search_space.yaml").write_text("{}\n")
     done = run(*SWEEP)
     assert done.code == 2
-    assert "holds a sweep already. Go on with it by hydra.sweeper.resume=" in done.err
+    assert "already holds a sweep. Resume it with hydra.sweeper.resume=" in done.err
 
 
 def test_resumed_sweep_with_another_space_is_refused() -> None:
@@ -132,13 +132,12 @@ def test_sweep_goes_on_at_another_address() -> None:
     given = ("+search_space=lenet", "hydra.sweep.dir=sweep")
     for port, more in (1, ()), (2, ("hydra.sweeper.resume=sweep",)):
         done = run(*given, f"ray.address='127.0.0.1:{port}'", *more)
-        assert f"127.0.0.1:{port}: no such cluster" in done.err
+        assert f"There is no Ray cluster at 127.0.0.1:{port} " in done.err
 
 
 def test_sweep_runs_in_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_mgpu.sweep.store.lock._PATIENCE_SECONDS", 0.0)
-    path = Path("search_space.yaml")
-    path.touch()
+    path = Path.cwd()
     for _ in range(2):  # the second time, the first one has given it back
         with locked(path), pytest.raises(ConfigError, match="still runs this sweep"), locked(path):
             pytest.fail("twice at once")
@@ -174,7 +173,7 @@ def test_cluster_without_this_package_is_told_of(
     monkeypatch.setattr(ray, "init", lambda *_, **__: None)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "remote", unpickle)
-    monkeypatch.setattr(cluster, "connection", lambda: "theirs")
+    monkeypatch.setattr(connection, "connection", lambda: "theirs")
     done = run(*SWEEP, f"hydra.sweeper.ray.address='{listener}'")
     assert done.code == 2, done.err
     assert "No module named 'lightning_mgpu'). Every machine needs the same versions" in done.err

@@ -13,18 +13,20 @@ from typing import Any
 
 import journals
 import pytest
+import sklearn.ensemble  # noqa: F401  (sets variables of the environment; no test's leak)
 from browser import rendered
 from command import run
 from journals import ACT, DEPTH, DROP, FLAG, FOUR, L1, LR
 
-from lightning_mgpu.config.sweeper import AshaConf, RandomConf, RayTuneSweeperConf
+from hydra_plugins.ray_tune_sweeper.config import AshaConf, RandomConf, RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.format import duration
 from lightning_mgpu.sweep import main as running
 from lightning_mgpu.sweep.report import draw
 from lightning_mgpu.sweep.report import importance as importances
 from lightning_mgpu.sweep.report.axes import axis_of, log_ticks, metric_axis, shorten
 from lightning_mgpu.sweep.report.importance import importance
-from lightning_mgpu.sweep.report.lanes import clock, time_unit, timeline
+from lightning_mgpu.sweep.report.lanes import time_unit, timeline
 from lightning_mgpu.sweep.report.model import Dimension
 from lightning_mgpu.sweep.report.reader import read
 from lightning_mgpu.sweep.report.views import best_so_far, curves, has_curves, saving
@@ -321,9 +323,9 @@ def test_marks_of_logarithmic_axes_are_few_and_round(
 def test_words_are_shortened_in_the_middle_and_times_are_readable() -> None:
     assert shorten("short") == "short"
     assert shorten("a_very_long_name_of_a_value", 11) == "a_ver…value"
-    assert [clock(at) for at in (1.25, 42.4, 61, 3725)] == [
-        "1.2 s",
-        "42 s",
+    assert [duration(at) for at in (1.25, 42.4, 61, 3725)] == [
+        "1.25 s",
+        "42.4 s",
         "1 min 01 s",
         "1 h 02 min",
     ]
@@ -420,7 +422,7 @@ def test_pictures_that_show_nothing_any_more_go() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "mode=report: of which sweep? Name its directory: sweep="),
+        ((), "mode=report: no sweep given. Set its directory: sweep="),
         (("sweep=nowhere",), "nowhere: there is no such directory"),
         (("sweep=.",), "there is no journal.jsonl. Name the directory of a sweep by"),
         (("sweep=damaged",), "journal.jsonl holds no sweep"),
@@ -474,7 +476,7 @@ def test_train_refuses_to_draw(tmp_path: Path) -> None:
 
     from lightning_mgpu.cli.run import train
 
-    with pytest.raises(ConfigError, match=r"mode=report: draws what is there.*command"):
+    with pytest.raises(ConfigError, match=r"mode=report: only draws existing results.*command"):
         train(OmegaConf.create({"mode": "report", "output_dir": str(tmp_path)}))
 
 

@@ -62,7 +62,7 @@ def test_number_of_workers_that_some_trial_would_wait_for_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = {"strategy": [_RAY], "strategy.num_workers": [1, 2, 3], "lr": [0.1, 0.2]}
-    with pytest.raises(ConfigError, match=r"a trial ask for CPU: 6, and there are CPU: 4"):
+    with pytest.raises(ConfigError, match=r"a trial need CPU: 6, but there are CPU: 4"):
         _requests(monkeypatch, **given).check()
 
 
@@ -73,7 +73,7 @@ def test_strategy_that_cannot_be_built_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_more_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"a trial ask for CPU: 6, and there are CPU: 4"):
+    with pytest.raises(ConfigError, match=r"a trial need CPU: 6, but there are CPU: 4"):
         _requests(monkeypatch, strategy=[{**_RAY, "num_workers": 3}]).check()
 
 

@@ -122,7 +122,7 @@ def test_sweep_whose_time_is_over_ends_in_order_and_goes_on(ray_address: str) ->
     )
     done = sweep("lingering_app.py", ray_address, *given, "hydra.sweeper.time_budget_s=30")
     assert done.code == 0, done.err
-    assert "time_budget_s=30.0 is over: 1 trials unfinished, 2 not begun" in done.out
+    assert "time_budget_s=30.0 is over: 1 trials unfinished, 2 not started" in done.out
     (trial,) = done.trials
     assert trial["status"] == "unfinished"
     assert trial["reports"] > 0
@@ -136,7 +136,7 @@ def test_sweep_whose_time_is_over_ends_in_order_and_goes_on(ray_address: str) ->
     assert [one["status"] for one in resumed.trials] == ["done"] * 3
     assert [one["reports"] for one in resumed.trials] == [1] * 3
     assert [one["params"]["x"] for one in resumed.trials] == [1, 2, 3]
-    assert "Ended early" not in resumed.out
+    assert "Stopped early" not in resumed.out
 
 
 def test_sweep_that_has_ended_goes_on_with_more_trials(ray_address: str) -> None:

@@ -105,9 +105,9 @@ def test_params_may_hold_values_that_are_not_strings() -> None:
     ("override", "message"),
     [
         ("k=interval(2,1)", r"k: interval\(2\.0, 1\.0\) is empty"),
-        ("k=tag(log,interval(0,1))", r"must begin above 0"),
+        ("k=tag(log,interval(0,1))", r"must start above 0"),
         ("k=tag(logg,interval(1,2))", r"tag\(logg\) is unknown; known: log, int"),
-        ("k=range(3,3)", r"k=range\(3,3\): holds no value"),
+        ("k=range(3,3)", r"k=range\(3,3\): has no value"),
     ],
 )
 def test_wrong_sweep_is_refused(override: str, message: str) -> None:

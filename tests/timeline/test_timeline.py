@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mgpu import PipelineDDPStrategy, PipelineStrategy
 from lightning_mgpu.engine.pipeline.profile import recording
-from lightning_mgpu.engine.pipeline.profile.timeline import Kind, Span, Timeline
+from lightning_mgpu.engine.pipeline.profile.timeline import Kind, PipelineTimeline, StageSpan
 from lightning_mgpu.strategies.stages.step_trace import chrome_trace
 from lightning_mgpu.timeline import drawing as report
 
@@ -59,10 +59,10 @@ def trace() -> Any:
     return json.loads(Path("trace/timeline.json").read_text())
 
 
-def spans() -> list[Span]:
+def spans() -> list[StageSpan]:
     """Those in the trace file, as the engine had them."""
     return [
-        Span(
+        StageSpan(
             event["tid"] - 1,
             event["args"]["micro-batch"],
             event["args"]["call"],
@@ -75,9 +75,9 @@ def spans() -> list[Span]:
     ]
 
 
-def of(kind: Kind, found: list[Span]) -> dict[tuple[int, int], Span]:
+def of(kind: Kind, found: list[StageSpan]) -> dict[tuple[int, int], StageSpan]:
     """By stage and micro-batch: from the first to the last moment."""
-    chosen: dict[tuple[int, int], Span] = {}
+    chosen: dict[tuple[int, int], StageSpan] = {}
     for span in sorted((s for s in found if s.kind == kind), key=lambda span: span.start):
         first = chosen.setdefault((span.stage, span.chunk), span)
         chosen[span.stage, span.chunk] = replace(first, end=span.end)
@@ -135,7 +135,7 @@ def test_trace_names_its_stages_and_says_how_well_they_were_used() -> None:
             assert event["ts"] >= 0
             assert event["dur"] >= 0
     about = content["otherData"]
-    measured = Timeline.of(3, [4], spans())
+    measured = PipelineTimeline.of(3, [4], spans())
     assert about["efficiency"] == pytest.approx(measured.efficiency)
     assert about["seconds"] == pytest.approx(measured.seconds)
     assert 0 < about["efficiency"] <= 1
@@ -143,7 +143,7 @@ def test_trace_names_its_stages_and_says_how_well_they_were_used() -> None:
     assert about["step"] == 4
 
 
-def by_hand() -> Timeline:
+def by_hand() -> PipelineTimeline:
     """Two stages and two micro-batches: 9 of 16 seconds are work."""
     tasks: list[tuple[int, int, Kind, float, float]] = [
         (0, 0, "forward", 10, 11),
@@ -156,22 +156,22 @@ def by_hand() -> Timeline:
         (0, 1, "backward", 15, 16),
         (0, 0, "backward", 16, 18),
     ]
-    shuffled = reversed([Span(s, c, 0, kind, start, end) for s, c, kind, start, end in tasks])
-    return Timeline.of(2, [2], shuffled)
+    shuffled = reversed([StageSpan(s, c, 0, kind, start, end) for s, c, kind, start, end in tasks])
+    return PipelineTimeline.of(2, [2], shuffled)
 
 
 def test_efficiency_of_known_spans() -> None:
     timeline = by_hand()
-    assert timeline.spans[0] == Span(0, 0, 0, "forward", 0, 1)
+    assert timeline.spans[0] == StageSpan(0, 0, 0, "forward", 0, 1)
     assert (timeline.seconds, timeline.busy) == (8, 9)
     assert timeline.efficiency == 9 / 16
     assert timeline.ideal == 2 / 3
-    assert Timeline.of(4, [8], []).efficiency == 0
+    assert PipelineTimeline.of(4, [8], []).efficiency == 0
     # Where each of two devices has two stages, it waits for half as long.
-    assert Timeline.of(4, [8], [], 2).ideal == 8 / 8.5
+    assert PipelineTimeline.of(4, [8], [], 2).ideal == 8 / 8.5
     assert replace(timeline, stages_per_device=2).efficiency == 9 / 8
     # Each call of the module has a bubble of its own.
-    assert Timeline.of(2, [2, 2], []).ideal == 4 / 6
+    assert PipelineTimeline.of(2, [2, 2], []).ideal == 4 / 6
 
 
 @pytest.mark.slow
@@ -365,7 +365,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_run(
 def test_a_directory_that_cannot_be_made_is_refused_before_training() -> None:
     Path("taken").write_text("")
     trainer = boring.trainer(PipelineStrategy(trace_dir="taken"), 2)
-    with pytest.raises(MisconfigurationException, match=r"trace_dir='taken'.*Name a directory"):
+    with pytest.raises(MisconfigurationException, match=r"trace_dir='taken'.*Choose a directory"):
         trainer.fit(Deep(), datamodule=boring.Blobs(8))
     assert trainer.global_step == 0
 
@@ -413,7 +413,7 @@ def test_times_on_a_gpu_are_the_devices(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(entered) == {device}
     call = taken.begin_call(1)
     for kind in ("forward", "backward"):
-        with taken.taken_down(0, 0, call, kind):
+        with taken.recorded(0, 0, call, kind):
             pass
     timeline = taken.timeline()
     assert [span.end - span.start for span in timeline.spans] == pytest.approx([2e-3, 2e-3])
@@ -426,7 +426,7 @@ def test_time_on_a_gpu_includes_what_has_only_been_started() -> None:
     taken = recording.Recording([device])
     matrix = torch.randn(4096, 4096, device=device)
     call = taken.begin_call(1)
-    with torch.cuda.device(device), taken.taken_down(0, 0, call, "forward"):
+    with torch.cuda.device(device), taken.recorded(0, 0, call, "forward"):
         for _ in range(20):
             matrix = matrix @ matrix
     (span,) = taken.timeline().spans

@@ -13,7 +13,7 @@ from lightning_mgpu import DataParallelStrategy, DDPStrategy, PipelineDDPStrateg
 pytestmark = pytest.mark.slow
 WEIGHTS = 1e-9
 WITH_RANKS = {"zoo_text.bert_loss_in_step", "zoo_text.llama", "zoo_images.timm_resnet"}
-SAID = "gives something else on"
+SAID = "gives different results on"
 
 
 def _id(row: Row) -> str:

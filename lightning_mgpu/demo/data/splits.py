@@ -1,4 +1,4 @@
-"""What the demo's data modules share: three splits and their loaders."""
+"""Base class of the demo data modules: three splits and their loaders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sized
@@ -74,7 +74,7 @@ class SplitDataModule(LightningDataModule, ABC):
 
 
 def split(dataset: Dataset[Any], val_fraction: float, test_fraction: float, seed: int) -> Splits:
-    """Deal the samples out at random, always in the same way for the same seed.
+    """Split the samples at random, always in the same way for the same seed.
 
     Raises:
         ValueError: If a fraction is negative, or nothing is left to train on.
@@ -92,7 +92,7 @@ def split(dataset: Dataset[Any], val_fraction: float, test_fraction: float, seed
 
 
 def require(module: str, purpose: str, install: str) -> None:
-    """Check that a package is there without the time it takes to import it.
+    """Check that a package is installed, without importing it.
 
     Raises:
         ModuleNotFoundError: If it is not, saying how to install it.

@@ -20,7 +20,7 @@ _DEEPEST_OBJECT = 3
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether it is a list or tuple whose entries have no names (`torch.Size` is a leaf)."""
+    """Return whether `value` is a list or tuple without named entries (`torch.Size` is a leaf)."""
     return (
         isinstance(value, (list, tuple, deque))
         and not isinstance(value, (PackedSequence, torch.Size))
@@ -29,20 +29,20 @@ def is_sequence(value: Any) -> bool:
 
 
 def is_container(value: Any) -> bool:
-    """Whether it is taken apart rather than handed on as it is."""
+    """Return whether `value` is a container, whose parts are handled one by one."""
     if isinstance(value, (Tensor, PackedSequence, torch.Size)) or is_tensor_like(value):
         return False
     return isinstance(value, (Mapping, list, tuple, deque)) or _fields(value) is not None
 
 
 def is_tensor_like(value: Any) -> bool:
-    """Whether it acts as a tensor under torch's functions, like a `TensorDict`."""
+    """Return whether `value` acts as a tensor under torch's functions, like a `TensorDict`."""
     kind = type(value)
     return hasattr(kind, "__torch_function__") and hasattr(kind, "shape") and kind is not Tensor
 
 
 def is_array(value: Any) -> bool:
-    """Whether it has a first dimension: a tensor, what acts as one, or an array of NumPy's kind."""
+    """Return whether `value` has a first dimension: a tensor, tensor-like or NumPy-like array."""
     if isinstance(value, Tensor):
         return value.dim() > 0
     if isinstance(value, (PackedSequence, torch.Size)):
@@ -53,12 +53,12 @@ def is_array(value: Any) -> bool:
 
 
 def has_rows(value: Any) -> bool:
-    """Whether it is no container and has samples to be taken from it: an array, a graph batch."""
+    """Return whether `value` is a leaf made of samples: an array or a graph batch."""
     return is_array(value) or is_graph_batch(value)
 
 
 def parts(value: Any) -> list[tuple[str, Any]]:
-    """What a container holds, each with how to get there; nothing if it is a leaf."""
+    """Parts of a container with their access paths (`"['x']"`, `".x"`); empty for a leaf."""
     if not is_container(value):
         return []
     if isinstance(value, Mapping):
@@ -106,7 +106,7 @@ def sequences(value: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
 
 
 def holds_tensors(value: Any, depth: int = _DEEPEST_OBJECT) -> bool:
-    """Whether a leaf that is no tensor has tensors among its attributes, or theirs."""
+    """Return whether a leaf that is no tensor holds tensors in its attributes, at any depth."""
     if isinstance(value, (Tensor, PackedSequence)):
         return True
     if isinstance(value, (set, frozenset)):
@@ -154,7 +154,7 @@ def _rebuild_mapping(example: Mapping[Any, Any], new: dict[Any, Any]) -> Any:
 
 
 def keeps_derived(value: Any) -> bool:
-    """Whether it is a record whose parts would keep what was computed from the whole."""
+    """Return whether parts of a record would keep values computed from the whole."""
     names = _fields(value) if not isinstance(value, (Mapping, list, tuple, deque)) else None
     if names is None or not _derives(value):
         return False
@@ -177,7 +177,7 @@ def _rebuild_record(example: Any, new: dict[str, Any]) -> Any:
 
 
 def _derives(example: Any) -> bool:
-    """Whether a record's class computes something from its fields when it is made."""
+    """Return whether a record's class computes something from its fields when constructed."""
     return hasattr(example, "__post_init__") or hasattr(example, "__attrs_post_init__")
 
 

@@ -19,7 +19,7 @@ _ADVICE = (
 
 
 def is_graph_batch(value: Any) -> bool:
-    """Whether it is several graphs as one (`torch_geometric.data.Batch`), not a single graph."""
+    """Return whether `value` is a `torch_geometric.data.Batch` of graphs, not a single graph."""
     kind = type(value)
     names = ("to_data_list", "from_data_list", "get_example", "num_graphs")
     return all(hasattr(kind, name) for name in names)
@@ -105,7 +105,7 @@ def _collated(batch: Any, graphs: list[Any]) -> Any:
 
 
 def _followed(store: Any, slices: dict[str, Any]) -> list[str]:
-    """What was in `follow_batch` at collation: it left `x_batch` and `x_ptr` beside `x`."""
+    """Names in `follow_batch` at collation, which left `x_batch` and `x_ptr` beside `x`."""
     return [
         name
         for name in slices
@@ -212,7 +212,7 @@ def _part(batch: Any, store: Any, slices: dict[str, Any], name: str, start: int,
 
 
 def _bounds(batch: Any, store: Any, slices: dict[str, Any], name: str, length: int) -> Tensor:
-    """Where each graph's part begins: by nodes, edges or graphs, whichever has this length."""
+    """Start of each graph's part, by nodes, edges or graphs, whichever has this length."""
     count = int(batch.num_graphs)
     levels = {
         "nodes": store.get("ptr"),

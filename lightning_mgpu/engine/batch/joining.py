@@ -1,4 +1,4 @@
-"""Put together what the shards of a batch have returned, as one step on all of it would have.
+"""Join the outputs of a batch's shards into the output of one step on the whole batch.
 
 What an output is, is decided from all shards at once: an array is joined along the dimension that
 is as long as each shard has samples, a list or tuple with as many entries as samples is joined
@@ -75,7 +75,7 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 class Joining:
-    """One joining of outputs; `roles` is how each place was joined."""
+    """Join one set of outputs; `roles` decides how each place is joined."""
 
     def __init__(
         self,
@@ -167,9 +167,9 @@ class Joining:
         elif numbers not in (list(self._sizes), list(self._weights)):
             self._memory.tell(
                 path,
-                f"is another whole number for each part of the batch ({listed(numbers)}); they are"
-                " added up, as counts are. If it is none, return a float, which is averaged, or"
-                " give `gather_fn` a function that joins the outputs.",
+                f"is a different integer for each part of the batch ({listed(numbers)}); they"
+                " were summed, as counts are. If it is not a count, return a float, which is"
+                " averaged, or give `gather_fn` a function that joins the outputs.",
             )
         self._note(path, "sum", proven=True)
         total = sum(numbers)
@@ -224,7 +224,7 @@ class Joining:
         """An object with tensors, such as a cache: attribute by attribute."""
         found = [attributes_of(value) for value in values]
         if any(other.keys() != found[0].keys() for other in found):
-            raise ValueError(f"`{path}` has other attributes on other replicas.")
+            raise ValueError(f"`{path}` has different attributes on different replicas.")
         joined = copy.copy(values[0])
         for name in found[0]:
             parts_of_it = [attributes[name] for attributes in found]
@@ -237,9 +237,9 @@ class Joining:
         self._note(path, "same")
         self._memory.tell(
             path,
-            f"is something else for each part of the batch (a `{type(values[0]).__name__}`); the"
-            " first is kept. Return a list with an entry per sample, or give `gather_fn` a function"
-            " that joins the outputs.",
+            f"differs between the parts of the batch (a `{type(values[0]).__name__}`); the"
+            " first part's is kept. Return a list with an entry per sample, or give"
+            " `gather_fn` a function that joins the outputs.",
         )
         return values[0]
 
@@ -252,6 +252,9 @@ def gather(outputs: Sequence[Any], sizes: Sequence[int], dim: Dimensions = 0) ->
         sizes: The number of samples in each shard.
         dim: The batch dimension of tensors that have that many dimensions, for all of them or by
             key or position in the output: ``{"attention": 1}``. Other tensors have it first.
+
+    Returns:
+        The output of the whole batch, on the device of its first tensor.
 
     Raises:
         ValueError: As for `join`.

@@ -1,4 +1,4 @@
-"""Which parts of a batch have an entry per sample.
+"""Decide which parts of a batch have an entry per sample.
 
 Arrays are told by their batch dimension. A list or tuple can be either of two things: *columns*, an
 array per input, or *samples*, an entry per sample, whatever the entries are. Which of them is
@@ -33,7 +33,7 @@ Dimensions = int | Mapping[Any, int]
 
 @dataclass(frozen=True)
 class Hint:
-    """What is known of a batch from elsewhere.
+    """Knowledge about a batch from outside the batch itself.
 
     Attributes:
         sizes: The batch sizes of the DataLoaders that it may come from; the last batch of an epoch
@@ -46,8 +46,8 @@ class Hint:
     collated: bool = False
 
 
-class Layout:
-    """How batches of one kind are laid out; remembers what it has decided.
+class BatchLayout:
+    """Layout of batches of one kind; remembers its decisions.
 
     Args:
         hint: Tells what else is known; called where a batch leaves a choice.
@@ -88,7 +88,7 @@ class Layout:
         return self._cut(batch, start, stop, "batch", None)
 
     def kind(self, path: str) -> Kind | None:
-        """What a list is in the batch that was read last; `None` if it has not been decided."""
+        """Kind of a list in the batch that was read last; `None` if it has not been decided."""
         return self._kinds.get(path)
 
     def _dimension(self, value: Any, top: Any) -> int:
@@ -144,7 +144,7 @@ class Layout:
             yield from self._sure(part, path + name, below)
 
     def _fits(self, value: Any, size: int, path: str, top: Any) -> bool:
-        """Whether a batch of `size` samples may look like this."""
+        """Return whether a batch of `size` samples may look like this."""
         if has_rows(value):
             return self._length(value, top) == size
         if is_sequence(value):
@@ -200,10 +200,10 @@ class Layout:
                 raise ValueError(self._disagree(arrays[0][1], path, length))
         if fitting:
             raise ValueError(
-                f"it may have {' or '.join(map(str, fitting))} samples: lists in it may have an"
-                " entry per sample, or an array per input."
+                f"ambiguous: it may have {' or '.join(map(str, fitting))} samples, since lists"
+                " in it may have an entry per sample, or an array per input."
             )
-        raise ValueError(f"there is no tensor in it (a `{type(batch).__name__}`).")
+        raise ValueError(f"it has no tensor (a `{type(batch).__name__}`).")
 
     def _disagree(self, size: int, path: str, length: int) -> str:
         return (
@@ -231,8 +231,9 @@ class Layout:
             return
         if keeps_derived(value):
             raise ValueError(
-                f"`{path}` is a `{type(value).__name__}` that computes values from the whole batch"
-                " when it is made, and cannot be made again from a part of its fields."
+                f"`{path}` is a `{type(value).__name__}` that computes values from the whole"
+                " batch when it is constructed, and cannot be reconstructed from a part of"
+                " its fields."
             )
         if is_sequence(value):
             kind = self._kinds[path] = self._kind(value, size, path, top)
@@ -287,7 +288,7 @@ class Layout:
         return kind
 
     def _ambiguous(self, value: Any, path: str) -> Kind:
-        """What a list is that has as many entries as samples, each of which is as long as that."""
+        """Kind of a list with as many entries as samples, each of which is as long as that."""
         targets = path != "batch" and all(isinstance(entry, Mapping) for entry in value)
         if len(value) == 1:  # it makes no difference, as there is one shard
             return "samples" if targets else "columns"
@@ -298,9 +299,9 @@ class Layout:
         if path == "batch" and len(value) == 2 and all(map(is_array, value)):
             return "columns"  # input and target
         raise ValueError(
-            f"`{path}` has {len(value)} entries, as many as there are samples, and each entry is as"
-            " long. It cannot be told whether that is an entry per sample or an array per input:"
-            " stack it to a tensor, or make it a dict of columns."
+            f"ambiguous: `{path}` has {len(value)} entries of that length, as many as samples:"
+            " an entry per sample, or an array per input. Stack it into a tensor, or make it"
+            " a dict of columns."
         )
 
     # Cutting
@@ -327,7 +328,7 @@ def _cut_rows(value: Any, dim: int, start: int, stop: int) -> Any:
 
 
 def signature(value: Any) -> Any:
-    """What entries of one kind have in common: types, keys, numbers of dimensions and dtypes."""
+    """Structure that entries of one kind share: types, keys, numbers of dimensions and dtypes."""
     if isinstance(value, Tensor) or is_array(value):
         return type(value), len(value.shape), getattr(value, "dtype", None)
     if isinstance(value, Mapping):
@@ -348,7 +349,7 @@ def _parts_below(value: Any, top: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _may_be_samples(value: Any, size: int) -> bool:
-    """Whether a list may have an entry for each of `size` samples: its tensors are of one kind."""
+    """Return whether a list may have one entry for each of `size` samples, all of one kind."""
     if len(value) != size:
         return False
     arrays = [entry for entry in value if is_array(entry)]
@@ -372,7 +373,7 @@ def _lengths_of_sequences(value: Any) -> Iterator[int]:
 
 
 def _check_leaf(value: Any, path: str) -> None:
-    """Refuse what has samples, but not in a way that they can be taken apart.
+    """Refuse values that have samples but cannot be split by sample.
 
     Raises:
         ValueError: Names the place, and what else to use if there is a way.
@@ -382,13 +383,13 @@ def _check_leaf(value: Any, path: str) -> None:
             layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
             raise ValueError(f"`{path}` is a {layout} tensor, which torch cannot slice.")
     elif isinstance(value, PackedSequence):
-        raise ValueError(f"`{path}` is a `PackedSequence`, whose samples do not lie in a row.")
+        raise ValueError(f"`{path}` is a `PackedSequence`, whose samples are interleaved.")
     elif isinstance(value, Iterator):
         raise ValueError(
             f"`{path}` is a `{type(value).__name__}`, which can be read only once. Make it a list."
         )
     elif not has_rows(value) and holds_tensors(value):
         raise ValueError(
-            f"`{path}` is a `{type(value).__name__}` that holds tensors, and how its samples lie in"
-            " it is not known. Make it a dataclass, or a dict of tensors."
+            f"`{path}` is a `{type(value).__name__}` that holds tensors in an unknown layout."
+            " Make it a dataclass, or a dict of tensors."
         )

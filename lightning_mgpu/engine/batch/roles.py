@@ -1,4 +1,4 @@
-"""How parts of outputs are joined: told from their lengths, and from what earlier batches were."""
+"""Decide how parts of outputs are joined, from their lengths and from earlier batches."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ Role = Literal["mean", "sum", "same", "entries", "columns", "ragged", "keys"] | 
 
 
 class JoinMemory:
-    """What the outputs of one kind of step were in earlier batches, by place.
+    """Memory of the outputs of one kind of step in earlier batches, by place.
 
     Attributes:
         roles: How each place was joined, where its values proved it.
@@ -29,13 +29,13 @@ class JoinMemory:
         self._is_silent = False
 
     def silent(self) -> "JoinMemory":
-        """A copy that warns of nothing."""
+        """Return a copy that logs no warnings."""
         made = JoinMemory()
         made.roles, made._is_silent = dict(self.roles), True
         return made
 
     def tell(self, path: str, text: str) -> None:
-        """Warn of a place, once."""
+        """Warn about a place, once."""
         if path not in self._told and not self._is_silent:
             self._told.add(path)
             log.warning("`%s` %s", path, text)
@@ -54,7 +54,7 @@ class Roles:
         self._sizes, self._weights, self._memory = list(sizes), weights, memory
 
     def of_arrays(self, values: Sequence[Any], path: str) -> Role:
-        """Along which dimension arrays are joined."""
+        """Find the dimension along which arrays are joined."""
         shapes = [tuple(value.shape) for value in values]
         if len({len(shape) for shape in shapes}) > 1:
             raise ValueError(f"`{path}` has shapes {listed(shapes)}, which cannot be joined.")
@@ -80,8 +80,8 @@ class Roles:
             if all(_equal_arrays(value, values[0]) for value in values):
                 return "same"
         raise ValueError(
-            f"`{path}` has shapes {listed(shapes)} for {listed(list(self._sizes))} samples, and"
-            " which dimension is the batch cannot be told. Return an entry per sample."
+            f"Ambiguous: `{path}` has shapes {listed(shapes)} for {listed(list(self._sizes))}"
+            " samples, and several dimensions may be the batch. Return an entry per sample."
         )
 
     def _is_batch(self, shapes: Sequence[tuple[int, ...]], dim: int, factor: int) -> bool:
@@ -89,13 +89,13 @@ class Roles:
         return fits and agree(shapes, dim)
 
     def are_entries(self, values: Sequence[Any], path: str, inside: bool) -> bool:
-        """Whether these have an entry per sample (texts, boxes), unlike `[logits, labels]`."""
+        """Return whether there is an entry per sample (texts, boxes), unlike `[logits, labels]`."""
         lengths = [len(value) for value in values]
         if lengths != list(self._sizes):
             if len(set(lengths)) > 1:
                 raise ValueError(
                     f"`{path}` has {listed(lengths)} entries for {listed(list(self._sizes))}"
-                    " samples, which are neither an entry per sample nor the same for all."
+                    " samples: neither one per sample nor the same number for each part."
                 )
             if any(lengths):
                 self._memory.roles[path] = "columns"
@@ -110,14 +110,14 @@ class Roles:
         if not any(fitting):
             if isinstance(values[0], tuple) and lengths[0] == 2 and all(map(is_number, values[0])):
                 raise ValueError(
-                    f"`{path}` has two numbers for as many samples, which may be one for each, or"
-                    " two for all of them. Return a list for the former, a dict for the latter."
+                    f"Ambiguous: `{path}` has two numbers for two samples. Return a list for a"
+                    " number per sample, or a dict for two numbers per batch."
                 )
             return True
         return not self._are_columns(values, all(fitting), path, inside)
 
     def _fit(self, column: Sequence[Any]) -> bool:
-        """Whether one position holds arrays that are as long as the shards."""
+        """Return whether one position holds arrays that are as long as the shards."""
         found = [
             leaf.shape[0] == size
             for value, size in zip(column, self._sizes, strict=True)
@@ -127,7 +127,7 @@ class Roles:
         return bool(found) and all(found)
 
     def _are_columns(self, values: Sequence[Any], all_fit: bool, path: str, inside: bool) -> bool:
-        """As many entries as samples, some of which are as long as the shards, too."""
+        """Return whether lists with as many entries as samples are columns, not samples."""
         entries = [entry for value in values for entry in value]
         alike = len({signature(entry) for entry in entries}) == 1
         if inside or isinstance(values[0], tuple):
@@ -137,26 +137,26 @@ class Roles:
         if alike and (not all_fit or isinstance(entries[0], Mapping) or len(values[0]) > 2):
             return False
         raise ValueError(
-            f"`{path}` is a list of {len(values[0])} entries for as many samples, and each may be"
-            " one sample's or an array for all of them. Return a tuple or a dict for the latter."
+            f"Ambiguous: `{path}` is a list of {len(values[0])} entries for as many samples:"
+            " one per sample, or arrays for all of them. Return a tuple or a dict for arrays."
         )
 
     def are_keys_of_samples(self, values: Sequence[Mapping[Any, Any]]) -> bool:
-        """Whether a mapping has a key for each sample, such as the number of its image."""
+        """Return whether a mapping has a key for each sample, such as the number of its image."""
         keys = [key for value in values for key in value]
         lengths = [len(value) for value in values]
         return len(values) > 1 and lengths == list(self._sizes) and len(set(keys)) == len(keys)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, or a tensor of one."""
+    """Return whether `value` is a number or a zero-dimensional tensor."""
     if isinstance(value, Tensor):
         return value.dim() == 0
     return isinstance(value, (bool, int, float))
 
 
 def agree(shapes: Sequence[tuple[int, ...]], dim: int) -> bool:
-    """Whether shapes are the same but for one dimension."""
+    """Return whether the shapes are the same except for one dimension."""
     return len({shape[:dim] + shape[dim + 1 :] for shape in shapes}) == 1
 
 
@@ -176,5 +176,5 @@ def _deep_leaves(value: Any) -> list[tuple[str, Any]]:
 
 
 def listed(values: Sequence[Any]) -> str:
-    """Values, in words."""
+    """Format values for a message."""
     return " and ".join(map(str, values))

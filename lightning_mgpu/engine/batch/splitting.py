@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from lightning_mgpu.engine.batch.layout import Dimensions, Layout
+from lightning_mgpu.engine.batch.layout import BatchLayout, Dimensions
 
 
 class Shard(NamedTuple):
@@ -17,7 +17,7 @@ class Shard(NamedTuple):
     size: int
 
 
-def split(batch: Any, count: int, least: int = 1, layout: Layout | None = None) -> list[Shard]:
+def split(batch: Any, count: int, least: int = 1, layout: BatchLayout | None = None) -> list[Shard]:
     """Split a batch into at most `count` shards, as even as can be.
 
     Tensors and arrays are split along their batch dimension, lists and tuples with an entry per
@@ -33,9 +33,9 @@ def split(batch: Any, count: int, least: int = 1, layout: Layout | None = None) 
         The shards in order; tensors are views.
 
     Raises:
-        ValueError: As for `Layout.read`.
+        ValueError: As for `BatchLayout.read`.
     """
-    layout = layout or Layout()
+    layout = layout or BatchLayout()
     size = layout.read(batch)
     if size == 0:
         return [Shard(batch, 0)]
@@ -53,9 +53,9 @@ def batch_size(batch: Any) -> int:
     """The number of samples in a batch.
 
     Raises:
-        ValueError: As for `Layout.read`.
+        ValueError: As for `BatchLayout.read`.
     """
-    return Layout().read(batch)
+    return BatchLayout().read(batch)
 
 
 def scatter(batch: Any, count: int, dim: Dimensions = 0) -> list[Shard]:
@@ -74,4 +74,4 @@ def scatter(batch: Any, count: int, dim: Dimensions = 0) -> list[Shard]:
     Raises:
         ValueError: Two tensors disagree about the number of samples.
     """
-    return split(batch, count, layout=Layout(dim=dim))
+    return split(batch, count, layout=BatchLayout(dim=dim))

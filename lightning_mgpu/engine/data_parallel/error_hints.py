@@ -1,36 +1,31 @@
-"""What may be behind an error that a replica raises and one device would not."""
+"""Hints for errors that a replica raises and one device would not."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning_mgpu._compat import torch_messages as messages
 from lightning_mgpu.engine.error_notes import add_note
 
-_SHAPES = re.compile(
-    r"[Ss]ize of tensor a|[Ss]hapes? .*(cannot be|mismatch|not)|[Ss]izes? of tensors must match"
-    r"|shape '.*' is invalid|must match the (existing )?size|batch_size|batch size"
-    r"|[Ee]xpected input batch|mat1 and mat2|same (number|size)|broadcast|Dimension out of range"
-    r"|index .* (is )?out of (bounds|range)|expanded size|inconsistent tensor size"
-)
-_GRAPHS = re.compile(r"backward through the graph a second time|modified by an inplace operation")
+_GRAPHS = re.compile(f"{messages.GRAPH_IS_GONE}|{messages.WRITTEN_TO}")
 
 _KEPT = (
-    "Under `dp` each replica runs the step on its shard of the batch, on a thread of its own."
-    " What is kept between steps or in module-level variables, in closures or by hook objects"
-    " belongs to one replica, or is shared by all at once:"
+    "Under `dp` each replica runs the step on its shard of the batch, on its own thread."
+    " Values kept between steps, in module-level variables, in closures or by hook objects"
+    " belong to one replica, or are shared by all of them:"
 )
 _NOTES = (
     (
         _GRAPHS,
-        f"{_KEPT} a graph kept there may be another replica's, or the last step's. Keep such"
-        " tensors in attributes of the LightningModule or its modules, detached if they outlive the"
-        " step.",
+        f"{_KEPT} a graph kept there may belong to another replica or the last step. Keep such"
+        " tensors in attributes of the LightningModule or its modules, detached if they"
+        " outlive the step.",
     ),
     (
-        _SHAPES,
-        f"{_KEPT} if one size is that of the whole batch and the other that of a shard, take the"
-        " size from the step's own tensors (`len(x)`), keep per-sample values in the batch, or"
-        " detach and cut what is kept to the shard.",
+        messages.SIZE_OF_ANOTHER_BATCH,
+        f"{_KEPT} if one size is that of the whole batch and the other that of a shard, take"
+        " the size from the step's own tensors (`len(x)`), keep per-sample values in the"
+        " batch, or detach the kept values and cut them to the shard.",
     ),
 )
 

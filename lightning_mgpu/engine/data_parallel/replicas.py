@@ -1,4 +1,4 @@
-"""Replicas of a module, one per device, kept in step with their master.
+"""Replicas of a module, one per device, synchronised with their master.
 
 Slot 0 computes with the master itself, whose parameters give way to aliases for as long as a step
 lasts; the other slots have structural copies. So every slot accumulates gradients of its own, and
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import inside_compiled
 from lightning_mgpu.engine import batch_norm
-from lightning_mgpu.engine.compiled import inside_compiled
 from lightning_mgpu.engine.data_parallel.copying.copies import Copy
 from lightning_mgpu.engine.data_parallel.copying.master import Master
 from lightning_mgpu.engine.data_parallel.copying.sandbox import Sandbox
@@ -130,7 +130,7 @@ class Replicas:
         batch_norm.commit(self._layers, statistics[: 1 if self._statistics == "first" else count])
 
     def _merge(self, copies: Sequence[Copy]) -> None:
-        """Bring what a step has left on the copies to the master."""
+        """Merge a step's side effects on the copies into the master."""
         if not copies:
             return
         if self._mode is not None:
@@ -140,11 +140,11 @@ class Replicas:
             self._judge.outside(name)
 
     def watching(self, slot: int) -> AbstractContextManager[Any]:
-        """Within a step, in the task of a slot: see how it changes the tensors that it keeps."""
+        """Context for a slot's task in a step: record operations on the tensors that it keeps."""
         return self._mode if slot == 1 and self._mode is not None else nullcontext()
 
     def refer_to(self, references: Callable[[], Sequence[Sequence[float]]]) -> None:
-        """Within a step: means over each slot's samples, to know again among what it has kept.
+        """Set means over each slot's samples, by which kept values are recognised in a step.
 
         Args:
             references: For each slot the loss and other such means, in the same order.
@@ -152,12 +152,12 @@ class Replicas:
         self._judge.references = references
 
     def finish(self) -> None:
-        """Tell what could not be decided until now."""
+        """Warn about what could not be decided until the end of the run."""
         self._judge.finish()
 
     @contextmanager
     def as_outside(self, count: int) -> Iterator[None]:
-        """Within a step: the master as it is outside of steps.
+        """Context within a step in which the master is as it is outside of steps.
 
         Afterwards the leaves follow the parameters again, and show their gradients: slot 0's own,
         so that clipping by hand reaches them, and copies to the others.
@@ -174,7 +174,7 @@ class Replicas:
 
     @contextmanager
     def as_inside(self, count: int) -> Iterator[None]:
-        """Within `as_outside`: the master as it is in the step, again."""
+        """Context within `as_outside` in which the master is as it is in the step."""
         master = self._slots[0]
         assert isinstance(master, Master)
         # An optimizer may have moved the weights since.
@@ -191,7 +191,7 @@ class Replicas:
 
     @contextmanager
     def backward(self, count: int) -> Iterator[None]:
-        """What a backward pass that runs parts of forward again needs to find."""
+        """Install the leaves for a backward pass that recomputes parts of forward."""
         for slot in self._slots[:count]:
             slot.leaves.take_gradients()  # left by a pass that failed, or shown in a step
         try:
@@ -222,7 +222,7 @@ class Replicas:
         return totals
 
     def rebuild(self) -> None:
-        """Look the master over anew before the next step."""
+        """Inspect the master anew before the next step."""
         self._slots = []
 
     def sandboxes(self) -> Callable[[], Sandbox]:
@@ -298,7 +298,7 @@ class Replicas:
 
 
 def _shares(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Deal out indices so that the sums of sizes are about even, largest first."""
+    """Distribute indices so that the sums of sizes are about even, largest first."""
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):

@@ -1,4 +1,4 @@
-"""A module computed in stages, with micro-batches streaming through.
+"""Compute a module in stages, with several micro-batches in flight.
 
 Threads run the module's own `forward`, for one micro-batch after another (drawn in
 `runtime.traveller`). `pipeline` stands for that `forward` and uses the folders in this order:

@@ -1,15 +1,16 @@
-"""What may be behind an error that micro-batches raise and one device would not."""
+"""Hints for errors that micro-batches raise and one device would not."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning_mgpu._compat.torch_messages import GRAPH_IS_GONE, SIZES_OF_TWO_OPERANDS
 from lightning_mgpu.engine.error_notes import add_note
 
-_OF_A_PART = ("The size of tensor a (", "backward through the graph a second time")
+_OF_A_PART = (SIZES_OF_TWO_OPERANDS, GRAPH_IS_GONE)
 _HINT = (
-    "(What attributes or hooks keep from a module's `forward` belongs to one micro-batch: to use it"
-    " in the step, return it from the split module's `forward`. And what they hold before the call"
-    " goes to every micro-batch whole: hand it on as an argument.)"
+    "(Values that attributes or hooks keep from a module's `forward` belong to one"
+    " micro-batch: to use them in the step, return them from the split module's `forward`."
+    " Values set before the call go to every micro-batch whole: pass them as arguments.)"
 )
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import version_kept, version_of
+
 
 class SplitError(ValueError):
     """A call cannot be split into micro-batches, or its outputs cannot be joined."""
@@ -26,7 +28,7 @@ def sizes(total: int, count: int, least: int = 1) -> list[int]:
 def cut(
     tensors: Mapping[str, Tensor], dims: Mapping[str, int], parts: Sequence[int]
 ) -> list[dict[str, Tensor]]:
-    """The tensors of each micro-batch; views.
+    """Views of each micro-batch's tensors.
 
     Args:
         tensors: By name.
@@ -43,7 +45,7 @@ def cut(
 def count_writing(
     tensors: Mapping[str, Tensor], dims: Mapping[str, int], chunks: Sequence[Mapping[str, Tensor]]
 ) -> None:
-    """Tell autograd of tensors whose parts were written to, as it would know on one device.
+    """Tell autograd about in-place writes to parts of tensors.
 
     Args:
         tensors: By name.
@@ -54,12 +56,12 @@ def count_writing(
         return
     for name in dims:
         parts = [chunk[name] for chunk in chunks]
-        if any(part._version > 0 for part in parts if _can_be_apart(part)):
+        if any(version_of(part) > 0 for part in parts if _can_be_apart(part)):
             torch.autograd.graph.increment_version(tensors[name])
 
 
 def _apart(view: Tensor) -> Tensor:
-    """The same memory with a version counter of its own.
+    """Tensor over the same memory with a version counter of its own.
 
     Views of one tensor share its counter. If a stage writes to its micro-batch, as a first layer
     in place does, autograd would take the memory of all others for overwritten, too.
@@ -68,10 +70,8 @@ def _apart(view: Tensor) -> Tensor:
         return view
     storage, offset = view.untyped_storage(), view.storage_offset()
     own = torch.empty(0, dtype=view.dtype, device=view.device)
-    with torch.no_grad():
+    with version_kept(own), torch.no_grad():  # (`set_` counts as writing)
         own.set_(storage, offset, view.shape, view.stride())
-    # `set_` counts as writing.
-    torch._C._autograd._unsafe_set_version_counter((own,), (0,))
     return own.requires_grad_(view.requires_grad)
 
 

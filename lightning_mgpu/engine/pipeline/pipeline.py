@@ -1,4 +1,4 @@
-"""A module in stages: its `forward`, computed by all devices, micro-batch by micro-batch."""
+"""A module's `forward` in stages on several devices, micro-batch by micro-batch."""
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -14,9 +14,9 @@ from lightning_mgpu.engine.autograd import Gradients, graft
 from lightning_mgpu.engine.error_notes import add_note
 from lightning_mgpu.engine.pipeline import microbatch as mb
 from lightning_mgpu.engine.pipeline.check.parity import Parity
-from lightning_mgpu.engine.pipeline.check.sample_run import Trial
+from lightning_mgpu.engine.pipeline.check.sample_run import SampleRun
 from lightning_mgpu.engine.pipeline.inputs.assigned import Assigned
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter, Splitting
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
@@ -26,9 +26,9 @@ from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
-from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint, Passage, part_at_hand
-from lightning_mgpu.engine.pipeline.runtime.microbatch_arguments import Given
-from lightning_mgpu.engine.pipeline.runtime.parameter_swap import Shadow
+from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint, Execution, part_at_hand
+from lightning_mgpu.engine.pipeline.runtime.microbatch_arguments import MicrobatchArguments
+from lightning_mgpu.engine.pipeline.runtime.parameter_swap import ParameterSwap
 from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
 from lightning_mgpu.engine.pipeline.runtime.units import Units
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
@@ -39,13 +39,12 @@ log = logging.getLogger(__name__)
 # How many samples are computed to find out what a module's `forward` calls.
 _SAMPLES = 2
 _WAY_OUT = (
-    "(`chunks=1` fits every module: the batch stays whole, though stages then work one after"
-    " another.)"
+    "(`chunks=1` works for every module: the batch stays whole, but stages work one after another.)"
 )
 
 
 class Pipeline:
-    """Stands for a module's `forward`, with the same results.
+    """Replacement for a module's `forward` with the same results.
 
     Args:
         cutter: Cuts the module.
@@ -97,23 +96,23 @@ class Pipeline:
         self._cut: Cut | None = None
         expected = cutter.expected()
         self._units = None if expected is None else Units(expected.units, devices)
-        self._shadow: Shadow | None = None
+        self._swap: ParameterSwap | None = None
         self._ways: dict[Hashable, list[int]] = {}
         self._memories: dict[int, Memory] = {}
         self.recording: Recording | None = None
-        """Takes down when stages work, of calls made while it is set and of their backward."""
+        """Records when stages work, of calls made while it is set and of their backward."""
         self.calls = 0
         """How often the module has been called."""
         splitter.check(cutter.forward)
         self._assigned = Assigned(self._modules())
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._streams.finish()
         self._workers.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's `forward` returns.
+        """Compute the module's `forward` in micro-batches on all stages.
 
         Raises:
             PartitionError: The module cannot be cut as asked.
@@ -124,7 +123,7 @@ class Pipeline:
         try:
             batch = self._step_batch()
             is_piece = self._splitter.pieces(self.cutter.forward, (args, kwargs), batch)
-            call = Call.of(self.cutter.forward, args, kwargs, is_piece)
+            call = CallArguments.of(self.cutter.forward, args, kwargs, is_piece)
             return self._computed(call, self._split(call, batch))
         except SplitError as error:
             if not self._is_whole:
@@ -133,11 +132,11 @@ class Pipeline:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether there is one micro-batch, by the user's wish."""
+        """Return whether the user wants a single micro-batch."""
         return self.chunks.usual == 1
 
-    def _split(self, call: Call, batch: StepBatch) -> Splitting:
-        """How a call is split; not at all where a single micro-batch is wanted, or needed."""
+    def _split(self, call: CallArguments, batch: StepBatch) -> Splitting:
+        """Decide how a call is split; not at all for a single micro-batch or a stateful call."""
         not_at_all = Splitting(1, {})
         if call.stateful() and not torch.is_grad_enabled():
             return not_at_all
@@ -149,7 +148,7 @@ class Pipeline:
             raise
         return not_at_all if splitting.doubts and self._is_whole else splitting
 
-    def _computed(self, call: Call, splitting: Splitting) -> Any:
+    def _computed(self, call: CallArguments, splitting: Splitting) -> Any:
         cut = self._known_cut(call, splitting)
         size = splitting.size
         # Batch normalisation cannot be trained on a single sample.
@@ -164,18 +163,18 @@ class Pipeline:
         ) as streams:
             return self._run(call, cut, splitting, counts, streams, layouts)
 
-    def _known_cut(self, call: Call, splitting: Splitting) -> Cut:
+    def _known_cut(self, call: CallArguments, splitting: Splitting) -> Cut:
         """The stages; found out by a trial at the first call."""
         cut = self.cutter.current()
         if cut is None:
             cut = self._observed(call, splitting)
         if cut is not self._cut:
-            self._cut, self._shadow, self._ways = cut, None, {}
+            self._cut, self._swap, self._ways = cut, None, {}
             self._units = Units(cut.units, self.devices)
             self._on_cut(cut)
         return cut
 
-    def _observed(self, call: Call, splitting: Splitting) -> Cut:
+    def _observed(self, call: CallArguments, splitting: Splitting) -> Cut:
         trial = self._trial(call, splitting)
         count = self.chunks.usual
         part = mb.sizes(splitting.size, count, 2)[0]
@@ -208,13 +207,13 @@ class Pipeline:
 
     def _checked(
         self,
-        call: Call,
+        call: CallArguments,
         cut: Cut,
         splitting: Splitting,
         counts: Sequence[int],
         anew: bool = False,
     ) -> Layouts | None:
-        """Where the batch lies in the output; refuses what is not the whole batch's."""
+        """Find the batch dimensions of the output, and compare a few samples."""
         if self._parity is None:
             return None
         modules, trial = self._modules(), self._trial(call, splitting)
@@ -223,8 +222,8 @@ class Pipeline:
             self._assigned.check(modules, splitting.size, self._step_batch(), is_used)
         return self._parity.layouts(call, trial, cut, splitting, counts, modules, anew)
 
-    def _trial(self, call: Call, splitting: Splitting) -> Trial:
-        return Trial(self.cutter.forward, call, splitting, self.devices, self._units)
+    def _trial(self, call: CallArguments, splitting: Splitting) -> SampleRun:
+        return SampleRun(self.cutter.forward, call, splitting, self.devices, self._units)
 
     def _modules(self) -> dict[str, nn.Module]:
         """All modules that stages run, by name, each once; the split module first."""
@@ -248,7 +247,7 @@ class Pipeline:
 
     def _run(
         self,
-        call: Call,
+        call: CallArguments,
         cut: Cut,
         splitting: Splitting,
         counts: Sequence[int],
@@ -256,10 +255,10 @@ class Pipeline:
         layouts: Layouts | None,
     ) -> Any:
         assert self._units is not None
-        given = Given(call, splitting, counts)
-        shadow = self._shadowed(cut)
+        given = MicrobatchArguments(call, splitting, counts)
+        swap = self._swapped(cut)
         key = (self._kind(), call.kind, torch.is_grad_enabled())
-        passage = Passage(
+        execution = Execution(
             self._units,
             self.devices,
             self._ways.get(key) or cut.way or (0,),
@@ -270,61 +269,66 @@ class Pipeline:
             cut.writers,
             batch_norm.Recorder(cut.normalised, part_at_hand),
             self._deferred,
-            shadow,
+            swap,
             self.recording,
             self._doors,
         )
-        inside: AbstractContextManager[None] = shadow.entered() if shadow else nullcontext()
+        inside: AbstractContextManager[None] = swap.entered() if swap else nullcontext()
         with inside:
-            passage.forward(self._crew(passage.at_once))
-        self._ways[key] = passage.way
+            execution.forward(self._crew(execution.at_once))
+        self._ways[key] = execution.way
         if self._deferred:
-            batch_norm.commit(cut.normalised, passage.statistics)
+            batch_norm.commit(cut.normalised, execution.statistics)
         given.count_writing()
-        results, passage.results = passage.results, []
+        results, execution.results = execution.results, []
 
         def known(tensor: Tensor) -> Tensor | None:
             argument = given.argument(tensor)
-            return shadow.original(tensor) if argument is None and shadow else argument
+            return swap.original(tensor) if argument is None and swap else argument
 
-        latest = [traveller.stand_ins.latest for traveller in passage.travellers]
+        latest = [traveller.stand_ins.latest for traveller in execution.travellers]
         given_out = results, known, counts, self.devices[0]
         try:
             output = Output(*given_out, layouts, latest, guess=False)
         except Undecided:
             layouts = self._checked(call, cut, splitting, counts, anew=True)
             output = Output(*given_out, layouts, latest, guess=True)
-        passage.settle()
+        execution.settle()
         replaced = output.replace(output.wanting())
         if torch.is_grad_enabled():
-            assert shadow is not None
-            replaced = output.replace(self._grafted(given, passage, output, shadow, sum(counts)))
+            assert swap is not None
+            replaced = output.replace(self._grafted(given, execution, output, swap, sum(counts)))
         if self._parity is not None:
             self._assigned.update(self._modules())
         return replaced
 
     def _grafted(
-        self, given: Given, passage: Passage, output: Output, shadow: Shadow, size: int
+        self,
+        given: MicrobatchArguments,
+        execution: Execution,
+        output: Output,
+        swap: ParameterSwap,
+        size: int,
     ) -> Sequence[Tensor]:
         """The output's tensors as part of the caller's graph."""
         arguments = given.wanting()
 
         def backward(gradients: Gradients, keep: bool) -> Gradients:
             try:
-                with shadow.entered(refresh=False):
-                    passage.backward(self._workers, output.split(gradients), keep)
+                with swap.entered(refresh=False):
+                    execution.backward(self._workers, output.split(gradients), keep)
             finally:
                 if not keep:
                     output.forget()
-                sums = shadow.take_gradients()
+                sums = swap.take_gradients()
                 of_arguments = given.take_gradients()
-            self.chunks.took(passage.count, passage.seconds, size)
+            self.chunks.took(execution.count, execution.seconds, size)
             return [*of_arguments, *sums]
 
-        return graft(output.wanting(), [*arguments, *shadow.parameters], backward)
+        return graft(output.wanting(), [*arguments, *swap.parameters], backward)
 
     def _crew(self, count: int) -> Workers:
-        """A thread for each micro-batch that is on its way at once, and for each device."""
+        """Workers: a thread for each micro-batch in flight and for each device."""
         if len(self._workers.devices) < count:
             self._workers.close()
             self._workers = Workers([self.devices[0]] * count, self._threads)
@@ -333,9 +337,9 @@ class Pipeline:
     def _memory_of(self, unit: nn.Module) -> Memory:
         return self._memories.setdefault(id(unit), Memory([unit]))
 
-    def _shadowed(self, cut: Cut) -> Shadow | None:
-        """What stands for parameters; nothing where they can be used themselves."""
-        if self._shadow is None or self._shadow.is_stale():
-            self._shadow = Shadow(self.cutter.roots, cut.stage_of, cut.owner, self.devices)
-        needed = torch.is_grad_enabled() or self._shadow.has_loans
-        return self._shadow if needed else None
+    def _swapped(self, cut: Cut) -> ParameterSwap | None:
+        """Replacements for parameters; `None` where the parameters can be used themselves."""
+        if self._swap is None or self._swap.is_stale():
+            self._swap = ParameterSwap(self.cutter.roots, cut.stage_of, cut.owner, self.devices)
+        needed = torch.is_grad_enabled() or self._swap.has_loans
+        return self._swap if needed else None

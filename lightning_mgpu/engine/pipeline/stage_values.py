@@ -1,4 +1,4 @@
-"""Values that cross from one stage of a pipeline to the next: tensors, or structures of them."""
+"""Values passed from one stage to the next: tensors, or structures of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from lightning_mgpu.engine.batch import leaves, map_leaves
 
 
 class _Identity(torch.autograd.Function):
-    """A leaf's value, which may be written to in place like any other."""
+    """Copy of a leaf's value that may be written to in place."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -26,12 +26,12 @@ def enter(leaf: Tensor) -> Tensor:
 
 
 def copy(leaf: Tensor) -> Tensor:
-    """A leaf of its own with the same value."""
+    """Return a new leaf with the same value."""
     return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
 def promise_gradient(tensor: Tensor) -> Tensor:
-    """Mark what was computed without a graph, so that the next stage sends its gradient."""
+    """Mark a tensor computed without a graph, so that the next stage returns its gradient."""
     tensor = tensor.detach()
     return tensor.requires_grad_() if may_have_gradient(tensor) else tensor
 
@@ -41,7 +41,7 @@ def may_have_gradient(tensor: Tensor) -> bool:
 
 
 def take(value: Any) -> list[Tensor | None]:
-    """The gradients of the leaves in a value, which forget them."""
+    """Take and clear the gradients of the leaves in a value."""
     taken: list[Tensor | None] = []
     for tensor in tensors(value):
         taken.append(tensor.grad if tensor.is_leaf else None)
@@ -56,7 +56,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A value with `function` applied to its tensors."""
+    """Apply `function` to the tensors of a value."""
     if isinstance(value, Tensor):
         return function(value)
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, value)

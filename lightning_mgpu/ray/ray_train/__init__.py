@@ -1,1 +1,1 @@
-"""Ray Train's `TorchTrainer`: its `fit` for our configs, and our strategies in its workers."""
+"""Ray Train's `TorchTrainer`: `fit` for our configs, and our strategies in its workers."""

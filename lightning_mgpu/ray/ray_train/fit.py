@@ -1,4 +1,4 @@
-"""`fit`: a config or a function of the user's, trained by Ray Train's `TorchTrainer`."""
+"""Train a config or a user's function with Ray Train's `TorchTrainer`."""
 
 import copy
 import os
@@ -16,11 +16,12 @@ from ray.train import Result, RunConfig, ScalingConfig, get_checkpoint
 from ray.train.lightning import RayTrainReportCallback
 from ray.train.torch import TorchTrainer
 
+from lightning_mgpu._compat import hydra
 from lightning_mgpu.config.build import build, build_node
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.process_state import ProcessState
-from lightning_mgpu.ray import cluster
+from lightning_mgpu.ray import connection
 from lightning_mgpu.ray.ranks import machine
 from lightning_mgpu.ray.ray_train.prepare import prepare_trainer
 from lightning_mgpu.ray.worker import adopt, set_by_ray
@@ -39,7 +40,7 @@ def fit(
     scaling: int | ScalingConfig | Mapping[str, Any] | None = None,
     run_config: RunConfig | None = None,
 ) -> Result:
-    """Train with Ray Train, of whose workers each builds its own objects.
+    """Train with Ray Train, each of whose workers builds its own objects.
 
     For those who want Ray Train's own results, storage, failure handling or data. Where a plain
     script will do, `Trainer(strategy=RayStrategy())` needs less.
@@ -75,17 +76,16 @@ def fit(
         run_config.name = f"lightning_mgpu-{uuid.uuid4().hex[:12]}"
     resources = given.resources_per_worker  # or, under Ray Tune, what it is drawn from
     cpus: Any = resources.get("CPU", 1) if isinstance(resources, dict) else 1
-    cluster.connect()
-    loop = _Loop(
-        ProcessState.capture(max(1, int(cpus))), machine(), bytes(cloudpickle.dumps(factory))
-    )
-    with cluster.signal_handlers_kept():
+    connection.connect()
+    state = ProcessState.capture(max(1, int(cpus)), libraries=[hydra.take_state])
+    loop = _Loop(state, machine(), bytes(cloudpickle.dumps(factory)))
+    with connection.signal_handlers_kept():
         return TorchTrainer(loop, scaling_config=given, run_config=run_config).fit()
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """What each worker does."""
+    """Training loop of each worker."""
 
     state: ProcessState
     machine: str
@@ -109,7 +109,7 @@ class _Loop:
 
 
 def _of_config(cfg: DictConfig) -> Callable[[], Fit]:
-    """A factory of what a config describes, with the strategy of one worker."""
+    """Return a factory of a config's objects, with the strategy of one worker."""
     strategy = cfg.get("strategy") or _DEFAULT
     # The number of workers is Ray Train's affair.
     cfg.strategy = {name: value for name, value in strategy.items() if name != "num_workers"}
@@ -127,7 +127,7 @@ def _of_config(cfg: DictConfig) -> Callable[[], Fit]:
 
 
 def _workers_of(cfg: DictConfig) -> ScalingConfig:
-    """The workers that the config's strategy asks for."""
+    """Workers requested by the config's strategy."""
     if cfg.get("strategy") is None:
         return ScalingConfig(num_workers=1)
     strategy = build_node(cfg, "strategy")

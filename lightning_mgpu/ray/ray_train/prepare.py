@@ -1,4 +1,4 @@
-"""Being one of the workers that somebody else has started with Ray Train's `TorchTrainer`."""
+"""Use a strategy inside an existing Ray Train worker."""
 
 import sys
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_mgpu.ray.ranks import Place
+from lightning_mgpu.ray.ranks import RankAssignment
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["prepare_trainer"]
 
 
-class TrainPlace(Place):
-    """The place of a worker of Ray Train, which has brought its ranks together already."""
+class TrainAssignment(RankAssignment):
+    """Ranks of a Ray Train worker, whose process group exists already."""
 
     def join_group(self, *_: Any, **__: Any) -> None:
-        """See that it has."""
+        """Check that the process group exists."""
         if not dist.is_initialized():
             raise RuntimeError(
                 "Ray Train has formed no process group. Start the workers with"
@@ -29,8 +29,8 @@ class TrainPlace(Place):
             )
 
 
-def place() -> TrainPlace | None:
-    """Where this process stands among the workers of Ray Train; `None` if it is none of them."""
+def place() -> TrainAssignment | None:
+    """Ranks of this process among Ray Train's workers; `None` if it is none of them."""
     train = sys.modules.get("ray.train")  # without which there is no such worker
     if train is None:
         return None
@@ -40,7 +40,7 @@ def place() -> TrainPlace | None:
         return None
     world_size, local = context.get_world_size(), context.get_local_world_size()
     node = context.get_node_rank()
-    return TrainPlace(
+    return TrainAssignment(
         context.get_world_rank(),
         world_size,
         local_rank=context.get_local_rank(),
@@ -52,7 +52,7 @@ def place() -> TrainPlace | None:
 
 
 def take_place(strategy: "OnRay") -> bool:
-    """Make `strategy` that of this worker; whether it is one.
+    """Make `strategy` that of this worker; return whether this is one.
 
     Raises:
         MisconfigurationException: The strategy asks for other workers than there are.
@@ -64,8 +64,8 @@ def take_place(strategy: "OnRay") -> bool:
     name = type(strategy).__name__
     if most > 1 and not least <= here.world_size <= most:
         raise MisconfigurationException(
-            f"`{name}(num_workers={most if least == most else (least, most)})` within a worker of"
-            f" Ray Train, which has started {here.world_size}. Leave `num_workers` out there."
+            f"`{name}(num_workers={most if least == most else (least, most)})` within a worker"
+            f" of Ray Train, which has started {here.world_size}. Remove `num_workers` there."
         )
     from ray.train.torch import get_devices
 
@@ -86,7 +86,7 @@ def take_place(strategy: "OnRay") -> bool:
 
 
 def prepare_trainer(trainer: "Trainer") -> "Trainer":
-    """Check a Trainer within a worker of Ray Train, and have it report there.
+    """Check a Trainer within a worker of Ray Train, and make it report there.
 
     Unlike `ray.train.lightning.prepare_trainer` it takes any strategy whose ranks are those of Ray
     Train: ours, Ray's, or another with Ray's `RayLightningEnvironment`. Unless it has one, the
@@ -106,21 +106,21 @@ def prepare_trainer(trainer: "Trainer") -> "Trainer":
     here = place()
     if here is None:
         raise MisconfigurationException(
-            "`prepare_trainer` is for the function that `TorchTrainer` calls on its workers. A"
-            " program that only wants to train on Ray gives its Trainer `strategy=RayStrategy()`."
+            "`prepare_trainer` works only in the function that `TorchTrainer` calls on its"
+            " workers. Elsewhere, to train on Ray, use `Trainer(strategy=RayStrategy())`."
         )
     if (trainer.global_rank, trainer.world_size) != (here.rank, here.world_size):
         raise MisconfigurationException(
             f"`{type(trainer.strategy).__name__}` takes this worker for rank"
-            f" {trainer.global_rank} of {trainer.world_size}, and for Ray Train it is rank"
+            f" {trainer.global_rank} of {trainer.world_size}, but for Ray Train it is rank"
             f" {here.rank} of {here.world_size}. Use `lightning_mgpu.ray.RayStrategy()`, or"
             " `plugins=[ray.train.lightning.RayLightningEnvironment()]`."
         )
     from ray.train.lightning import RayTrainReportCallback
 
-    from lightning_mgpu.ray.ray_train.report import ReportCallback
+    from lightning_mgpu.ray.ray_train.report import TrainReportCallback
 
     callbacks = callbacks_of(trainer)
     if not any(isinstance(callback, RayTrainReportCallback) for callback in callbacks):
-        callbacks.append(ReportCallback())
+        callbacks.append(TrainReportCallback())
     return trainer

@@ -1,1 +1,1 @@
-"""What the strategies have in common."""
+"""Base classes of the strategies."""

@@ -1,4 +1,4 @@
-"""What the Trainer's DataLoaders tell about the batches of a step."""
+"""Batch sizes and collation of the Trainer's DataLoaders."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _LOADERS = {
 
 
 def loader_hint(trainer: Trainer, step: str) -> Hint:
-    """Batch sizes, and whether torch's own collation makes the batches.
+    """Return the batch sizes, and whether torch's own collation makes the batches.
 
     Args:
         trainer: Whose loaders they are.

@@ -1,4 +1,4 @@
-"""What strategies have in common whose processes each compute a step in parts."""
+"""Base class of strategies whose processes compute a step on several devices each."""
 
 from abc import ABC, abstractmethod
 
@@ -9,16 +9,14 @@ from typing_extensions import override
 from lightning_mgpu.strategies.base.checks import check_layer_sync, check_module
 
 
-class InParts(ParallelStrategy, ABC):
-    """Several devices in one process: refuses what cannot be computed so, and ends its threads."""
-
-    strategy_name: str
+class MultiDeviceStrategy(ParallelStrategy, ABC):
+    """Several devices in one process: refuses what cannot run there, and stops its threads."""
 
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        check_layer_sync(self.strategy_name, self._layer_sync is not None)
-        check_module(self.strategy_name, self.lightning_module)
+        check_layer_sync(type(self).__name__, self._layer_sync is not None)
+        check_module(type(self).__name__, self.lightning_module)
         self._release()
         super().setup(trainer)
 
@@ -29,4 +27,4 @@ class InParts(ParallelStrategy, ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Let go of threads and of all else that a run has set up."""
+        """Release threads and all else that a run has set up."""

@@ -1,4 +1,4 @@
-"""What strategies have in common that use several devices from a single process."""
+"""Base class of strategies that use several devices from a single process."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mgpu.strategies.base.checks import check_one_process
-from lightning_mgpu.strategies.base.multi_device import InParts
+from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 
 SHARED_OBJECTS = (Trainer, Strategy, LightningDataModule, Logger, Callback)
 """Objects that a model may refer to and that no part of it has a copy of its own of."""
@@ -25,8 +25,8 @@ OWN_ATTRIBUTES = (vars(LightningModule()).keys() - vars(nn.Module()).keys()) | {
 """Attributes of a LightningModule that Lightning keeps for itself."""
 
 
-class SingleProcessStrategy(InParts):
-    """Several devices, one process: no process group, samplers as they are, nothing to reduce.
+class SingleProcessStrategy(MultiDeviceStrategy):
+    """Several devices, one process: no process group, no change of samplers, no reductions.
 
     The object may be given to one Trainer after another; it keeps the devices of the first.
     """
@@ -87,7 +87,7 @@ class SingleProcessStrategy(InParts):
 
     @num_nodes.setter
     def num_nodes(self, num_nodes: int) -> None:
-        check_one_process(self.strategy_name, num_nodes, self.world_size)
+        check_one_process(type(self).__name__, num_nodes, self.world_size)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -99,7 +99,7 @@ class SingleProcessStrategy(InParts):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is one process."""
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:

@@ -4,6 +4,6 @@ from lightning.pytorch import Callback, Trainer
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The list itself; one of Lightning's connectors sets it, and nothing declares it."""
+    """The Trainer's list of callbacks, which Lightning sets without declaring it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks

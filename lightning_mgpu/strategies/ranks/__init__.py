@@ -1,1 +1,1 @@
-"""How `ddp` starts its ranks, deals samples to them and collects predictions."""
+"""Launch the ranks of `ddp`, distribute samples to them and collect predictions."""

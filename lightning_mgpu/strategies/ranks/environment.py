@@ -1,4 +1,4 @@
-"""Where a process that we have launched stands, in Lightning's terms."""
+"""Cluster environments of processes that we launch."""
 
 from abc import ABC
 
@@ -9,7 +9,7 @@ from lightning_mgpu.launch.rank import LOOPBACK, Rank
 
 
 class LaunchedEnvironment(ClusterEnvironment, ABC):
-    """Ranks that come with a launch of our own; reads and writes no environment variable."""
+    """Environment of a rank that we launched; reads and writes no environment variable."""
 
     @property
     @override
@@ -23,11 +23,11 @@ class LaunchedEnvironment(ClusterEnvironment, ABC):
 
     @override
     def set_global_rank(self, rank: int) -> None:
-        """Nothing to do: the rank comes with the launch."""
+        """Do nothing: the rank comes with the launch."""
 
 
 class PoolEnvironment(LaunchedEnvironment):
-    """Ranks on one machine that our own pool launches.
+    """Environment of ranks on one machine that our pool launches.
 
     Between launches it answers for rank 0, the calling process.
     """

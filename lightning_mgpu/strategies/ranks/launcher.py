@@ -1,7 +1,6 @@
-"""Runs the Trainer's entry points on every rank of the worker pool."""
+"""Run the Trainer's entry points on every rank of the worker pool."""
 
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_mgpu._compat import hydra
+from lightning_mgpu._compat.python import frame_above
 from lightning_mgpu.launch.payload import Payload
 from lightning_mgpu.launch.pool import default_pool
 from lightning_mgpu.launch.rank import Rank
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class PoolLauncher(_Launcher):
-    """Runs a function of the trainer in this process as rank 0 and in the pool's workers.
+    """Run a function of the trainer as rank 0 in this process and as other ranks in the pool.
 
     Since rank 0 works on the caller's own objects, nothing has to be brought back: weights,
     metrics, callbacks and loops are as a single-process run would leave them.
@@ -59,7 +60,7 @@ class PoolLauncher(_Launcher):
             Rank 0's result; for `Trainer.predict` the predictions of all ranks, as one process
             would have returned them.
         """
-        entry = _Entry(self._strategy, trainer, function, args, kw)
+        entry = _RankEntry(self._strategy, trainer, function, args, kw)
         world_size = self._strategy.num_processes
         with entry.pickled() if world_size > 1 else nullcontext() as payload:
             results = default_pool().launch(
@@ -70,25 +71,26 @@ class PoolLauncher(_Launcher):
                 prepare=_announce_rank,
                 normal_exit=(_TunerExitException,),
                 locations=self._locations,
+                libraries=[hydra.take_state],
             )
         if isinstance(results[0], RankPredictions):
             return merge_predictions(results)
         return results[0]
 
     def _locations(self, rank: int) -> dict[str, str]:
-        """For each device of rank 0 the one that a rank has in its place."""
+        """Map each device of rank 0 to the device of another rank."""
         pairs = zip(self._devices_of(0), self._devices_of(rank), strict=True)
         return {str(ours): str(theirs) for ours, theirs in pairs}
 
     @override
     def kill(self, signum: int) -> None:
-        """Lightning's way to hand a signal on, called from its own signal handler."""
+        """Forward a signal; called from Lightning's own signal handler."""
         if signum == signal.SIGTERM:
             # The program's own handler, which Lightning would call last.
             model = self._strategy.lightning_module
             handlers = {} if model is None else model.trainer._signal_connector._original_handlers
             if callable(handler := handlers.get(signal.SIGTERM)):
-                handler(signum, sys._getframe())
+                handler(signum, frame_above(0))
             # Lightning would go on to tell the other ranks by a collective, in the middle of
             # whatever collective this rank is in. Leave at once: the launch ends the workers.
             raise SIGTERMException
@@ -96,8 +98,8 @@ class PoolLauncher(_Launcher):
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A function of the trainer, as each rank runs it."""
+class _RankEntry:
+    """A function of the trainer, in the form in which each rank runs it."""
 
     strategy: "DDPStrategy"
     trainer: "Trainer | None"
@@ -125,7 +127,7 @@ class _Entry:
 
     @contextmanager
     def pickled(self) -> Iterator[Payload]:
-        """This entry as a payload, less what the workers make anew.
+        """Pickle this entry, without what the workers make anew.
 
         Raises:
             UnpicklableError: Names the attribute at fault.
@@ -141,7 +143,7 @@ class _Entry:
             yield payload
 
     def _rewritten(self) -> "list[torch.Tensor]":
-        """What each rank writes to before anything else: DDP broadcasts it from rank 0.
+        """Tensors that DDP broadcasts from rank 0 before anything else, so they need not be sent.
 
         Evaluation does not wrap the model in DDP, and reads the weights only.
         """
@@ -158,7 +160,7 @@ def names_of_parts(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """The parts of a launch under the names their user knows them by."""
+    """Name the parts of a launch as users know them, for error messages."""
     if trainer is None:
         return {"function": function, "arguments": (args, kwargs)}
     names: dict[str, Any] = {"model": trainer.lightning_module}
@@ -172,7 +174,7 @@ def names_of_parts(
 
 
 def set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
-    """For as long as `stack` lasts, take away what every run makes anew on each rank.
+    """Remove live objects that every rank makes anew, until `stack` closes.
 
     Optimizer state may be twice the model's size, iterators hold live processes.
     """
@@ -189,5 +191,5 @@ def set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
 
 
 def _announce_rank(rank: Rank) -> None:
-    """Let `rank_zero_only` know who we are before any user's object is unpickled."""
+    """Set `rank_zero_only.rank` before any user's object is unpickled."""
     rank_zero_only.rank = rank.rank  # type: ignore[attr-defined]

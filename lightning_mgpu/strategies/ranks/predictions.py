@@ -1,4 +1,4 @@
-"""Bring every rank's predictions together in the order of the sampler."""
+"""Merge the predictions of all ranks in the order of the sampler."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch.utils._pytree import tree_leaves
 
+from lightning_mgpu._compat.torch import tree_leaves
 from lightning_mgpu.engine.batch import join_samples
 from lightning_mgpu.strategies.ranks.sample_dealing import LoaderOrder, chunks
 
@@ -36,7 +36,7 @@ class RankPredictions:
 
     @classmethod
     def of(cls, trainer: "Trainer", returned: Any) -> "RankPredictions":
-        """This rank's share, taken when `Trainer.predict` has just `returned`."""
+        """This rank's share, called when `Trainer.predict` has just `returned`."""
         combined = trainer.predict_loop._combined_loader
         loaders = combined.flattened if combined is not None else []
         nested = len(loaders) != 1
@@ -51,7 +51,7 @@ class RankPredictions:
 
 
 def merge_predictions(ranks: Sequence[RankPredictions]) -> Any:
-    """The predictions of all ranks, as one process would have returned them.
+    """Merge the predictions of all ranks into those of one process.
 
     Samples come in the order of the sampler, in batches of the sizes that the batch sampler makes;
     padding is dropped. What cannot be taken apart by sample (its first dimension is not the batch,
@@ -105,13 +105,14 @@ def _merge(outputs: list[list[Any]], orders: list[LoaderOrder]) -> list[Any]:
 
 
 def _by_index(indices: list[list[list[int]]]) -> tuple[list[list[list[int]]], list[int]]:
-    """The places of samples in the order of the dataset, and the sizes of its batches."""
+    """Places of samples in the dataset's order, and the sizes of its batches."""
     flat = np.asarray([i for rank in indices for batch in rank for i in batch])
     if len(np.unique(flat)) < len(flat):
         rank_zero_warn(
-            "The sampler of the predict dataloader gives some samples more than once, and deals"
-            " samples out to the ranks by a rule of its own, so padding cannot be told from"
-            " repetition: the predictions of all are returned, in the order of the dataset."
+            "The sampler of the predict dataloader gives some samples more than once, and"
+            " distributes them to the ranks by its own rule, so padding cannot be"
+            " distinguished from repetition: all predictions are returned, in the order of"
+            " the dataset."
         )
     position = iter(np.argsort(np.argsort(flat, kind="stable"), kind="stable").tolist())
     places = [[[next(position) for _ in batch] for batch in rank] for rank in indices]
@@ -119,7 +120,7 @@ def _by_index(indices: list[list[list[int]]]) -> tuple[list[list[list[int]]], li
 
 
 def _arrange(batches: list[Any], places: list[list[int]], sizes: list[int]) -> list[Any]:
-    """Batches of `sizes` from others, whose samples have these `places` among the new ones."""
+    """Rearrange batches into batches of `sizes`; `places` are the samples' new positions."""
     ends = list(accumulate(sizes))
     total = ends[-1] if ends else 0
     # Batches of nothing but padding stay out.
@@ -134,9 +135,9 @@ def _arrange(batches: list[Any], places: list[list[int]], sizes: list[int]) -> l
     joined = join_samples(batches, [len(batch) for batch in places])
     if joined is None:
         rank_zero_warn(
-            "`predict_step` returns something that cannot be taken apart by sample (its first"
-            " dimension is not the batch, or batches differ in shape), so the predictions of the"
-            " ranks are ordered batch by batch."
+            "The return value of `predict_step` cannot be split by sample (its first"
+            " dimension is not the batch, or batches differ in shape), so the predictions of"
+            " the ranks are ordered batch by batch."
         )
         return batches
     flat = np.asarray([i for batch in places for i in batch])

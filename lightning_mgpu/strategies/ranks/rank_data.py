@@ -1,4 +1,4 @@
-"""Dataloaders of ranks that were launched with the pickled objects of another process."""
+"""DataLoaders of ranks that were launched with another process's pickled objects."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def process_loader(strategy: "ParallelStrategy", loader: Any) -> None:
-    """What a launched rank does with each loader before it uses it.
+    """Prepare a loader for use in a launched rank.
 
     Raises:
         MisconfigurationException: The sampler is that of another rank.
@@ -41,18 +41,18 @@ def check_samplers(loader: Any, rank: int, world_size: int) -> None:
         if not all(type(value) is int for value in own) or own == (rank, world_size):
             continue
         raise MisconfigurationException(
-            f"The dataloader's `{type(sampler).__name__}(rank={own[0]}, num_replicas={own[1]})` is"
-            f" not that of rank {rank} of {world_size}: it was made before the ranks were launched,"
-            " or with other numbers. Leave it out, and Lightning puts one in; or make the"
-            " dataloader in `train_dataloader` and the like, with"
-            " `rank=self.trainer.global_rank, num_replicas=self.trainer.world_size`. To give every"
-            " rank all of the data, use `Trainer(use_distributed_sampler=False)` without such a"
-            " sampler."
+            f"The dataloader's `{type(sampler).__name__}(rank={own[0]},"
+            f" num_replicas={own[1]})` is not that of rank {rank} of {world_size}: it was made"
+            " before the ranks were launched, or with other numbers. Remove it, and Lightning"
+            " adds one; or create the dataloader in `train_dataloader` or the like, with"
+            " `rank=self.trainer.global_rank, num_replicas=self.trainer.world_size`. To give"
+            " every rank all of the data, use `Trainer(use_distributed_sampler=False)`"
+            " without such a sampler."
         )
 
 
 def _samplers(loader: Any) -> Iterator[Any]:
-    """The samplers of a loader, with those that they take from."""
+    """Samplers of a loader, nested ones included."""
     found = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
     seen: set[int] = set()
     while found:

@@ -1,4 +1,4 @@
-"""Distributed data parallel of which the trainable parameters may change during training."""
+"""DDP that allows the trainable parameters to change during training."""
 
 import logging
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class RebuiltDDPStrategy(_LightningDDPStrategy):
-    """Lightning's DDP, built anew where parameters are unfrozen, frozen or added."""
+    """Lightning's DDP, rebuilt when parameters are unfrozen, frozen or added."""
 
     _reduced: Reduced | None = None
 
@@ -48,7 +48,7 @@ class RebuiltDDPStrategy(_LightningDDPStrategy):
         super().teardown()
 
     def _follow_parameters(self) -> None:
-        """Build DDP anew if parameters were unfrozen, frozen or added since it was built.
+        """Rebuild DDP if parameters were unfrozen, frozen or added since it was built.
 
         It averages the gradients of what was trainable then: ranks would drift apart. Between
         steps no gradient is on its way, and hooks have done the same on all ranks.
@@ -63,7 +63,7 @@ class RebuiltDDPStrategy(_LightningDDPStrategy):
         parameters = self._reduced.outdated(may_shrink)
         if parameters is None:
             return
-        log.info("The trainable parameters have changed; DDP is built anew for them.")
+        log.info("The trainable parameters have changed; DDP is rebuilt for them.")
         own_buffers = nullcontext() if model.broadcast_buffers else kept_buffers(module)
         forget_buckets(self._ddp_comm_state)
         self._reduced, self._pl_static_graph_delay_done = None, False

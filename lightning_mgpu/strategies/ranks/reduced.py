@@ -1,4 +1,4 @@
-"""The parameters whose gradients `DistributedDataParallel` averages over the ranks."""
+"""Track which parameters `DistributedDataParallel` averages over the ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Reduced:
-    """What a `DistributedDataParallel` averages: what was trainable when it was built.
+    """Parameters that a `DistributedDataParallel` averages: those trainable when it was built.
 
     Args:
         model: Just built.
@@ -26,7 +26,7 @@ class Reduced:
         self._others = [(name, p) for name, p in named if not p.requires_grad]
 
     def outdated(self, may_shrink: bool) -> list[nn.Parameter] | None:
-        """What to average from now on, if that is not what is averaged already.
+        """Parameters to average from now on; `None` if those are averaged already.
 
         Args:
             may_shrink: Whether to leave out parameters that were frozen since.
@@ -51,7 +51,7 @@ class Reduced:
         return [p for _, p in wanted]
 
     def check_gradients(self) -> None:
-        """Look for gradients that were not averaged; called after each backward.
+        """Raise an error for gradients that were not averaged; called after each backward.
 
         Raises:
             MisconfigurationException: Names the parameter, before an optimizer uses its gradient.
@@ -65,7 +65,7 @@ class Reduced:
 
 @contextmanager
 def as_trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Have parameters require gradients until the block ends."""
+    """Context in which parameters require gradients."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -78,7 +78,7 @@ def as_trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Put a module's buffers back when the block ends: each rank has values of its own."""
+    """Context after which a module's buffers are restored: each rank has its own values."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     yield
     with torch.no_grad():
@@ -87,14 +87,14 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def release(model: DistributedDataParallel) -> nn.Module:
-    """Take a module out of its wrapper, whose hooks on the parameters go with the reducer."""
+    """Unwrap a module; the hooks on its parameters go with the reducer."""
     module: nn.Module = model.module
     del model.logger, model.reducer  # the one holds the other
     return module
 
 
 def forget_buckets(state: Any) -> None:
-    """Have PowerSGD start anew: what it keeps for each bucket does not fit other buckets."""
+    """Reset PowerSGD, whose state for each bucket does not fit other buckets."""
     if hasattr(state, "error_dict"):
         for kept in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
             kept.clear()

@@ -1,4 +1,4 @@
-"""Deal the samples of `Trainer.predict` out to ranks, and say where each stands.
+"""Distribute the samples of `Trainer.predict` to ranks, and record their positions.
 
 One process takes batches from the batch sampler, which takes samples from the sampler. The ranks
 take turns at the samples, as Lightning deals them (batch size 2, two ranks)::
@@ -48,7 +48,7 @@ _OF_ONE_PROCESS = (SequentialSampler, RandomSampler, SubsetRandomSampler, Weight
 
 @dataclass(frozen=True)
 class LoaderOrder:
-    """Where the samples of one rank's batches stand in the order of one process.
+    """Positions of the samples of one rank's batches in the order of one process.
 
     Attributes:
         known_by: What is known: the ``"position"`` of each sample, its index in the ``"dataset"``,
@@ -95,7 +95,7 @@ class LoaderOrder:
     def of_turns(
         cls, sampler: DistributedSampler[Any], sizes: list[int], size: int, limit: float
     ) -> "LoaderOrder":
-        """The order of batches of `sizes`, which one process would make of `size` samples each."""
+        """Order of batches of `sizes`, where one process makes batches of `size` samples."""
         samples: Any = sampler.dataset
         total = samples.total if isinstance(samples, _SharedOrder) else len(samples)
         if isinstance(limit, int):
@@ -110,7 +110,7 @@ class LoaderOrder:
 
 
 def deal_out(loader: Any, limit: float, broadcast: _Broadcast) -> None:
-    """Have the ranks' shares of a loader make up what one process would be given.
+    """Make the ranks' shares of a loader add up to the batches of one process.
 
     Each rank would draw an order of its own from a sampler that shuffles, unless all are seeded: it
     takes rank 0's. To be called on all ranks, with what Lightning has made of the user's loader.
@@ -162,7 +162,7 @@ class _SharedOrder:
         self.total = len(sampler)
 
     def cut(self, most: int | None) -> None:
-        """Give the first `most` samples only."""
+        """Limit to the first `most` samples."""
         self.total = self.total if most is None else min(self.total, most)
 
     def reset(self) -> None:
@@ -185,7 +185,7 @@ class _SharedOrder:
 
 
 class _SharedBatches:
-    """The batches of a batch sampler of the user's own, dealt out to the ranks in turns.
+    """Batches of the user's batch sampler, distributed to the ranks in turns.
 
     Args:
         batch_sampler: Made anew by Lightning, with `sampler`.
@@ -229,9 +229,9 @@ class _SharedBatches:
         turns = self._turns(len(batches))
         if len(turns) > self._length:
             raise ValueError(
-                f"`{type(self._batch_sampler).__name__}` makes {len(batches)} batches, of which"
-                f" this rank has {len(turns)}, but by its `__len__` it has {self._length}. Have"
-                " `__len__` count the batches that `__iter__` makes of `self.sampler`."
+                f"`{type(self._batch_sampler).__name__}` makes {len(batches)} batches, of"
+                f" which this rank has {len(turns)}, but its `__len__` gives {self._length}."
+                " Make `__len__` count the batches that `__iter__` makes of `self.sampler`."
             )
         sizes = [len(batch) for batch in batches[: self._most]]
         starts = [0, *accumulate(sizes)]
@@ -243,7 +243,7 @@ class _SharedBatches:
         yield from (batches[turn % len(sizes)] for turn in turns)
 
     def _turns(self, count: int) -> range:
-        """Which of `count` batches are this rank's; those from `count` on repeat earlier ones."""
+        """Indices of this rank's batches; those from `count` on repeat earlier ones."""
         turn, of = self._sampler.rank, self._sampler.num_replicas
         count = count if self._most is None else min(count, self._most)
         return range(turn, max(count, of) if count else 0, of)
@@ -272,7 +272,7 @@ def _set_order(sampler: UnrepeatedDistributedSamplerWrapper, order: _SharedOrder
 
 
 def _sampler_of(loader: Any) -> Any:
-    """What a loader's batches are made from, by whatever name its batch sampler knows it."""
+    """Sampler under any attribute of a loader's batch sampler."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     if batch_sampler is None:
         return getattr(loader, "sampler", None)

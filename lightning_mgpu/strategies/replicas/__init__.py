@@ -1,1 +1,1 @@
-"""How `dp` runs the hooks of a LightningModule on replicas: steps, logs, metrics, checks."""
+"""Run hooks of a LightningModule on the replicas of `dp`: steps, logs, metrics, checks."""

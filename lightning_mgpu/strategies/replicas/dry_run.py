@@ -1,4 +1,4 @@
-"""One step, run for its results only: nothing that a run can see is different afterwards."""
+"""Run one step for its results only, without side effects."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ from lightning_mgpu.strategies.replicas.replica_step import Step
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a step is run.
+    """Settings of a trial run.
 
     Attributes:
         grad: With gradients, which some steps need (a gradient penalty, for instance).
@@ -36,7 +36,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run.
+    """Results of a trial run.
 
     Attributes:
         output: What the step returned.

@@ -1,4 +1,4 @@
-"""What replicas log in one step, recorded on each and logged once."""
+"""Record `self.log` calls on each replica, and log each name once."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -24,23 +24,23 @@ _SIGNATURE = inspect.signature(LightningModule.log)
 
 
 @dataclass(frozen=True)
-class _Call:
+class _LogCall:
     value: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     options: Mapping[str, Any]
-    """Arguments by the name that Lightning knows them by."""
+    """Arguments by Lightning's names."""
 
 
 class LogRecorder:
-    """Stands in for `LightningModule.log` on one replica.
+    """Replacement for `LightningModule.log` on one replica.
 
     A user's override of it is called when the values are logged, once, on the master.
     """
 
     def __init__(self) -> None:
         # The same name may be logged several times in a step.
-        self.calls: dict[tuple[str, int], _Call] = {}
+        self.calls: dict[tuple[str, int], _LogCall] = {}
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Record a call; the arguments are those of `LightningModule.log`."""
@@ -51,11 +51,11 @@ class LogRecorder:
         number = 0
         while (name, number) in self.calls:
             number += 1
-        self.calls[name, number] = _Call(value, args, kwargs, options)
+        self.calls[name, number] = _LogCall(value, args, kwargs, options)
 
 
 class BatchSizes:
-    """What steps give as `batch_size`: a number of each shard's own, or the same constant always.
+    """Meaning of the `batch_size` that steps log: each shard's own, or the same constant always.
 
     A constant says nothing of the shards. It is known by having been the same on all of them for
     some steps, or by being the size of the whole batch.
@@ -69,7 +69,7 @@ class BatchSizes:
     def weigh(
         self, name: str, given: Sequence[Any], sizes: Sequence[int]
     ) -> tuple[list[float], int | None]:
-        """What the shards' values weigh, and the batch size to log; `None` if none was given."""
+        """Weights of the shards' values, and the batch size to log; `None` if none was given."""
         if all(n is None for n in given):
             return [float(size) for size in sizes], None
         own = [float(size if n is None else n) for n, size in zip(given, sizes, strict=True)]
@@ -127,7 +127,7 @@ def replay(
 
 
 def means_of(outputs: Sequence[Any], recorders: Sequence[LogRecorder]) -> list[list[float]]:
-    """For each replica the numbers it returned, its loss first, and those it logged as means.
+    """Means per replica: the numbers it returned, its loss first, and those it logged.
 
     Only what all replicas have, in the same order for each.
     """
@@ -182,7 +182,7 @@ def _merge(
 
 
 def _scalar(value: Any, first: Any) -> Tensor:
-    """One logged value, where and in the dtype in which values are put together."""
+    """A logged value as a tensor on the device and in the dtype used for merging."""
     if not isinstance(first, Tensor):
         return torch.tensor(float(value), dtype=torch.float64)
     tensor = torch.as_tensor(value).detach().to(first.device)

@@ -1,4 +1,20 @@
-"""Manual optimisation under replicas: what concerns all is done once, when all ask for it."""
+"""Manual optimisation on replicas: common calls are made once, when all replicas ask.
+
+Two replicas in one step, from top to bottom::
+
+    worker of slot 0          worker of slot 1          the thread that called `Workers.run`
+    ----------------          ----------------          ------------------------------------
+    loss of shard 0           loss of shard 1           waits for tasks and calls
+    manual_backward --------- manual_backward --------> all have come: the master is made as it is
+      waits                     waits                   outside of steps, for the joint loss's
+      runs its backward <------ runs its backward <---- backward, which lends the threads its work
+      goes on <---------------- goes on <-------------- one gradient a parameter; back in the step
+    optimizer.step ---------- optimizer.step ---------> all have come: one step of the optimizer,
+      waits                     waits                   whose closure, if there is one, runs on
+      goes on <---------------- goes on <-------------- both workers as their backward has
+
+A replica that calls something else, or ends, while the others wait is a `LockstepError`.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class ManualOptimization:
-    """One step of manual optimisation, on all replicas.
+    """State of one step of manual optimisation on all replicas.
 
     Args:
         model: The master.
@@ -42,7 +58,7 @@ class ManualOptimization:
         self._values: dict[int, Any] = {}
 
     def overrides(self, slot: int) -> dict[str, Any]:
-        """Methods for replica `slot` that do their work in lockstep with the others'."""
+        """Methods of replica `slot` that work in lockstep with the other replicas."""
         model = self._model
         strategy = model.trainer.strategy
 
@@ -87,7 +103,7 @@ class ManualOptimization:
         }
 
     def step(self, slot: int, optimizer: Any, closure: Any, kwargs: dict[str, Any]) -> Any:
-        """One step of an optimizer, with the replicas' closures where they have any."""
+        """Step an optimizer once, with the replicas' closures if there are any."""
         if closure is None:
             return on_caller("optimizer.step", lambda: optimizer.step(**kwargs))
         self._closures[slot] = closure
@@ -96,7 +112,7 @@ class ManualOptimization:
         )
 
     def schedule(self, slot: int, scheduler: Any, value: Any) -> None:
-        """One step of a scheduler, with the mean of what the replicas tell it, if anything."""
+        """Step a scheduler once, with the mean of the replicas' metrics if there are any."""
         self._values[slot] = value
         on_caller("lr_scheduler.step", lambda: scheduler.step(*self._mean_value()))
 
@@ -112,7 +128,7 @@ class ManualOptimization:
 
 
 class LockstepOptimizer:
-    """One of the Trainer's optimizers, as a replica sees it."""
+    """Replica's view of one of the Trainer's optimizers."""
 
     def __init__(self, manual: ManualOptimization, slot: int, optimizer: Any) -> None:
         self._manual = manual
@@ -125,7 +141,7 @@ class LockstepOptimizer:
 
     @property
     def optimizer(self) -> "LockstepOptimizer":
-        """Torch's own optimizer, likewise."""
+        """Torch's own optimizer, in lockstep."""
         return LockstepOptimizer(self._manual, self._slot, self._real.optimizer)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
@@ -134,7 +150,7 @@ class LockstepOptimizer:
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
-        """As `LightningOptimizer.toggle_model`; there is nothing to synchronise."""
+        """Do as `LightningOptimizer.toggle_model`; there is nothing to synchronise."""
         model = self._manual._model
         on_caller("toggle_optimizer", lambda: model.toggle_optimizer(self._real))
         yield
@@ -157,7 +173,7 @@ class LockstepOptimizer:
 
 
 class LockstepScheduler:
-    """One of the Trainer's learning rate schedulers, as a replica sees it."""
+    """Replica's view of one of the Trainer's learning rate schedulers."""
 
     def __init__(self, manual: ManualOptimization, slot: int, scheduler: Any) -> None:
         self._manual = manual

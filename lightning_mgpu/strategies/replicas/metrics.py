@@ -1,4 +1,4 @@
-"""torchmetrics objects under replicas: each step's states come back to the master's metric.
+"""torchmetrics on replicas: merge each step's states into the master's metrics.
 
 Each replica updates a metric of its own, empty at the start of a step. A metric whose states are
 sums, maxima, minima or lists takes them over. Any other, and any collection or wrapper, is updated
@@ -15,13 +15,14 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
+from lightning_mgpu._compat.torchmetrics import note_updates, reductions_of
 from lightning_mgpu.engine import batch
 
 _MERGEABLE = (dim_zero_sum, dim_zero_max, dim_zero_min, dim_zero_cat)
 
 
 def is_metric(value: Any) -> bool:
-    """Whether it is a metric or a collection of them."""
+    """Return whether `value` is a metric or a collection of metrics."""
     return isinstance(value, (Metric, MetricCollection))
 
 
@@ -52,7 +53,7 @@ class ReplicaMetrics:
         }
 
     def original(self, metric: Any) -> Any:
-        """The master's own of a replica's metric, or of a member of its collection."""
+        """Master's metric for a replica's metric, or for a member of its collection."""
         return self._originals.get(id(metric), metric)
 
     def begin(self) -> None:
@@ -63,17 +64,17 @@ class ReplicaMetrics:
 
     @torch.no_grad()
     def merge(self, sizes: Sequence[int]) -> None:
-        """Bring what the replicas' metrics have seen to the master's."""
+        """Merge the states of the replicas' metrics into the master's."""
         for index, master in enumerate(self._masters):
             metrics = [metrics[index] for metrics in self._replicas]
             if _guard(metrics[0]).records:
                 _update(master, metrics, sizes)
             else:
-                _merge(master, [m for m in metrics if m._update_count])
+                _merge(master, [m for m in metrics if m.update_called])
 
 
 def seen(masters: Sequence[Any], replicas: Sequence[Sequence[Any]], sizes: Sequence[int]) -> Any:
-    """What metrics would make of a step, for comparison; the masters stay as they are.
+    """Metrics' values after a step, for comparison; the masters stay unchanged.
 
     Args:
         masters: The master's metrics.
@@ -93,7 +94,7 @@ def seen(masters: Sequence[Any], replicas: Sequence[Sequence[Any]], sizes: Seque
 def _seen_by(master: Any, metrics: Sequence[Any], sizes: Sequence[int]) -> Any:
     if _guard(metrics[0]).records:
         return list(_joined_calls(metrics, sizes, torch.device("cpu")))
-    updated = [metric for metric in metrics if metric._update_count]
+    updated = [metric for metric in metrics if metric.update_called]
     if not updated:
         return None
     fresh = copy.deepcopy(master)
@@ -106,14 +107,14 @@ def _can_merge(metric: Any) -> bool:
     return (
         isinstance(metric, Metric)
         and not any(metric.children())
-        and bool(metric._reductions)
-        and all(reduce in _MERGEABLE for reduce in metric._reductions.values())
+        and bool(reductions_of(metric))
+        and all(reduce in _MERGEABLE for reduce in reductions_of(metric).values())
         and not metric.full_state_update
     )
 
 
 class _Guard:
-    """Stands before the methods of a replica's metric.
+    """Wrapper around the methods of a replica's metric.
 
     Args:
         metric: The replica's own.
@@ -134,7 +135,7 @@ class _Guard:
     def begin(self) -> None:
         """Empty the metric for a new step."""
         self.calls.clear()
-        if any(isinstance(m, Metric) and m._update_count for m in self._metric.modules()):
+        if any(isinstance(m, Metric) and m.update_called for m in self._metric.modules()):
             with self._within():
                 self._metric.reset()
 
@@ -159,9 +160,9 @@ class _Guard:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._inside:
                 raise RuntimeError(
-                    f"`{type(self._metric).__name__}.{name}()` in a step: there each replica knows"
-                    " of its shard only. Log the metric object, or do it in a hook, such as"
-                    " `on_train_epoch_end`."
+                    f"`{type(self._metric).__name__}.{name}()` in a step, where each replica"
+                    " has its shard only. Log the metric object, or call it in a hook, such"
+                    " as `on_train_epoch_end`."
                 )
             return function(*args, **kwargs)
 
@@ -181,12 +182,11 @@ def _merge(master: Metric, metrics: Sequence[Metric]) -> None:
     """Add the states of replicas to the master's, in the order of their shards."""
     if not metrics:
         return
-    for name, reduce in master._reductions.items():
+    for name, reduce in reductions_of(master).items():
         states = [getattr(master, name), *(getattr(metric, name) for metric in metrics)]
         setattr(master, name, _reduced(states, reduce, master.device))
     # As many updates as the whole batch would have been.
-    master._update_count += max(metric._update_count for metric in metrics)
-    master._computed = None
+    note_updates(master, max(metric.update_count for metric in metrics))
 
 
 def _reduced(states: Sequence[Any], reduce: Any, device: torch.device) -> Any:
@@ -209,7 +209,7 @@ def _update(master: Any, metrics: Sequence[Any], sizes: Sequence[int]) -> None:
 def _joined_calls(
     metrics: Sequence[Any], sizes: Sequence[int], device: torch.device
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the replicas have called a metric with, as the whole batch would have."""
+    """Arguments of the replicas' calls of a metric, joined for the whole batch."""
     calls = [_guard(metric).calls for metric in metrics]
     for number in range(max(map(len, calls))):
         made = [(c[number], size) for c, size in zip(calls, sizes, strict=True) if number < len(c)]

@@ -1,4 +1,4 @@
-"""The first batch of each kind of step, computed whole and in shards, and compared."""
+"""Compute the first batch of each kind of step whole and in shards, and compare."""
 
 import logging
 import weakref
@@ -40,7 +40,7 @@ _MAX_STRUCTURES = 8
 
 
 class ParityCheck:
-    """Compares what a step computes of a whole batch with what it computes of the shards.
+    """Compare a step's result for a whole batch with that for the shards.
 
     Both are computed without lasting effects, on the first batch of each kind of step, where the
     structure of the batches changes, and where lists are the first to differ in size between
@@ -92,7 +92,7 @@ class ParityCheck:
             log.warning(found.text)
 
     def after(self, step: Step, losses: Sequence[Tensor | None], loss: Tensor | None) -> None:
-        """Tell once of a loss that is NaN on some replicas only."""
+        """Warn once of a loss that is NaN on some replicas only."""
         if self._mode == "off" or loss is None or is_accelerator(loss.device):
             return  # on other devices, to look at it would wait for it
         if bool(loss.isnan()) and _nan(step) not in self._told:
@@ -118,16 +118,16 @@ def _nan(step: Step) -> str:
 def _compared(
     step: Step, batch: Any, sharding: Sharding, replicas: Replicas, workers: Workers
 ) -> _Told | None:
-    """What differs, in words; `None` if nothing does, or if it cannot be known."""
+    """Describe the differences; `None` if there are none, or if they cannot be known."""
     trial = sharding.trial()
     try:
-        comparison = _Comparison(step, batch, trial, replicas)
+        comparison = _StepComparison(step, batch, trial, replicas)
         try:
             (found,) = workers.run([comparison.run])
         except torch.OutOfMemoryError:
             # Any device has memory for the samples of one shard.
             batch = step.shards[0].batch
-            comparison = _Comparison(step.of(trial.scatter(batch)), batch, trial, replicas)
+            comparison = _StepComparison(step.of(trial.scatter(batch)), batch, trial, replicas)
             (found,) = workers.run([comparison.run])
         if comparison.is_proven:
             sharding.confirm(trial)
@@ -137,7 +137,7 @@ def _compared(
         return None
 
 
-class _Comparison:
+class _StepComparison:
     """One step on one batch, whole and in shards, on the first device.
 
     Attributes:
@@ -152,7 +152,7 @@ class _Comparison:
         self._make = replicas.sandboxes()
 
     def run(self) -> Findings | None:
-        """What differs; `None` if nothing does, or if random draws keep it from being known."""
+        """Find differences; `None` if there are none, or if random draws hide them."""
         found = self._tried()
         if found is None:
             return None
@@ -165,7 +165,7 @@ class _Comparison:
         return Findings(self._step, self._batch, self._master, whole, parts, differences, doubts)
 
     def _tried(self) -> tuple[Conditions, Result, list[Result]] | None:
-        """The runs under the first conditions that the step can do with."""
+        """Runs under the first conditions in which the step succeeds."""
         try:
             return self._comparable(Conditions())
         except (UnsafeError, torch.OutOfMemoryError):
@@ -203,7 +203,7 @@ class _Comparison:
         return [dry_run(self._make, self._step, s.batch, how) for s in self._step.shards]
 
     def _is_rounding(self, how: Conditions, whole: Result, parts: list[Result]) -> bool:
-        """Whether the differences are gone in double precision, where the step can do with that.
+        """Return whether the differences disappear in double precision.
 
         In a model of double precision they are if single precision within it explains them.
         """

@@ -1,4 +1,4 @@
-"""What to say of a step that computes something else on shards: where, likely reasons, advice."""
+"""Messages about steps that compute something else on shards: place, reasons, advice."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_mgpu._compat.torch_modules import BatchNorm
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.compare import Difference, compare, parts_of
 from lightning_mgpu.strategies.replicas.dry_run import Result
@@ -19,7 +19,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Findings:
-    """A step whose results differ, and what is known of it."""
+    """A step whose results differ, with the differences and conditions."""
 
     step: Step
     batch: Any
@@ -31,31 +31,31 @@ class Findings:
 
     @property
     def nan(self) -> str | None:
-        """What to say of values that are NaN on some replicas only, if there are any."""
+        """Message about values that are NaN on some replicas only, if there are any."""
         return nan_message(self.step, _by_shard(self))
 
 
 def message(found: Findings) -> str:
-    """All that is to be said, in several lines."""
+    """Full message, in several lines."""
     step, differences = found.step, found.differences
     lines = [
-        f"`{step.name}` gives something else on {len(step.sizes)} shards (of"
-        f" {', '.join(map(str, step.sizes))} samples) than on the whole batch, so `strategy='dp'`"
-        " does not give the result of one device:",
+        f"`{step.name}` gives different results on {len(step.sizes)} shards (of"
+        f" {', '.join(map(str, step.sizes))} samples) than on the whole batch, so"
+        " `strategy='dp'` does not give the result of one device:",
         *(f"  {difference}" for difference in differences[:_SHOWN]),
     ]
     if len(differences) > _SHOWN:
         lines.append(f"  and {len(differences) - _SHOWN} more")
     lines += _reasons(found)
     lines.append(
-        "`DataParallelStrategy(parity_check='off')` switches off this comparison of the first"
-        " batch; docs/strategies.md tells what it does."
+        "`DataParallelStrategy(parity_check='off')` turns off this comparison of the first"
+        " batch (see docs/strategies.md)."
     )
     return "\n".join(lines)
 
 
 def nan_message(step: Step, values: Mapping[str, Sequence[Any]]) -> str | None:
-    """What to say of values that are NaN on some replicas only; `None` if there are none."""
+    """Message about values that are NaN on some replicas only; `None` if there are none."""
     for path, column in values.items():
         known = {slot: _is_nan(value) for slot, value in enumerate(column) if value is not None}
         bad = [slot for slot, is_nan in known.items() if is_nan]
@@ -69,7 +69,7 @@ def nan_message(step: Step, values: Mapping[str, Sequence[Any]]) -> str | None:
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """The loss in what `training_step` has returned."""
+    """Loss in the return value of `training_step`."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
 
@@ -77,17 +77,17 @@ def loss_in(output: Any) -> Tensor | None:
 def _reasons(found: Findings) -> Iterator[str]:
     values = {d.path for d in found.differences if not d.path.startswith("output")}
     special = [*_went_whole(found), *_rows(found), *_statistics(found)]
-    special += [f"{doubt}: see docs/batches.md for what can be done." for doubt in found.doubts]
+    special += [f"{doubt}: see docs/batches.md for what to do." for doubt in found.doubts]
     yield from special
     if found.nan is not None:
         yield found.nan[0].upper() + found.nan[1:]
         yield _DENOMINATOR
     elif "loss" in values and _is_sum(found):
         yield (
-            "The loss of the batch is the sum of the shards' losses, and `dp` takes their mean: use"
-            " a mean over samples (`reduction='mean'`, or divide by a constant number of them). If"
-            " it is divided by their number already, take that from the shard (`len(x)`) rather"
-            " than from a value that the whole batch has brought along."
+            "The loss of the batch is the sum of the shards' losses, and `dp` takes their"
+            " mean: use a mean over samples (`reduction='mean'`, or divide by a constant"
+            " number of them). If it is divided by their number already, take that from the"
+            " shard (`len(x)`) rather than from a value for the whole batch."
         )
     elif values:
         yield _DENOMINATOR
@@ -100,9 +100,9 @@ def _reasons(found: Findings) -> Iterator[str]:
 
 
 _DENOMINATOR = (
-    "If it is a mean over something other than samples (class weights, `ignore_index`, tokens), let"
-    " shards weigh by that: `DataParallelStrategy(scatter_fn=...)` with `Shard(batch, size)`, where"
-    " size is the sum of weights or the number of tokens."
+    "If it is a mean over something other than samples (class weights, `ignore_index`,"
+    " tokens), weigh shards by that: `DataParallelStrategy(scatter_fn=...)` with"
+    " `Shard(batch, size)`, where size is the sum of weights or the number of tokens."
 )
 _COUPLED = (
     "If it depends on the other samples of the batch (contrastive losses, statistics or"
@@ -111,8 +111,8 @@ _COUPLED = (
 )
 _COUNT = "If it is a count or a sum, log it with `reduce_fx='sum'`, or return an entry per sample."
 _OUTPUT = (
-    "Return a row of a tensor, or an entry of a list, for each sample, or put the replicas' outputs"
-    " together in `DataParallelStrategy(gather_fn=...)`."
+    "Return a row of a tensor, or an entry of a list, for each sample, or join the replicas'"
+    " outputs in `DataParallelStrategy(gather_fn=...)`."
 )
 
 
@@ -128,7 +128,7 @@ def _went_whole(found: Findings) -> Iterator[str]:
 
 
 def _whole_in(whole: Any, shard: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Lists and tensors in a batch that a shard has whole, and how to get there."""
+    """Lists and tensors of a batch that a shard has whole, with their access paths."""
     parts, others = parts_of(whole), parts_of(shard)
     if parts is not None and others is not None and parts.keys() == others.keys():
         if _is_column(whole):
@@ -152,7 +152,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _rows(found: Findings) -> Iterator[str]:
-    """Tensors of the output whose first dimension is not the samples'."""
+    """Describe output tensors whose first dimension is not the samples'."""
     sizes, total = found.step.sizes, sum(found.step.sizes)
     columns = [dict(leaves(part.output, "output")) for part in found.parts]
     wrong = {difference.path for difference in found.differences}
@@ -171,14 +171,14 @@ def _rows(found: Findings) -> Iterator[str]:
         else:
             yield (
                 f"`{path}` has {whole[0]} rows for {total} samples, so its rows are not the"
-                " samples: put it together in `DataParallelStrategy(gather_fn=...)`, or sum it up"
-                " in a torchmetrics object."
+                " samples: join it in `DataParallelStrategy(gather_fn=...)`, or sum it in a"
+                " torchmetrics object."
             )
 
 
 def _statistics(found: Findings) -> Iterator[str]:
     for name, module in found.master.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
+        if isinstance(module, BatchNorm) and module.running_mean is None:
             yield (
                 f"`{name}` (a {type(module).__name__}) keeps no running statistics, and normalises"
                 " each shard by its own."

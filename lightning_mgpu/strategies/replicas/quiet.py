@@ -1,4 +1,4 @@
-"""What a LightningModule finds around it in a trial run: a Trainer that nothing is written to."""
+"""Read-only Trainer for a LightningModule in a trial run."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _REFUSED_METHODS = ("manual_backward", "toggle_optimizer", "untoggle_optimizer",
 
 
 def silence(sandbox: Sandbox, recorder: LogRecorder) -> None:
-    """Keep what the step of a sandbox logs, prints and tells its Trainer from the real ones."""
+    """Keep logging, printing and Trainer calls of a sandbox's step from the real objects."""
     root: Any = sandbox.module
     trainer = QuietTrainer(root.trainer, root)
     for module in sandbox.modules:
@@ -30,7 +30,7 @@ def silence(sandbox: Sandbox, recorder: LogRecorder) -> None:
 
 
 class QuietTrainer:
-    """Reads from a Trainer; keeps what is written to itself, and has loggers that do nothing.
+    """Trainer that reads from another, keeps writes to itself, and has loggers that do nothing.
 
     Args:
         trainer: The Trainer.
@@ -69,7 +69,7 @@ class ReadOnly:
 
 
 class _Reads:
-    """One of a LightningModule's methods that return optimizers or schedulers."""
+    """Replacement for `LightningModule.optimizers` and `lr_schedulers`."""
 
     def __init__(self, method: Any, module: Any) -> None:
         self._method, self._module = method, module
@@ -89,4 +89,4 @@ def _refused(name: str) -> Any:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Neither prints nor logs."""
+    """Neither print nor log."""

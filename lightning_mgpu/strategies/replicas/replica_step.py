@@ -22,7 +22,7 @@ from lightning_mgpu.strategies.replicas.metrics import ReplicaMetrics
 
 
 class Step:
-    """A step by name, and what it is called with.
+    """A step of the LightningModule, with its arguments.
 
     Args:
         name: Of the method: ``training_step`` and the like.
@@ -58,7 +58,7 @@ class Step:
         manual: ManualOptimization | None,
         batch_sizes: BatchSizes,
     ) -> list[Any]:
-        """Run it, and apply to the master what the replicas have logged and measured.
+        """Run the step, and merge the replicas' logs and metrics into the master.
 
         Args:
             model: The master.
@@ -93,11 +93,11 @@ class Step:
         return outputs
 
     def of(self, shards: Sequence[Shard]) -> "Step":
-        """The same step on other shards."""
+        """Return the same step for other shards."""
         return Step(self.name, shards, self._args, self._kwargs, self.dataloader_idx, self._devices)
 
     def describe(self, slot: int) -> str:
-        """A replica and its shard, in words."""
+        """Describe a replica and its shard for a message."""
         first = sum(self.sizes[:slot])
         last = first + self.sizes[slot] - 1
         return (
@@ -114,12 +114,12 @@ class Step:
             return untracked(self.call(module, batch, self._devices[slot]))
 
     def call(self, module: Any, batch: Any, device: torch.device) -> Any:
-        """The step of one module, on a batch that is brought to its device first."""
+        """Run the step of one module on a batch, moved to its device first."""
         batch = self._transferred(module, batch, device)
         return getattr(module, self.name)(batch, *self._args, **self._kwargs)
 
     def _transferred(self, module: Any, batch: Any, device: torch.device) -> Any:
-        """The shard on its device, by the hooks for it.
+        """Move the shard to its device through the LightningModule's hooks.
 
         Lightning's own way to call hooks keeps state in the Trainer, and threads would mix it up.
         """
@@ -135,7 +135,7 @@ class Step:
 
 
 def _samples(shard: Shard) -> int:
-    """How many samples a shard has, whatever it is to weigh."""
+    """Number of samples of a shard, whatever its weight."""
     for _, leaf in leaves(shard.batch):
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
             return len(leaf)

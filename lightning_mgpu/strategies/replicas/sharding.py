@@ -1,4 +1,4 @@
-"""How the batches of one kind of step are split over replicas, and its outputs joined."""
+"""Split the batches of one kind of step over replicas, and join its outputs."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from lightning_mgpu.engine.batch import Hint, JoinMemory, Layout, Shard, batch_size, join, split
+from lightning_mgpu.engine.batch import (
+    BatchLayout,
+    Hint,
+    JoinMemory,
+    Shard,
+    batch_size,
+    join,
+    split,
+)
 from lightning_mgpu.strategies.replicas.log_merging import BatchSizes
 
 Scatter = Callable[[Any, int], Sequence[Shard]]
@@ -14,7 +22,7 @@ Gather = Callable[[Sequence[Any], Sequence[int]], Any]
 
 
 class Sharding:
-    """Splits batches and joins outputs, and remembers what they look like.
+    """Split batches and join outputs, and remember their layout.
 
     Args:
         devices: One for each replica; joined tensors lie on the first.
@@ -35,7 +43,7 @@ class Sharding:
         gather_fn: Gather | None,
     ) -> None:
         self._devices = devices
-        self._layout = Layout(hint)
+        self._layout = BatchLayout(hint)
         self._memory = JoinMemory()
         self._scatter_fn, self.gather_fn = scatter_fn, gather_fn
         # Of a batch that `scatter_fn` has split, where shards may weigh by something else.
@@ -44,17 +52,17 @@ class Sharding:
 
     @property
     def doubts(self) -> list[str]:
-        """What in the last batch may not be as it seems, in words."""
+        """Possible misinterpretations of the last batch, for messages."""
         return [] if self._scatter_fn is not None else self._layout.doubts
 
     def trial(self) -> "Sharding":
-        """The same for a trial run: it warns of nothing, and what it learns is its own."""
+        """Copy for a trial run, which logs no warnings and keeps what it learns to itself."""
         trial = copy.copy(self)
         trial._memory = self._memory.silent()
         return trial
 
     def confirm(self, trial: "Sharding") -> None:
-        """Take over how a trial has joined outputs: it was as on one device."""
+        """Take over a trial's way of joining outputs, which proved right."""
         self._memory = trial._memory
 
     def scatter(self, batch: Any, least: int = 1) -> list[Shard]:
@@ -82,7 +90,7 @@ class Sharding:
             ) from error
 
     def gather(self, outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
-        """What the step would have returned for the whole batch.
+        """Join the shards' outputs into that of the whole batch.
 
         Args:
             outputs: What it has returned for each shard.
@@ -100,8 +108,8 @@ class Sharding:
             return join(outputs, sizes, self._devices[0], self._memory, samples=samples)
         except ValueError as error:
             raise ValueError(
-                f"The outputs of the replicas cannot be put together: {error} Give"
-                " `DataParallelStrategy(gather_fn=...)` a function that does."
+                f"The outputs of the replicas cannot be joined: {error} Give"
+                " `DataParallelStrategy(gather_fn=...)` a function that joins them."
             ) from error
 
     def _scattered(self, batch: Any, scatter_fn: Scatter) -> list[Shard]:
@@ -109,20 +117,20 @@ class Sharding:
         shards = list(scatter_fn(batch, count))
         if not all(isinstance(shard, Shard) for shard in shards):
             raise TypeError(
-                "`scatter_fn` must return a list of `lightning_mgpu.Shard(batch, size)`; it has"
+                "`scatter_fn` must return a list of `lightning_mgpu.Shard(batch, size)`; it"
                 f" returned {sorted({type(shard).__name__ for shard in shards})}."
             )
         if not 1 <= len(shards) <= count:
             raise ValueError(
-                f"`scatter_fn` has made {len(shards)} shards for {count} devices; return at"
-                " least one and at most as many as there are devices."
+                f"`scatter_fn` made {len(shards)} shards for {count} devices; return at least"
+                " one and at most as many as there are devices."
             )
         self._samples = _samples_of(shards, batch)
         return shards
 
 
 def _samples_of(shards: Sequence[Shard], batch: Any) -> list[int] | None:
-    """Samples in the shards of a user's function, which may weigh by something else."""
+    """Sizes of shards made by a user's function, which may weigh by something else."""
     try:
         samples = [batch_size(shard.batch) for shard in shards]
         return samples if sum(samples) == batch_size(batch) else None  # or split otherwise

@@ -1,1 +1,1 @@
-"""How the pipeline strategies cut a LightningModule, and what they show of its stages."""
+"""Cut a LightningModule into stages for the pipeline strategies, and display them."""

@@ -7,13 +7,14 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelSummary
 
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
-from lightning_mgpu.strategies.stages.stage_table import parameter_bytes, readable_bytes
+from lightning_mgpu.format import readable_bytes
+from lightning_mgpu.strategies.stages.stage_table import parameter_bytes
 
 Column = tuple[str, list[str]]
 
 
 class StagesInSummary:
-    """Has model summaries end with a row for each stage: its device and its parameters' bytes.
+    """Add a row for each stage to model summaries: its device and its parameters' bytes.
 
     Rows, since the Rich summary shows no columns but those it knows.
 
@@ -39,7 +40,7 @@ class StagesInSummary:
             vars(summary)["summarize"] = self._with_stages(summary.summarize)
 
     def remove(self) -> None:
-        """Summaries are what they were."""
+        """Restore the model summaries."""
         for summary in self._summaries:
             vars(summary).pop("summarize", None)
 

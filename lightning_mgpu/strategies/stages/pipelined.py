@@ -1,4 +1,4 @@
-"""What strategies do whose processes each compute one submodule in stages."""
+"""Mixin for strategies whose processes compute one submodule in stages."""
 
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_mgpu.engine.batch import Layout
+from lightning_mgpu.engine.batch import BatchLayout
 from lightning_mgpu.engine.pipeline.check.parity import Parity, ParityCheck
 from lightning_mgpu.engine.pipeline.error_hints import hinted
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
@@ -23,10 +23,15 @@ from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
 from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint
 from lightning_mgpu.strategies.base.loader_hint import loader_hint
-from lightning_mgpu.strategies.base.multi_device import InParts
+from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 from lightning_mgpu.strategies.stages.model_summary import StagesInSummary
-from lightning_mgpu.strategies.stages.placement import Override, muted, place, state_to_parameters
+from lightning_mgpu.strategies.stages.placement import (
+    ForwardOverride,
+    muted,
+    place,
+    state_to_parameters,
+)
 from lightning_mgpu.strategies.stages.split_module import find_module, own_stages
 from lightning_mgpu.strategies.stages.stage_table import show_stages
 from lightning_mgpu.strategies.stages.step_trace import StepTrace
@@ -37,8 +42,8 @@ _CHECKPOINTS = ("never", "except_last", "always")
 _PARITY_CHECKS = ("error", "warn", "off")
 
 
-class Pipelined(InParts):
-    """Has one submodule of the LightningModule computed in stages on the process's devices.
+class PipelineMixin(MultiDeviceStrategy):
+    """Compute one submodule of the LightningModule in stages on the process's devices.
 
     To be put before the strategy that makes the processes. The arguments are described by
     `PipelineStrategy`.
@@ -83,12 +88,12 @@ class Pipelined(InParts):
         self._trace_dir = None if trace_dir is None else Path(trace_dir)
         self._trace: StepTrace | None = None
         self._pipeline: Pipeline | None = None
-        self._override: Override | None = None
+        self._override: ForwardOverride | None = None
         self._placed: list[Cut] = []
         self._expected: Cut | None = None
         self._in_summary: StagesInSummary | None = None
         self._step_batch = StepBatch()
-        self._layouts: dict[Hashable, Layout] = {}
+        self._layouts: dict[Hashable, BatchLayout] = {}
         self._uncalled: Uncalled | None = None
 
     @property
@@ -127,7 +132,7 @@ class Pipelined(InParts):
 
     @override
     def model_to_device(self) -> None:
-        """Each stage to its device, and all else to the first."""
+        """Move each stage to its device, and all else to the first."""
         assert self.lightning_module is not None
         self._install()
         assert self._pipeline is not None
@@ -197,7 +202,7 @@ class Pipelined(InParts):
         kind = step, *args[2:]  # with the number of the DataLoader, if there are several
         if kind not in self._layouts:
             trainer = model.trainer
-            self._layouts[kind] = Layout(lambda: loader_hint(trainer, step))
+            self._layouts[kind] = BatchLayout(lambda: loader_hint(trainer, step))
         self._step_batch = StepBatch(args[0] if args else None, self._layouts[kind])
         try:
             with hinted():
@@ -206,13 +211,13 @@ class Pipelined(InParts):
             self._step_batch = StepBatch()
 
     def _install(self) -> None:
-        """Have the chosen submodule computed in stages."""
+        """Replace the chosen submodule's `forward` by the pipeline."""
         model, devices = self.lightning_module, self.stage_devices
         assert model is not None
         self._layouts = {}
         name, module = find_module(model, self._module)
         made = own_stages(model)
-        self._override = Override(module)
+        self._override = ForwardOverride(module)
         split_at = self._split_at
         if split_at is not None:
             split_at = [entry.removeprefix(f"{name}.") if name else entry for entry in split_at]
@@ -237,7 +242,7 @@ class Pipelined(InParts):
         self._override.install(self._pipeline)
 
     def _on_cut(self, cut: Cut) -> None:
-        """Lay a cut's stages on their devices, if they are not there yet."""
+        """Place a cut's stages on their devices, if they are not there yet."""
         if any(cut is placed for placed in self._placed):
             return
         assert self.lightning_module is not None
@@ -262,7 +267,7 @@ class Pipelined(InParts):
 
 
 def _plain(given: Any) -> Any:
-    """The same without containers of a config's own."""
+    """Convert containers of a config into plain ones."""
     if given is None or isinstance(given, (str, int)):
         return given
     return dict(given) if isinstance(given, Mapping) else list(given)

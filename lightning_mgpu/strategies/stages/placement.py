@@ -1,4 +1,4 @@
-"""Where the parts of a split model lie, and the stand-in for the `forward` of its submodule."""
+"""Place the parts of a split model on devices, and replace its submodule's `forward`."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,12 +11,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mgpu._compat.torch_modules import map_tensors
 from lightning_mgpu.engine.batch import leaves, map_leaves
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 
 
-class Override:
-    """Stands for a module's `forward` on the instance.
+class ForwardOverride:
+    """Replacement for a module's `forward` on the instance.
 
     Copies and pickles of the module have its own method instead.
 
@@ -42,12 +43,12 @@ class Override:
         return getattr, (self.module, "forward")
 
     def install(self, call: Callable[..., Any]) -> None:
-        """From now on, `forward` is `call`."""
+        """Replace `forward` by `call`."""
         self._call = call
         vars(self.module)["forward"] = self
 
     def remove(self) -> None:
-        """`forward` is what it was."""
+        """Restore `forward`."""
         if vars(self.module).get("forward") is self:
             del vars(self.module)["forward"]
             if self._had_own:
@@ -72,7 +73,7 @@ def place(model: LightningModule, cut: Cut, devices: Sequence[torch.device]) -> 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to(where.get(id(tensor), devices[0]))
 
-    model._apply(moved)  # type: ignore[no-untyped-call]
+    map_tensors(model, moved)
     for module in model.modules():
         if isinstance(module, _DeviceDtypeModuleMixin):
             module._device = devices[0]
@@ -93,7 +94,7 @@ def state_to_parameters(optimizers: Iterable[Optimizer]) -> None:
 
 @contextmanager
 def muted(model: LightningModule) -> Iterator[None]:
-    """Within, what the model logs is dropped."""
+    """Context in which what the model logs is dropped."""
     before = {name: vars(model)[name] for name in _LOGS if name in vars(model)}
     vars(model).update(dict.fromkeys(_LOGS, _nothing))
     try:
@@ -108,7 +109,7 @@ _LOGS = ("log", "log_dict", "print")
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Neither logs nor prints."""
+    """Neither log nor print."""
 
 
 def _is_elsewhere(leaf: Any, device: torch.device) -> bool:

@@ -1,15 +1,16 @@
-"""Which part of a LightningModule is cut into stages."""
+"""Choose the part of a LightningModule that is cut into stages."""
 
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_mgpu._compat.torch_modules import is_compiled_anyhow
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 
 
 def find_module(model: LightningModule, name: str | None) -> tuple[str, nn.Module]:
-    """The submodule to cut, and its name.
+    """Return the name of the submodule to cut, and the submodule.
 
     Args:
         model: The LightningModule.
@@ -73,7 +74,7 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 def _check_not_compiled(name: str, module: nn.Module) -> None:
-    if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+    if is_compiled_anyhow(module):
         raise PartitionError(
             f"`{name}` is compiled as a whole, so it cannot be cut into stages. Compile the"
             " submodules that stages consist of instead."

@@ -1,4 +1,4 @@
-"""The table of a pipeline's stages."""
+"""Table of a pipeline's stages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +9,7 @@ from torch import nn
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
 from lightning_mgpu.engine.pipeline.runtime import schedule
+from lightning_mgpu.format import duration, readable_bytes
 
 
 def show_stages(
@@ -18,7 +19,7 @@ def show_stages(
     costs: Mapping[str, Cost],
     stages_per_device: int = 1,
 ) -> None:
-    """Log what each stage consists of, what it takes, and how long devices will wait.
+    """Log the layers, cost and expected idle time of each stage.
 
     Args:
         cut: The stages.
@@ -34,7 +35,7 @@ def show_stages(
         size = readable_bytes(parameter_bytes(cut, stage))
         row = [str(stage), str(device), _span(cut.layers[stage]), size]
         if costs:
-            row += [readable_bytes(cost.activations), f"{cost.seconds * 1e3:.2f} ms"]
+            row += [readable_bytes(cost.activations), duration(cost.seconds)]
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -51,7 +52,7 @@ def show_stages(
 
 
 def stage_cost(modules: Sequence[str], costs: Mapping[str, Cost]) -> Cost:
-    """What a stage's layers cost together."""
+    """Total cost of a stage's layers."""
     total = Cost()
     for name, cost in costs.items():
         if any(name == module or name.startswith(f"{module}.") for module in modules):
@@ -68,11 +69,3 @@ def _span(modules: Sequence[str]) -> str:
     if not modules:
         return "as configured"
     return modules[0] if len(modules) == 1 else f"{modules[0]} .. {modules[-1]} ({len(modules)})"
-
-
-def readable_bytes(count: int) -> str:
-    """`count` in the largest decimal unit that it fills, at least kB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count / 1e3:.2f} kB"

@@ -1,4 +1,4 @@
-"""One training step of a pipeline, measured and written to files."""
+"""Record one training step of a pipeline and write it to files."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
-from lightning_mgpu.engine.pipeline.profile.timeline import Span, Timeline
+from lightning_mgpu.engine.pipeline.profile.timeline import PipelineTimeline, StageSpan
 from lightning_mgpu.timeline import drawing as report
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _FILE = "timeline.json"
 
 
 class StepTrace:
-    """Measures the fourth training step, or the last of a shorter run, and writes what came of it.
+    """Record the fourth training step, or the last of a shorter run, and write it to files.
 
     While numbers of micro-batches are being tried, steps do not count.
 
@@ -40,14 +40,14 @@ class StepTrace:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MisconfigurationException(
-                f"`trace_dir={str(directory)!r}`: {error}. Name a directory that can be made."
+                f"`trace_dir={str(directory)!r}`: {error}. Choose a directory that can be created."
             ) from error
         lacking = report.missing()
         if lacking:
             rank_zero_warn(
-                f"`trace_dir={str(directory)!r}` draws with {' and '.join(lacking)}, not installed"
-                " here, so there will be less than the JSON trace, a PNG and an HTML picture. For"
-                " all of them: `pip install 'lightning_mgpu[report]'`."
+                f"`trace_dir={str(directory)!r}`: {' and '.join(lacking)} not installed, so"
+                " pictures (PNG, HTML) beside the JSON trace will be missing. Install with"
+                " `pip install 'lightning_mgpu[report]'`."
             )
         self._path, self._pipeline = directory / _FILE, pipeline
         self._measured: tuple[int, Recording] | None = None
@@ -55,7 +55,7 @@ class StepTrace:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Within is a training step; its backward may come later, before the next."""
+        """Context of a training step; its backward may come later, before the next."""
         if self._counted == _WARM_STEP:
             self.write()
             yield
@@ -73,7 +73,7 @@ class StepTrace:
             self._counted += self._pipeline.chunks.settled
 
     def write(self) -> None:
-        """Write what was measured last, unless that is done."""
+        """Write the last recording, unless it has been written."""
         if self._measured is None:
             return
         (step, recording), self._measured = self._measured, None
@@ -92,7 +92,7 @@ class StepTrace:
         )
 
 
-def chrome_trace(timeline: Timeline, names: list[str], step: int) -> dict[str, Any]:
+def chrome_trace(timeline: PipelineTimeline, names: list[str], step: int) -> dict[str, Any]:
     """A timeline in the trace event format, which ui.perfetto.dev and chrome://tracing show.
 
     Args:
@@ -123,7 +123,7 @@ def _about(what: str, thread: int, **args: Any) -> dict[str, Any]:
     return {"name": what, "ph": "M", "pid": 1, "tid": thread, "args": args}
 
 
-def _complete_event(span: Span) -> dict[str, Any]:
+def _complete_event(span: StageSpan) -> dict[str, Any]:
     return {
         "name": f"{span.kind} {span.chunk}",
         "cat": span.kind,

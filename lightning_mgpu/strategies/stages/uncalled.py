@@ -1,4 +1,4 @@
-"""Notice a training step that does not call the module that is to be computed in stages."""
+"""Detect a training step that does not call the module to be computed in stages."""
 
 import logging
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_mgpu._compat.torch_modules import is_compiled_anyhow
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Uncalled:
-    """Watches the first training step for calls that go around the split module's `forward`.
+    """Watch the first training step for calls that bypass the split module's `forward`.
 
     Args:
         model: The LightningModule.
@@ -39,7 +40,7 @@ class Uncalled:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Within is a training step.
+        """Context of a training step.
 
         Raises:
             PartitionError: It is the first, and has called all children of the split module, but
@@ -50,7 +51,7 @@ class Uncalled:
         with ExitStack() as stack:
             if not self._steps:
                 for name, child in self._children.items():
-                    handle = child.register_forward_pre_hook(_Called(called, name))
+                    handle = child.register_forward_pre_hook(_CallHook(called, name))
                     stack.callback(handle.remove)
             yield
         self._steps += 1
@@ -58,22 +59,23 @@ class Uncalled:
         if called and not self._calls and called == self._children.keys():
             raise PartitionError(
                 f"`{self._title}` was not called in the training step, but its submodules"
-                f" {', '.join(f'`{name}`' for name in sorted(called)[:4])} were, so that nothing"
-                " was computed in stages. Call the module itself, or name the one whose `forward`"
-                f' calls them: `module=...` (`""` is `{type(self._model).__name__}` itself).'
+                f" {', '.join(f'`{name}`' for name in sorted(called)[:4])} were, so nothing"
+                " was computed in stages. Call the module itself, or name the one whose"
+                ' `forward` calls them: `module=...` (`""` is'
+                f" `{type(self._model).__name__}` itself)."
             )
 
     def end(self) -> None:
-        """Training is over."""
+        """Finish after training."""
         if self._steps and not self._calls:
             log.warning(
-                "`%s` was never called in `training_step`, so that nothing was computed in stages."
-                " Name the module that it calls by `module=...`.",
+                "`%s` was never called in `training_step`, so nothing was computed in stages."
+                " Name the module that is called: `module=...`.",
                 self._title,
             )
 
 
-class _Called:
+class _CallHook:
     # Read where `forward` is recorded: this hook loses nothing by not being called there.
     needs_values = False
 
@@ -85,4 +87,4 @@ class _Called:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return is_compiled_anyhow(module)

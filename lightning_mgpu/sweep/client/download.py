@@ -1,4 +1,4 @@
-"""Copies the files of a sweep from the cluster, as far as they are not here yet."""
+"""Download the files of a sweep from the cluster, except those present already."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def download(head: Any, home: Path) -> None:
-    """Copy the files of a sweep, all checkpoints but the best left where they are.
+    """Download the files of a sweep; of the checkpoints only the best.
 
     Args:
         head: The actor that has run it.
@@ -32,10 +32,12 @@ def download(head: Any, home: Path) -> None:
             return
         _copy(head, missing, home)
     except OSError as error:
-        log.warning("Not all could be copied (%s). It is on the cluster: %s", error, place)
+        log.warning(
+            "Some files could not be downloaded (%s). They are on the cluster: %s", error, place
+        )
         return
     log.info(
-        "Copied to %s, of checkpoints only the best. All is on the cluster: %s",
+        "Downloaded to %s, of checkpoints only the best. All files are on the cluster: %s",
         os.path.relpath(home),
         place,
     )
@@ -47,7 +49,7 @@ def _is_of_another(head: Any, home: Path) -> bool:
 
 
 def _is_here(path: Path, file: File) -> bool:
-    """Whether it was copied before, or lies on storage that this machine shares."""
+    """Return whether a file was copied before, or lies on storage shared with this machine."""
     if not path.exists():
         return False
     stat = path.stat()

@@ -1,4 +1,4 @@
-"""The files of a sweep on the cluster, as a laptop asks for them."""
+"""Files of a sweep on the cluster, served to a laptop."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +15,7 @@ _CHECKPOINT = ".ckpt"
 
 
 class File(NamedTuple):
-    """A file of the sweep: its path below the sweep's directory, its size in bytes and its time."""
+    """A file of the sweep: path below the sweep's directory, size in bytes and time."""
 
     path: str
     size: int
@@ -23,7 +23,7 @@ class File(NamedTuple):
 
 
 class SweepFiles:
-    """What comes home of a sweep that is about to start in a directory.
+    """Files to download of a sweep that starts in a directory.
 
     Args:
         place: The directory.
@@ -34,7 +34,7 @@ class SweepFiles:
         self._journal_before = self._journal_size()
 
     def listed(self) -> list[File]:
-        """All files, of all checkpoints only the best.
+        """All files, and of the checkpoints only the best.
 
         None, if the sweep was refused: what lies there is another's.
         """
@@ -43,7 +43,7 @@ class SweepFiles:
         return list(_files(self.place, _best_checkpoints(self.place / RESULTS)))
 
     def read(self, path: str, offset: int) -> bytes:
-        """A part of a file; nothing at its end."""
+        """Read a part of a file; empty at its end."""
         with (self.place / path).open("rb") as file:
             file.seek(offset)
             return file.read(_CHUNK)

@@ -1,4 +1,4 @@
-"""Runs the command of a sweep on a machine of the cluster, for a laptop that is not part of it."""
+"""Run a sweep's command on the cluster's head for a laptop outside the cluster."""
 
 import importlib.util
 import os
@@ -15,10 +15,7 @@ from pathlib import Path
 import ray
 
 from lightning_mgpu.sweep.client.files import File, SweepFiles
-from lightning_mgpu.sweep.job.submitted import Sent
-
-HEAD = "node:__internal_head__"
-"""What Ray's first node has, and no other one."""
+from lightning_mgpu.sweep.job.submitted import SubmittedSweep
 
 _WAIT_SECONDS = 0.5
 _DRAIN_SECONDS = 5.0
@@ -48,14 +45,14 @@ class Command:
 
 
 class Head:
-    """An actor on the head of the cluster, with the sweep as a process of its own."""
+    """Actor on the cluster's head that runs the sweep as a process."""
 
     def __init__(self) -> None:
         self._output: queue.Queue[tuple[int, bytes]] = queue.Queue()
         self._readers: list[threading.Thread] = []
 
     def start(self, command: Command) -> str | None:
-        """Start it; what is missing for that, if something is."""
+        """Start the process; return what is missing for it, if anything."""
         context = ray.get_runtime_context()
         runtime_env = dict(context.runtime_env)
         root = Path.cwd() if "working_dir" in runtime_env else Path.home()
@@ -63,7 +60,7 @@ class Head:
         program = _program(command, directory)
         if program is None:
             return f"{command.module or command.script} is not there ({directory})"
-        sent = Sent(context.gcs_address, runtime_env, command.directory)
+        sent = SubmittedSweep(context.gcs_address, runtime_env, command.directory)
         self._files = SweepFiles(sent.place)
         environment = {k: v for k, v in os.environ.items() if k not in _OWN} | sent.variable()
         if command.terminal is not None:
@@ -88,7 +85,7 @@ class Head:
         return None
 
     def output(self) -> tuple[list[tuple[int, bytes]], int | None]:
-        """What it has written meanwhile, to 1 or to 2, and its exit code when it has ended."""
+        """New output by file descriptor (1 or 2), and the exit code if the process has ended."""
         code, written = self._process.poll(), []
         if code is None:
             with suppress(queue.Empty):
@@ -100,15 +97,15 @@ class Head:
         return written, code
 
     def interrupt(self) -> None:
-        """As Ctrl-C."""
+        """Send SIGINT, like Ctrl-C."""
         self._process.send_signal(signal.SIGINT)
 
     def files(self) -> tuple[str, list[File]]:
-        """Where the sweep lies, and its files that are to come home."""
+        """The sweep's directory, and its files to download."""
         return str(self._files.place), self._files.listed()
 
     def read(self, path: str, offset: int) -> bytes:
-        """A part of a file; nothing at its end."""
+        """Read a part of a file; empty at its end."""
         return self._files.read(path, offset)
 
     def _read_from(self, number: int, descriptor: int) -> None:
@@ -130,7 +127,7 @@ def _program(command: Command, directory: Path) -> list[str] | None:
 
 
 def _open_terminal(lines: int, columns: int) -> tuple[int, int]:
-    """Both ends of a terminal of that size."""
+    """Open both ends of a terminal of the given size."""
     import fcntl  # not on every laptop
     import pty
     import termios

@@ -1,4 +1,4 @@
-"""The laptop's side: starts a sweep on a cluster by Ray Client, and shows how it goes."""
+"""Submit a sweep to a cluster through Ray Client, and show its output."""
 
 import codecs
 import contextlib
@@ -14,21 +14,21 @@ from typing import Any, TextIO
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from lightning_mgpu.errors import ConfigError, SweepFailedError
-from lightning_mgpu.ray.address import address_of, source_of
-from lightning_mgpu.ray.cluster import connect, in_a_line
+from lightning_mgpu._compat.ray import HEAD
+from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
+from lightning_mgpu.ray.address import source_of
 from lightning_mgpu.sweep.client.download import download
-from lightning_mgpu.sweep.client.head import HEAD, Command, Head
-from lightning_mgpu.sweep.driver.sweep_cluster import QUIET, refuse_resources
+from lightning_mgpu.sweep.client.head import Command, Head
+from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
 from lightning_mgpu.sweep.job.job import program
-from lightning_mgpu.sweep.settings.prepared import Sweep, holds_sweep
+from lightning_mgpu.sweep.settings.prepared import PreparedSweep, holds_sweep
 from lightning_mgpu.sweep.store.results import resume_command
 
 _SHOW_CURSOR = "\x1b[?25h"
 
 
-def run_on_cluster(sweep: Sweep) -> None:
-    """Run a sweep that has been checked, to its end, on the cluster that its options name.
+def run_on_cluster(sweep: PreparedSweep) -> None:
+    """Run a checked sweep to its end on the cluster that its options name.
 
     Its directory is the cluster's; a relative path begins at the home directory there. All but
     the checkpoints comes home, to the same relative path, or to the last name of an absolute one.
@@ -42,11 +42,11 @@ def run_on_cluster(sweep: Sweep) -> None:
     home = Path(named if not os.path.isabs(named) else Path(named).name).absolute()
     if sweep.options.resume is None and holds_sweep(home):
         raise ConfigError(
-            f"hydra.sweep.dir={named}: {home} holds a sweep already, and the new one's files would"
-            " come there. Choose another directory."
+            f"hydra.sweep.dir={named}: {home} already holds a sweep, and the new one's files"
+            " would be downloaded there. Choose another directory."
         )
     where = source_of(sweep.options.ray, "hydra.sweeper.ray.address")
-    with _connected(sweep.options.ray):
+    with connected_to_ray(sweep.options.ray):
         head = _start(_command(named, sweep.options.ray), where)
         try:
             code = _follow(head)
@@ -56,68 +56,51 @@ def run_on_cluster(sweep: Sweep) -> None:
         except (ConnectionError, RayError) as error:
             _show_cursor()
             raise SweepFailedError(
-                f"{where}: the cluster was lost ({in_a_line(error)[:300]}). The sweep ends there"
-                f" and keeps its files. Go on with: {resume_command(Path(named))}"
+                f"{where}: the cluster was lost ({one_line(error, 300)}). The sweep stops"
+                f" there and keeps its files. Resume with: {resume_command(Path(named))}"
             ) from error
     if code == -signal.SIGINT:  # before it could save anything
         code = 128 + signal.SIGINT
     if code < 0:
         _show_cursor()
         raise SweepFailedError(
-            f"The sweep's own process on the cluster was killed (signal {-code}). Go on with:"
+            f"The sweep's own process on the cluster was killed (signal {-code}). Resume with:"
             f" {resume_command(Path(named))}"
         )
     if code:
         sys.exit(code)
 
 
-def _directory(sweep: Sweep) -> str:
+def _directory(sweep: PreparedSweep) -> str:
     named = os.path.normpath(sweep.options.resume or sweep.job.config.hydra.sweep.dir)
     if named.startswith(os.pardir):
         raise ConfigError(
-            f"hydra.sweep.dir={named}: lies on the cluster, where that is nowhere. Name an absolute"
-            " path, or one below the home directory there."
+            f"hydra.sweep.dir={named}: leads out of the home directory on the cluster. Give an"
+            " absolute path, or one below the home directory there."
         )
     return named
 
 
-@contextlib.contextmanager
-def _connected(given: Mapping[str, Any]) -> Iterator[None]:
-    """A connection for the length of the block, unless there is one already."""
-    if ray.is_initialized():
-        yield
-        return
-    refuse_resources(given)
-    try:
-        connect({**QUIET, **given, "address": address_of(given)})
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"hydra.sweeper.ray: {in_a_line(error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _start(command: Command, where: str) -> Any:
-    """The actor that runs the command there."""
+    """Start the actor that runs the command."""
     try:
         head: Any = ray.remote(num_cpus=0, resources={HEAD: 1e-3})(Head).remote()
         missing = ray.get(head.start.remote(command))
     except (ImportError, AttributeError, ConnectionError, RayError) as error:
         raise ConfigError(
-            f"{where}: the sweep cannot start there ({in_a_line(error)[:300]}). Every machine needs"
+            f"{where}: the sweep cannot start there ({one_line(error, 300)}). Every machine needs"
             " the same versions of Python, Ray and this package."
         ) from error
     if missing is not None:
         raise ConfigError(
-            f"{where}: {missing}. Send your project along by"
+            f"{where}: {missing}. Submit your project with"
             " hydra.sweeper.ray.runtime_env.working_dir=."
         )
     return head
 
 
 def _command(named: str, given: Mapping[str, Any]) -> Command:
-    """This command line, as the cluster can start it."""
+    """This command line in the form in which the cluster can start it."""
     _, *rest = program()
     module = rest[-1] if len(rest) > 1 else None
     here, script = Path.cwd().resolve(), Path(sys.argv[0]).resolve()
@@ -134,7 +117,7 @@ def _command(named: str, given: Mapping[str, Any]) -> Command:
 
 
 def _follow(head: Any) -> int:
-    """Pass on what the sweep writes there, and Ctrl-C from here; its exit code."""
+    """Forward the sweep's output and Ctrl-C; return the exit code."""
     streams = {1: _Echo(sys.stdout), 2: _Echo(sys.stderr)}
     with _interrupts() as interrupts:
         while True:
@@ -149,7 +132,7 @@ def _follow(head: Any) -> int:
 
 
 class _Echo:
-    """Writes what comes in pieces to a stream, as long as that takes it."""
+    """Write pieces of output to a stream as long as it accepts them."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream: TextIO | None = stream
@@ -169,7 +152,7 @@ class _Echo:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Ctrl-C adds to a list, instead of ending this process in the middle of a call.
+    """Context in which Ctrl-C adds to a list instead of interrupting a call.
 
     When two have not been seen to, a third does end it: the cluster may be gone.
     """
@@ -191,6 +174,6 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _show_cursor() -> None:
-    """A live table hides it, and has not come to its end."""
+    """Show the cursor again, which an interrupted live table leaves hidden."""
     if sys.stdout.isatty():
         sys.stdout.write(_SHOW_CURSOR)

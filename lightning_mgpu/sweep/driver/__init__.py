@@ -1,1 +1,1 @@
-"""What runs in the process that leads a sweep."""
+"""Code of the process that leads a sweep."""

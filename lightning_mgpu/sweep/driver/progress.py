@@ -1,4 +1,4 @@
-"""Shows how a sweep goes: a live table in a terminal, a line for each trial elsewhere."""
+"""Show a sweep's progress: a live table in a terminal, else a line per trial."""
 
 import logging
 import sys
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from lightning_mgpu.format import clock
 from lightning_mgpu.sweep.space.space import encode
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
 
@@ -23,7 +24,7 @@ _REFRESH_SECONDS = 0.5
 
 
 class Progress:
-    """Shows the records while the block lasts.
+    """Show the records while the block lasts.
 
     Args:
         records: All trials so far.
@@ -56,7 +57,7 @@ class Progress:
             self._live.stop()
 
     def __call__(self, ended: TrialRecord | None) -> None:
-        """Take note: a trial has ended, or time has passed."""
+        """Update after a trial has ended or time has passed."""
         if self._started is None and self._records.count("running"):
             self._started = time.monotonic()
         if self._live is None:
@@ -67,25 +68,25 @@ class Progress:
             self._live.update(self.table(), refresh=True)
 
     def line(self, record: TrialRecord) -> str:
-        """What became of one trial, and what is left to do."""
+        """Line on the outcome of one trial and the work left."""
         values = " ".join(f"{name}={_short(value)}" for name, value in record.values.items())
         result = record.reason if record.status == "failed" else self._result(record)
         left = self.seconds_left()
-        about = f", about {_clock(left)} left" if left else ""
+        about = f", about {clock(left)} left" if left else ""
         ended = f"{self._ended()} of {self._total}"
         if record.halvings:
             values += f", batch halved {record.halvings} times"
         return f"Trial {record.number} {record.status}: {result} ({values}). {ended}{about}."
 
     def table(self) -> Table:
-        """The running and the latest trials, the best one and what is left."""
+        """Table of the running and latest trials, the best one and the work left."""
         records, best = self._records, self._records.front()
         running = records.count("running")
         caption = f"{self._ended()} of {self._total} ended, {running} running"
         if failed := records.count("failed"):
             caption += f", {failed} failed"
         if left := self.seconds_left():
-            caption += f", about {_clock(left)} left"
+            caption += f", about {clock(left)} left"
         for record in best[:_BEST]:
             caption += f"\nbest so far: trial {record.number}, {self._result(record)}"
         trials = records.ordered()
@@ -105,7 +106,7 @@ class Progress:
         return table
 
     def seconds_left(self) -> float | None:
-        """By the pace so far; `None` before the first trial has ended, and after the last."""
+        """Estimated seconds left; `None` before the first trial has ended, and after the last."""
         ended = self._ended() - self._ended_before
         if self._started is None or ended <= 0 or self._ended() >= self._total:
             return None
@@ -132,9 +133,3 @@ def _to_show(trials: list[TrialRecord], best: list[TrialRecord]) -> list[TrialRe
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else encode(value)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

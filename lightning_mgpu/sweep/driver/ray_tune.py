@@ -1,4 +1,4 @@
-"""Runs a prepared sweep with Ray Tune."""
+"""Run a prepared sweep with Ray Tune."""
 
 import contextlib
 import logging
@@ -14,11 +14,12 @@ import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
 from ray.tune.search import ConcurrencyLimiter
 
+from lightning_mgpu._compat.ray_tune import trial_number
 from lightning_mgpu.sweep.driver.progress import Progress
-from lightning_mgpu.sweep.driver.sweep_cluster import connected
-from lightning_mgpu.sweep.driver.tune_callback import Watcher
+from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
+from lightning_mgpu.sweep.driver.tune_callback import RecordingCallback
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
-from lightning_mgpu.sweep.search.searchers import Trials, build_searcher, trial_number
+from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
 from lightning_mgpu.sweep.search.stopper import SweepStopper
 from lightning_mgpu.sweep.settings.options import needs_checkpoints, stops_early
 from lightning_mgpu.sweep.store.journal import Journal
@@ -29,8 +30,8 @@ from lightning_mgpu.sweep.trial.trainable import END_SECONDS, HydraTrial
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
-    from lightning_mgpu.sweep.settings.prepared import Sweep
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
+    from lightning_mgpu.sweep.settings.prepared import PreparedSweep
 
 log = logging.getLogger(__name__)
 
@@ -46,24 +47,24 @@ _CHECKPOINT_SECONDS = "2"  # what a SIGKILL of the driver may cost
 
 
 class Ended(NamedTuple):
-    """How a sweep ended: by Ctrl-C, or before all its trials were done, and why."""
+    """End of a sweep: by Ctrl-C, or early and for which reason."""
 
     was_interrupted: bool
     why_early: str | None
 
 
-def tune(sweep: "Sweep") -> Ended:
+def tune(sweep: "PreparedSweep") -> Ended:
     """Run the trials that are left."""
     options = sweep.options
     if options.metric is None and stops_early(options):
         log.info(
-            "hydra.sweeper.metric is not set, so trials run to their end and what the job returns"
-            " counts (hydra.sweeper.mode=%s).",
+            "hydra.sweeper.metric is not set, so trials run to their end and the job's return"
+            " value counts (hydra.sweeper.mode=%s).",
             options.mode,
         )
     with (
         Journal(sweep.directory) as journal,
-        connected(options.ray),
+        connected_to_ray(options.ray),
         _quiet_tune(),
         Progress(sweep.records, sweep.num_samples) as show,
         requests_of(sweep),
@@ -71,13 +72,13 @@ def tune(sweep: "Sweep") -> Ended:
         retries = options.on_oom == "retry_smaller"
         kind = retrying(sweep.smaller) if retries else SweepTrial
         journal.begin(options, sweep.space, sweep.records)
-        watcher = Watcher(sweep.records, sweep.describe, show, journal, kind)
+        watcher = RecordingCallback(sweep.records, sweep.describe, show, journal, kind)
         stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
         _run(sweep, watcher, stopper)
     return Ended(watcher.interrupted, stopper.why)
 
 
-def _run(sweep: "Sweep", watcher: Watcher, stopper: SweepStopper) -> None:
+def _run(sweep: "PreparedSweep", watcher: RecordingCallback, stopper: SweepStopper) -> None:
     options, objectives = sweep.options, sweep.records.objectives
     # Ray itself compares by one metric only, and has nothing to compare for several.
     metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
@@ -135,7 +136,7 @@ def _name(trial: Any) -> str:
 
 
 def _directory_name(trial: Any) -> str:
-    """The number of a new trial, also if one of a driver that was killed has begun under it."""
+    """Directory name of a new trial; removes a directory that a killed driver left there."""
     name = _name(trial)
     # Where that one left its directory, on the same Ray, this one would get another name.
     shutil.rmtree(Path(trial.local_experiment_path) / name, ignore_errors=True)
@@ -144,7 +145,7 @@ def _directory_name(trial: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Ray Tune without output of its own, and its signal handlers undone at the end."""
+    """Run Ray Tune without its own output, and restore signal handlers at the end."""
     variables = {**_VARIABLES, "TUNE_GLOBAL_CHECKPOINT_S": _CHECKPOINT_SECONDS}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -1,4 +1,4 @@
-"""Keeps the records of trials while Ray runs them, and says what happens."""
+"""Update the records of trials from Ray Tune's events."""
 
 import signal
 import threading
@@ -10,11 +10,14 @@ from typing import Any
 
 import ray
 from ray.tune import Callback
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from typing_extensions import override
 
+from lightning_mgpu._compat import ray_tune
+from lightning_mgpu._compat.ray import actor_id
+from lightning_mgpu._compat.ray_tune import trial_number
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS
-from lightning_mgpu.sweep.search.searchers import trial_number
 from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, Records, TrialRecord
 from lightning_mgpu.sweep.trial.failures import SweepTrial
@@ -24,8 +27,8 @@ _OF_RAY = {"time_this_iter_s", "time_total_s", "time_since_restore"}
 Listener = Callable[[TrialRecord | None], None]
 
 
-class Watcher(Callback):
-    """Turns Ray's events into records.
+class RecordingCallback(Callback):
+    """Ray Tune callback that turns events into records.
 
     Args:
         records: Those of an earlier run of the sweep, if it is resumed.
@@ -52,35 +55,28 @@ class Watcher(Callback):
         self._listener = listener
         self._journal = journal
         self._kind = kind
-        self._controller: Any = None  # Ray's
+        self._controller: ray_tune.Controller | None = None
         self._has_ended_any = False  # since the last step
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
         self._started: dict[int, float] = {}
 
     def watch(self, scheduler: TrialScheduler, patience: float) -> None:
-        """See which trials the scheduler stops; those that the sweep has cut short run again.
+        """Note the trials that the scheduler stops; those cut short by the sweep run again.
 
         The last ones have `patience` seconds to end when the sweep does.
         """
-        add, decide = scheduler.on_trial_add, scheduler.on_trial_result
 
-        def on_trial_add(controller: Any, trial: Any) -> None:
-            self._controller = controller._tune_controller
+        def added(controller: ray_tune.Controller, trial: Trial) -> None:
+            self._controller = controller
             self._set_patience(patience)
-            if trial.status == "TERMINATED" and not self._has_ended(trial):
-                trial.set_status("PENDING")
-                self._controller._live_trials.add(trial)  # as Ray does with others, before this
-            add(controller, trial)
+            if trial.status == Trial.TERMINATED and not self._has_ended(trial):
+                controller.run_again(trial)
 
-        def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            decision = str(decide(controller, trial, result))
-            if decision == TrialScheduler.STOP:
-                self._stopped.add(trial.trial_id)
-            return decision
+        def stopped(trial: Trial) -> None:
+            self._stopped.add(trial.trial_id)
 
-        scheduler.on_trial_add = on_trial_add  # type: ignore[method-assign, assignment]
-        scheduler.on_trial_result = on_trial_result  # type: ignore[method-assign, assignment]
+        ray_tune.follow(scheduler, added, stopped)
 
     @override
     def setup(self, *_: Any, **__: Any) -> None:
@@ -108,14 +104,15 @@ class Watcher(Callback):
                 if trial.trial_id not in self._paused:
                     self._journal.pause(trial_number(trial))
                 self._paused.add(trial.trial_id)
-            elif self.interrupted and trial.temporary_state.ray_actor is not None:
+            elif self.interrupted and (actor := ray_tune.actor_of(trial)) is not None:
                 # Ray would ask the actors to end, and wait; what it saves next is not changed.
-                ray.kill(trial.temporary_state.ray_actor)
+                ray.kill(actor)
             elif trial.status == "TERMINATED" and not self.interrupted:
                 self._cut_short(trial)
         if self._has_ended_any:
             # Ray itself saves every few seconds. A trial that has ended must not run once more.
-            self._controller.checkpoint(force=True)
+            assert self._controller is not None
+            self._controller.save()
             self._has_ended_any = False
         self._listener(None)
 
@@ -127,7 +124,8 @@ class Watcher(Callback):
             record.history.clear()
         self._paused.discard(trial.trial_id)
         self._started[record.number] = time.monotonic()
-        self._journal.start(record, trial)
+        actor = ray_tune.actor_of(trial)
+        self._journal.start(record, "" if actor is None else actor_id(actor))
 
     @override
     def on_trial_result(
@@ -177,16 +175,16 @@ class Watcher(Callback):
                 record.status = "waiting"
 
     def _set_patience(self, seconds: float) -> None:
-        """How long trials may take to end when the sweep does; Ray by itself gives them ten."""
+        """Set the seconds that trials may take to end with the sweep; Ray's default is ten."""
         if self._controller is not None:
-            self._controller._actor_force_cleanup_timeout = seconds
+            self._controller.set_patience(seconds)
 
     def _has_ended(self, trial: Any) -> bool:
         record = self.records.trials.get(trial_number(trial))
         return record is not None and record.status in ("done", "stopped", "failed")
 
     def _cut_short(self, trial: Any) -> None:
-        """Ray says nothing of trials that end because the sweep does."""
+        """Record trials that end because the sweep does, for which Ray sends no event."""
         record = self.records.trials.get(trial_number(trial))
         if record is not None and record.status in ("running", "waiting"):
             self._end(record, "unfinished")
@@ -216,7 +214,7 @@ class Watcher(Callback):
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    """What the trial itself has reported: numbers, without those that Ray adds."""
+    """Metrics reported by the trial itself, without those that Ray adds."""
     return {
         name: value
         for name, value in result.items()

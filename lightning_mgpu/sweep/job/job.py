@@ -1,4 +1,4 @@
-"""The user's Hydra application, as one trial runs it."""
+"""The user's Hydra application, run as one trial's job."""
 
 import sys
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _MOST_AHEAD = 64  # configs; as many as trials may wait, and more
 
 @dataclass
 class Job:
-    """What Hydra gives a sweeper; composes and runs the job of one trial."""
+    """Compose and run the jobs of trials, from what Hydra passes to a sweeper."""
 
     context: HydraContext
     task_function: TaskFunction
@@ -29,11 +29,11 @@ class Job:
 
     @property
     def config_loader(self) -> ConfigLoader:
-        """Hydra's own."""
+        """Hydra's config loader."""
         return self.context.config_loader
 
     def compose(self, overrides: Sequence[str], number: int, sweep_dir: Path) -> DictConfig:
-        """The config of job `number`."""
+        """Compose the config of job `number`."""
         cfg = self._ahead.pop(tuple(overrides), None)
         if cfg is None:
             cfg = self.config_loader.load_sweep_config(self.config, list(overrides))
@@ -44,14 +44,14 @@ class Job:
         return cfg
 
     def compose_ahead(self, overrides: Sequence[str], sweep_dir: Path) -> DictConfig:
-        """The config of a job that has no number yet; `compose` will not need to compose it."""
+        """Compose the config of a job without a number yet, and keep it for `compose`."""
         cfg = self.compose(overrides, 0, sweep_dir)
         if len(self._ahead) < _MOST_AHEAD:
             self._ahead[tuple(overrides)] = cfg
         return cfg
 
     def output_dir(self, cfg: DictConfig) -> Path:
-        """Where a composed job leaves its files."""
+        """Output directory of a composed job."""
         HydraConfig.instance().set_config(cfg)
         return Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
 
@@ -70,7 +70,7 @@ class Job:
 
 
 def program() -> list[str]:
-    """How this application was started, up to its arguments."""
+    """Command that started this application, without arguments."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:

@@ -1,4 +1,4 @@
-"""The smaller job of a trial that ran out of memory: half the batch, gradients of twice as many."""
+"""Retry a trial that ran out of memory with half the batch and twice the accumulation."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ _ACCUMULATION = "trainer.accumulate_grad_batches"
 def compose(
     job: Job, space: Space, config: Mapping[str, Any], number: int, sweep_dir: Path
 ) -> tuple[list[str], DictConfig]:
-    """Overrides and config of the trial with these values, made smaller as often as they say."""
+    """Overrides and config of a trial, with its batch halved as often as the values say."""
     overrides = space.overrides(config)
     cfg = job.compose(overrides, number, sweep_dir)
     if halvings := config.get(HALVINGS, 0):
@@ -30,7 +30,7 @@ def compose(
 
 
 def check_shrinkable(cfg: DictConfig) -> None:
-    """See to it that a job has a batch size to halve, and a Trainer that can accumulate.
+    """Check that a job has a batch size to halve, and a Trainer that can accumulate.
 
     Raises:
         ConfigError: It has not.
@@ -49,7 +49,7 @@ def check_shrinkable(cfg: DictConfig) -> None:
 
 
 def batch_key(cfg: DictConfig) -> str | None:
-    """Where the batch size stands; the first key that there is."""
+    """First known config key of the batch size; `None` if there is none."""
     for key in _BATCH_KEYS:
         if isinstance(OmegaConf.select(cfg, key), int):
             return key
@@ -63,7 +63,7 @@ def batch_size(cfg: DictConfig) -> int:
 
 
 def shrink(overrides: Sequence[str], cfg: DictConfig, halvings: int) -> list[str]:
-    """The overrides of the same job with smaller batches, at least 1, and as much more of them."""
+    """Overrides for the same job with smaller batches, at least 1, and more accumulation."""
     key, factor = batch_key(cfg), 2**halvings
     if key is None:
         return list(overrides)
@@ -74,6 +74,6 @@ def shrink(overrides: Sequence[str], cfg: DictConfig, halvings: int) -> list[str
 
 
 def _set(overrides: Sequence[str], key: str, value: int) -> list[str]:
-    """Override `key`, and no longer in another way."""
+    """Override `key`, replacing other overrides of it."""
     others = [o for o in overrides if o.lstrip("+").partition("=")[0] != key]
     return [*others, f"++{key}={value}"]  # whether the config has it by itself or not

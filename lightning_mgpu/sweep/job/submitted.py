@@ -1,4 +1,4 @@
-"""A sweep that a laptop has sent to a cluster, as the process knows it that runs it there."""
+"""Context of a submitted sweep inside the process that executes it."""
 
 import json
 import os
@@ -16,8 +16,8 @@ _VARIABLE = "LIGHTNING_MGPU_SENT_SWEEP"
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What is different there; the command line is the laptop's.
+class SubmittedSweep:
+    """Settings of a submitted sweep that differ from the laptop's command line.
 
     Attributes:
         address: The cluster's, from within it.
@@ -30,31 +30,31 @@ class Sent:
     directory: str
 
     def variable(self) -> dict[str, str]:
-        """The environment variable by which the process comes to know it."""
+        """Environment variable that passes the settings to the process."""
         return {_VARIABLE: json.dumps(asdict(self))}
 
     @property
     def place(self) -> Path:
-        """The directory of the sweep."""
+        """Directory of the sweep."""
         return Path.home() / self.directory
 
     def adopt(self, job: Job, ray: dict[str, Any], resume: str | None) -> tuple[Any, str | None]:
-        """Move the sweep here: its arguments of `ray.init`, and the directory that it resumes."""
+        """Move the sweep here: return its arguments of `ray.init`, and the directory to resume."""
         with open_dict(job.config):
             job.config.hydra.sweep.dir = str(self.place)
         here = {**ray, "address": self.address, "runtime_env": self.runtime_env or None}
         return here, None if resume is None else str(self.place)
 
 
-_current: Sent | None = None
+_current: SubmittedSweep | None = None
 
 
-def receive() -> Sent | None:
-    """What this process was sent, if it was; it is interrupted when its sender is gone."""
+def receive() -> SubmittedSweep | None:
+    """Take the settings sent to this process, if any, and accept its SIGINT again."""
     global _current
     text = os.environ.pop(_VARIABLE, None)  # it is not about the processes that this one starts
     if text is not None:
-        _current = Sent(**json.loads(text))
+        _current = SubmittedSweep(**json.loads(text))
         # Ray blocks it in all that it starts.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -63,7 +63,7 @@ def receive() -> Sent | None:
 
 
 def name_of(directory: Path) -> str:
-    """The directory of a sweep, as the user would name it."""
+    """Directory of a sweep as the user would name it."""
     return str(directory) if _current is None else _current.directory
 
 

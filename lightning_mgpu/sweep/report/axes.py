@@ -1,10 +1,10 @@
-"""Where values lie on paper, and what is written beside them."""
+"""Axes of a report's figures: positions, ticks and labels."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_mgpu.sweep.report.model import Dimension, Sweep, Trial
+from lightning_mgpu.sweep.report.model import Dimension, SweepHistory, Trial
 
 _MANY_CHOICES = 12  # numbers of which there are more have an axis of numbers
 _WIDE = 20.0  # from how many times the smallest on the metric has a logarithmic axis
@@ -12,7 +12,7 @@ _WIDE = 20.0  # from how many times the smallest on the metric has a logarithmic
 
 @dataclass(frozen=True)
 class Axis:
-    """Where values lie.
+    """Axis of a metric or a searched value.
 
     Attributes:
         name: The value's.
@@ -31,25 +31,25 @@ class Axis:
     limits: tuple[float, float] | None = None
 
     def place(self, value: Any) -> float:
-        """Where a value lies; on a logarithmic axis the value itself."""
+        """Position of a value; on a logarithmic axis the value itself."""
         if self.categories is not None:
             return float(self.categories.index(text(value)))
         return float(value)
 
     def linear(self, value: Any) -> float:
-        """Where a value lies on paper."""
+        """Position of a value on paper."""
         place = self.place(value)
         return math.log10(place) if self.log else place
 
     def marks(self) -> tuple[tuple[float, str], ...]:
-        """All marks that are not to be found by who draws."""
+        """Explicit ticks, where the plotting library is not to choose them."""
         if self.categories is not None:
             return tuple((float(at), shorten(name, 15)) for at, name in enumerate(self.categories))
         return self.ticks
 
 
-def metric_axis(sweep: Sweep) -> Axis:
-    """The metric's; logarithmic where a loss ranges over orders of magnitude."""
+def metric_axis(sweep: SweepHistory) -> Axis:
+    """Axis of the metric; logarithmic where a loss ranges over orders of magnitude."""
     values = [value for trial in sweep.trials for _, value in sweep.history(trial)]
     label = sweep.metric
     if sweep.mode == "min" and values and min(values) > 0 and max(values) > _WIDE * min(values):
@@ -57,8 +57,8 @@ def metric_axis(sweep: Sweep) -> Axis:
     return Axis(sweep.metric, label)
 
 
-def axis_of(sweep: Sweep, dimension: Dimension) -> Axis:
-    """That of a value that was searched."""
+def axis_of(sweep: SweepHistory, dimension: Dimension) -> Axis:
+    """Axis of a searched value."""
     name = dimension.name
     label = _labels([one.name for one in sweep.dimensions])[name]
     values = [trial.params[name] for trial in sweep.trials if name in trial.params]
@@ -83,7 +83,7 @@ def _is_listed(dimension: Dimension) -> bool:
 
 
 def _choices(dimension: Dimension) -> list[Any]:
-    """What may be drawn; of an interval its ends, and all numbers if they are few."""
+    """Possible values; of an interval its ends, and all integers if they are few."""
     if dimension.choices is not None:
         return list(dimension.choices)
     if _is_listed(dimension):
@@ -96,7 +96,7 @@ def _categorical(name: str, label: str, categories: list[str]) -> Axis:
 
 
 def log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
-    """Marks of a logarithmic axis, at most eight or so."""
+    """Ticks of a logarithmic axis, at most about eight."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     span = math.log10(high / low)
     steps = (1, 2, 5) if span <= 1.6 else (1, 3) if span <= 2.6 else (1,)
@@ -107,12 +107,12 @@ def log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, which `True` is not."""
+    """Return whether `value` is a number other than a `bool`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def text(value: Any) -> str:
-    """A value as a person writes it."""
+    """Format a value for readers."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -121,20 +121,20 @@ def text(value: Any) -> str:
 
 
 def shorten(words: str, length: int = 18) -> str:
-    """Without its middle, if it is long."""
+    """Shorten long text by leaving out its middle."""
     half = (length - 1) // 2
     return words if len(words) <= length else f"{words[:half]}…{words[-half:]}"
 
 
 def jitter(axis: Axis, trial: Trial) -> float:
-    """Moves what has the same category a little apart."""
+    """Offset to keep values of one category apart."""
     if axis.categories is None:
         return 0.0
     return ((trial.number * 0.618034) % 1 - 0.5) * 0.4
 
 
 def _labels(names: list[str]) -> dict[str, str]:
-    """Each name without what it need not say: ``lr`` of ``model.lr``, if no other ends so."""
+    """Shortest unambiguous names: ``lr`` for ``model.lr``, if no other ends so."""
     parts = {name: name.replace(":", "/").replace("/", ".").split(".") for name in names}
     labels = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Draws a sweep: ``mode=report``, and the end of each sweep."""
+"""Draw a sweep: ``mode=report``, and the end of each sweep."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ def draw(directory: str | Path | None) -> list[Path]:
         ConfigError: There is no sweep, or the libraries that draw are not installed.
     """
     if directory is None:
-        raise ConfigError("mode=report: of which sweep? Name its directory: sweep=multirun/…")
+        raise ConfigError("mode=report: no sweep given. Set its directory: sweep=multirun/…")
     directory = Path(directory)
     if not directory.is_dir():
         raise ConfigError(f"sweep={directory}: there is no such directory.")

@@ -1,4 +1,4 @@
-"""How much each searched value matters for the metric."""
+"""Importance of each searched value for the metric."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lightning_mgpu.sweep.report.axes import Axis, axis_of, metric_axis
-from lightning_mgpu.sweep.report.model import Sweep
+from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.views import complete
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _AT_LEAST = 5  # trials, to say anything
 
 @dataclass(frozen=True)
 class Importance:
-    """Shares of the metric's variance.
+    """Shares of the metric's variance, by searched value.
 
     Attributes:
         method: How they were found, in words.
@@ -29,8 +29,8 @@ class Importance:
     shares: dict[str, float]
 
 
-def importance(sweep: Sweep) -> Importance | None:
-    """What there is to say; `None` with too few trials, or if nothing differs."""
+def importance(sweep: SweepHistory) -> Importance | None:
+    """Estimate importances; `None` with too few trials, or if nothing differs."""
     found = complete(sweep)
     scale = metric_axis(sweep)
     values = [scale.linear(value) for _, value in found]
@@ -53,9 +53,9 @@ def importance(sweep: Sweep) -> Importance | None:
 
 
 def _fanova(
-    sweep: Sweep, columns: dict[Axis, list[Any]], values: Sequence[float]
+    sweep: SweepHistory, columns: dict[Axis, list[Any]], values: Sequence[float]
 ) -> dict[str, float]:
-    """Optuna's: from a forest that predicts the metric."""
+    """Importances by Optuna's fANOVA: from a forest that predicts the metric."""
     import optuna
     from optuna.distributions import (
         BaseDistribution,
@@ -80,7 +80,7 @@ def _fanova(
 
 
 def _study() -> "optuna.Study":
-    """An empty one in memory, of which Optuna need not tell."""
+    """Empty study in memory, without Optuna's log lines."""
     import optuna
 
     level = optuna.logging.get_verbosity()
@@ -92,7 +92,7 @@ def _study() -> "optuna.Study":
 
 
 def _groups(axis: Axis, column: Sequence[float]) -> list[int]:
-    """To which group each trial belongs: by category, or one of four equal parts by rank."""
+    """Group of each trial: by category, or by quartile of rank."""
     if axis.categories is not None:
         return [int(place) for place in column]
     order = sorted(range(len(column)), key=lambda index: column[index])
@@ -103,7 +103,7 @@ def _groups(axis: Axis, column: Sequence[float]) -> list[int]:
 
 
 def _epsilon_squared(groups: Sequence[int], values: Sequence[float]) -> float:
-    """The share of the variance that groups explain, without what chance explains (Kelley 1935)."""
+    """Share of the variance explained by groups, corrected for chance (Kelley 1935)."""
     by_group = defaultdict(list)
     for group, value in zip(groups, values, strict=True):
         by_group[group].append(value)

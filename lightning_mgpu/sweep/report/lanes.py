@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from lightning_mgpu.sweep.report.model import Sweep, Trial
+from lightning_mgpu.sweep.report.model import SweepHistory, Trial
 
 
 @dataclass(frozen=True)
-class Bar:
+class TrialBar:
     """A stretch of a trial on a worker, in seconds since the sweep began."""
 
     lane: int
@@ -17,36 +17,36 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """Trials on workers.
+class WorkerTimeline:
+    """Bars of all trials in the lanes of workers.
 
     Attributes:
         resumed: When the sweep was resumed; the time in between is left out.
     """
 
     lanes: list[str]
-    bars: list[Bar]
+    bars: list[TrialBar]
     resumed: list[float]
 
     @property
     def end(self) -> float:
-        """When the last bar ends."""
+        """End of the last bar."""
         return max((bar.end for bar in self.bars), default=0.0)
 
     @property
     def busy(self) -> float:
-        """The share of the workers' time in which they had a trial."""
+        """Share of the workers' time in which they had a trial."""
         whole = self.end * len(self.lanes)
         return sum(bar.end - bar.start for bar in self.bars) / whole if whole else 0.0
 
 
-def timeline(sweep: Sweep) -> Timeline:
-    """Bars in lanes: a lane for each worker, or for several of which one followed the other."""
+def timeline(sweep: SweepHistory) -> WorkerTimeline:
+    """Arrange bars in lanes, one for each worker or several consecutive workers."""
     stretches = sorted(
         ((stretch, trial) for trial in sweep.trials for stretch in trial.stretches),
         key=lambda pair: (pair[0].start, pair[1].number),
     )
-    clock = _Clock([stretch.start for stretch, _ in stretches], sweep)
+    clock = _ActiveClock([stretch.start for stretch, _ in stretches], sweep)
     free: list[float] = []  # when each lane is free again
     hosts: list[str] = []
     lane_of: dict[str, int] = {}
@@ -57,10 +57,10 @@ def timeline(sweep: Sweep) -> Timeline:
             lane = _free_lane(free, hosts, stretch.start, stretch.host)
         free[lane], lane_of[stretch.worker] = stretch.end, lane
         begin, end = clock(stretch.start), clock(stretch.end)
-        bars.append(Bar(lane, begin, max(begin, end), trial, stretch.outcome))
+        bars.append(TrialBar(lane, begin, max(begin, end), trial, stretch.outcome))
     several = len(set(hosts)) > 1
     names = [f"{host}, {n}" if several else f"worker {n}" for n, host in enumerate(hosts, 1)]
-    return Timeline(names, bars, clock.resumed)
+    return WorkerTimeline(names, bars, clock.resumed)
 
 
 def _free_lane(free: list[float], hosts: list[str], start: float, host: str) -> int:
@@ -72,10 +72,10 @@ def _free_lane(free: list[float], hosts: list[str], start: float, host: str) -> 
     return len(free) - 1
 
 
-class _Clock:
-    """Seconds since the first trial began, without those between sessions."""
+class _ActiveClock:
+    """Clock of seconds since the first trial began, without the time between sessions."""
 
-    def __init__(self, starts: list[float], sweep: Sweep) -> None:
+    def __init__(self, starts: list[float], sweep: SweepHistory) -> None:
         ends = [stretch.end for trial in sweep.trials for stretch in trial.stretches]
         self._cuts: list[tuple[float, float]] = [(start, start) for start in starts[:1]]
         for session in sweep.sessions[1:]:
@@ -92,17 +92,8 @@ class _Clock:
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """In which unit to measure so long a time, and how many seconds it has."""
+    """Unit for a duration, and its number of seconds."""
     for name, length in (("hours", 3600.0), ("minutes", 60.0)):
         if seconds > 3 * length:
             return name, length
     return "seconds", 1.0
-
-
-def clock(seconds: float) -> str:
-    """A time as a person writes it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

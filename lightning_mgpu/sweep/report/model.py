@@ -1,4 +1,4 @@
-"""What a report knows of a sweep."""
+"""Data of a sweep for its report."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ STATUSES = ("done", "stopped", "failed", "unfinished")
 
 @dataclass(frozen=True)
 class Dimension:
-    """A value that was searched.
+    """A searched value.
 
     Attributes:
         choices: Among which it was chosen; `None` for a number between two others.
@@ -30,7 +30,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Report:
-    """What a trial has reported at one time.
+    """One report of a trial.
 
     Attributes:
         epoch: Counted from 0; `None` if the job only returned a value.
@@ -44,7 +44,7 @@ class Report:
 
 @dataclass
 class Stretch:
-    """The time that a trial was on one worker without a break, in seconds since the epoch.
+    """Uninterrupted time of a trial on one worker, in seconds since the epoch.
 
     Attributes:
         outcome: One of `STATUSES`, or ``paused``.
@@ -77,13 +77,13 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """How long it was on a worker."""
+        """Seconds on workers."""
         return sum(stretch.end - stretch.start for stretch in self.stretches)
 
 
 @dataclass
-class Sweep:
-    """A sweep, as far as it has come.
+class SweepHistory:
+    """A sweep so far.
 
     Attributes:
         sessions: When it was begun, and each time it was resumed.
@@ -100,14 +100,14 @@ class Sweep:
     sessions: list[float]
 
     def history(self, trial: Trial) -> list[tuple[float, float]]:
-        """When, in epochs, and how good: for each report with the metric."""
+        """Position in epochs and value of each report with the metric."""
         places = self._places(trial)
         values = (report.metrics.get(self.metric) for report in trial.reports)
         found = zip(places, values, strict=True)
         return [(at, value) for at, value in found if value is not None and math.isfinite(value)]
 
     def value(self, trial: Trial) -> float | None:
-        """What a trial is worth; a failed one nothing."""
+        """Value of a trial; `None` for a failed one."""
         values = [value for _, value in self.history(trial)]
         if not values or trial.status == "failed":
             return None
@@ -116,7 +116,7 @@ class Sweep:
         return max(values) if self.mode == "max" else min(values)
 
     def valued(self) -> list[tuple[Trial, float]]:
-        """The trials that are worth something."""
+        """Trials that have a value."""
         both = [(trial, self.value(trial)) for trial in self.trials]
         return [(trial, value) for trial, value in both if value is not None]
 
@@ -128,25 +128,25 @@ class Sweep:
 
     @cached_property
     def has_epochs(self) -> bool:
-        """Whether trials have reported by the epoch."""
+        """Return whether trials have reported by the epoch."""
         reports = [report for trial in self.trials for report in trial.reports]
         return bool(reports) and all(report.epoch is not None for report in reports)
 
     def epochs(self, trial: Trial) -> float:
-        """How far a trial has come; without epochs, how many reports it has made."""
+        """Epochs of a trial so far; without epochs, its number of reports."""
         return max(self._places(trial), default=0.0)
 
     @cached_property
     def longest(self) -> float:
-        """The epochs of the trial that has come farthest."""
+        """Epochs of the longest trial."""
         return max((self.epochs(trial) for trial in self.trials), default=0.0)
 
     def saved(self, trial: Trial) -> float:
-        """The epochs that stopping it has saved, had it gone on as long as the longest."""
+        """Epochs saved by stopping a trial, compared with the longest."""
         return self.longest - self.epochs(trial) if trial.status == "stopped" else 0.0
 
     def _places(self, trial: Trial) -> list[float]:
-        """Where each report lies, in epochs: the one at the end of the first epoch at 1."""
+        """Position of each report in epochs: the one at the end of the first epoch is at 1."""
         if not self.has_epochs:
             return [float(number + 1) for number in range(len(trial.reports))]
         places, seen = [], Counter[tuple[int, int | None]]()
@@ -159,7 +159,7 @@ class Sweep:
 
     @cached_property
     def _most_within_an_epoch(self) -> int:
-        """How often trials have reported in an epoch, as with validations in its middle."""
+        """Most reports within an epoch, as from validations in its middle."""
         counted = Counter(
             (trial.number, report.stretch, report.epoch)
             for trial in self.trials

@@ -1,4 +1,4 @@
-"""Reads what a sweep has written down while it ran."""
+"""Read a sweep's journal."""
 
 import json
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mgpu.errors import ConfigError
-from lightning_mgpu.sweep.report.model import Dimension, Report, Stretch, Sweep, Trial
+from lightning_mgpu.sweep.report.model import Dimension, Report, Stretch, SweepHistory, Trial
 
 JOURNAL = "journal.jsonl"
 """The file, a JSON object in each line, in the directory of a sweep."""
 
 
-def read(directory: Path) -> Sweep:
-    """The sweep in a directory, be it finished, interrupted or under way.
+def read(directory: Path) -> SweepHistory:
+    """Read the sweep in a directory: finished, interrupted or running.
 
     Raises:
         ConfigError: There is none.
@@ -44,7 +44,7 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class _Reader:
-    """Follows the events.
+    """State of the sweep after the events so far.
 
     Attributes:
         about: The latest of those that begin or resume the sweep.
@@ -59,7 +59,7 @@ class _Reader:
         self._now = 0.0
 
     def take(self, event: dict[str, Any]) -> None:
-        """The next event."""
+        """Process the next event."""
         if event["event"] == "sweep":
             self._close_all()  # what was under way when the sweep was ended
             self._sessions.append(event["time"])
@@ -70,12 +70,12 @@ class _Reader:
         elif "trial" in event and event["trial"] in self._trials:
             getattr(self, f"_{event['event']}")(self._trials[event["trial"]], event)
 
-    def sweep(self, directory: Path) -> Sweep:
-        """All there is."""
+    def sweep(self, directory: Path) -> SweepHistory:
+        """The sweep so far."""
         self._close_all()
         about = self.about
         assert about is not None
-        return Sweep(
+        return SweepHistory(
             directory=directory,
             metric=_first(about["metric"]),
             mode=_first(about["mode"]),
@@ -135,7 +135,7 @@ def _is_before(report: Report, epoch: int | None) -> bool:
 
 
 def _first(value: Any) -> Any:
-    """Of several metrics the first."""
+    """First of several metrics."""
     return value[0] if isinstance(value, list) else value
 
 

@@ -1,8 +1,8 @@
-"""What is to be seen in a sweep, whoever draws it."""
+"""Views of a sweep common to all drawings."""
 
 from dataclasses import dataclass
 
-from lightning_mgpu.sweep.report.model import STATUSES, Sweep, Trial
+from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory, Trial
 
 COLOURS = {
     "done": "#2f6fa7",
@@ -16,15 +16,15 @@ BEST = "#117a4b"
 
 @dataclass(frozen=True)
 class Curve:
-    """A trial's metric over its epochs; in pieces, where it went back in time."""
+    """A trial's metric over its epochs; in pieces where it was restored from earlier ones."""
 
     trial: Trial
     pieces: list[list[tuple[float, float]]]
     is_best: bool
 
 
-def curves(sweep: Sweep) -> list[Curve]:
-    """Those of all trials, the best one last, so that it is on top."""
+def curves(sweep: SweepHistory) -> list[Curve]:
+    """Curves of all trials, the best one last, so that it is on top."""
     best = sweep.best()
     found = []
     for trial in sweep.trials:
@@ -38,13 +38,13 @@ def curves(sweep: Sweep) -> list[Curve]:
     return sorted(found, key=lambda curve: curve.is_best)
 
 
-def has_curves(sweep: Sweep) -> bool:
-    """Whether some trial has reported more than once; else there are results, and no curves."""
+def has_curves(sweep: SweepHistory) -> bool:
+    """Return whether some trial has reported more than once."""
     return any(len(sweep.history(trial)) > 1 for trial in sweep.trials)
 
 
-def best_so_far(sweep: Sweep) -> list[tuple[int, float]]:
-    """By the trials' numbers, the best value up to each of them."""
+def best_so_far(sweep: SweepHistory) -> list[tuple[int, float]]:
+    """Best value so far at each trial number."""
     better = max if sweep.mode == "max" else min
     found: list[tuple[int, float]] = []
     for trial, value in sweep.valued():
@@ -52,20 +52,20 @@ def best_so_far(sweep: Sweep) -> list[tuple[int, float]]:
     return found
 
 
-def counts(sweep: Sweep) -> dict[str, int]:
-    """How many trials have ended how."""
+def counts(sweep: SweepHistory) -> dict[str, int]:
+    """Number of trials by status."""
     found = {status: sum(t.status == status for t in sweep.trials) for status in STATUSES}
     return {status: number for status, number in found.items() if number}
 
 
-def longest_first(sweep: Sweep) -> list[Trial]:
-    """The trials that have reported, those with most epochs first."""
+def longest_first(sweep: SweepHistory) -> list[Trial]:
+    """Trials with reports, those with most epochs first."""
     reported = [trial for trial in sweep.trials if trial.reports]
     return sorted(reported, key=lambda trial: (-sweep.epochs(trial), trial.number))
 
 
-def saving(sweep: Sweep) -> str:
-    """In words what early stopping has saved."""
+def saving(sweep: SweepHistory) -> str:
+    """Describe the epochs saved by early stopping."""
     trained = sum(map(sweep.epochs, sweep.trials))
     saved = sum(map(sweep.saved, sweep.trials))
     if not saved:
@@ -78,7 +78,7 @@ def saving(sweep: Sweep) -> str:
     )
 
 
-def complete(sweep: Sweep) -> list[tuple[Trial, float]]:
-    """The trials that have a result and every value that was searched."""
+def complete(sweep: SweepHistory) -> list[tuple[Trial, float]]:
+    """Trials that have a result and every searched value."""
     names = {dimension.name for dimension in sweep.dimensions}
     return [(trial, value) for trial, value in sweep.valued() if names <= trial.params.keys()]

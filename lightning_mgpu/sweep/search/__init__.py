@@ -1,1 +1,1 @@
-"""How values are drawn, which trials stop early, and when the search ends."""
+"""Search algorithms, schedulers for early stopping, and the end of a search."""

@@ -1,4 +1,4 @@
-"""Which trials are stopped before their end, or go on from another's checkpoint."""
+"""Build Ray Tune's schedulers, which stop trials early or copy others' checkpoints."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ from lightning_mgpu.sweep.space.domains import to_domain
 from lightning_mgpu.sweep.space.space import Choice, Interval, Space
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 _KINDS = {
     "asha": schedulers.ASHAScheduler,
@@ -67,7 +67,7 @@ def _mutations(space: Space, name: str) -> Any:
 
 
 class _Clip:
-    """Keeps values that were made larger or smaller within their intervals."""
+    """Clip mutated values to their intervals."""
 
     def __init__(self, space: Space) -> None:
         self._space = space

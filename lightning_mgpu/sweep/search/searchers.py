@@ -1,4 +1,4 @@
-"""How the values of the next trial are found."""
+"""Build search algorithms, which choose the values of the next trial."""
 
 import pickle
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ from ray.tune.search import Searcher, SearchGenerator
 from ray.tune.search.search_algorithm import SearchAlgorithm
 from typing_extensions import override
 
+from lightning_mgpu._compat import ray_tune
 from lightning_mgpu.sweep.space.domains import to_domains
 from lightning_mgpu.sweep.space.objectives import Objective
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Interval, Space, enumerate_grid
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 
 def build_searcher(
@@ -50,7 +51,7 @@ def build_searcher(
 
 
 class Trials(SearchAlgorithm):
-    """Asks a searcher for trials, and tells it which value of a run counts.
+    """Ask a searcher for trials, and report each run's value to it.
 
     Not a `SearchGenerator` itself, since population-based schedulers refuse those.
 
@@ -75,7 +76,7 @@ class Trials(SearchAlgorithm):
 
     @property
     def searcher(self) -> Searcher:
-        """Ray's schedulers for BOHB tell it when trials pause."""
+        """The searcher; Ray's schedulers for BOHB tell it when trials pause."""
         return self._generator.searcher
 
     @property
@@ -136,18 +137,11 @@ class Trials(SearchAlgorithm):
     def restore_from_dir(self, dirpath: str) -> None:
         self._generator.restore_from_dir(dirpath)
         # There may be more trials now than when the sweep was begun.
-        self._generator._total_samples = self._num_samples
-        if self._generator._counter < self._num_samples:
-            self._generator._finished = False
-
-
-def trial_number(trial: Any) -> int:
-    """The number of a trial, counted from 0."""
-    return int(trial.experiment_tag.partition("_")[0]) - 1
+        ray_tune.set_samples(self._generator, self._num_samples)
 
 
 class _Drawing(Searcher):
-    """A searcher that learns nothing; its state is all there is to it."""
+    """Base class of searchers that learn nothing and whose state is small."""
 
     def __init__(self, metric: str) -> None:
         super().__init__(metric=metric, mode="max")
@@ -175,7 +169,7 @@ class _Drawing(Searcher):
 
 
 class RandomSearcher(_Drawing):
-    """Draws each value on its own."""
+    """Draw each value independently."""
 
     def __init__(self, metric: str, space: Space, seed: int | None) -> None:
         super().__init__(metric)

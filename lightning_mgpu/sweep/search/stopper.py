@@ -1,4 +1,4 @@
-"""When a sweep ends before all its trials are done."""
+"""Stop a sweep before all its trials are done."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from lightning_mgpu.sweep.store.records import Records
 
 
 class SweepStopper(Stopper):
-    """Ends a sweep of which too many trials have failed, or whose time is over.
+    """Stop a sweep when too many trials have failed, or its time is over.
 
     Ray keeps the stopper in the state of a sweep, and one that is resumed would go on with that of
     before, whose time may be over and whose records are a copy. So it is never itself pickled: what

@@ -1,1 +1,1 @@
-"""The options of a sweep, checked before anything starts."""
+"""Check the options of a sweep before anything starts."""

@@ -1,4 +1,4 @@
-"""Refuses options that cannot work, before anything is started."""
+"""Refuse options that cannot work, before anything starts."""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -8,15 +8,15 @@ from lightning_mgpu.sweep.space.objectives import read_objectives
 from lightning_mgpu.sweep.space.space import Choice, Interval, Space, encode
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 _WORDS = {"report": ("best", "last", False), "on_oom": ("fail", "retry_smaller")}
 _POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_epochs")
 _NOT_NEGATIVE = ("max_failures", "keep_checkpoints")
-_NEEDS = {  # each search and the package it is made of
-    "optuna": "optuna",
-    "hyperopt": "hyperopt",
-    "bohb": "hpbandster",
+_NEEDS = {  # each search, the package it is made of and the extra with it
+    "optuna": ("optuna", "search"),
+    "hyperopt": ("hyperopt", "search"),
+    "bohb": ("hpbandster", "bohb"),
 }
 _SEVERAL = ("optuna", "random", "grid")
 _PAUSING = ("hyperband", "bohb", "median", "pbt", "pb2")
@@ -24,7 +24,7 @@ _POPULATION = ("pbt", "pb2")
 
 
 def check_options(options: "RayTuneSweeperConf") -> None:
-    """Check each option, and whether search and scheduler go together.
+    """Check each option, and that search algorithm and scheduler go together.
 
     Raises:
         ConfigError: The first that is wrong.
@@ -49,7 +49,7 @@ def check_options(options: "RayTuneSweeperConf") -> None:
 
 
 def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
-    """Check whether search and scheduler can deal with the values that are searched."""
+    """Check that search algorithm and scheduler support the search space."""
     search, scheduler = options.search_alg.name, options.scheduler
     for name, dimension in space.dimensions.items():
         if search in _NEEDS and isinstance(dimension, Choice):
@@ -75,12 +75,12 @@ def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
 
 
 def stops_early(options: "RayTuneSweeperConf") -> bool:
-    """Whether the scheduler lives on metrics reported while a trial runs."""
+    """Return whether the scheduler needs metrics reported while a trial runs."""
     return options.scheduler.name != "fifo"
 
 
 def needs_checkpoints(options: "RayTuneSweeperConf") -> bool:
-    """Whether the scheduler has trials go on from checkpoints."""
+    """Return whether the scheduler resumes trials from checkpoints."""
     return options.scheduler.name in _PAUSING
 
 
@@ -88,7 +88,7 @@ def _check_pair(options: "RayTuneSweeperConf") -> None:
     search, scheduler = options.search_alg.name, options.scheduler.name
     pair = f"hydra/sweeper/search_alg={search} hydra/sweeper/scheduler={scheduler}"
     if (search == "bohb") != (scheduler == "bohb"):
-        raise ConfigError(f"{pair}: BOHB is both. Set search_alg=bohb and scheduler=bohb.")
+        raise ConfigError(f"{pair}: BOHB needs both search_alg=bohb and scheduler=bohb.")
     if scheduler in _POPULATION and search not in ("random", "grid"):
         raise ConfigError(
             f"{pair}: the scheduler itself changes the values. Set search_alg=random for the first"
@@ -102,7 +102,7 @@ def _check_pair(options: "RayTuneSweeperConf") -> None:
 
 
 def _check_several(options: "RayTuneSweeperConf") -> None:
-    """See to it that nothing is compared by one metric where there are several."""
+    """Check that no option that needs a single metric is used with several."""
     search, scheduler = options.search_alg.name, options.scheduler.name
     if search not in _SEVERAL:
         raise ConfigError(
@@ -118,11 +118,13 @@ def _check_several(options: "RayTuneSweeperConf") -> None:
 
 def _check_installed(options: "RayTuneSweeperConf") -> None:
     missing = []
-    package = _NEEDS.get(options.search_alg.name)
-    if package is not None and find_spec(package) is None:
-        missing.append((f"search_alg={options.search_alg.name}", package, "search"))
+    search = options.search_alg.name
+    if search in _NEEDS:
+        package, extra = _NEEDS[search]
+        if find_spec(package) is None:
+            missing.append((f"search_alg={search}", package, extra))
     if options.scheduler.name == "pb2" and find_spec("sklearn") is None:
-        missing.append(("scheduler=pb2", "scikit-learn", "demo"))
+        missing.append(("scheduler=pb2", "scikit-learn", "search"))
     if find_spec("ray") is None:
         missing.append(("sweeper=ray_tune", "ray", "ray"))
     for choice, package, extra in missing:

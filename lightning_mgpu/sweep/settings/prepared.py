@@ -1,4 +1,4 @@
-"""A sweep before it starts: its options and its search space, checked, and its directory."""
+"""A sweep before it starts: checked options, search space and directory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from lightning_mgpu.sweep.store.records import Records
 from lightning_mgpu.sweep.store.results import of_the_cluster
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 SPACE = "search_space.yaml"
 """What is searched, in the directory of a sweep."""
@@ -33,7 +33,7 @@ _SAMPLES = 10
 
 
 @dataclass
-class Sweep:
+class PreparedSweep:
     """A sweep that has been checked and can start.
 
     Attributes:
@@ -49,8 +49,10 @@ class Sweep:
     records: Records
 
     @classmethod
-    def prepare(cls, job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> "Sweep":
-        """Read the search space, and see that a trial can be composed."""
+    def prepare(
+        cls, job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]
+    ) -> "PreparedSweep":
+        """Read the search space, and check that a trial can be composed."""
         check_options(options)
         space = parse_space(options.params, arguments, job.config_loader)
         if options.custom_search_space is not None:
@@ -69,19 +71,19 @@ class Sweep:
         return sweep
 
     def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
-        """Overrides and directory of the trial that has these values."""
+        """Overrides and directory of the trial with these values."""
         overrides, cfg = compose(self.job, self.space, values, number, self.directory)
         return overrides, self.job.output_dir(cfg)
 
     def smaller(self, values: dict[str, Any]) -> dict[str, Any] | None:
-        """The values of a trial once more, with its batch halved; `None` if that cannot be."""
+        """Values of a trial with its batch halved; `None` if that is impossible."""
         _, cfg = compose(self.job, self.space, values, 0, self.directory)
         if batch_size(cfg) == 1:
             return None
         return {**values, HALVINGS: values.get(HALVINGS, 0) + 1}
 
     def claim_directory(self) -> None:
-        """Write down what is searched; a resumed sweep must search the same.
+        """Write the search space to the directory; a resumed sweep must have the same.
 
         Raises:
             ConfigError: The directory holds a sweep that is not resumed, or another one.
@@ -97,9 +99,9 @@ class Sweep:
         if self.options.resume is None:
             if holds_sweep(self.directory):
                 raise ConfigError(
-                    f"hydra.sweep.dir={name_of(self.directory)}: holds a sweep already. Go on with"
-                    f" it by hydra.sweeper.resume={name_of(self.directory)}, or choose another"
-                    " directory."
+                    f"hydra.sweep.dir={name_of(self.directory)}: already holds a sweep. Resume"
+                    f" it with hydra.sweeper.resume={name_of(self.directory)}, or choose"
+                    " another directory."
                 )
             self.directory.mkdir(parents=True, exist_ok=True)
             path.write_text(yaml.safe_dump(identity, sort_keys=False))
@@ -118,7 +120,7 @@ class Sweep:
 
 
 def holds_sweep(directory: Path) -> bool:
-    """Whether a directory is that of a sweep."""
+    """Return whether a directory is that of a sweep."""
     return (directory / SPACE).exists()
 
 

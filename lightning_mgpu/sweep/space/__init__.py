@@ -1,1 +1,1 @@
-"""What is searched, and for what: dimensions and objectives."""
+"""Search space and objectives."""

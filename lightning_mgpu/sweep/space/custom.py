@@ -1,4 +1,4 @@
-"""A search space that a function of the user's extends."""
+"""Search space extended by a user's function."""
 
 import importlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from lightning_mgpu.sweep.space.space import Choice, Interval, Space, parse_spac
 
 
 def add_custom(space: Space, function_name: str, cfg: DictConfig) -> None:
-    """Let a function of the user's extend or replace the space.
+    """Let a user's function extend or replace the space.
 
     It is called with the config and the dimensions by name, and returns a dict: of a key to a
     sweep as it would be written on the command line (``"interval(0, 1)"``), to a list of choices,

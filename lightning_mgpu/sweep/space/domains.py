@@ -1,4 +1,4 @@
-"""Dimensions as Ray Tune writes them."""
+"""Convert dimensions to Ray Tune's domains."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lightning_mgpu.sweep.space.space import Choice, Dimension, Space
 
 
 def to_domain(dimension: Dimension) -> Any:
-    """The same in Ray's words, where an integer's upper end is left out."""
+    """Ray's domain of a dimension; an integer's upper end is exclusive there."""
     if isinstance(dimension, Choice):
         return tune.choice(list(dimension.values))
     if dimension.integer:
@@ -19,5 +19,5 @@ def to_domain(dimension: Dimension) -> Any:
 
 
 def to_domains(space: Space) -> dict[str, Any]:
-    """The whole space."""
+    """Ray's domains of the whole space."""
     return {name: to_domain(dimension) for name, dimension in space.dimensions.items()}

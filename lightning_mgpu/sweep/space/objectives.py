@@ -1,4 +1,4 @@
-"""What a sweep optimises: one metric, or several between which trials are a compromise."""
+"""Objectives of a sweep: one metric, or several."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, NamedTuple
 from lightning_mgpu.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 OBJECTIVE = "objective"
 """The metric's name where the job names none: what it returns."""
 
 
 class Objective(NamedTuple):
-    """A metric, and whether it shall be small (``min``) or large (``max``)."""
+    """A metric, and whether it is minimised (``min``) or maximised (``max``)."""
 
     name: str
     mode: str
 
 
 def read_objectives(options: "RayTuneSweeperConf") -> tuple[Objective, ...]:
-    """What the options say: each of `metric` and `mode` is one word or a list.
+    """Read the objectives from the options; `metric` and `mode` are a word or a list each.
 
     Raises:
         ConfigError: A word that is none, or lists that do not go together.
@@ -43,7 +43,7 @@ def read_objectives(options: "RayTuneSweeperConf") -> tuple[Objective, ...]:
 
 
 def dominates(one: Sequence[float], other: Sequence[float], modes: Iterable[str]) -> bool:
-    """Whether `one` is nowhere worse than `other`, and better somewhere."""
+    """Return whether `one` is nowhere worse than `other`, and better somewhere."""
     signs = [-1 if mode == "max" else 1 for mode in modes]
     differences = [(a - b) * sign for a, b, sign in zip(one, other, signs, strict=True)]
     return all(d <= 0 for d in differences) and any(d < 0 for d in differences)

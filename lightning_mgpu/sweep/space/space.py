@@ -1,4 +1,4 @@
-"""The search space: from Hydra's overrides to dimensions, and from values back to overrides."""
+"""Search space: from Hydra's overrides to dimensions, and from values to overrides."""
 
 import itertools
 import re
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra._internal.grammar.utils import escape_special_characters
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
@@ -20,6 +19,7 @@ from hydra.core.override_parser.types import (
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lightning_mgpu._compat.hydra import escape
 from lightning_mgpu.errors import ConfigError
 
 _PLAIN = re.compile(r"[A-Za-z_][\w./:-]*", re.ASCII)
@@ -28,14 +28,14 @@ _WORDS = {"null", "true", "false", "inf", "nan"}  # mean something else where th
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values, without an order."""
+    """One of several unordered values."""
 
     values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number between two others; both ends belong to an integer interval."""
+    """A number between two others; integer intervals include both ends."""
 
     low: float
     high: float
@@ -49,7 +49,7 @@ Computed = Callable[[dict[str, Any]], Any]
 
 @dataclass
 class Space:
-    """What differs between trials, and what does not.
+    """Searched, fixed and computed values of trials.
 
     Attributes:
         fixed: Overrides that every trial has.
@@ -64,22 +64,22 @@ class Space:
     computed: dict[str, Computed] = field(default_factory=dict)
 
     def add(self, key: str, dimension: Dimension) -> None:
-        """Search what `key` (with its `+`, if it has one) stands for."""
+        """Add a dimension for `key`, which may have a leading `+`."""
         name = self._claim(key)
         self.dimensions[name] = dimension
 
     def compute(self, key: str, function: Computed) -> None:
-        """Have `function` compute it from the values that were drawn."""
+        """Compute `key` by `function` from the drawn values."""
         name = self._claim(key)
         self.computed[name] = function
 
     def fix(self, key: str, override: str) -> None:
-        """Give it to every trial."""
+        """Give `key` the same value in every trial."""
         del self.keys[self._claim(key)]
         self.fixed.append(override)
 
     def _claim(self, key: str) -> str:
-        """The name for `key`, which means nothing else any more."""
+        """Claim the name for `key`, removing its earlier meaning."""
         plain = key.lstrip("+~")
         name = plain.replace("/", ":")  # Ray nests what has a slash
         self.dimensions.pop(name, None)
@@ -89,7 +89,7 @@ class Space:
         return name
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
-        """The overrides of the trial that has these values."""
+        """Overrides of the trial with these values."""
         full = {name: values[name] for name in self.dimensions}
         for name, function in self.computed.items():
             full[name] = function(dict(full))
@@ -97,11 +97,11 @@ class Space:
         return [*self.fixed, *searched]
 
     def example(self) -> list[str]:
-        """The overrides of some trial, to see whether they compose."""
+        """Overrides of an example trial, to check that they compose."""
         return next(self.examples())
 
     def examples(self, node: str = "") -> Iterator[list[str]]:
-        """Those of some trials: with every choice, and the ends of every interval, in `node`."""
+        """Overrides that cover every choice, and the ends of every interval, in `node`."""
         axes = [
             _extremes(d)[: None if name.split(".")[0] == node else 1]
             for name, d in self.dimensions.items()
@@ -110,7 +110,7 @@ class Space:
             yield self.overrides(dict(zip(self.dimensions, point, strict=True)))
 
     def __str__(self) -> str:
-        """A line for each key; what a resumed sweep is compared by."""
+        """One line per key, by which a resumed sweep is compared."""
         lines = [f"{self.keys[name]}: {d}" for name, d in self.dimensions.items()]
         return "\n".join([*lines, *(f"{self.keys[name]}: computed" for name in self.computed)])
 
@@ -120,7 +120,7 @@ def parse_space(
     arguments: Iterable[str],
     config_loader: ConfigLoader | None = None,
 ) -> Space:
-    """Read `hydra.sweeper.params` and the command line, of which the latter wins.
+    """Read `hydra.sweeper.params` and the command line; the latter takes precedence.
 
     Raises:
         ConfigError: An override that cannot be read or searched.
@@ -148,7 +148,7 @@ def parse_space(
 
 
 def check_searchable(space: Space) -> None:
-    """See to it that there is something to search."""
+    """Check that there is something to search."""
     if not space.dimensions:
         raise ConfigError(
             "hydra.sweeper.params: nothing to search. Give at least one value a sweep, such as"
@@ -157,7 +157,7 @@ def check_searchable(space: Space) -> None:
 
 
 def encode(value: Any) -> str:
-    """A value as it is written in an override, so that Hydra reads the same value."""
+    """Format a value for an override, so that Hydra reads the same value."""
     if hasattr(value, "item") and not isinstance(value, (str, list, dict)):
         value = value.item()  # numpy's scalars
     if value is None:
@@ -170,7 +170,7 @@ def encode(value: Any) -> str:
         return f"[{','.join(map(encode, value))}]"
     if isinstance(value, Mapping):
         # Keys cannot be quoted in Hydra's grammar.
-        items = (f"{escape_special_characters(str(k))}:{encode(v)}" for k, v in value.items())
+        items = (f"{escape(str(k))}:{encode(v)}" for k, v in value.items())
         return "{" + ",".join(items) + "}"
     text = str(value)
     if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
@@ -179,7 +179,7 @@ def encode(value: Any) -> str:
 
 
 def enumerate_grid(space: Space) -> list[dict[str, Any]]:
-    """Every combination, the last dimension fastest, as Hydra counts them.
+    """Every combination, the last dimension varying fastest, as in Hydra.
 
     Raises:
         ConfigError: A dimension is continuous.
@@ -213,7 +213,7 @@ def _dimension(override: Override) -> Dimension:
         return Interval(value.start, last, log="log" in tags, integer=True)
     values = tuple(_plain(item) for item in override.sweep_iterator())
     if not values:
-        raise ConfigError(f"{override.input_line}: holds no value at all.")
+        raise ConfigError(f"{override.input_line}: has no value.")
     return Choice(values)
 
 
@@ -225,7 +225,7 @@ def _interval(key: str, sweep: IntervalSweep, tags: set[str]) -> Interval:
         raise ConfigError(f"{key}: interval({sweep.start}, {sweep.end}) is empty.")
     if "log" in tags and sweep.start <= 0:
         raise ConfigError(
-            f"{key}: tag(log, interval({sweep.start}, {sweep.end})) must begin above 0."
+            f"{key}: tag(log, interval({sweep.start}, {sweep.end})) must start above 0."
         )
     low, high = (int(sweep.start), int(sweep.end)) if integer else (sweep.start, sweep.end)
     return Interval(low, high, log="log" in tags, integer=integer)
@@ -262,7 +262,7 @@ def _plain(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    """A value of `params` as an override: strings are Hydra's grammar, the rest is encoded."""
+    """Format a value of `params` as an override: strings are Hydra's grammar."""
     if isinstance(value, (DictConfig, ListConfig)):
         value = OmegaConf.to_container(value)
     return value if isinstance(value, str) else encode(value)

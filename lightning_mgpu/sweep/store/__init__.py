@@ -1,1 +1,1 @@
-"""What a sweep keeps on disk: its journal, results, and the state it resumes from."""
+"""Files of a sweep: journal, results, and the state for resuming."""

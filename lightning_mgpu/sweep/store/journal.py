@@ -1,4 +1,4 @@
-"""Writes down what happens in a sweep, for its report."""
+"""Write the events of a sweep to its journal, for the report."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from lightning_mgpu.sweep.store.records import Records, TrialRecord
 from lightning_mgpu.sweep.store.results import job_command, plain
 
 if TYPE_CHECKING:
-    from lightning_mgpu.config.sweeper import RayTuneSweeperConf
+    from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
 
 log = logging.getLogger(__name__)
 
 
 class Journal:
-    """A file with a line for each event; a sweep that is resumed goes on with it.
+    """File with a line for each event; a resumed sweep appends to it.
 
     A disk that is full costs the report, and not the sweep.
 
@@ -48,7 +48,7 @@ class Journal:
             self._file = None
 
     def begin(self, options: "RayTuneSweeperConf", space: Space, records: Records) -> None:
-        """The sweep begins, or goes on."""
+        """Record that the sweep starts or resumes."""
         self._write(
             "sweep",
             metric=records.metric,
@@ -59,20 +59,19 @@ class Journal:
             dimensions=[_described(name, one) for name, one in space.dimensions.items()],
         )
 
-    def start(self, record: TrialRecord, trial: Any) -> None:
-        """A trial begins, goes on after a pause, or begins again."""
+    def start(self, record: TrialRecord, worker: str) -> None:
+        """Record that a trial starts, resumes after a pause, or restarts."""
         self._hosts.pop(record.number, None)
-        actor = getattr(trial.temporary_state.ray_actor, "_actor_id", None)
         self._write(
             "start",
             trial=record.number,
-            worker=actor.hex() if actor is not None else "",
+            worker=worker,
             params=plain(record.values),
             command=job_command(record.overrides),
         )
 
     def report(self, record: TrialRecord, result: dict[str, Any]) -> None:
-        """A trial has reported; `record` has taken note of it."""
+        """Record a report of a trial, already contained in `record`."""
         host = str(result.get("hostname", ""))
         more = {} if self._hosts.get(record.number) == host else {"host": host}
         self._hosts[record.number] = host
@@ -85,15 +84,15 @@ class Journal:
         )
 
     def pause(self, number: int) -> None:
-        """A trial waits for others."""
+        """Record that a trial waits for others."""
         self._write("pause", trial=number)
 
     def retry(self, record: TrialRecord) -> None:
-        """A trial has failed and will be tried again."""
+        """Record that a trial has failed and will be retried."""
         self._write("retry", trial=record.number, reason=record.reason)
 
     def end(self, record: TrialRecord) -> None:
-        """A trial has ended."""
+        """Record that a trial has ended."""
         self._write("end", trial=record.number, status=record.status, reason=record.reason)
 
     def _write(self, event: str, **about: Any) -> None:

@@ -1,57 +1,51 @@
-"""Keeps a second process from going on with a sweep that still runs."""
+"""Keep a second process from resuming a sweep that still runs."""
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from lightning_mgpu.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+_NAME = ".lock"
 # A sweep whose laptop is gone ends half a minute later.
 _PATIENCE_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file of the sweep's directory for the length of the block.
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a lock on a sweep's directory for the length of the block.
 
-    It ends with the process, however that ends. A process that holds it already is waited for, a
-    minute at most.
+    The lock is released when the process ends, however it ends. A process that holds it already is
+    waited for, a minute at most. Where the file system has no locks, nothing is locked.
 
     Raises:
         ConfigError: The sweep still runs.
     """
-    with path.open("r+") as file:
-        _lock(file, path.parent)
-        yield
-
-
-def _lock(file: TextIO, directory: Path) -> None:
+    lock = FileLock(directory / _NAME, poll_interval=_POLL_SECONDS)
+    with contextlib.suppress(NotImplementedError):
+        _acquire(lock, directory)
     try:
-        import fcntl
-    except ImportError:  # no such locks on this system
+        yield
+    finally:
+        if lock.is_locked:
+            lock.release()
+
+
+def _acquire(lock: FileLock, directory: Path) -> None:
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=0)
         return
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    has_waited = False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"{directory}: another process still runs this sweep. Interrupt that one, or"
-                    " wait for its end."
-                ) from None
-            if not has_waited:
-                log.info("Waiting: another process still runs the sweep in %s.", directory)
-            has_waited = True
-            time.sleep(_POLL_SECONDS)
-        except OSError:  # nor on this file system
-            return
-        else:
-            return
+    log.info("Waiting: another process still runs the sweep in %s.", directory)
+    try:
+        lock.acquire(timeout=_PATIENCE_SECONDS)
+    except Timeout as error:
+        raise ConfigError(
+            f"{directory}: another process still runs this sweep. Interrupt that one, or wait for"
+            " its end."
+        ) from error

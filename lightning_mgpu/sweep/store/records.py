@@ -1,4 +1,4 @@
-"""What is known of each trial."""
+"""Records of trials."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ _AT_LEAST = 3  # ended trials, to say anything about a rate
 
 @dataclass
 class TrialRecord:
-    """One trial, as the driver sees it.
+    """Record of one trial in the driver.
 
     Attributes:
         status: waiting, running, done, stopped (by the scheduler), failed, or unfinished when the
@@ -38,7 +38,7 @@ class TrialRecord:
     seconds: float = 0.0
 
     def value(self, mode: str, takes_best: bool) -> float | None:
-        """What the trial is worth so far."""
+        """Value of the trial so far."""
         if not self.history:
             return None
         if not takes_best:
@@ -63,11 +63,11 @@ class Records:
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        """All that is optimised."""
+        """All objectives."""
         return (Objective(self.metric, self.mode), *self.others)
 
     def value(self, record: TrialRecord) -> float | None:
-        """What a trial is worth, by the first objective."""
+        """Value of a trial by the first objective."""
         return record.value(self.mode, self.takes_best)
 
     def best(self) -> TrialRecord | None:
@@ -81,14 +81,14 @@ class Records:
         return self.trials[min(valued)[1]] if valued else None
 
     def values(self, record: TrialRecord) -> dict[str, float] | None:
-        """What a trial is worth by each objective."""
+        """Values of a trial by each objective."""
         value = self.value(record)
         if value is None or any(other.name not in record.metrics for other in self.others):
             return None
         return {self.metric: value, **{o.name: record.metrics[o.name] for o in self.others}}
 
     def front(self) -> list[TrialRecord]:
-        """The best trials: those to which no other one is better by every objective."""
+        """Pareto front: the trials that no other one dominates."""
         if not self.others:
             best = self.best()
             return [] if best is None else [best]
@@ -105,15 +105,15 @@ class Records:
         ]
 
     def count(self, *statuses: str) -> int:
-        """How many trials have one of these statuses."""
+        """Number of trials with one of these statuses."""
         return sum(record.status in statuses for record in self.trials.values())
 
     def too_many_failed(self, rate: float) -> bool:
-        """Whether more than this share of the ended trials have failed."""
+        """Return whether more than this share of the ended trials have failed."""
         failed = self.count("failed")
         ended = failed + self.count("done", "stopped")
         return ended >= _AT_LEAST and failed / ended > rate
 
     def ordered(self) -> list[TrialRecord]:
-        """By number."""
+        """Records ordered by number."""
         return [self.trials[number] for number in sorted(self.trials)]

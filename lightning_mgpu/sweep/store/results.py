@@ -1,4 +1,4 @@
-"""What a sweep leaves behind, and the commands that go on from it."""
+"""Write the results of a sweep, and the commands to repeat or resume it."""
 
 import shlex
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.utils import get_args_parser
 
+from lightning_mgpu._compat.hydra import command_line_parser
 from lightning_mgpu.sweep.job.job import program
 from lightning_mgpu.sweep.job.submitted import name_of
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
@@ -44,7 +44,7 @@ def _best(records: Records) -> dict[str, Any]:
 
 
 def _front(records: Records) -> dict[str, Any]:
-    """The Pareto front, under the name that Hydra's sweeper for Optuna has for it."""
+    """Pareto front, under the name that Hydra's Optuna sweeper has for it."""
     solutions = [
         {
             "params": plain(record.values),
@@ -63,7 +63,7 @@ def _front(records: Records) -> dict[str, Any]:
 
 
 def job_command(overrides: Sequence[str]) -> str:
-    """The command line that runs one job outside the sweep."""
+    """Command line that runs one job outside the sweep."""
     if not any(override.lstrip("+").startswith("strategy=ray") for override in overrides):
         # Only the sweep was on a cluster.
         overrides = [override for override in overrides if not of_the_cluster(override)]
@@ -72,12 +72,12 @@ def job_command(overrides: Sequence[str]) -> str:
 
 
 def of_the_cluster(override: str) -> bool:
-    """Whether an override of our own command says on which cluster a run, or a sweep, is."""
+    """Return whether an override of our command names the cluster of a run or sweep."""
     return override.lstrip("+").startswith(("ray.address=", "ray.runtime_env"))
 
 
 def resume_command(directory: Path) -> str:
-    """The command line that goes on with the sweep."""
+    """Command line that resumes the sweep."""
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(_RESUME)]
     return shlex.join([*program(), *arguments, f"{_RESUME}{name_of(directory)}"])
 
@@ -112,8 +112,8 @@ def _value(records: Records, record: TrialRecord) -> Any:
 
 
 def _flags() -> list[str]:
-    """Hydra's flags that a single job needs too."""
-    given, _ = get_args_parser().parse_known_args(sys.argv[1:])
+    """Hydra flags that a single job needs, too."""
+    given, _ = command_line_parser().parse_known_args(sys.argv[1:])
     flags = []
     for name in ("config_path", "config_name", "config_dir"):
         value = getattr(given, name, None)
@@ -123,7 +123,7 @@ def _flags() -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """Of Python's own types, which YAML can write."""
+    """Convert to Python's own types, which YAML can write."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""A copy of Ray's state of a sweep that is always whole, whenever the driver is killed."""
+"""Consistent copy of Ray Tune's state, whenever the driver is killed."""
 
 import logging
 import os
@@ -9,13 +9,15 @@ from typing import Any
 from ray.tune import Callback
 from typing_extensions import override
 
+from lightning_mgpu._compat.ray_tune import state_directory
+
 log = logging.getLogger(__name__)
 
 STATE = "state.tar"
 
 
 class StateKeeper(Callback):
-    """Keeps what Ray has last written down of its trials, searcher and scheduler.
+    """Keep copies of Ray's state of trials, searcher and scheduler.
 
     Ray writes its files at one place and copies them to the sweep's directory one by one. A driver
     that is killed meanwhile leaves a mixture there, with which Ray would start all over again.
@@ -31,7 +33,7 @@ class StateKeeper(Callback):
         self._has_warned = False
 
     def put_back(self) -> None:
-        """Have the directory hold the copy, for Ray to go on from."""
+        """Restore the copy in the directory from which Ray resumes."""
         if not self._path.exists():
             return
         with tarfile.open(self._path) as archive:
@@ -43,11 +45,11 @@ class StateKeeper(Callback):
     @override
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         if trials:
-            self._source = Path(trials[0].storage.experiment_driver_staging_path)
+            self._source = state_directory(trials[0])
             self.take()
 
     def take(self) -> None:
-        """Copy what Ray has written since the last time."""
+        """Copy the state that Ray has written since the last time."""
         if self._source is None:
             return
         try:

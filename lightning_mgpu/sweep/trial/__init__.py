@@ -1,1 +1,1 @@
-"""What runs in the process of a trial."""
+"""Code of the process of a trial."""

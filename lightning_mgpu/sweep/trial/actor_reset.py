@@ -1,4 +1,4 @@
-"""Gives the next trial of a process the state that the first one had."""
+"""Reset the state of a trial's process for the next trial."""
 
 import dataclasses
 import gc
@@ -27,7 +27,7 @@ _LASTING_THREADS = ("tqdm_monitor", "mgpu-", "ray")
 
 
 def adopt(state: ProcessState, threads: int) -> ProcessState:
-    """The state of the program that started the sweep, as far as it suits this process."""
+    """State of the program that started the sweep, as far as valid in this process."""
     kept = {name: value for name, value in os.environ.items() if name.startswith(_OF_THE_ACTOR)}
     environment = {**state.environment, **kept, "OMP_NUM_THREADS": str(threads)}
     # On another machine there may be no such directory.
@@ -39,7 +39,7 @@ def adopt(state: ProcessState, threads: int) -> ProcessState:
 
 
 def _with_torch(state: ProcessState) -> ProcessState:
-    """With what importing torch and Lightning has set, if the program has not imported them."""
+    """State with the settings made by importing torch and Lightning."""
     filters = None
     if state.warning_filters is not None:
         given = pickle.loads(state.warning_filters)
@@ -47,8 +47,8 @@ def _with_torch(state: ProcessState) -> ProcessState:
     return dataclasses.replace(state, torch=TorchState.capture(), warning_filters=filters)
 
 
-class Scrubber:
-    """Puts everything back that a trial has changed in its process.
+class ActorReset:
+    """Restore everything that a trial has changed in its process.
 
     Args:
         state: What trials start with.
@@ -64,12 +64,12 @@ class Scrubber:
         gc.freeze()  # torch and Lightning stay, and need not be looked at after each trial
 
     def before(self) -> None:
-        """A trial begins, on its own thread."""
+        """Apply the initial state before a trial, on its thread."""
         self._state.apply()
         self._threads = set(threading.enumerate())
 
     def after(self) -> None:
-        """A trial is over."""
+        """Restore the state after a trial."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         sys.stdout, sys.stderr = self._streams
@@ -85,7 +85,7 @@ class Scrubber:
             torch.cuda.empty_cache()
 
     def threads_left(self) -> list[str]:
-        """The names of threads that the trial of now has started and not ended."""
+        """Names of threads that the current trial has started and not ended."""
         return [
             thread.name
             for thread in set(threading.enumerate()) - self._threads

@@ -1,4 +1,4 @@
-"""Why trials fail, and which of them run again."""
+"""Reasons for failed trials, and retries."""
 
 import contextlib
 import sys
@@ -10,13 +10,16 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 from typing_extensions import override
 
+from lightning_mgpu._compat.ray_tune import make
+from lightning_mgpu.errors import one_line
+
 
 class TrialFailedError(RuntimeError):
-    """A trial failed. In words, since the error itself may not be known where they are read."""
+    """A trial failed; the message says why, as its error may be unknown to the reader."""
 
 
 class TrialOutOfMemoryError(TrialFailedError):
-    """A trial failed, and a smaller one might not have."""
+    """A trial failed for lack of memory; a smaller one may not."""
 
 
 _OUT_OF_MEMORY = (MemoryError, OutOfMemoryError, TrialOutOfMemoryError)
@@ -24,19 +27,19 @@ _OUT_OF_MEMORY = (MemoryError, OutOfMemoryError, TrialOutOfMemoryError)
 
 @contextlib.contextmanager
 def failures_in_words() -> Iterator[None]:
-    """Turn what goes wrong in a trial into an error that every process knows."""
+    """Convert errors of a trial into ones that every process can unpickle."""
     try:
         yield
     except Exception as error:
         traceback.print_exc()
-        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        words = f"{type(error).__name__}: {one_line(error)}"
         if is_out_of_memory(error):
             raise TrialOutOfMemoryError(f"out of memory, {words}") from None
         raise TrialFailedError(words) from None
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one that led to it, is about memory: a device's or the machine's."""
+    """Return whether an error, or its cause, is about a device's or the machine's memory."""
     while error is not None:
         if isinstance(getattr(error, "cause", error), _OUT_OF_MEMORY):  # Ray's keep the first one
             return True
@@ -56,9 +59,9 @@ def _is_of_torch(error: BaseException) -> bool:
 
 
 def reason(error: BaseException | None) -> str:
-    """Why a trial failed, in a line."""
+    """Reason of a trial's failure in one line."""
     if isinstance(error, OutOfMemoryError):
-        return "out of memory, the machine's: Ray has ended its process"
+        return "out of memory on the machine: Ray killed the process"
     if isinstance(error, RayActorError):
         return "its process died (killed, or out of memory)"
     cause = getattr(error, "cause", None) or error
@@ -67,7 +70,7 @@ def reason(error: BaseException | None) -> str:
 
 
 class SweepTrial(Trial):
-    """A trial of Ray's that keeps in mind why it failed.
+    """Ray's trial with the reason of its failure.
 
     Attributes:
         failure: The latest reason.
@@ -77,13 +80,12 @@ class SweepTrial(Trial):
 
     @classmethod
     def take_over(cls, trial: Trial) -> None:
-        """Make a trial one of ours; Ray creates them, and restores them, as it sees fit."""
-        if type(trial) is not cls:
-            trial.__class__ = cls
+        """Convert a trial, which Ray creates or restores, into one of ours."""
+        make(trial, cls)
 
     @classmethod
     def smaller(cls, config: dict[str, Any]) -> dict[str, Any] | None:
-        """What a trial that ran out of memory is run with again; `None`: it is not."""
+        """Values for the retry of a trial that ran out of memory; `None` for no retry."""
         return None
 
     @override
@@ -99,5 +101,5 @@ class SweepTrial(Trial):
 
 
 def retrying(smaller: Callable[[dict[str, Any]], dict[str, Any] | None]) -> type[SweepTrial]:
-    """Trials that run again with `smaller(config)` when they are out of memory."""
+    """Trial class that retries with `smaller(config)` when out of memory."""
     return type("SmallerTrial", (SweepTrial,), {"smaller": staticmethod(smaller)})

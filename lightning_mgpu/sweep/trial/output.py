@@ -1,4 +1,4 @@
-"""Sends what a trial prints and logs to a file."""
+"""Redirect a trial's output and log lines to a file."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ from typing import TextIO
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Everything printed goes to the end of a file, and what loggers would print as well."""
+    """Append all printed and logged output to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         path.open("a", buffering=1) as file,

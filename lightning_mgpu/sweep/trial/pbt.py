@@ -1,4 +1,4 @@
-"""Hyperparameters of optimizers that a restored checkpoint would take back to their old values."""
+"""Apply mutated hyperparameters after a checkpoint has restored the old ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,13 +7,15 @@ from typing import Any
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
+from lightning_mgpu._compat.torch import inner_schedulers, learning_rates
+
 Groups = list[list[dict[str, Any]]]
 """For each optimizer and each of its parameter groups: hyperparameters by name."""
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A hyperparameter that is no longer what it was."""
+    """A changed hyperparameter."""
 
     optimizer: int
     group: int
@@ -23,7 +25,7 @@ class Mutation:
 
 
 def describe(optimizers: Sequence[Optimizer]) -> Groups:
-    """The hyperparameters as the optimizers were made with them, in plain values."""
+    """Hyperparameters of newly built optimizers, as plain values."""
     return [
         [
             {name: _plain(value) for name, value in _initial(group).items() if name != "params"}
@@ -34,7 +36,7 @@ def describe(optimizers: Sequence[Optimizer]) -> Groups:
 
 
 def compare(old: Groups, new: Groups) -> list[Mutation]:
-    """What differs between the run that saved a checkpoint and the one that restores it."""
+    """Changes from the run that saved a checkpoint to the one that restores it."""
     return [
         Mutation(number, index, name, before[name], after[name])
         for number, (old_groups, new_groups) in enumerate(zip(old, new, strict=False))
@@ -49,7 +51,7 @@ def apply(
     optimizers: Sequence[Optimizer],
     schedulers: Sequence[LRSchedulerConfig],
 ) -> None:
-    """Put the new values where the restored optimizers and schedulers have the old ones.
+    """Set the new values in restored optimizers and schedulers.
 
     A learning rate keeps what schedulers have made of it so far: one that was halved stays halved.
     """
@@ -69,12 +71,10 @@ def apply(
 
 
 def _rescale(scheduler: Any, group: int, factor: float, new: Any) -> None:
-    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+    for inner in inner_schedulers(scheduler):
         _rescale(inner, group, factor, new)
-    for name in ("base_lrs", "_last_lr"):
-        values = getattr(scheduler, name, None)
-        if values is not None:
-            values[group] = _scaled(values[group], factor, new)
+    for rates in learning_rates(scheduler):
+        rates[group] = _scaled(rates[group], factor, new)
 
 
 def _scaled(value: Any, factor: float, new: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reports metrics of a trial from within Lightning's Trainer, with no change to the user's code.
+"""Report metrics of a trial from Lightning's Trainer, without changes to the user's code.
 
 Lightning asks `callbacks` for more callbacks whenever a Trainer is made (see the entry point in
 pyproject.toml); only inside a trial there is one. Imports no Ray: the ranks of a distributed trial
@@ -38,7 +38,7 @@ class NotFiniteError(ArithmeticError):
 
 @dataclass
 class Reporting:
-    """How the trial of this process reports.
+    """Settings of the reports of this process's trial.
 
     Attributes:
         send: Takes metrics and perhaps the directory of a checkpoint; ends the trial with
@@ -67,37 +67,37 @@ _current: Reporting | None = None
 
 
 def begin(reporting: Reporting) -> None:
-    """A trial starts in this process."""
+    """Start a trial in this process."""
     global _current
     _current = reporting
     _lightning.factory = callbacks
 
 
 def end() -> None:
-    """The trial is over."""
+    """End the trial."""
     global _current
     _current = None
     _lightning.factory = None
 
 
 def is_stopped() -> bool:
-    """Whether the trial of this process has been told to end."""
+    """Return whether this process's trial has been told to end."""
     return _current is not None and _current.stopped
 
 
 def callbacks() -> list[Checkpoint]:
-    """What to add to a new Trainer."""
+    """Callbacks to add to a new Trainer."""
     if _current is None:
         return []
     return [
-        ReportCallback(
+        TrialReportCallback(
             _current.metrics, _current.every_n_epochs, _current.saves, _current.restore_from
         )
     ]
 
 
 def deliver(metrics: dict[str, Any], directory: Path | None) -> bool:
-    """Report, in the process of the trial; whether the trial is to end."""
+    """Report in the process of the trial; return whether the trial is to end."""
     if _current is None or _current.stopped:
         return False
     _current.sent += 1
@@ -109,7 +109,7 @@ def deliver(metrics: dict[str, Any], directory: Path | None) -> bool:
 
 
 def _deliver_files(metrics: dict[str, Any], files: dict[str, bytes]) -> bool:
-    """Report a checkpoint that was made on another machine, or may have been."""
+    """Report a checkpoint that may have been made on another machine."""
     with tempfile.TemporaryDirectory(prefix="trial-") as directory:
         for name, data in files.items():
             path = Path(directory, name)
@@ -139,8 +139,8 @@ def _tell(trainer: Trainer, function: Callable[..., None], *args: Any) -> None:
         function(*args)
 
 
-class ReportCallback(Checkpoint):
-    """Reports at the end of each epoch, and after each validation in between.
+class TrialReportCallback(Checkpoint):
+    """Report at the end of each epoch, and after each validation in between.
 
     A `Checkpoint`, since Lightning calls those last: a trial that is stopped in here has saved what
     its other callbacks save.
@@ -169,7 +169,7 @@ class ReportCallback(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Once: a list of callbacks that two Trainers share has those of both.
         attributes = vars(trainer)  # `callbacks` is set by a connector, and no declared attribute
-        others = [c for c in attributes["callbacks"] if not isinstance(c, ReportCallback)]
+        others = [c for c in attributes["callbacks"] if not isinstance(c, TrialReportCallback)]
         attributes["callbacks"] = [*others, self]
 
     @override
@@ -264,7 +264,7 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def _best_checkpoint(trainer: Trainer) -> dict[str, str]:
-    """The best checkpoint by the first callback that has a metric to go by, or else the latest."""
+    """Best checkpoint of the first callback with a metric, or else the latest."""
     found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     found.sort(key=lambda callback: callback.monitor is None)
     return {BEST_CHECKPOINT: found[0].best_model_path} if found else {}

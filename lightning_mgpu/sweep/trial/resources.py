@@ -1,4 +1,4 @@
-"""What each trial reserves: for itself, or for its workers where its strategy has some on Ray."""
+"""Resources that each trial reserves for itself, or for its workers on Ray."""
 
 import contextlib
 import pkgutil
@@ -8,36 +8,35 @@ from typing import TYPE_CHECKING, Any
 import ray
 from omegaconf import DictConfig
 from ray.tune import PlacementGroupFactory
-from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 
 from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.cluster import describe
 
 if TYPE_CHECKING:
-    from lightning_mgpu.sweep.settings.prepared import Sweep
+    from lightning_mgpu.sweep.settings.prepared import PreparedSweep
 
 _STRATEGY = "strategy"
 
 
 class Requests:
-    """The resources of each trial of a sweep, by its values.
+    """Resources of each trial of a sweep, by its values.
 
     Args:
         sweep: The sweep.
     """
 
-    def __init__(self, sweep: "Sweep") -> None:
+    def __init__(self, sweep: "PreparedSweep") -> None:
         self._sweep = sweep
         options = sweep.options.resources_per_trial
-        self._own = {"cpu": options.cpu, "gpu": options.gpu}
+        self._own = {"CPU": options.cpu, "GPU": options.gpu}
 
     def of(self, values: Mapping[str, Any]) -> PlacementGroupFactory:
-        """Of the trial that has these values."""
+        """Resources of the trial with these values."""
         return self._factory(self._bundles(self._sweep.space.overrides(values)))
 
     def check(self) -> None:
-        """See whether every trial can start, whatever its strategy and its number of workers.
+        """Check that every trial can start, whatever its strategy and number of workers.
 
         Raises:
             ConfigError: There is too little for it, its strategy cannot be built, or trials would
@@ -53,20 +52,20 @@ class Requests:
         for name, amount in wanted.items():
             if amount > there.get(name, 0):
                 raise ConfigError(
-                    f"strategy: the workers of a trial ask for {describe(wanted)}, and there are"
+                    f"strategy: the workers of a trial need {describe(wanted)}, but there are"
                     f" {describe(there)}. Ask for fewer or smaller ones (strategy.num_workers,"
-                    " strategy.num_cpus_per_worker), or join a cluster by"
+                    " strategy.num_cpus_per_worker), or join a cluster with"
                     " hydra.sweeper.ray.address."
                     if on_ray
-                    else f"hydra.sweeper.resources_per_trial.{name.lower()}={amount:g}: there are"
-                    f" {there.get(name, 0):g}. Ask for less, or join a cluster by"
+                    else f"hydra.sweeper.resources_per_trial.{name.lower()}={amount:g}: there"
+                    f" are {there.get(name, 0):g}. Ask for less, or join a cluster with"
                     " hydra.sweeper.ray.address."
                 )
         if on_ray:
             self._refuse_changes()
 
     def _refuse_changes(self) -> None:
-        """A trial of population-based training keeps what it has reserved at first."""
+        """Refuse changes in population-based training, where trials keep their first resources."""
         scheduler = self._sweep.options.scheduler
         if scheduler.name not in ("pbt", "pb2"):
             return
@@ -81,13 +80,12 @@ class Requests:
 
     def _factory(self, bundles: list[dict[str, float]]) -> PlacementGroupFactory:
         if not bundles:
-            factory: PlacementGroupFactory = resource_dict_to_pg_factory(self._own)
-            return factory
+            return PlacementGroupFactory([self._own])
         # The trial's own process only waits for its workers.
         return PlacementGroupFactory([{}, *bundles], strategy="PACK")
 
     def _bundles(self, overrides: list[str]) -> list[dict[str, float]]:
-        """What the strategy of a trial reserves for its workers; none if it has none on Ray."""
+        """Bundles of a trial's workers; empty if its strategy has none on Ray."""
         cfg = self._sweep.job.compose_ahead(overrides, self._sweep.directory)
         if not _runs_on_ray(cfg.get(_STRATEGY)):
             return []
@@ -109,8 +107,8 @@ _requests: Requests | None = None
 
 
 @contextlib.contextmanager
-def requests_of(sweep: "Sweep") -> Iterator[None]:
-    """Have the trials of a sweep, while the block lasts, reserve what they need.
+def requests_of(sweep: "PreparedSweep") -> Iterator[None]:
+    """Make the trials of a sweep reserve their resources while the block lasts.
 
     Raises:
         ConfigError: There is too little for them.
@@ -126,5 +124,5 @@ def requests_of(sweep: "Sweep") -> Iterator[None]:
 
 
 def request(values: Mapping[str, Any]) -> PlacementGroupFactory | None:
-    """What the trial with these values reserves; known to the sweep's own process alone."""
+    """Resources of the trial with these values; known in the sweep's own process only."""
     return None if _requests is None else _requests.of(values)

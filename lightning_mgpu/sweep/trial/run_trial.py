@@ -1,4 +1,4 @@
-"""What an actor does for one trial: compose the job, run it, report what it is worth."""
+"""Run one trial in an actor: compose the job, run it, report its result."""
 
 import contextlib
 import logging
@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray.train._internal.session import get_session
-from ray.tune import Checkpoint
+from ray import tune
 
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import compose
@@ -24,7 +23,7 @@ LOG_FILE = "trial.log"
 
 
 class MetricMissingError(RuntimeError):
-    """A trial ended and has not said how good it is."""
+    """A trial ended without reporting the metric."""
 
 
 def run_trial(
@@ -41,10 +40,8 @@ def run_trial(
         TrialFailedError: In words, what went wrong.
         SystemExit: It was stopped.
     """
-    session = get_session()
-    assert session is not None
     check_storage(plan.sweep_dir)
-    restored = session.loaded_checkpoint
+    restored = tune.get_checkpoint()
     reporting = reporter.Reporting(
         send=_send,
         metrics=plan.objectives if plan.are_logged else (),
@@ -64,22 +61,23 @@ def run_trial(
             _report_end(plan, reporting, value)
         if threads := threads_left():
             log.warning(
-                "Left running, and nobody can end them but the end of the process: threads %s. With"
-                " hydra.sweeper.reuse_actors=false each trial has a process of its own.",
+                "The trial left threads running that cannot be stopped: %s. With"
+                " hydra.sweeper.reuse_actors=false each trial has its own process.",
                 ", ".join(threads),
             )
 
 
 def check_storage(sweep_dir: Path) -> None:
-    """See whether this machine has the directory that the sweep was begun in.
+    """Check that this machine has the directory in which the sweep was started.
 
     Raises:
         TrialFailedError: It has not; files of the trial would not be found where they belong.
     """
     if not holds_sweep(sweep_dir):
         raise TrialFailedError(
-            f"{sweep_dir} of this machine, {platform.node()}, is not the sweep's. Set"
-            " hydra.sweep.dir to a directory on storage that all machines of the cluster share."
+            f"{sweep_dir} on this machine ({platform.node()}) is not the sweep's directory."
+            " Set hydra.sweep.dir to a directory on storage that all machines of the cluster"
+            " share."
         )
 
 
@@ -89,18 +87,16 @@ def _run(job: Job, cfg: Any, reporting: reporter.Reporting) -> Any:
     except SystemExit as end:
         if reporting.stopped:
             raise
-        raise RuntimeError(f"the job ended itself by sys.exit({end.code!r})") from end
+        raise RuntimeError(f"the job called sys.exit({end.code!r})") from end
 
 
 def _send(metrics: dict[str, Any], directory: Path | None) -> None:
-    session = get_session()
-    assert session is not None
-    checkpoint = Checkpoint.from_directory(str(directory)) if directory is not None else None
-    session.report(metrics, checkpoint=checkpoint)
+    checkpoint = tune.Checkpoint.from_directory(str(directory)) if directory is not None else None
+    tune.report(metrics, checkpoint=checkpoint)
 
 
 def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> None:
-    """Report what the job returned, where that is its result."""
+    """Report the job's return value, if that is its result."""
     if plan.are_logged and reporting.sent:
         return
     try:
@@ -121,7 +117,7 @@ def _report_end(plan: TrialPlan, reporting: reporter.Reporting, value: Any) -> N
 
 
 def _by_objective(plan: TrialPlan, value: Any) -> dict[str, float]:
-    """What a job returns: a number, or several by name or in the order of the objectives."""
+    """A job's return value by objective: a number, or several by name or in order."""
     names = plan.objectives
     if isinstance(value, dict):
         return {name: float(value[name]) for name in names}

@@ -1,4 +1,4 @@
-"""The actor that runs trials, each of them one Hydra job.
+"""Actor that runs trials, each of which is one Hydra job.
 
 The driver of a sweep imports this as well; what needs torch is imported by the actors alone.
 """
@@ -8,12 +8,10 @@ import os
 import pickle
 from typing import Any
 
-from ray.train._internal.session import get_session
 from ray.tune import PlacementGroupFactory
-from ray.tune.result import RESULT_DUPLICATE
-from ray.tune.trainable.function_trainable import FunctionTrainable
 from typing_extensions import override
 
+from lightning_mgpu._compat.ray_tune import TrialActor
 from lightning_mgpu.sweep.trial.failures import TrialFailedError
 from lightning_mgpu.sweep.trial.resources import request
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
@@ -24,8 +22,8 @@ END_SECONDS = 600
 _REPORT_SECONDS = 60
 
 
-class HydraTrial(FunctionTrainable):
-    """Runs a trial on a thread of its actor, and the next one when it is over.
+class HydraTrial(TrialActor):
+    """Run a trial on a thread of its actor, and the next one afterwards.
 
     Attributes:
         payload: The pickled `TrialPlan` of the sweep.
@@ -35,8 +33,8 @@ class HydraTrial(FunctionTrainable):
 
     @classmethod
     def of(cls, plan: TrialPlan) -> type["HydraTrial"]:
-        """The trainable of a sweep."""
-        return type("HydraJob", (cls,), {"payload": plan.dumps(), "_name": "hydra"})
+        """Make the trainable of a sweep."""
+        return cls.named("HydraJob", "hydra", payload=plan.dumps())
 
     @classmethod
     @override
@@ -49,13 +47,13 @@ class HydraTrial(FunctionTrainable):
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         gc.disable()  # collecting garbage while importing costs a third of the time
         try:
-            from lightning_mgpu.sweep.trial.actor_reset import Scrubber, adopt
+            from lightning_mgpu.sweep.trial.actor_reset import ActorReset, adopt
 
             threads, state, plan = pickle.loads(self.payload)
             state = adopt(state, threads)
             state.apply()
             self._plan: TrialPlan = pickle.loads(plan)
-            self._scrubber = Scrubber(state)
+            self._scrubber = ActorReset(state)
         finally:
             gc.enable()
         super().setup(config)  # type: ignore[no-untyped-call]
@@ -66,8 +64,8 @@ class HydraTrial(FunctionTrainable):
             return True
         # Ray tells nobody of a trial whose actor just says no.
         raise TrialFailedError(
-            f"was to follow a trial that had not ended {END_SECONDS} s after it was told to. With"
-            " hydra.sweeper.reuse_actors=false each trial has a process of its own."
+            f"the previous trial in this process did not stop within {END_SECONDS} s. With"
+            " hydra.sweeper.reuse_actors=false each trial has its own process."
         )
 
     @override
@@ -75,25 +73,18 @@ class HydraTrial(FunctionTrainable):
         from lightning_mgpu.sweep.trial import reporter
 
         # Ray itself would end the process at once, in the middle of a checkpoint perhaps.
-        session = get_session()
-        if session is not None:
-            session.finish(timeout=_REPORT_SECONDS)
-            if reporter.is_stopped():
-                session.finish(timeout=END_SECONDS - _REPORT_SECONDS)
+        self.finish(_REPORT_SECONDS)
+        if reporter.is_stopped():
+            self.finish(END_SECONDS - _REPORT_SECONDS)
         super().cleanup()  # type: ignore[no-untyped-call]
 
-    def _trainable_func(self, config: dict[str, Any]) -> None:
+    @override
+    def run(self, config: dict[str, Any]) -> None:
         from lightning_mgpu.sweep.trial.run_trial import run_trial
 
-        session = get_session()
-        assert session is not None
+        number = int(self.directory_name or 0)
         self._scrubber.before()
         try:
-            run_trial(self._plan, config, self._number(), self._scrubber.threads_left)
+            run_trial(self._plan, config, number, self._scrubber.threads_left)
         finally:
             self._scrubber.after()
-        session.report({RESULT_DUPLICATE: True})
-
-    def _number(self) -> int:
-        assert self._storage is not None
-        return int(self._storage.trial_dir_name or 0)

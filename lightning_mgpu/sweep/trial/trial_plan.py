@@ -1,9 +1,10 @@
-"""What every trial of a sweep has in common, on its way to the actors."""
+"""Settings common to all trials of a sweep, sent to the actors."""
 
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_mgpu._compat import hydra
 from lightning_mgpu.launch.pickler import dumps
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.sweep.job.job import Job
@@ -12,7 +13,7 @@ from lightning_mgpu.sweep.space.space import Space
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What every trial of a sweep has in common.
+    """Settings common to all trials of a sweep.
 
     Attributes:
         objectives: Names of what is optimised.
@@ -29,6 +30,6 @@ class TrialPlan:
     threads: int
 
     def dumps(self) -> bytes:
-        """Pickled with the state of this process, which comes first: it says where modules lie."""
-        state = ProcessState.capture(self.threads)
+        """Pickle with the state of this process, which comes first: it says where modules are."""
+        state = ProcessState.capture(self.threads, libraries=[hydra.take_state])
         return pickle.dumps((self.threads, state, dumps(self)))

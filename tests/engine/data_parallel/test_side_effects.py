@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import numpy as np
 import parity_models
 import pytest
-import sklearn.datasets  # noqa: F401  (sets variables of the environment; no test's leak)
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

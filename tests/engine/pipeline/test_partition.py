@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
@@ -233,7 +233,7 @@ def _split(batch: Any, *args: Any, model: Any = (), **options: Any) -> tuple[int
     def forward(x: Any = None, mask: Any = None, *more: Any, key: Any = None) -> None: ...
 
     splitter, known = Splitter(**options), StepBatch(batch)
-    call = Call.of(forward, args, kwargs, splitter.pieces(forward, (args, kwargs), known))
+    call = CallArguments.of(forward, args, kwargs, splitter.pieces(forward, (args, kwargs), known))
     splitting = splitter.split(call, forward, known, lambda: model)
     return splitting.size, set(splitting.dims)
 
@@ -259,7 +259,9 @@ def test_tensors_of_the_batch_are_split() -> None:
 
 @pytest.mark.parametrize("batch", [[], [X], [X, MASK]])
 def test_a_mask_as_long_as_the_batch_is_not_cut_by_accident(batch: list[Tensor]) -> None:
-    with pytest.raises(SplitError, match=r"which may be chance: .*`mask` of shape \(6, 6\)"):
+    with pytest.raises(
+        SplitError, match=r"Ambiguous: .*`mask` of shape \(6, 6\), as long as the batch \(6\)"
+    ):
         _split(batch, X, MASK)
 
 
@@ -289,7 +291,7 @@ def test_what_once_was_of_another_length_is_known() -> None:
     splitter = Splitter()
     for length in (8, 6):
         args = torch.ones(length, 3), MASK
-        call = Call.of(forward, args, {}, splitter.pieces(forward, args, StepBatch()))
+        call = CallArguments.of(forward, args, {}, splitter.pieces(forward, args, StepBatch()))
         splitting = splitter.split(call, forward, StepBatch(), list)
         assert (splitting.size, splitting.dims) == (length, {"x": 0})
 
@@ -315,11 +317,12 @@ def test_lists_as_long_as_the_batch_are_split_and_doubted_unless_they_are_its_ow
     for batch, is_doubted in ((None, True), (X, True), ((X, names), False)):
         known = StepBatch(batch)
         pieces = splitter.pieces(forward, (X, names), known)
-        call = Call.of(forward, (X, names), {}, pieces)
+        call = CallArguments.of(forward, (X, names), {}, pieces)
         splitting = splitter.split(call, forward, known, list)
         assert splitting.pieces == ("names",)
         assert (
-            any("`names` is a list as long as" in text for text in splitting.doubts) == is_doubted
+            any("the list `names` has the batch's length" in text for text in splitting.doubts)
+            == is_doubted
         )
 
 

@@ -434,7 +434,7 @@ def test_lists_that_a_recomputed_layer_adds_to_are_refused() -> None:
     assert_same(module, data(8, 6), split_at="blocks.3")
     with (
         pipelined(module, split_at="blocks.3", checkpoint="always") as run,
-        pytest.raises(RuntimeError, match="`Adding` adds to a list or dict that it is called with"),
+        pytest.raises(RuntimeError, match="`Adding` adds to a list or dict among its arguments"),
     ):
         run(data(8, 6))
 
@@ -498,7 +498,7 @@ def test_numbers_drawn_from_others_than_torch_are_told_of_once(
         for _ in range(2):
             run(x)
             module.eval()
-    assert caplog.text.count("draws from NumPy's generator or Python's") == 1
+    assert caplog.text.count("draws from NumPy's or Python's random generator") == 1
 
 
 def test_errors_name_unit_stage_and_micro_batch() -> None:

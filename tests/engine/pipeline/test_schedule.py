@@ -85,7 +85,7 @@ def test_join_undoes_cut(total: int, count: int, factor: int) -> None:
 
 def test_join_takes_what_does_not_depend_on_the_batch_once() -> None:
     table = torch.ones(5, 2)
-    layouts = {"output": joining.Layout(None)}
+    layouts = {"output": joining.OutputLayout(None)}
     joined, rows = joining.join([table, table.clone()], [2, 2], "output", layouts)
     assert joined is table
     gradient = torch.ones(5, 2)

@@ -1,4 +1,4 @@
-"""Containers and plain objects that each replica has a copy of its own of for one step."""
+"""Containers and plain objects that are copied for each replica and step."""
 
 import argparse
 import collections
@@ -41,7 +41,7 @@ class Holding:
 
 
 def is_copyable_object(value: Any) -> bool:
-    """Whether it is an object of a class in Python, all of whose state lies in its attributes."""
+    """Return whether `value` is of a Python class that keeps all its state in attributes."""
     kind: Any = type(value)
     if kind in _STANDARD:
         return True

@@ -8,30 +8,36 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_mgpu.engine import recurrent
-from lightning_mgpu.engine.batch_norm import Recorder
-from lightning_mgpu.engine.compiled import (
+from lightning_mgpu._compat.torch_modules import (
+    BLANK,
+    BUFFERS,
+    BUFFERS_NOT_SAVED,
+    CHILDREN,
     COMPILED_ATTRIBUTES,
+    COMPILED_CALL,
+    HOOKS,
+    PARAMETERS,
+    children_of,
     compile_again,
     inside_compiled,
     is_compiled,
+    original_of,
+    parameters_of,
 )
+from lightning_mgpu.engine import recurrent
+from lightning_mgpu.engine.batch_norm import Recorder
 from lightning_mgpu.engine.data_parallel.copying.generators import Generators
 from lightning_mgpu.engine.data_parallel.copying.remap import Remap
 from lightning_mgpu.engine.data_parallel.copying.replica import Replica
 from lightning_mgpu.engine.data_parallel.copying.structure import Structure
-from lightning_mgpu.engine.data_parallel.copying.tensors import Buffers, Tensors
+from lightning_mgpu.engine.data_parallel.copying.tensors import BufferCopies, Tensors
 from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import Tracked, track
 
 _MISSING = object()
-_HOOKS = frozenset(
-    key for key, value in vars(nn.Module()).items() if "hooks" in key and isinstance(value, dict)
-)
 _BLANK = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_BLANK_STATE = vars(nn.Module())
 # The names of buffers: all replicas register the same.
-_SHARED = frozenset({"_non_persistent_buffers_set"})
-_PARTS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"}) | _HOOKS
+_SHARED = frozenset({BUFFERS_NOT_SAVED})
+_PARTS = frozenset({PARAMETERS, BUFFERS, CHILDREN, COMPILED_CALL}) | HOOKS
 
 
 class Copy(Replica):
@@ -56,7 +62,7 @@ class Copy(Replica):
             memo[id(original)] = kind.__new__(kind)
         self._pairs = [(m, memo[id(m)]) for m in (*structure.modules, *structure.objects)]
         layers = self.recorder.layers
-        self.buffers = Buffers(structure.modules, structure.names, layers, self.tensors)
+        self.buffers = BufferCopies(structure.modules, structure.names, layers, self.tensors)
         for index, module in enumerate(structure.modules):
             self._fill(module, memo[id(module)], index)
         self._layers = [_is_layer(original) for original, _ in self._pairs]
@@ -70,7 +76,7 @@ class Copy(Replica):
         self._update()
         for module in structure.modules:
             if is_compiled(module):
-                compile_again(module, memo[id(module)], self.remap(module._orig_mod))
+                compile_again(module, memo[id(module)], self.remap(original_of(module)))
         self.module = memo[id(structure.modules[0])]
         self.recorder = Recorder([memo[id(x)] for x in layers])
         self.watched = [(o, c) for o, c in self._pairs if _may_write(o)]
@@ -112,11 +118,11 @@ class Copy(Replica):
     def _fill(self, original: nn.Module, copied: nn.Module, index: int) -> None:
         """Give a blank copy its parts."""
         state = vars(copied)
-        state["_parameters"] = self._remapped(original._parameters)
-        state["_buffers"] = self.buffers.holder(index)
-        state["_modules"] = self._remapped(original._modules)
-        state["_compiled_call_impl"] = None
-        state.update({key: type(vars(original)[key])() for key in _HOOKS})
+        state[PARAMETERS] = self._remapped(parameters_of(original))
+        state[BUFFERS] = self.buffers.holder(index)
+        state[CHILDREN] = self._remapped(children_of(original))
+        state[COMPILED_CALL] = None
+        state.update({key: type(vars(original)[key])() for key in HOOKS})
 
     def _update(self) -> None:
         """Bring the attributes of all copies, hooks among them, up to date."""
@@ -140,13 +146,13 @@ class Copy(Replica):
                     holder[key] = new
 
     def _is_as_before(self, index: int, state: dict[str, Any], copied: dict[str, Any]) -> bool:
-        """Whether one of torch's layers has the attributes that it had, and no hooks."""
+        """Return whether a torch layer has its attributes of before, and no hooks."""
         before = self._layer_states.get(index, ())
         return (
             len(before) == len(state)
             and all(map(operator.is_, state.values(), before))
-            and not any(map(state.get, _HOOKS))
-            and not any(map(copied.get, _HOOKS))
+            and not any(map(state.get, HOOKS))
+            and not any(map(copied.get, HOOKS))
         )
 
     def _update_attributes(
@@ -160,7 +166,7 @@ class Copy(Replica):
             if kind is int or kind is float:
                 if isinstance(held, Tracked) and held.value is value and held.root is held:
                     continue
-            elif key in _HOOKS:
+            elif key in HOOKS:
                 if value or held:
                     copied[key].clear()
                     copied[key].update(self._remapped(value))
@@ -177,15 +183,15 @@ class Copy(Replica):
 
 
 def _is_layer(value: Any) -> bool:
-    """Whether it is one of torch's modules, with no attributes of a user's as far as known."""
+    """Return whether `value` is a module of torch's own, without attributes added by the user."""
     if not type(value).__module__.startswith("torch."):
         return False
-    return type(value) not in _BLANK or len(vars(value)) <= len(_BLANK_STATE)
+    return type(value) not in _BLANK or len(vars(value)) <= len(BLANK)
 
 
 def _may_write(value: Any) -> bool:
-    """Whether a step may write to its attributes: on torch's own layers hooks do so, if anybody."""
-    return not _is_layer(value) or any(vars(value).get(key) for key in _HOOKS)
+    """Return whether a step may write attributes of `value`; on torch's layers only hooks do."""
+    return not _is_layer(value) or any(vars(value).get(key) for key in HOOKS)
 
 
 def _class_numbers(kind: type) -> list[str]:

@@ -1,4 +1,4 @@
-"""Random generators that hang on a module: one for each replica.
+"""Random generators stored on a module: one for each replica.
 
 The first replica draws from the model's own, so that this moves on as it does on one device. The
 others' are seeded from its state, whenever that has changed, and so repeat with it.

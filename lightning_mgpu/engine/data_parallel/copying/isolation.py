@@ -1,4 +1,4 @@
-"""Copies of what a structural copy shares, for runs that must not leave anything behind."""
+"""Deep copies for trial runs without side effects, of objects that structural copies share."""
 
 import copy
 import random
@@ -31,7 +31,7 @@ class UnsafeError(RuntimeError):
 
 
 class Isolation:
-    """Copies values so that changing a copy, however deep, does not change the original.
+    """Copy values so that changing a copy, however deep, does not change the original.
 
     Objects that cannot be copied, such as iterators of a DataLoader, give way to stand-ins that
     refuse to be used.
@@ -65,7 +65,7 @@ class Isolation:
         return self._memo[id(value)]
 
     def drew(self) -> bool:
-        """Whether one of the copied generators of random numbers has been used."""
+        """Return whether one of the copied random generators has been used."""
         return any(_state(old) != _state(new) for old, new in self.generators)
 
     def _is_left(self, value: Any) -> bool:
@@ -109,7 +109,7 @@ class Isolation:
         except UnsafeError:
             raise
         except Exception:
-            return _StandIn(value)
+            return _Uncopyable(value)
         self._memo.update(memo)
         return new
 
@@ -138,7 +138,7 @@ class Isolation:
             raise UnsafeError(f"more than {_MAX_BYTES >> 20} MiB of tensors hang on the model")
 
 
-class _StandIn:
+class _Uncopyable:
     """Stands for an object that cannot be copied."""
 
     def __init__(self, value: Any) -> None:

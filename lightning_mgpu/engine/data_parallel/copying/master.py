@@ -8,10 +8,16 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
+from lightning_mgpu._compat.torch_modules import (
+    COMPILED_CALL,
+    children_of,
+    compiled_call,
+    parameters_of,
+)
 from lightning_mgpu.engine import recurrent
 from lightning_mgpu.engine.data_parallel.copying.replica import Replica
 from lightning_mgpu.engine.data_parallel.copying.structure import Structure
-from lightning_mgpu.engine.entry_swap import Patches
+from lightning_mgpu.engine.entry_swap import EntrySwap
 
 
 class Master(Replica):
@@ -24,11 +30,11 @@ class Master(Replica):
         patches = [*self._stand_ins(), *_uncompiled(structure.modules)]
         for module in structure.modules:
             patches += recurrent.stand_ins(module, self.remap)
-        self._patches = Patches(patches)
+        self._patches = EntrySwap(patches)
         self.overrides: Mapping[str, Any] = {}
 
     def is_stale(self) -> bool:
-        """Whether modules or parameters are no longer those that were copied."""
+        """Return whether modules or parameters have been replaced since the copy."""
         return any(
             _parts(module) != parts
             for module, parts in zip(self.structure.modules, self._parts, strict=True)
@@ -82,13 +88,14 @@ class Master(Replica):
 def _uncompiled(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, Any, Any, Any]]:
     """Modules compiled in place run as they are written, as their copies do."""
     for module in modules:
-        if module._compiled_call_impl is not None:
-            yield vars(module), "_compiled_call_impl", module._compiled_call_impl, None
+        call = compiled_call(module)
+        if call is not None:
+            yield vars(module), COMPILED_CALL, call, None
 
 
 def _parts(module: nn.Module) -> list[Any]:
-    """What a module is made of: its class (a parametrisation changes it) and its parts by name."""
-    parameters, modules = module._parameters, module._modules
+    """Identity of a module's parts: its class (parametrizations change it) and children by name."""
+    parameters, modules = parameters_of(module), children_of(module)
     return [
         type(module),
         *parameters,

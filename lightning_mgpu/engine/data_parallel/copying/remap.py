@@ -1,4 +1,4 @@
-"""References to a module's parts, translated to those of a structural copy."""
+"""Translate references to a module's parts into those of a structural copy."""
 
 import functools
 import types
@@ -47,7 +47,7 @@ class Remap:
         where: What is being translated, in words.
         holdings: This step's copies of containers, arrays and plain objects, by the ids of the
             originals.
-        sites: What tracked numbers take down about this step.
+        sites: What tracked numbers record about this step.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Remap:
         self.sites = Counter()
 
     def __call__(self, value: Any) -> Any:
-        """What the copy has in place of `value`: itself, if it leads to no part."""
+        """Return the copy's counterpart of `value`: `value` itself if it leads to no part."""
         kind = type(value)
         if kind is int or kind is float:
             return track(value, self.sites) if self._tracks else value
@@ -100,7 +100,7 @@ class Remap:
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
-        """Meanwhile numbers are replaced by ones that remember what is added to them."""
+        """Context in which numbers are replaced by ones that remember additions."""
         before, self._tracks = self._tracks, self._copies
         try:
             yield
@@ -116,7 +116,7 @@ class Remap:
 
     @contextmanager
     def _fixed(self, rigid: bool = False) -> Iterator[None]:
-        """Within what is no place of its own: entries of tuples and sets, closures, arguments."""
+        """Context for values without a place of their own: entries of tuples and sets, closures."""
         before = self._tracks, self._rigid
         self._tracks, self._rigid = False, rigid or self._rigid
         try:
@@ -157,7 +157,7 @@ class Remap:
         return None if all(a is b for a, b in zip(new, parts, strict=True)) else new
 
     def _function(self, value: types.FunctionType) -> types.FunctionType:
-        """The same code over the copy's parts, where its closure has any."""
+        """Function with the same code and a closure over the copy's parts."""
         parts = self._changed(closed_over(value))
         if parts is None:
             return value
@@ -262,7 +262,7 @@ class Remap:
         return new
 
     def _plain(self, name: str, value: Any) -> Any:
-        """The copy of what an object has in an attribute."""
+        """Copy of the value of an attribute."""
         new = self._at(f".{name}", value)
         if not _is_data(value, 0) and new is value:
             raise NotPlainError
@@ -270,7 +270,7 @@ class Remap:
 
 
 def _is_data(value: Any, depth: int) -> bool:
-    """Whether it is data through and through, so that two copies of it are as good as one."""
+    """Return whether `value` is immutable or plain data, so that copies are interchangeable."""
     if isinstance(value, (*ATOMS, Tensor, *generators.KINDS)):
         return True
     if isinstance(value, (tuple, frozenset)) and depth < 3:
@@ -283,5 +283,5 @@ def _is_tuple(value: Any) -> bool:
 
 
 def _is_flat(value: Iterable[Any]) -> bool:
-    """Whether nothing in it can be, or lead to, a part; quick for long lists of tensors."""
+    """Return whether no entry is or refers to a part of the module; fast for lists of tensors."""
     return all(kind is Tensor or kind in ATOMS for kind in set(map(type, value)))

@@ -1,4 +1,4 @@
-"""One replica of a module: what the master and its copies have in common."""
+"""Base class of the master and its copies."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from lightning_mgpu.engine.parameter_leaves import Leaves
 
 
 class Replica(ABC):
-    """What one slot computes with.
+    """Modules, parameter leaves and buffers of one slot.
 
     Args:
         structure: The master's parts.
@@ -55,7 +55,7 @@ class Replica(ABC):
 
     @abstractmethod
     def refresh(self) -> None:
-        """Follow what the master has become since the last step."""
+        """Update from the master's changes since the last step."""
 
     @abstractmethod
     def entered(self, overrides: Mapping[str, Any]) -> AbstractContextManager[None]:

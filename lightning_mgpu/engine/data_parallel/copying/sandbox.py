@@ -8,14 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import (
+    BatchNorm,
+    Dropout,
+    buffers_of,
+    is_compiled,
+    original_of,
+)
 from lightning_mgpu.engine.batch.containers import rebuild
-from lightning_mgpu.engine.compiled import is_compiled
 from lightning_mgpu.engine.data_parallel.copying import generators
 from lightning_mgpu.engine.data_parallel.copying.containers import state_of
 from lightning_mgpu.engine.data_parallel.copying.copies import Copy
 from lightning_mgpu.engine.data_parallel.copying.isolation import Isolation
 
-_NOISE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+_NOISE = (Dropout, BatchNorm)
 
 
 class Sandbox(Copy):
@@ -26,7 +32,7 @@ class Sandbox(Copy):
     """
 
     def isolate(self, is_opaque: Callable[[Any], bool]) -> None:
-        """Follow the master, and let go of all that is shared with it.
+        """Update from the master, and copy everything that is shared with it.
 
         Args:
             is_opaque: Objects that stay shared, however much they refer to.
@@ -52,7 +58,7 @@ class Sandbox(Copy):
                     object.__setattr__(copied, key, new)
 
     def _isolated(self, value: Any, original: Any) -> Any:
-        """What stands for a value, copied where it is the original's."""
+        """Return a value, or its isolated copy if it is the original's."""
         if value is original or isinstance(original, generators.KINDS):
             return self.isolation(original)
         if isinstance(value, tuple):
@@ -65,7 +71,7 @@ class Sandbox(Copy):
         return [copied for _, copied in self._pairs if isinstance(copied, nn.Module)]
 
     def calm(self, everything: bool) -> None:
-        """Put what draws or mixes samples into evaluation mode.
+        """Put modules that draw random numbers or mix samples into evaluation mode.
 
         Args:
             everything: All modules rather than torch's dropout and batch normalisation.
@@ -75,7 +81,7 @@ class Sandbox(Copy):
                 module.training = False
             if is_compiled(module):
                 # Compiled for the shapes of a trial, it would stay so.
-                vars(module)["forward"] = module._orig_mod
+                vars(module)["forward"] = original_of(module)
 
     @torch.no_grad()
     def to_double(self) -> None:
@@ -83,7 +89,7 @@ class Sandbox(Copy):
         for leaf in self.leaves.leaves:
             leaf.data = in_double(leaf.data)
         for module in self.modules:
-            for holder in (module._buffers, vars(module)):
+            for holder in (buffers_of(module), vars(module)):
                 for key, value in holder.items():
                     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                         holder[key] = in_double(value)
@@ -97,7 +103,7 @@ def in_double(value: Any) -> Any:
 
 
 def _entries(holder: Any) -> list[tuple[Any, Any]]:
-    """What a container or plain object holds, by index, key or attribute."""
+    """Entries of a container or plain object, by index, key or attribute name."""
     if isinstance(holder, dict):
         return list(dict.items(holder))
     if isinstance(holder, (list, deque)):

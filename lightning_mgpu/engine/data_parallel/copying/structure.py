@@ -1,7 +1,26 @@
-"""What can be reached from a module, for structural copies of it.
+"""Objects reachable from a module, found for structural copies of it.
 
 Unlike a deep copy, a structural copy has modules and containers of its own, while all else (data,
 loggers, functions) stays shared, needs no pickling, and parameters may alias the original's.
+
+Two slots on the CPU within a step, where leaves stand for the parameters on the master, too::
+
+    master (slot 0)                                           copy (slot 1)
+    LitModel                                                  LitModel
+     |- net: Linear                                            |- net: Linear
+     |   `- weight: Leaf -------> memory of the <--------------|---`- weight: Leaf
+     |                            user's Parameter             |
+     |- net.running: buffer                                    |- net.running: a copy
+     |- accuracy: a copy of the metric                         |- accuracy: another
+     |- seen: [...]                                            |- seen: [...], a copy for one step
+     |- count: 3                                               |- count: 3, which knows additions
+     |- rng: Generator                                         |- rng: one of its own
+     |- head = net.forward                                     |- head = net.forward, of its net
+     `- trainer, data --------->  one object   <---------------`- trainer, data
+
+Modules and objects that lead to them are made blank, once, and get their attributes before each
+step (`copies`), by a translation of references from one column to the other (`remap`). What a step
+has left in the right column is brought to the left one by `side_effects`.
 """
 
 import functools
@@ -15,6 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lightning_mgpu._compat.torch_modules import parameters_of
 
 # Longer containers are shared rather than copied at every step.
 MAX_CONTAINER = 10_000
@@ -81,21 +102,21 @@ class Structure:
         self.names = [known.get(id(m), type(m).__name__) for m in self.modules]
 
     def is_opaque(self, value: Any) -> bool:
-        """Whether all replicas share an object, however much it refers to."""
+        """Return whether all replicas share an object, whatever it refers to."""
         return isinstance(value, _OPAQUE) or self._is_opaque(value)
 
     def parameter_names(self) -> list[str]:
         """The name of each parameter, by the module that has it or the place where it was found."""
         found: dict[int, str] = {}
         for module, name in zip(self.modules, self.names, strict=True):
-            for key, parameter in module._parameters.items():
+            for key, parameter in parameters_of(module).items():
                 found.setdefault(id(parameter), f"{name}.{key}" if name else key)
         for _, key, value in self.places:
             found.setdefault(id(value), str(key))
         return [found.get(id(p), "a parameter that no module has") for p in self.parameters]
 
     def _visit(self, value: Any) -> bool:
-        """Whether `value` is, or leads to, one of our parts."""
+        """Return whether `value` is, or leads to, one of our parts."""
         if type(value) in ATOMS or isinstance(value, ATOMS):
             return False
         if id(value) in self._linked:

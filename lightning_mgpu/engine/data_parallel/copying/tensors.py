@@ -1,4 +1,4 @@
-"""Copies of the tensors that hang on a module: buffers, and what plain attributes hold.
+"""Copies of a module's tensors: buffers and plain attributes.
 
 Steps write to them, so that a replica needs memory of its own for them, on the master's device too.
 """
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch import is_functorch_wrapped, version_of
+from lightning_mgpu._compat.torch_modules import buffers_of
 from lightning_mgpu.engine.device import copy_into
 
 # What is added to a larger tensor is not told apart: that needs its values before the step.
@@ -47,7 +49,7 @@ class TensorCopy:
         self._versions = self._now()
 
     def refresh(self) -> None:
-        """Take over what has been written to the original, and forget what was to the copy."""
+        """Copy what was written to the original, and discard what was written to the copy."""
         if self._versions is None or self._versions != self._now():
             copy_into(self.copied, self.original)
             if self.before is not None:
@@ -55,7 +57,7 @@ class TensorCopy:
             self._versions = self._now()
 
     def is_written(self) -> bool:
-        """Whether either of the two was written to in place since the last `refresh`."""
+        """Return whether the original or the copy was written to since the last `refresh`."""
         if self._versions is not None:
             return self._now() != self._versions
         # Inference tensors do not count their versions.
@@ -67,7 +69,7 @@ class TensorCopy:
     def _now(self) -> tuple[int, int] | None:
         if self.original.is_inference() or self.copied.is_inference():
             return None
-        return self.original._version, self.copied._version
+        return version_of(self.original), version_of(self.copied)
 
 
 class Tensors:
@@ -92,7 +94,7 @@ class Tensors:
         return self._copies.get(id(original))
 
     def begin(self) -> None:
-        """Start a step: what is not asked for again after this is forgotten by the next."""
+        """Start a step; copies that it does not ask for are dropped by the next."""
         for key in self._copies.keys() - self._seen:
             del self._copies[key]
         self._seen = set()
@@ -137,7 +139,7 @@ class Tensors:
         return names
 
 
-class Buffers:
+class BufferCopies:
     """The buffers of a copy of a module.
 
     Args:
@@ -161,7 +163,7 @@ class Buffers:
         self._recorded = [any(module is layer for layer in recorded) for module in modules]
         self._known: dict[tuple[int, str], TensorCopy] = {}
         self.holders: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None], str]] = [
-            (module._buffers, {}, f"{name}." if name else "")
+            (buffers_of(module), {}, f"{name}." if name else "")
             for module, name in zip(modules, names, strict=True)
         ]
         self.refresh()
@@ -171,7 +173,7 @@ class Buffers:
         return self.holders[index][1]
 
     def is_recorded(self, index: int) -> bool:
-        """Whether no step writes to the buffers of a module."""
+        """Return whether no step writes to the buffers of a module."""
         return self._recorded[index]
 
     def known(self, index: int, name: str) -> TensorCopy | None:
@@ -197,16 +199,16 @@ class Buffers:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is nothing but numbers: no part of a graph, no subclass, no wrapper."""
+    """Return whether a tensor is plain data: no graph, no subclass, no wrapper."""
     return (
         type(tensor) is Tensor
         and not tensor.requires_grad
         and tensor.layout == torch.strided
         and not tensor.is_quantized
         and not tensor.is_meta
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_functorch_wrapped(tensor)
     )
 
 
 def _version(tensor: Any) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else version_of(tensor)

@@ -1,14 +1,11 @@
-"""Numbers that know what has been added to them.
+"""Numbers that record the additions to them.
 
 Whether a step adds to a number (`self.n += len(y)`) or assigns it (`self.last = len(y)`) does not
 show in its values. Replicas other than the first therefore find, in place of plain numbers, ones of
 a subclass whose sums remember where they began; any other operation gives a plain number.
 """
 
-import dis
-import functools
 import operator
-import sys
 import types
 from collections import Counter
 from dataclasses import dataclass
@@ -17,14 +14,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-_CONSTANTS = ("LOAD_CONST", "LOAD_SMALL_INT")
+from lightning_mgpu._compat.python import frame_above, offsets_after_constants
+from lightning_mgpu._compat.torch import version_of
+
 _SUM = "_mgpu_sum"
-_BETWEEN = ("CACHE", "PRECALL", "KW_NAMES", "EXTENDED_ARG", "NOT_TAKEN")
 
 
 @dataclass(frozen=True)
 class Additions:
-    """How a value has come to differ from what it was: by additions only.
+    """Additions that turned one value into another.
 
     Attributes:
         constant: Whether only constants of the source code were added.
@@ -38,7 +36,7 @@ class Additions:
     looped: bool = False
 
     def more(self, constant: bool) -> "Additions":
-        """The same after another addition."""
+        """Return this with one more addition."""
         return Additions(self.constant and constant, self.count + 1)
 
 
@@ -47,7 +45,7 @@ Sites = Counter[tuple[types.CodeType, int]]
 
 
 class Tracked:
-    """What the two kinds of tracked numbers have in common.
+    """Base class of tracked integers and floats.
 
     Attributes:
         value: The plain number.
@@ -98,18 +96,18 @@ def track(value: Any, sites: Sites) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The number that a tracked one stands for; anything else as it is."""
+    """Plain value of a tracked number; anything else as it is."""
     return value.value if isinstance(value, Tracked) else value
 
 
 def additions_since(root: Any, value: Any) -> Additions | None:
-    """What was added to `root` to make `value`; `None` if it came about in another way."""
+    """Additions that made `value` from `root`; `None` if it came about in another way."""
     if isinstance(value, Tracked):
         return value.additions if value.root is root else None
     if isinstance(value, Tensor):
         began, additions, version = getattr(value, _SUM, (None, None, 0))
         # (Written to in place since, it may be anything.)
-        return additions if began is root and value._version == version else None
+        return additions if began is root and version_of(value) == version else None
     return None
 
 
@@ -130,36 +128,22 @@ def _make(
 def _added(number: Tracked, other: Any, result: Any) -> Any:
     if result is NotImplemented:
         return result
-    frame = sys._getframe(2)
+    frame = frame_above(2)
     site = frame.f_code, frame.f_lasti
     number.sites[site] += 1
     additions = number.additions.more(is_constant_operand(frame))
     if isinstance(result, (int, float, np.integer, np.floating)):
         return _make(result, number.root, additions, number.sites, site)
     if isinstance(result, Tensor) and not result.is_inference():
-        setattr(result, _SUM, (number.root, additions, result._version))
+        setattr(result, _SUM, (number.root, additions, version_of(result)))
     return result
 
 
 def is_constant_operand(frame: types.FrameType | None) -> bool:
-    """Whether the operation that a frame is at has a constant of the source as last operand."""
+    """Return whether a frame's current operation has a source constant as its last operand."""
     if frame is None:
         return False
-    return frame.f_lasti in _constant_operands(frame.f_code)
-
-
-@functools.lru_cache(maxsize=1024)
-def _constant_operands(code: types.CodeType) -> frozenset[int]:
-    """Offsets of the instructions right behind one that loads a constant."""
-    offsets = set()
-    before = ""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _BETWEEN:
-            continue
-        if before in _CONSTANTS:
-            offsets.add(instruction.offset)
-        before = instruction.opname
-    return frozenset(offsets)
+    return frame.f_lasti in offsets_after_constants(frame.f_code)
 
 
 def untracked(value: Any) -> Any:
@@ -180,5 +164,5 @@ def _holds(entries: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number to count with, which a truth value is not."""
+    """Return whether `value` is a number other than a `bool`."""
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)

@@ -1,1 +1,1 @@
-"""What a step changes beside its outputs, brought from the replicas to the master."""
+"""Transfer a step's side effects from the replicas to the master."""

@@ -1,19 +1,25 @@
-"""Which operations a step uses on the small tensors that it keeps: additions, or something else.
+"""Find out whether a step changes the small tensors that it keeps by additions alone.
 
 Watching every operation costs some microseconds each. So it is done on one replica, for the first
 steps of each kind, and again after a step has written to a tensor that had not been written to.
 """
 
-import sys
 import types
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from lightning_mgpu._compat.python import frame_above
+from lightning_mgpu._compat.torch import (
+    ATEN_ADD_TO_EACH,
+    ATEN_COPY,
+    TorchDispatchMode,
+    schema_of,
+)
+from lightning_mgpu._compat.torch_pickling import identity_of
 from lightning_mgpu.engine.data_parallel.copying.tensors import TensorCopy
 from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import (
     Additions,
@@ -24,14 +30,14 @@ _FIRST_STEPS = 2
 
 _aten = torch.ops.aten
 _ADDS_IN_PLACE = frozenset(
-    {_aten.add_, _aten.sub_, _aten.index_add_, _aten.scatter_add_, _aten._foreach_add_}
+    {_aten.add_, _aten.sub_, _aten.index_add_, _aten.scatter_add_, ATEN_ADD_TO_EACH}
 )
 _ADDS = frozenset({_aten.add, _aten.sub, _aten.index_add, _aten.scatter_add})
-_COPIES = frozenset({_aten.clone, _aten._to_copy})
+_COPIES = frozenset({_aten.clone, ATEN_COPY})
 
 
 class AdditionWatch:
-    """What is known of the operations on each tensor, by name."""
+    """Record of the operations on each tensor, by name."""
 
     def __init__(self) -> None:
         self._known: dict[str, Additions | None] = {}
@@ -49,14 +55,14 @@ class AdditionWatch:
         return WatchMode()
 
     def learn(self, mode: "WatchMode", copies: Iterable[TensorCopy]) -> None:
-        """Take over what a mode has seen."""
+        """Take over the additions that a mode has recorded."""
         for copied in copies:
             seen = mode.operations(copied.copied)
             if seen is not _NEVER:
                 self._known[copied.name] = seen
 
     def of(self, copied: TensorCopy) -> Additions | None:
-        """How the step changes a tensor, as far as known, in place or by putting another there."""
+        """Additions by which the step changes or replaces a tensor; `None` if others or unknown."""
         if copied.name not in self._known:
             if self._watching:
                 self._known[copied.name] = None  # replaced, and not by anything made of it
@@ -78,7 +84,7 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._keep: list[Any] = []  # memory that is given back may come again under its address
 
     def operations(self, tensor: Tensor) -> Additions | None:
-        """What was done to a tensor; `None` if that was not only additions."""
+        """Additions to a tensor; `None` if there were other operations."""
         return self._seen.get(_memory(tensor), _NEVER)
 
     @override
@@ -89,12 +95,12 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func.overloadpacket
         if packet in _ADDS or packet in _COPIES:
             self._derive(packet, args, result)
-        elif func._schema.is_mutable and args:
+        elif schema_of(func).is_mutable and args:
             self._write(packet, args, kwargs or {})
         return result
 
     def _derive(self, packet: Any, args: tuple[Any, ...], result: Any) -> None:
-        """A new tensor, that another with something added."""
+        """Note that a new tensor is another one with something added."""
         if not isinstance(args[0], Tensor) or args[0].numel() > 2**16:
             return
         operands = args[:1] if packet is not _aten.add else args[:2]
@@ -137,18 +143,18 @@ class WatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _memory(tensor: Any) -> int:
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return identity_of(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # no memory of its own
         return id(tensor)
 
 
 def _is_constant(args: tuple[Any, ...]) -> bool:
-    """Whether a constant of the user's source was added."""
+    """Return whether a constant of the user's source was added."""
     return len(args) > 1 and not isinstance(args[1], (list, tuple)) and _user_constant()
 
 
 def _user_constant() -> bool:
-    frame: types.FrameType | None = sys._getframe(1)
+    frame: types.FrameType | None = frame_above(1)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
         if not module.startswith(("torch", __name__.partition(".")[0])):

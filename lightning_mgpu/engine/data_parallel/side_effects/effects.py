@@ -1,4 +1,4 @@
-"""What a step has left on the replicas, brought to the master.
+"""Side effects of a step on the replicas, transferred to the master.
 
 The master's step wrote to the master itself; the others' to copies. What they have put into lists
 and other containers is added to the master's, numbers that they have added to are added up, and
@@ -32,7 +32,7 @@ from lightning_mgpu.engine.data_parallel.side_effects.places import Places
 
 
 class Effects:
-    """The effects of one step.
+    """Side effects of one step.
 
     Args:
         copies: The replicas that took part, but for the master.
@@ -48,7 +48,7 @@ class Effects:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Bring all that can be merged to the master, and tell of the rest."""
+        """Merge effects into the master where possible, and warn of the others."""
         first = self._copies[0]
         # What is found on the copies under names is looked up before containers change.
         self._merge_buffers()
@@ -71,7 +71,7 @@ class Effects:
             self._merge_entries(Places(vars(original), was, nows, befores, where))
 
     def _merge_entries(self, places: Places) -> None:
-        """Attributes, or entries of a dict, that any replica has changed."""
+        """Merge attributes, or entries of a dict, that any replica has changed."""
         for key in places.changed():
             if not places.is_dict and key in self._copies[0].passed_over:
                 continue
@@ -112,7 +112,7 @@ class Effects:
         return self._judge.outcome(change)
 
     def _joined(self, change: Change) -> Any:
-        """What replicas have put under a key that is new to a dict."""
+        """Join the values that replicas have put under a new key of a dict."""
         present = [value for value in change.values if value is not MISSING]
         kinds = {type(value) for value in present}
         if len(present) < len(change.values) and all(map(is_number, present)):
@@ -152,7 +152,7 @@ class Effects:
         return self._with_loops(value, found)
 
     def _with_loops(self, value: Any, found: Additions | None) -> Additions | None:
-        """The same if the code that adds ran several times on any replica."""
+        """Mark additions as looped if their code ran several times on any replica."""
         site = getattr(value, "site", None)
         if found is None or site is None:
             return found
@@ -162,7 +162,7 @@ class Effects:
     # Tensors
 
     def _merge_buffers(self) -> None:
-        """Buffers that were assigned anew, or registered."""
+        """Merge buffers that were assigned anew or registered."""
         for index, (target, _, _) in enumerate(self._copies[0].buffers.holders):
             if self._copies[0].buffers.is_recorded(index):
                 continue
@@ -186,7 +186,7 @@ class Effects:
             target[key] = new
 
     def _merge_tensors(self) -> None:
-        """Tensors that were written to in place."""
+        """Merge tensors that were written to in place."""
         for copied in list(self._copies[0].tensors):
             others = [c.tensors.find(copied.original) for c in self._copies]
             found = [other for other in others if other is not None]
@@ -258,7 +258,7 @@ class Effects:
             original.extend(self._returned(entry) for entry in entries[size:])
 
     def _merge_positions(self, first: Holding, holdings: Sequence[Holding]) -> None:
-        """Entries of a list that were replaced."""
+        """Merge replaced entries of a list."""
         size = len(first.was)
         nows = [dict(enumerate(holding.copied[:size])) for holding in holdings]
         befores = [dict(enumerate(holding.before)) for holding in holdings]
@@ -289,7 +289,7 @@ class Effects:
                 object.__setattr__(first.original, key, value)
 
     def _returned(self, value: Any) -> Any:
-        """A value of a copy as the master is to have it."""
+        """Translate a copy's value into the master's."""
         if self._back is None:
             self._back = {}
             for copied in self._copies:
@@ -301,7 +301,7 @@ class Effects:
 
 
 def _is_refilled(now: Sequence[Any], before: Sequence[Any]) -> bool:
-    """Whether a list holds nothing of what it held."""
+    """Return whether a list holds none of its former entries."""
     old = set(map(id, before))
     return not any(id(entry) in old for entry in now)
 

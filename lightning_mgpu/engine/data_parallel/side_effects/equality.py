@@ -1,4 +1,4 @@
-"""Comparing what replicas have left in one place."""
+"""Compare the values that replicas have left in one place."""
 
 import enum
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _ENTRIES = 64
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two values are the same, as far as that shows without a user's own `__eq__`."""
+    """Return whether two values are equal, without calling a user's own `__eq__`."""
     if a is b:
         return True
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
@@ -37,7 +37,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def all_equal(values: Sequence[Any]) -> bool:
-    """Whether all are the same."""
+    """Return whether all values are equal."""
     return all(equal(values[0], value) for value in values[1:])
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a value that the replicas have changed: the rules, and what is said about it.
+"""Rules for merging a value that the replicas have changed, and the warnings about it.
 
 For a number, or a small tensor, let d be what each replica has added, and s the size of its shard:
 
@@ -80,7 +80,7 @@ class Change:
 
 
 class Judge:
-    """Decides about changes, remembers decisions, and tells each thing once."""
+    """Decide about changes, remember decisions, and warn of each thing once."""
 
     def __init__(self) -> None:
         self.sizes: Sequence[int] = ()
@@ -111,12 +111,12 @@ class Judge:
         return self._assigned(change)
 
     def lost(self, name: str, owner: str = "") -> None:
-        """Tell that replicas have left something else in a place."""
+        """Warn that replicas have left different values in a place."""
         self._lost.add(name)
         self._tell(
             name,
-            "The step writes something else to `%s` on each replica; replica 0's is kept."
-            " Log it with `self.log`, append it to a list or return it to have them all.",
+            "The step writes a different value to `%s` on each replica; replica 0's is kept."
+            " To keep all of them, log it with `self.log`, append it to a list or return it.",
             owner,
         )
 
@@ -125,40 +125,40 @@ class Judge:
         self._counts.add(owner)
 
     def is_due(self, name: str) -> bool:
-        """Whether to compare tensors at this change: at the first, second, fourth and so on."""
+        """Return whether to compare tensors at this change: the first, second, fourth and so on."""
         number = self._changes[name] = self._changes.get(name, 0) + 1
         return number & (number - 1) == 0
 
     def shared(self, name: str) -> None:
-        """Tell that all replicas write to the same memory."""
+        """Warn that all replicas write to the same memory."""
         self._tell(
             name,
-            "The step writes to `%s`, which is too large for each replica to have a copy of: all"
-            " of them have written to the same memory at once. Register it as a buffer, or write to"
-            " it in a hook such as `on_train_batch_end`, which runs once.",
+            "The step writes to `%s`, which is too large to be copied for each replica, so"
+            " that all replicas have written to the same memory at once. Register it as a"
+            " buffer, or write to it in a hook such as `on_train_batch_end`, which runs once.",
         )
 
     def outside(self, name: str) -> None:
-        """Tell that a step writes to a variable outside of the model."""
+        """Warn that a step writes to a variable outside of the model."""
         self._tell(
             name,
-            "The step, or a hook on a module, writes to the variable `%s` outside of the model. All"
-            " replicas, each on a thread of its own, share it, and may read what another has"
-            " written. Keep it in an attribute of the LightningModule (`self`).",
+            "The step, or a hook on a module, writes to the variable `%s` outside of the"
+            " model. All replicas share it, each in its own thread, and may read what another"
+            " has written. Keep it in an attribute of the LightningModule (`self`).",
         )
 
     def finish(self) -> None:
-        """Tell what could not be decided in this run."""
+        """Warn of what could not be decided in this run."""
         for name, doubt in self._doubts.items():
             if doubt.rule == "sum" and doubt.owner in self._counts:
                 continue  # as for other keys of the same dict
             taken = "once a step" if doubt.rule == "once" else "for every shard"
             self._tell(
                 name,
-                "Every replica has added the same to `%s` in each step, on shards of the same size:"
-                f" that may be one addition for the step, or one for each shard. It was added"
-                f" {taken}. If that is wrong, count in a hook such as `on_train_batch_end`, which"
-                " runs once and sees the whole batch.",
+                "Ambiguous: every replica added the same number to `%s` in each step, on"
+                " shards of the same size: once per step, or once per shard. It was added"
+                f" {taken}. If that is wrong, count in a hook such as `on_train_batch_end`,"
+                " which runs once and sees the whole batch.",
                 doubt.owner,
             )
         self._doubts = {}
@@ -193,7 +193,7 @@ class Judge:
         return self._of_unequal(change, deltas, numbers)
 
     def _of_equal(self, change: Change, numbers: Sequence[float]) -> Rule:
-        """All have added the same whole number: by chance, for their samples, or for the step."""
+        """Choose the rule for equal additions of a whole number: per sample or per step."""
         size, delta = (self.sizes[0] if self.sizes else 1), numbers[0]
         even = len(set(self.sizes)) <= 1
         if even and (delta == size or (size > 1 and not delta % size and delta != sum(self.sizes))):
@@ -222,9 +222,9 @@ class Judge:
         if not whole:
             self._tell(
                 name,
-                "The step adds numbers to `%s` that are not counts, and it does not show whether"
-                " they are sums over samples or means. What the replicas added was summed up, which"
-                " is right for sums. Log a mean with `self.log`, or weigh it by the number of"
+                "Ambiguous: the step adds numbers to `%s` that are not counts, and may be"
+                " sums or means over samples. The replicas' numbers were summed, which is"
+                " right for sums. Log a mean with `self.log`, or multiply it by the number of"
                 " samples.",
             )
             return self._settle(name, "sum")
@@ -254,8 +254,8 @@ class Judge:
             if self._is_a_size(name, values[0]):
                 self._tell(
                     name,
-                    "The step sets `%s` to the number of samples in a shard, as it seems; on one"
-                    " device that is the whole batch's. Set it in a hook such as"
+                    "The step appears to set `%s` to the number of samples in a shard; on one"
+                    " device it is that of the whole batch. Set it in a hook such as"
                     " `on_train_batch_start`, which sees the whole batch.",
                 )
             return values[0]
@@ -273,7 +273,7 @@ class Judge:
         return sum(value * (weight / total) for value, weight in parts)
 
     def _is_a_size(self, name: str, value: Any) -> bool:
-        """Whether a value that all have assigned is the size of their shards, rather than fixed."""
+        """Return whether a value that all have assigned is their shards' size, not fixed."""
         if name in self._independent or not self.sizes:
             return False
         if isinstance(value, torch.Size):
@@ -317,9 +317,9 @@ class Judge:
     def _tell_partial(self, name: str) -> None:
         self._tell(
             name,
-            "The step counts in `%s` on some replicas and not on others, as if once a step, but"
-            " by what is in the shard. What they counted was summed up. Decide in a hook such as"
-            " `on_train_batch_end`, which sees the whole batch.",
+            "The step counts in `%s` on some replicas and not on others, depending on the"
+            " shard. The counts were summed, although one device may count once per step."
+            " Count in a hook such as `on_train_batch_end`, which sees the whole batch.",
         )
 
     def _tell(self, name: str, text: str, owner: str = "") -> None:
@@ -340,7 +340,7 @@ def _of_new_key(change: Change) -> Change:
 
 
 def _combined(first: Any, deltas: Sequence[Any], rule: Rule, weights: Sequence[float]) -> Any:
-    """The first replica's value with what it lacks of the others'."""
+    """Join the first replica's value with entries that only others have."""
     if rule == "once":
         return first
     if rule == "sum":
@@ -353,7 +353,7 @@ def _combined(first: Any, deltas: Sequence[Any], rule: Rule, weights: Sequence[f
 
 
 def _together(values: Sequence[Any], like: Any) -> list[Any]:
-    """Tensors where the first of them lies."""
+    """Tensors on the device of the first."""
     device = next((v.device for v in (like, *values) if isinstance(v, Tensor)), None)
     return [v.detach().to(device) if isinstance(v, Tensor) else v for v in values]
 
@@ -365,7 +365,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_scalar_like(value: Any) -> bool:
-    """Whether it is a number or a tensor that sums can be made of."""
+    """Return whether `value` is a number, or a tensor that can be summed."""
     return is_number(value) or (isinstance(value, Tensor) and value.dtype != torch.bool)
 
 

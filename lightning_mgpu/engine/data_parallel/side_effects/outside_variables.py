@@ -1,4 +1,4 @@
-"""Variables outside of the model that its code writes to, which all replicas share.
+"""Detect writes to variables outside of the model, which all replicas share.
 
 Only what the functions of the model's classes and of its hooks name can be seen: variables of their
 modules and of the functions around them. They are looked at in the first steps.
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch import version_of
 from lightning_mgpu.engine.data_parallel.copying.structure import Structure
 
 _CONTAINERS = (dict, list, set, deque)
@@ -22,7 +23,7 @@ _NOTHING = object()
 
 
 class SharedVariables:
-    """Watches such variables of one model.
+    """Detect writes to the outside variables of one model.
 
     Args:
         structure: The model's parts.
@@ -117,7 +118,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _is_variable(value: Any) -> bool:
-    """Whether it may be meant to be written to, rather than a class, a module or a function."""
+    """Return whether `value` may be a variable, rather than a class, module or function."""
     if isinstance(value, _CONTAINERS):
         return len(value) <= _MOST_ENTRIES
     return type(value) in (int, float, Tensor) and not isinstance(value, nn.Parameter)
@@ -133,13 +134,13 @@ def _value(holder: Any, name: str) -> Any:
 
 
 def _content(value: Any) -> Any:
-    """What would not be the same after a write."""
+    """Content that a write would change, to compare by identity."""
     if isinstance(value, dict):
         return [value, *value.items()]
     if isinstance(value, _CONTAINERS):
         return [value, *value]
     if isinstance(value, Tensor):
-        return [value, 0 if value.is_inference() else value._version]
+        return [value, 0 if value.is_inference() else version_of(value)]
     return [value]
 
 
@@ -154,5 +155,5 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _has_grown(a: list[Any], b: list[Any]) -> bool:
-    """Whether a dict has gained keys, and kept all else."""
+    """Return whether a dict has gained keys and kept all others."""
     return bool(b) and isinstance(b[0], dict) and len(b) > len(a) and all(map(_is_same, a, b))

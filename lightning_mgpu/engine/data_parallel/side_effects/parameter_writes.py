@@ -1,4 +1,4 @@
-"""Seeing that a step writes to parameters, which all replicas would do at once."""
+"""Detect that a step writes to parameters, which all replicas would do at once."""
 
 from collections.abc import Sequence
 
@@ -41,14 +41,14 @@ class WriteCheck:
         self.note()
 
     def note(self) -> None:
-        """Take the parameters as they are."""
+        """Record the current versions of the parameters."""
         self._versions = self._now()
         self._values = self._sampled() if self._compares else None
         for leaves in self._leaves:
             leaves.assigned().clear()
 
     def check(self) -> None:
-        """Refuse to go on if parameters have been written to since.
+        """Raise an error if parameters have been written to since.
 
         Raises:
             RuntimeError: Names them.
@@ -68,15 +68,15 @@ class WriteCheck:
             names = [f"`{self._names[index]}`" for index in sorted(written)]
             more = f" and {len(names) - 1} others" if len(names) > 1 else ""
             raise RuntimeError(
-                f"The step writes to the parameter {names[0]} in place{more}. Every replica does so"
-                " at once, on memory they share. Do it in a hook, which runs once:"
-                " `on_train_batch_end` (after the optimizer's step) or `on_before_backward` (before"
-                " it), for instance. Its values may have been changed already, so begin again from"
-                " a checkpoint or from a new model."
+                f"The step writes to the parameter {names[0]} in place{more}. All replicas do"
+                " so at once, in shared memory. Do it in a hook, which runs once:"
+                " `on_train_batch_end` (after the optimizer's step) or `on_before_backward`"
+                " (before it), for instance. Its values may have changed already: start again"
+                " from a checkpoint or a new model."
             )
 
     def _now(self) -> list[list[int]]:
-        """How often the leaves of each memory have been written to; aliases share slot 0's."""
+        """Version counters of the leaves, by memory; aliases share slot 0's."""
         first, *others = self._leaves
         own = [leaves for leaves in others if not leaves.is_alias()]
         return [leaves.versions() for leaves in (first, *own)]

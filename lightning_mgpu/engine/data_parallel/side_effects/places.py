@@ -1,4 +1,4 @@
-"""Where replicas may have put something: entries of a dict, or attributes, side by side."""
+"""Entries of a dict, or attributes, of the replicas side by side."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -36,19 +36,19 @@ class Places:
         self._where = where
 
     def name(self, key: Any) -> str:
-        """What to call the place of a key."""
+        """Name of a key's place in messages."""
         return f"{self._where}[{key!r}]" if self.is_dict else f"{self._where}.{key}"
 
     def owner(self, key: Any) -> str:
-        """What warnings about a key are said once for."""
+        """Name under which warnings about a key are given once."""
         return self._where if self.is_dict else self.name(key)
 
     def is_long(self) -> bool:
-        """Whether it is a dict too long for its numbers to be tracked."""
+        """Return whether it is a dict with too many entries to track its numbers."""
         return self.is_dict and len(self.was) > LONG_DICT
 
     def changed(self) -> list[Any]:
-        """The keys under which any replica has put something else."""
+        """Keys whose value any replica has changed."""
         keys: dict[Any, None] = {}
         for now, before in ((self.target, self.was), *zip(self.nows, self.befores, strict=True)):
             same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
@@ -59,7 +59,7 @@ class Places:
         return list(keys)
 
     def as_counts(self) -> "Places":
-        """The same for a `Counter`, in which what is missing counts zero."""
+        """Return the same places of a `Counter`, where missing keys count zero."""
         for key in dict.fromkeys(key for now in self.nows for key in now):
             self.target.setdefault(key, 0)
         keys = [*self.target]

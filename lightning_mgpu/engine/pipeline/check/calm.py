@@ -1,4 +1,4 @@
-"""Compute without random draws and without batch statistics, and leave no trace of it."""
+"""Compute without random draws, batch statistics or side effects."""
 
 import random
 import sys
@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_mgpu.engine.compiled import is_compiled
+from lightning_mgpu._compat import torch_modules
 from lightning_mgpu.engine.device import random_state, set_random_state
 
 _QUIET = (
-    nn.modules.dropout._DropoutNd,
-    nn.modules.batchnorm._BatchNorm,
+    torch_modules.Dropout,
+    torch_modules.BatchNorm,
     nn.RNNBase,
 )
 _DROPOUTS = frozenset(
@@ -29,7 +29,7 @@ _DROPOUTS = frozenset(
 
 @contextmanager
 def calm(modules: Iterable[nn.Module], devices: Sequence[torch.device]) -> Iterator[None]:
-    """Within, dropout drops nothing and batch normalisation takes its running statistics.
+    """Context in which dropout is off and batch normalisation uses running statistics.
 
     What else draws random numbers does so; all generators are put back afterwards.
 
@@ -41,7 +41,7 @@ def calm(modules: Iterable[nn.Module], devices: Sequence[torch.device]) -> Itera
     quiet = [m for m in modules if isinstance(m, _QUIET) and m.training]
     with ExitStack() as stack:
         stack.callback(_restore_random, _random_states(devices))
-        if any(is_compiled(m) or m._compiled_call_impl is not None for m in modules):
+        if any(map(torch_modules.is_compiled_anyhow, modules)):
             # Not once more for our few samples.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in quiet:
@@ -52,7 +52,7 @@ def calm(modules: Iterable[nn.Module], devices: Sequence[torch.device]) -> Itera
 
 
 class _Calm(TorchFunctionMode):
-    """Turns the functions that layers would call into what they are in evaluation."""
+    """Mode that replaces the functions of layers by their evaluation behaviour."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -84,7 +84,7 @@ def _in_evaluation(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, An
 
 
 def _random_states(devices: Sequence[torch.device]) -> list[tuple[Any, ...]]:
-    """What to call, and with what, to put the generators back."""
+    """Functions and arguments that restore the random generators."""
     states: list[tuple[Any, ...]] = [
         (random.setstate, random.getstate()),
         (torch.default_generator.set_state, torch.default_generator.get_state()),

@@ -1,4 +1,4 @@
-"""A few samples computed whole and in two micro-batches, side by side."""
+"""Compare a few samples computed whole with the same in two micro-batches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from lightning_mgpu.engine.batch.unevenness import Window, telling
 from lightning_mgpu.engine.compare import Difference, compare
 from lightning_mgpu.engine.device import HOST, autocast_dtype, rounds_float32
-from lightning_mgpu.engine.pipeline.check.module_state import Held
-from lightning_mgpu.engine.pipeline.check.sample_run import Trial
+from lightning_mgpu.engine.pipeline.check.module_state import ModuleSnapshot
+from lightning_mgpu.engine.pipeline.check.sample_run import SampleRun
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 from lightning_mgpu.engine.pipeline.outputs import joining
 from lightning_mgpu.engine.pipeline.outputs.columns import Column, columns_of, same
-from lightning_mgpu.engine.pipeline.outputs.joining import Layout, Layouts
+from lightning_mgpu.engine.pipeline.outputs.joining import Layouts, OutputLayout
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 
 # Two and three of them differ in number from each other and from the whole.
@@ -22,7 +22,7 @@ _SAMPLES = 5
 
 
 def window_of(split: Mapping[str, Any], counts: Sequence[int]) -> Window:
-    """Which samples tell most.
+    """Choose the samples whose comparison is most telling.
 
     Args:
         split: The lists and batches of graphs that are split, by name.
@@ -33,7 +33,7 @@ def window_of(split: Mapping[str, Any], counts: Sequence[int]) -> Window:
 
 
 class Comparison:
-    """A few of one call's samples, whole and in two parts.
+    """A few samples of one call, whole and in two parts.
 
     Args:
         trial: Runs some of the samples.
@@ -43,7 +43,7 @@ class Comparison:
     """
 
     def __init__(
-        self, trial: Trial, cut: Cut, devices: Sequence[torch.device], window: Window
+        self, trial: SampleRun, cut: Cut, devices: Sequence[torch.device], window: Window
     ) -> None:
         self._trial, self._window = trial, window
         self._counts = window.counts
@@ -53,7 +53,7 @@ class Comparison:
         self.compared = self.random = 0
         """How many tensors have been compared, and how many not, since they are random."""
 
-    def run(self, start: Held, modules: dict[str, nn.Module]) -> None:
+    def run(self, start: ModuleSnapshot, modules: dict[str, nn.Module]) -> None:
         """Compute the samples, each time from what the modules hold at the start.
 
         Args:
@@ -63,18 +63,18 @@ class Comparison:
         self._start = start
         begin, middle, end, _ = self._window
         self._whole = self._trial.run(begin, end)
-        after_whole = Held(modules, start)
+        after_whole = ModuleSnapshot(modules, start)
         start.restore(generators=False)
         second = self._trial.run(middle, end)
-        after_second = Held(modules, start)
+        after_second = ModuleSnapshot(modules, start)
         start.restore(generators=False)
         self._parts = [self._trial.run(begin, middle), second]
         self._trial.run(middle, end)
-        self.held = after_whole, Held(modules, start), after_second, self._coarse
+        self.held = after_whole, ModuleSnapshot(modules, start), after_second, self._coarse
         start.restore(generators=False)
 
-    def compare(self, proven: Layouts) -> dict[str, Layout]:
-        """Find out where the batch lies in each tensor, and whether values are the same.
+    def compare(self, proven: Layouts) -> dict[str, OutputLayout]:
+        """Find the batch dimension of each tensor, and compare values.
 
         Args:
             proven: What earlier comparisons have shown.
@@ -82,7 +82,7 @@ class Comparison:
         Raises:
             SplitError: A tensor of the output has no dimension for the batch.
         """
-        layouts: dict[str, Layout] = {}
+        layouts: dict[str, OutputLayout] = {}
         unequal: dict[str, Tensor] = {}
         outputs = [self._whole, *self._parts]
         counts = [self._total, *self._counts]
@@ -122,7 +122,9 @@ class Comparison:
             unequal[place] = whole
             self.differences += different
 
-    def _layout(self, place: str, column: Sequence[Tensor]) -> tuple[Layout, list[Difference]]:
+    def _layout(
+        self, place: str, column: Sequence[Tensor]
+    ) -> tuple[OutputLayout, list[Difference]]:
         whole, *parts = column
         layout = joining.told(column, [self._total, *self._counts], place)
         if layout.dim is None:
@@ -135,20 +137,20 @@ class Comparison:
             layout = joining.MEAN
         found = self._compared(whole, parts, layout, place)
         if found and layout.dim is not None and whole.shape[layout.dim] != self._total:
-            other = Layout(layout.dim, minor=True)
+            other = OutputLayout(layout.dim, minor=True)
             if not self._compared(whole, parts, other, place):
                 return other, []
         return layout, found
 
     def _compared(
-        self, whole: Tensor, parts: Sequence[Tensor], layout: Layout, place: str
+        self, whole: Tensor, parts: Sequence[Tensor], layout: OutputLayout, place: str
     ) -> list[Difference]:
         return compare(whole, joining.cat(parts, self._counts, layout)[0], place, self._coarse)
 
     def _leave_out_random(
-        self, unequal: Mapping[str, Tensor], layouts: dict[str, Layout], proven: Layouts
+        self, unequal: Mapping[str, Tensor], layouts: dict[str, OutputLayout], proven: Layouts
     ) -> None:
-        """Take out what differs from itself, too, when it is computed once more."""
+        """Remove values that differ between two identical runs."""
         again = self._trial.run(self._window.start, self._window.end)
         self._start.restore(generators=False)
         columns = columns_of([self._whole, again], [self._total] * 2, "output")
@@ -167,7 +169,7 @@ class Comparison:
 
 
 def _least_precise(cut: Cut, devices: Sequence[torch.device]) -> torch.dtype | None:
-    """The dtype whose rounding errors are to be expected."""
+    """Least precise floating-point dtype, which determines the tolerance."""
     for device in {HOST, *devices}:
         dtype = autocast_dtype(device)
         if dtype is not None:

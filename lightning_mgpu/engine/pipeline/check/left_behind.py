@@ -1,4 +1,4 @@
-"""Say what `forward` leaves behind in modules that is not the whole batch's."""
+"""Report what `forward` leaves in modules that does not cover the whole batch."""
 
 import logging
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mgpu.engine.pipeline.check.module_state import Held, differing
+from lightning_mgpu.engine.pipeline.check.module_state import ModuleSnapshot, differing
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 
 log = logging.getLogger(__name__)
 
 
 class LeftBehind:
-    """Names attributes, buffers and hooks' containers that belong to one micro-batch.
+    """Find attributes, buffers and hooks' containers that belong to one micro-batch.
 
     Args:
         mode: Whether what requires a gradient is an ``"error"``.
@@ -23,7 +23,13 @@ class LeftBehind:
         self._mode = mode
         self._said: set[str] = set()
 
-    def report(self, whole: Held, parts: Held, last: Held, coarse: torch.dtype | None) -> None:
+    def report(
+        self,
+        whole: ModuleSnapshot,
+        parts: ModuleSnapshot,
+        last: ModuleSnapshot,
+        coarse: torch.dtype | None,
+    ) -> None:
         """Compare what the whole batch leaves behind with what its parts leave, one after another.
 
         Counts and sums that come out alike are right, and so are caches. Plain numbers that each
@@ -43,22 +49,22 @@ class LeftBehind:
         with_gradient = [t for t in found if whole.leaves.get(t, (None, False))[1]]
         if with_gradient:
             text = (
-                f"{_listed(with_gradient)}: set by `forward`, and that runs once for each"
-                " micro-batch, so that it belongs to one of them and its gradient is wrong or"
-                " missing if it is added to the loss. Return it from the split module's `forward`"
-                " with an entry per sample, and take the mean in the step; if it is only looked"
-                " at, set a `.detach()`ed tensor."
+                f"{_listed(with_gradient)}: set by `forward`, which runs once for each"
+                " micro-batch: it covers one of them only, and its gradient is wrong or"
+                " missing if it is added to the loss. Return it from the split module's"
+                " `forward` with an entry per sample, and take the mean in the step; if it is"
+                " only displayed, set a `.detach()`ed tensor."
             )
             if self._mode == "error":
-                raise SplitError(f"{text} To go on all the same: `parity_check='warn'`.")
+                raise SplitError(f"{text} To continue anyway: `parity_check='warn'`.")
             self._warn(with_gradient, text)
         others = [title for title in found if title not in with_gradient]
         self._warn(
             others,
-            f"{_listed(others)}: changed by `forward`, which runs once for each micro-batch. So it"
-            " belongs to one of them, or has been updated more often than on one device. Return it"
-            " from the split module's `forward`, or update it in the step; `chunks=1` is as on one"
-            " device.",
+            f"{_listed(others)}: changed by `forward`, which runs once for each micro-batch:"
+            " it covers one of them only, or was updated more often than on one device."
+            " Return it from the split module's `forward`, or update it in the step;"
+            " `chunks=1` behaves as one device.",
         )
 
     def _warn(self, titles: list[str], text: str) -> None:
@@ -67,8 +73,10 @@ class LeftBehind:
             log.warning(text)
 
 
-def _is_passing(title: str, whole: Held, parts: Held, last: Held) -> bool:
-    """Whether it is a plain value that only says something about the call at hand."""
+def _is_passing(
+    title: str, whole: ModuleSnapshot, parts: ModuleSnapshot, last: ModuleSnapshot
+) -> bool:
+    """Return whether an attribute is a plain value that describes the current call only."""
     found = [held.leaves.get(title, (None, False))[0] for held in (whole, parts, last)]
     if any(isinstance(value, (Tensor, float, complex)) for value in found):
         return False

@@ -1,4 +1,4 @@
-"""All that modules hold beside their parameters: recorded, put back, and compared."""
+"""Record, restore and compare everything that modules hold beside their parameters."""
 
 import functools
 import random
@@ -10,6 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import (
+    BLANK,
+    WEIGHTS,
+    buffers_of,
+    forward_hook_tables,
+    forward_hooks_of,
+)
 from lightning_mgpu.engine.compare import compare
 
 _MISSING = object()
@@ -18,18 +25,20 @@ _DEPTH = 4
 _MAX_BYTES, _MAX_ENTRIES = 2**28, 1000
 # Objects of these packages are taken for parts of the machinery, not of the model.
 _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_mgpu.", "numpy.", "builtins.")
-_OWN = frozenset(vars(nn.Module()))
+_OWN = BLANK | {WEIGHTS}
 
 
-class Held:
-    """What modules hold at one time: attributes, buffers, and what these and hooks refer to.
+class ModuleSnapshot:
+    """Snapshot of modules: attributes, buffers, and the objects these and hooks refer to.
 
     Args:
         modules: By name; without those they contain.
         since: An earlier record; what is as it was then is not copied again.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], since: "Held | None" = None) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], since: "ModuleSnapshot | None" = None
+    ) -> None:
         self._modules = modules
         self._since = since
         self._seen: dict[int, Any] = {}
@@ -59,17 +68,17 @@ class Held:
     def _add_module(self, path: str, module: nn.Module) -> None:
         state = vars(module)
         self._contents.append((state, dict(state)))
-        self._contents.append((module._buffers, dict(module._buffers)))
-        for of_kind in _hooks_of(module):
+        buffers = buffers_of(module)
+        self._contents.append((buffers, dict(buffers)))
+        for of_kind in forward_hook_tables(module):  # (some libraries add hooks at the first call)
             self._contents.append((of_kind, of_kind.copy()))
         kind, where = type(module).__name__, f" (in `{path}`)" if path else ""
         for name, value in state.items():
-            if name not in _OWN and name != "_flat_weights":
+            if name not in _OWN:
                 self._add(f"{kind}.{name}", where, value)
-        for name, buffer in module._buffers.items():
+        for name, buffer in buffers.items():
             self._add(f"{kind}.{name}", where, buffer)
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        for hook in hooks:
+        for hook in forward_hooks_of(module):
             for name, value in _kept_by(hook):
                 if _is_container(value):
                     self._add(name, f" (kept by a hook of `{path or kind}`)", value)
@@ -125,8 +134,10 @@ class Held:
         return True
 
 
-def differing(one: Held, other: Held, coarse: torch.dtype | None = None) -> Iterator[str]:
-    """The names of what two records differ in.
+def differing(
+    one: ModuleSnapshot, other: ModuleSnapshot, coarse: torch.dtype | None = None
+) -> Iterator[str]:
+    """Names of the entries in which two snapshots differ.
 
     Args:
         one: A record.
@@ -151,15 +162,6 @@ def _entries(value: Any) -> Iterable[tuple[str, Any]]:
     return [(f"[{index}]", part) for index, part in enumerate(islice(value, _MAX_ENTRIES))]
 
 
-def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
-    """The dicts of its hooks; some libraries add hooks at the first call."""
-    yield module._forward_hooks
-    yield module._forward_hooks_with_kwargs
-    yield module._forward_hooks_always_called
-    yield module._forward_pre_hooks
-    yield module._forward_pre_hooks_with_kwargs
-
-
 def _is_container(value: Any) -> bool:
     return isinstance(value, (list, dict, set, deque))
 
@@ -175,7 +177,7 @@ def _state_of(value: Any) -> dict[str, Any] | None:
 
 
 def _kept_by(function: Any) -> Iterator[tuple[str, Any]]:
-    """What a hook refers to beside its arguments."""
+    """Objects that a hook refers to beside its arguments, with their names."""
     if isinstance(function, functools.partial):
         for index, value in enumerate((*function.args, *function.keywords.values())):
             yield f"argument {index}", value

@@ -1,4 +1,4 @@
-"""Proof on the first batch: a few samples as one micro-batch and as two give the same."""
+"""Check on the first batch that one micro-batch and two give the same output."""
 
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ from lightning_mgpu.engine.compare import Difference
 from lightning_mgpu.engine.pipeline.check.calm import calm
 from lightning_mgpu.engine.pipeline.check.comparison import Comparison, window_of
 from lightning_mgpu.engine.pipeline.check.left_behind import LeftBehind
-from lightning_mgpu.engine.pipeline.check.module_state import Held
-from lightning_mgpu.engine.pipeline.check.sample_run import Trial
+from lightning_mgpu.engine.pipeline.check.module_state import ModuleSnapshot
+from lightning_mgpu.engine.pipeline.check.sample_run import SampleRun
 from lightning_mgpu.engine.pipeline.inputs import entries
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitting
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
-from lightning_mgpu.engine.pipeline.outputs.joining import Layout, Layouts
+from lightning_mgpu.engine.pipeline.outputs.joining import Layouts, OutputLayout
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 from lightning_mgpu.engine.random_state import RandomState
 
@@ -36,7 +36,7 @@ _MAX_LOOKS = 8
 
 @dataclass
 class _Found:
-    """What is known of one kind of call.
+    """Result of the check for one kind of call.
 
     Attributes:
         layouts: Where the batch lies in the output; empty if that was not looked at.
@@ -52,7 +52,7 @@ class _Found:
 
 
 class Parity:
-    """Compares a module's output for a few samples with that of the same in two micro-batches.
+    """Compare a module's output for a few samples with the same in two micro-batches.
 
     Args:
         mode: What to do where they differ: ``"error"``, ``"warn"``, or not to compare (``"off"``).
@@ -70,22 +70,22 @@ class Parity:
     ) -> None:
         self._mode, self._kind, self._devices, self._muted = mode, kind, devices, muted
         self._known: dict[Hashable, _Found] = {}
-        self._proven: dict[str, Layout] = {}
+        self._proven: dict[str, OutputLayout] = {}
         self._left_behind = LeftBehind(mode)
         self._has_told_draws = self._has_told_means = False
         self._told_writes: set[str] = set()
 
     def layouts(
         self,
-        call: Call,
-        trial: Trial,
+        call: CallArguments,
+        trial: SampleRun,
         cut: Cut,
         splitting: Splitting,
         counts: Sequence[int],
         modules: Mapping[str, nn.Module],
         anew: bool = False,
     ) -> Layouts:
-        """Where the batch lies in the output of a call, which is compared if it is a new kind.
+        """Batch dimensions of the outputs of a call; a call of a new kind is compared.
 
         Args:
             call: The call.
@@ -119,9 +119,9 @@ class Parity:
         return found.layouts
 
     def uses(
-        self, trial: Trial, modules: Mapping[str, nn.Module], holder: dict[str, Any], key: str
+        self, trial: SampleRun, modules: Mapping[str, nn.Module], holder: dict[str, Any], key: str
     ) -> bool:
-        """Whether a call reads an attribute; taken for granted if nothing is to be compared.
+        """Return whether a call reads an attribute; `True` if nothing is to be compared.
 
         Args:
             trial: Runs some of its samples.
@@ -144,14 +144,14 @@ class Parity:
         return False
 
     @contextmanager
-    def unseen(self, modules: Mapping[str, nn.Module]) -> Iterator[Held]:
-        """Within, what is computed draws nothing, logs nothing, and leaves no trace.
+    def unseen(self, modules: Mapping[str, nn.Module]) -> Iterator[ModuleSnapshot]:
+        """Context whose work draws no random numbers, logs nothing and leaves no trace.
 
         Args:
             modules: All modules that are computed, by name.
         """
         with self._muted(), calm(modules.values(), self._devices):
-            start = Held(dict(modules))
+            start = ModuleSnapshot(dict(modules))
             try:
                 yield start
             finally:
@@ -159,7 +159,7 @@ class Parity:
 
     def _examine(
         self,
-        trial: Trial,
+        trial: SampleRun,
         cut: Cut,
         splitting: Splitting,
         modules: dict[str, nn.Module],
@@ -192,9 +192,9 @@ class Parity:
         if has_drawn and not self._has_told_draws:
             self._has_told_draws = True
             log.warning(
-                "`%s.forward` draws from NumPy's generator or Python's, once for each micro-batch;"
-                " where several stages do so, in an order that varies from run to run. Draw from"
-                " torch's (`torch.rand(())`), or in the step.",
+                "`%s.forward` draws from NumPy's or Python's random generator, once for each"
+                " micro-batch; if several stages do so, the order varies from run to run."
+                " Draw from torch's (`torch.rand(())`), or in the step.",
                 self._kind,
             )
 
@@ -203,8 +203,8 @@ class Parity:
         if new:
             self._told_writes.update(new)
             log.warning(
-                "`%s.forward` writes to %s, of which each micro-batch has a part of its own: the"
-                " caller does not see it. Return what the caller needs.",
+                "`%s.forward` writes to %s, of which each micro-batch has its own part, so"
+                " the caller does not see it. Return what the caller needs.",
                 self._kind,
                 ", ".join(f"`{name}`" for name in new),
             )
@@ -213,9 +213,9 @@ class Parity:
         if places and not self._has_told_means:
             self._has_told_means = True
             log.info(
-                "%s: a number for each micro-batch of `%s.forward`, of which the mean over samples"
-                " is taken. If it has a denominator of its own (tokens that are not padding, class"
-                " weights), compute it in the step.",
+                "%s: a number for each micro-batch of `%s.forward`, averaged over samples. If"
+                " it has its own denominator (tokens that are not padding, class weights),"
+                " compute it in the step.",
                 ", ".join(f"`{place}`" for place in places[:3]),
                 self._kind,
             )
@@ -225,19 +225,19 @@ class Parity:
             return
         found = "; ".join(map(str, differences[:3]))
         text = (
-            f"`{self._kind}.forward` gives other values for micro-batches than for the whole batch:"
-            f" {found}. Something in it depends on other samples, such as `x.mean(0)`, `z @ z.T`,"
-            " attention along the first dimension, or a loss with a denominator of its own. Compute"
-            " that in the step, from the module's output; cut another `module`, without it; or use"
-            f" `chunks=1`.{_of(splitting)}"
+            f"`{self._kind}.forward` gives different values for micro-batches than for the"
+            f" whole batch: {found}. Something in it depends on other samples, such as"
+            " `x.mean(0)`, `z @ z.T`, attention along the first dimension, or a loss with its"
+            " own denominator. Compute that in the step, from the module's output; split"
+            f" another `module`, without it; or use `chunks=1`.{_of(splitting)}"
         )
         if self._mode == "error" or splitting.doubts:
-            raise SplitError(f"{text} If it is meant so: `parity_check='warn'`.")
+            raise SplitError(f"{text} If this is intended: `parity_check='warn'`.")
         log.warning(text)
 
 
-def _way(call: Call, splitting: Splitting) -> Hashable:
-    """How each argument is split, or whether one entry of it is for all samples."""
+def _way(call: CallArguments, splitting: Splitting) -> Hashable:
+    """Key for the way in which each argument is split, or broadcast from one entry."""
     whole = (name for name, t in call.tensors.items() if t.dim() and name not in splitting.dims)
     single = tuple(name for name in whole if call.tensors[name].shape[0] == 1)
     return (
@@ -250,7 +250,7 @@ def _way(call: Call, splitting: Splitting) -> Hashable:
 
 def _of(splitting: Splitting) -> str:
     return (
-        f" Or the batch is not where it seems: {' '.join(splitting.doubts)}"
+        f" Or the batch dimension is another one: {' '.join(splitting.doubts)}"
         if splitting.doubts
         else ""
     )

@@ -1,4 +1,4 @@
-"""A few samples through a module's `forward`, in the calling thread."""
+"""Run a module's `forward` on a few samples in the calling thread."""
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import is_not
@@ -10,15 +10,15 @@ from torch import Tensor
 from lightning_mgpu.engine.batch.containers import holds_tensors
 from lightning_mgpu.engine.pipeline import stage_values
 from lightning_mgpu.engine.pipeline.inputs import entries
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitting
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 from lightning_mgpu.engine.pipeline.runtime.traveller import Traveller
 from lightning_mgpu.engine.pipeline.runtime.units import Units
 
 
-class Trial:
-    """Runs a call on some of its samples.
+class SampleRun:
+    """Run a call on some of its samples.
 
     Args:
         forward: What is called.
@@ -31,7 +31,7 @@ class Trial:
     def __init__(
         self,
         forward: Callable[..., Any],
-        call: Call,
+        call: CallArguments,
         splitting: Splitting,
         devices: Sequence[torch.device],
         units: Units | None = None,
@@ -42,7 +42,7 @@ class Trial:
         """Names of lists and batches of graphs that `forward` has put something into."""
 
     def run(self, start: int, stop: int) -> Any:
-        """What is returned for samples `start` to `stop`."""
+        """Return the output for samples `start` to `stop`."""
         split, objects = self._splitting, self._call.copied_objects()
         inputs = {n: self._samples(n, t, start, stop) for n, t in self._call.tensors.items()}
         taken = {n: self._piece(n, p, start, stop) for n, p in self._call.pieces.items()}
@@ -89,4 +89,4 @@ class Trial:
 
 
 def _pass(*_: Any) -> None:
-    """Nobody takes turns."""
+    """Do nothing: no other thread takes turns."""

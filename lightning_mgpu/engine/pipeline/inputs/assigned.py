@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import BLANK, WEIGHTS, buffers_of
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
@@ -23,7 +24,7 @@ class Assigned:
         self.update(modules)
 
     def update(self, modules: Mapping[str, nn.Module]) -> None:
-        """Take what the modules hold now for their own."""
+        """Accept the tensors that the modules hold now."""
         tensors = [found.tensor for found in _attributes(modules)]
         self._known = {id(tensor): weakref.ref(tensor) for tensor in tensors}
 
@@ -54,9 +55,9 @@ class Assigned:
             by_length = tensor.dim() and tensor.shape[0] == size and not title.startswith("buffer")
             if (of_batch or by_length) and is_used(holder, key):
                 raise SplitError(
-                    f"{title} of shape {tuple(tensor.shape)} was set before the call and has an"
-                    f" entry per sample (the batch has {size}), but every micro-batch would see all"
-                    " of it. Hand it on as an argument of the split module's `forward`."
+                    f"{title} of shape {tuple(tensor.shape)} was set before the call and has"
+                    f" an entry per sample (the batch has {size}), but every micro-batch would"
+                    " see all of it. Pass it as an argument of the split module's `forward`."
                 )
 
     def _knows(self, tensor: Tensor) -> bool:
@@ -84,10 +85,11 @@ def _attributes(modules: Mapping[str, nn.Module]) -> Iterator[_Attribute]:
                 for place, leaf in leaves(value, f"{kind}.{name}"):
                     if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
                         yield _Attribute(f"`{place}`{where}", state, name, leaf)
-        for name, buffer in module._buffers.items():
+        buffers = buffers_of(module)
+        for name, buffer in buffers.items():
             if buffer is not None:
-                yield _Attribute(f"buffer `{kind}.{name}`{where}", module._buffers, name, buffer)
+                yield _Attribute(f"buffer `{kind}.{name}`{where}", buffers, name, buffer)
 
 
 _CONTAINERS = (list, tuple, dict)
-_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
+_OWN = BLANK | {WEIGHTS}

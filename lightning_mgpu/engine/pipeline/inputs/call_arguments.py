@@ -1,4 +1,4 @@
-"""The arguments of a call, taken apart."""
+"""Arguments of a call, split into tensors, pieces and structure."""
 
 import copy
 import inspect
@@ -23,15 +23,15 @@ _FLAGS = (bool, type(None))
 
 
 class Input:
-    """Stands for a tensor or a piece among the arguments of a call."""
+    """Placeholder of a tensor or a piece among the arguments of a call."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
 @dataclass(frozen=True)
-class Call:
-    """The arguments of a call, taken apart.
+class CallArguments:
+    """Arguments of a call, split into tensors, pieces and structure.
 
     Attributes:
         tensors: By name: the parameter of `forward`, and where in it.
@@ -56,7 +56,7 @@ class Call:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         is_piece: Callable[[str, Any], bool],
-    ) -> "Call":
+    ) -> "CallArguments":
         """Take the arguments of one call apart.
 
         Args:
@@ -81,7 +81,7 @@ class Call:
         for name, leaf in found:
             if isinstance(leaf, PackedSequence):
                 raise SplitError(
-                    f"`{name}` is a `PackedSequence`, whose samples lie in no row. Hand on the"
+                    f"`{name}` is a `PackedSequence`, whose samples are interleaved. Pass the"
                     " padded tensor and the lengths, and pack them in a submodule."
                 )
             if isinstance(leaf, Tensor):
@@ -153,7 +153,7 @@ def _has_state(value: Any) -> bool:
 def _leaves(
     value: Any, name: str, is_piece: Callable[[str, Any], bool]
 ) -> Iterator[tuple[str, Any]]:
-    """Every leaf and piece, each with how to get there."""
+    """Every leaf and piece, each with its access path."""
     if not is_container(value) or is_piece(name, value):
         yield name, value
         return

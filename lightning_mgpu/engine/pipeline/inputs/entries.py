@@ -1,4 +1,4 @@
-"""What is dealt out to micro-batches by entry: lists with one per sample, batches of graphs."""
+"""Arguments split by entry: lists with one entry per sample, batches of graphs."""
 
 import copy
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def length(piece: Any) -> int:
-    """How many samples there are."""
+    """Number of samples."""
     return graph_count(piece) if is_graph_batch(piece) else len(piece)
 
 
@@ -56,12 +56,12 @@ def tensors_of(piece: Any) -> list[Tensor]:
 
 
 def held_by(piece: Any) -> list[Any]:
-    """What it holds, to tell by `is` whether it has been written to."""
+    """Objects held by the piece, to tell by `is` whether it has been written to."""
     return attributes_of_graphs(piece) if is_graph_batch(piece) else list(piece)
 
 
 def may_be_entries(value: Any, size: int) -> bool:
-    """Whether a list may have an entry for each of `size` samples, unlike `[inputs, masks]`."""
+    """Return whether a list may have an entry per sample, unlike `[inputs, masks]`."""
     if not is_sequence(value) or len(value) != size:
         return False
     lengths = _lengths(value)
@@ -71,7 +71,7 @@ def may_be_entries(value: Any, size: int) -> bool:
 
 
 def may_be_columns(value: Any) -> bool:
-    """Whether it holds arrays of one length, which may be the batch's."""
+    """Return whether a list holds arrays of one length, which may be the batch's."""
     lengths = _lengths(value)
     return len(lengths) == 1 and lengths != {None}
 
@@ -83,7 +83,7 @@ def _lengths(value: Any) -> set[int | None]:
 
 
 def differ(piece: Any) -> bool:
-    """Whether its entries are not all the same."""
+    """Return whether the entries are not all the same."""
     if isinstance(piece, Tensor):
         return bool((piece != piece[:1]).any())
     try:

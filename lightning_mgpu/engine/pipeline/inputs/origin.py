@@ -1,4 +1,4 @@
-"""Where a tensor comes from: the step's batch, the model, or neither."""
+"""Find a tensor's origin: the step's batch, the model, or neither."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mgpu.engine.batch import Layout, leaves
+from lightning_mgpu._compat.torch import is_functorch_wrapped
+from lightning_mgpu.engine.batch import BatchLayout, leaves
 from lightning_mgpu.engine.batch.containers import sequences
 from lightning_mgpu.engine.batch.graphs import is_graph_batch, tensors_of_graphs
 from lightning_mgpu.engine.batch.layout import Kind
@@ -22,7 +23,7 @@ class StepBatch:
         layout: What is known of batches of this kind; default: nothing.
     """
 
-    def __init__(self, batch: Any = None, layout: Layout | None = None) -> None:
+    def __init__(self, batch: Any = None, layout: BatchLayout | None = None) -> None:
         found = [leaf for _, leaf in leaves(batch)]
         tensors = (leaf for leaf in found if isinstance(leaf, Tensor) and leaf.dim())
         self._tensors = [t for t in tensors if is_wrapped(t) is None]
@@ -32,7 +33,7 @@ class StepBatch:
         """How many samples there are, as far as its tensors agree."""
         self.problem = ""
         """Why that is not known."""
-        layout = layout or Layout()
+        layout = layout or BatchLayout()
         try:
             self.size = None if batch is None else layout.read(batch)
         except ValueError as error:
@@ -49,11 +50,11 @@ class StepBatch:
             self._by_storage.setdefault(_storage(tensor), []).append(tensor)
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether it is one of the batch's tensors, or a view of one."""
+        """Return whether a tensor is one of the batch's, or a view of one."""
         return bool(_storage(tensor)) and _storage(tensor) in self._by_storage
 
     def kind(self, value: Any) -> Kind | None:
-        """What a list is in the batch; `None` if it is none of the batch's, or not known."""
+        """Kind of a list in the batch; `None` if it is none of the batch's, or not known."""
         return next((kind for own, kind in self._lists if own is value), None)
 
     def dimension(self, tensor: Tensor) -> int | None:
@@ -78,13 +79,13 @@ class StepBatch:
         return None
 
     def disagrees(self, tensor: Tensor) -> bool:
-        """Whether another dimension than its first is as long as another tensor of the batch."""
+        """Return whether a later dimension has the length of another tensor of the batch."""
         return self.has(tensor) and bool(self.lengths & set(tensor.shape[1:]) - {1})
 
 
 def is_wrapped(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being sliced: ``"functorch"``, ``"nested"``, or its layout."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    """Reason why a tensor cannot be sliced: ``"functorch"``, ``"nested"``, or its layout."""
+    if is_functorch_wrapped(tensor):
         return "functorch"
     if tensor.is_nested:
         return "nested"

@@ -1,4 +1,4 @@
-"""The arguments of one call beside the step's batch: which of them have an entry per sample."""
+"""Find the arguments of one call, beside the step's batch, that have an entry per sample."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_mgpu.engine.pipeline.microbatch import SplitError
 
 
 class Sharing:
-    """One call.
+    """Decisions about the arguments of one call.
 
     Args:
         tensors: Those that may be split, by name.
@@ -62,9 +62,8 @@ class Sharing:
         argument = argument_of(name)
         self.suppose(
             [piece],
-            f"`{name}` is a list as long as the batch ({length}), which may be chance. Name"
-            f" `{argument}` in `split_args` if it has an entry per sample, else in"
-            " `broadcast_args`.",
+            f"Ambiguous: the list `{name}` has the batch's length {length}. Name `{argument}`"
+            " in `split_args` if it has an entry per sample, else in `broadcast_args`.",
         )
 
     def certain(self) -> tuple[dict[str, int], dict[str, Tensor]]:
@@ -81,37 +80,37 @@ class Sharing:
             elif length != 1:  # one entry for all samples is broadcast, as on one device
                 raise SplitError(
                     f"`{name}` of shape {tuple(self._tensors[name].shape)} is named in"
-                    f" `split_args`, but the batch has {self.size} samples, and its dimension"
-                    f" {dim} is not as long."
+                    f" `split_args`, but the batch has {self.size} samples, and dimension"
+                    f" {dim} has another length."
                 )
         dims |= {n: dim for n, dim in self._seen.items() if self._length(n, dim) == self.size}
         for name, dim in self._elsewhere.items():
             dims[name], shape = dim, tuple(self._tensors[name].shape)
             doubt = (
-                f"`{name}` of shape {shape} is split along its dimension {dim}, which is as long"
-                f" as the batch ({self.size}). Say whether that is right:"
-                f" `split_args={{{argument_of(name)!r}: {dim}}}`, or `broadcast_args`."
+                f"`{name}` of shape {shape} is split along its dimension {dim}, which has the"
+                f" batch's length ({self.size}). Confirm that with"
+                f" `split_args={{{argument_of(name)!r}: {dim}}}`, or use `broadcast_args`."
             )
             self.suppose([self._tensors[name].movedim(dim, 0)], doubt)
         named = (*self._named, *dims)
         return dims, {name: t for name, t in self._tensors.items() if name not in named}
 
     def suspect(self, name: str, tensor: Tensor, reason: str) -> None:
-        """Note that a tensor goes whole, though it is as long as the batch."""
+        """Note that a tensor is broadcast although it is as long as the batch."""
         argument = argument_of(name)
         self._suspected.append(
-            f"`{name}` of shape {tuple(tensor.shape)} is as long as the batch ({self.size}), but"
-            f" {reason}. Name `{argument}` in `split_args` if it has an entry per sample, else in"
-            " `broadcast_args`."
+            f"`{name}` of shape {tuple(tensor.shape)} has the batch's length {self.size}, but"
+            f" {reason}. Name `{argument}` in `split_args` if it has an entry per sample, else"
+            " in `broadcast_args`."
         )
 
     def suppose(self, values: Sequence[Any], doubt: str) -> None:
-        """Note that tensors or lists are split, which is to be shown to be right."""
+        """Note that tensors or lists are split on an assumption that has to be checked."""
         self.unproven += values
         self._suspected.append(doubt)
 
     def doubts(self, dims: Mapping[str, int]) -> list[str]:
-        """What speaks against splitting along these dimensions."""
+        """Reasons against splitting along these dimensions."""
         samples = self.batch.size
         doubts = list(self._suspected)
         for name, tensor in self._tensors.items():
@@ -144,7 +143,7 @@ class Sharing:
         return doubts
 
     def _other_dimensions(self) -> dict[str, int]:
-        """The only ones that are as long as the step's batch, where no first one could be."""
+        """The only other dimensions that are as long as the batch, where no first one could be."""
         size, tensors = self.batch.size, self._tensors
         if self._named or self._seen or size in (None, 1):
             return {}

@@ -1,4 +1,4 @@
-"""Tells which arguments of a call carry the batch, and along which dimension."""
+"""Decide which arguments of a call carry the batch, and along which dimension."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_mgpu.engine.batch.containers import is_sequence, leaves
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.entries import may_be_columns, may_be_entries
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch, storages
 from lightning_mgpu.engine.pipeline.inputs.refused import (
@@ -26,7 +26,7 @@ SplitArgs = str | int | Sequence[str | int] | Mapping[str | int, int] | None
 
 @dataclass(frozen=True)
 class Splitting:
-    """How the arguments of a call are shared out among micro-batches.
+    """Decision how to split a call's arguments into micro-batches.
 
     Attributes:
         size: Samples in the batch.
@@ -44,7 +44,7 @@ class Splitting:
 
 
 class Splitter:
-    """Tells which tensors carry the batch, and takes none for granted.
+    """Decide which tensors of a call carry the batch, and note what is unproven.
 
     Args:
         split_args: Parameters of `forward`, by name or position, whose tensors are split along
@@ -91,7 +91,7 @@ class Splitter:
     def pieces(
         self, forward: Callable[..., Any], arguments: Any, batch: StepBatch
     ) -> Callable[[str, Any], bool]:
-        """What tells of a container among the arguments whether it may be split by entry.
+        """Return a predicate that says whether a container argument may be split by entry.
 
         Args:
             forward: Which is called.
@@ -118,12 +118,12 @@ class Splitter:
 
     def split(
         self,
-        call: Call,
+        call: CallArguments,
         forward: Callable[..., Any],
         batch: StepBatch,
         fixed: Callable[[], Iterable[Tensor]],
     ) -> Splitting:
-        """How the arguments of a call are to be split.
+        """Decide how the arguments of a call are split.
 
         A tensor is split if it is named in `split_args`, if it comes from the step's batch, or if
         no other could carry the batch: along its first dimension, or along the one that is the
@@ -172,7 +172,7 @@ class Splitter:
             name for name in others if name in self._gone_whole and not batch.has(others[name])
         ]
         for name in before:
-            sharing.suspect(name, others.pop(name), "it has gone to every micro-batch whole before")
+            sharing.suspect(name, others.pop(name), "it went to every micro-batch whole before")
         if len(others) == 1 and not dims:
             dims.update(dict.fromkeys(others, 0))
             return
@@ -182,9 +182,9 @@ class Splitter:
         if unclear:
             shapes = ", ".join(f"`{n}` of shape {tuple(others[n].shape)}" for n in unclear)
             text = (
-                f"As long as the batch ({size}), which may be chance: {shapes}. Name"
-                f" `{argument_of(unclear[0])}` in `split_args` if it has an entry per sample, else"
-                " in `broadcast_args`."
+                f"Ambiguous: {shapes}, as long as the batch ({size}). Name"
+                f" `{argument_of(unclear[0])}` in `split_args` if dimension 0 is the batch,"
+                " else in `broadcast_args`."
             )
             if size != batch.size or any(size in others[n].shape[1:] for n in unclear):
                 raise SplitError(text)

@@ -12,7 +12,7 @@ from lightning_mgpu.engine.pipeline.outputs.object_structure import inner, refil
 
 @dataclass(frozen=True)
 class Column:
-    """What the parts hold at one place.
+    """Values of all parts at one place of the output.
 
     Attributes:
         place: The place, such as ``output['logits']``.
@@ -28,7 +28,7 @@ class Column:
 def columns_of(
     parts: Sequence[Any], counts: Sequence[int], path: str, layouts: Layouts | None = None
 ) -> list[Column]:
-    """What the parts hold at each place.
+    """Values of the parts at each place of the output.
 
     Args:
         parts: Of each micro-batch.
@@ -47,9 +47,9 @@ def columns_of(
     names = [None if found is None else [name for name, _ in found] for found in below]
     if any(other != names[0] for other in names):
         raise SplitError(
-            f"`{path}`: the module returns something of another structure for each micro-batch of"
-            f" {list(counts)} samples. Return tensors or lists with an entry per sample, or make it"
-            " in the step."
+            f"`{path}`: the module returns a different structure for each micro-batch of"
+            f" {list(counts)} samples. Return tensors or lists with an entry per sample, or"
+            " build it in the step."
         )
     found = zip(*(pairs or () for pairs in below), strict=True)
     return [
@@ -60,7 +60,7 @@ def columns_of(
 
 
 def merged(parts: Sequence[Any], columns: Sequence[Column], path: str) -> Any:
-    """What the parts make together, leaves apart: the first one's structure, with all entries."""
+    """Join the structures of the parts, without their leaves."""
     of_entries = {column.place: column for column in columns if column.entries}
     return _merged(parts[0], of_entries, path) if of_entries else parts[0]
 
@@ -77,14 +77,14 @@ def _merged(value: Any, of_entries: Mapping[str, Column], path: str) -> Any:
 def _are_entries(
     parts: Sequence[Any], counts: Sequence[int], path: str, layouts: Layouts | None
 ) -> bool:
-    """Whether the parts are lists with an entry per sample."""
+    """Return whether the parts are lists with an entry per sample."""
     if not all(is_sequence(part) and len(part) == n for part, n in zip(parts, counts, strict=True)):
         return False
     return len(set(counts)) > 1 or (layouts or {}).get(path) == ENTRIES
 
 
 def same(parts: Sequence[Any], counts: Sequence[int], path: str, *, proven: bool = False) -> Any:
-    """What is no tensor, and must be the same for every micro-batch.
+    """Return a value that is no tensor and must be the same for every micro-batch.
 
     Args:
         parts: Of each micro-batch.
@@ -106,9 +106,9 @@ def same(parts: Sequence[Any], counts: Sequence[int], path: str, *, proven: bool
     else:
         text = f"returns an object, a `{type(first).__name__}`,"
     raise SplitError(
-        f"`{path}`: the module {text} for each micro-batch of {list(counts)} samples, which cannot"
-        " be joined. Return tensors with an entry per sample, or leave it out (for a cache of keys"
-        " and values: `use_cache=False`)."
+        f"`{path}`: the module {text} for each micro-batch of {list(counts)} samples, which"
+        " cannot be joined. Return tensors with an entry per sample, or do not return it (for"
+        " a key-value cache: `use_cache=False`)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Put together what the micro-batches return."""
+"""Join output tensors of the micro-batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from lightning_mgpu.engine.pipeline.microbatch import SplitError
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the batch lies in a tensor of the output.
+class OutputLayout:
+    """Batch dimension of an output tensor.
 
     Attributes:
         dim: The dimension, whose length is the number of samples or a multiple of it; `None` if
@@ -32,21 +32,21 @@ class Layout:
 
 
 class Undecided(Exception):
-    """A number was the same for every micro-batch so far, so it may be a mean or a sum."""
+    """A number was the same for every micro-batch, so it may be a mean or a sum."""
 
 
-Layouts = Mapping[str, Layout]
+Layouts = Mapping[str, OutputLayout]
 """By the place in the output, such as ``output['logits']``."""
 
-FIRST = Layout(0)
-MEAN = Layout(None, mean=True)
-TOTAL = Layout(None, total=True)
-ENTRIES = Layout(0, entries=True)
+FIRST = OutputLayout(0)
+MEAN = OutputLayout(None, mean=True)
+TOTAL = OutputLayout(None, total=True)
+ENTRIES = OutputLayout(0, entries=True)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How a tensor of the output was joined.
+    """Record of how an output tensor was joined, to split its gradient.
 
     Attributes:
         counts: The entries of each micro-batch's part; `None` if it is the tensor of one of them.
@@ -55,7 +55,7 @@ class Rows:
     """
 
     counts: tuple[int, ...] | None
-    layout: Layout = FIRST
+    layout: OutputLayout = FIRST
     owner: int = 0
 
     def split(self, gradient: Tensor | None, count: int) -> list[Tensor | None]:
@@ -76,7 +76,9 @@ class Rows:
         return [p.flatten(dim, dim + 1) for p in torch.split(blocks, list(self.counts), dim + 1)]
 
 
-def cat(parts: Sequence[Tensor], counts: Sequence[int], layout: Layout) -> tuple[Tensor, Rows]:
+def cat(
+    parts: Sequence[Tensor], counts: Sequence[int], layout: OutputLayout
+) -> tuple[Tensor, Rows]:
     """Join tensors along the batch.
 
     Args:
@@ -98,7 +100,7 @@ def cat(parts: Sequence[Tensor], counts: Sequence[int], layout: Layout) -> tuple
 
 
 def _blocks(tensor: Tensor, dim: int, count: int) -> Tensor:
-    """A dimension as two, the second of which is the batch."""
+    """Split a dimension into two, the second of which is the batch."""
     return tensor.reshape(*tensor.shape[:dim], -1, count, *tensor.shape[dim + 1 :])
 
 
@@ -133,7 +135,7 @@ def join(
     layout = (layouts or {}).get(path, layout)
     if layout is None or (layout.dim or 0) >= max(first.dim(), 1):
         layout = _guess(parts, counts, path)
-    elif layout == Layout(None):
+    elif layout == OutputLayout(None):
         if any(not torch.equal(part, first) for part in parts[1:]):
             if not is_number(first):
                 raise SplitError(unjoinable(path, first))
@@ -151,12 +153,12 @@ def join(
 
 
 def is_number(tensor: Tensor) -> bool:
-    """Whether it is a number that a mean can be taken of."""
+    """Return whether a tensor is a floating-point or complex scalar."""
     return tensor.dim() == 0 and (tensor.is_floating_point() or tensor.is_complex())
 
 
-def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
-    """Where the batch lies in a tensor, told from what different numbers of samples have made.
+def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> OutputLayout:
+    """Find the batch dimension of a tensor from outputs for different numbers of samples.
 
     Args:
         column: The tensor for each number of samples.
@@ -171,14 +173,14 @@ def told(column: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
         raise SplitError(_no_batch(column, counts, path, 0))
     grown = [d for d in range(first.dim()) if len({t.shape[d] for t in column}) > 1]
     if not grown:
-        return Layout(None)
+        return OutputLayout(None)
     if len(grown) > 1 or not _fits(column, counts, grown[0]):
         raise SplitError(_no_batch(column, counts, path, grown[0]))
-    return Layout(grown[0])
+    return OutputLayout(grown[0])
 
 
 def unjoinable(path: str, tensor: Tensor) -> str:
-    """What to say of a tensor that differs though it has no dimension for the batch."""
+    """Error message for a tensor that differs though it has no batch dimension."""
     if tensor.dim() == 0:
         return _scalar(path)
     return (
@@ -189,15 +191,15 @@ def unjoinable(path: str, tensor: Tensor) -> str:
 
 
 def unordered(path: str, tensor: Tensor, count: int) -> str:
-    """What to say of a tensor in which samples lie side by side or far apart."""
+    """Error message for a tensor whose order of samples cannot be told."""
     return (
-        f"`{path}` has shape {tuple(tensor.shape)} for {count} samples, and random values, so that"
-        " it cannot be told in which order the samples lie. Return it with a dimension of its own"
-        " for the batch (`unflatten`), and flatten it in the step."
+        f"`{path}` has shape {tuple(tensor.shape)} for {count} samples, and random values, so"
+        " the order of the samples in it cannot be determined. Return it with a separate"
+        " dimension for the batch (`unflatten`), and flatten it in the step."
     )
 
 
-def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
+def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> OutputLayout:
     """The first dimension, or else the only one that is as long as each micro-batch."""
     if all(is_number(part) for part in parts):
         return MEAN
@@ -210,11 +212,11 @@ def _guess(parts: Sequence[Tensor], counts: Sequence[int], path: str) -> Layout:
     fitting = [d for d in fitting if uneven or parts[0].shape[d] == counts[0]]
     if len(fitting) != 1 or _fits(parts, counts, 0):
         raise SplitError(_no_batch(parts, counts, path, 0))
-    return Layout(fitting[0])
+    return OutputLayout(fitting[0])
 
 
 def _fits(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> bool:
-    """Whether a dimension grows with the number of samples, and no other does."""
+    """Return whether a dimension grows with the number of samples, and no other does."""
     if len({(part.dim(), *part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) > 1:
         return False
     if parts[0].dim() == 0:
@@ -227,9 +229,10 @@ def _fits(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> bool:
 def _no_batch(parts: Sequence[Tensor], counts: Sequence[int], path: str, dim: int) -> str:
     which = "first dimension" if dim == 0 else f"dimension {dim}"
     return (
-        f"`{path}`: the module returns a tensor whose {which} is not the batch: of micro-batches"
-        f" of {list(counts)} samples it has made {[tuple(part.shape) for part in parts]}. Return"
-        " tensors with an entry per sample, and compute the rest in the step."
+        f"`{path}`: the module returns a tensor whose {which} is not the batch: from"
+        f" micro-batches of {list(counts)} samples it made"
+        f" {[tuple(part.shape) for part in parts]}. Return tensors with an entry per sample,"
+        " and compute the rest in the step."
     )
 
 

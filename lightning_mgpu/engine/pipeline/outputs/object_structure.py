@@ -1,4 +1,4 @@
-"""Outputs taken apart: containers, and objects with tensors, such as caches of keys and values."""
+"""Structure of outputs: containers, and objects with tensors such as key-value caches."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from lightning_mgpu.engine.batch.containers import (
 
 
 def inner(value: Any, path: str) -> list[tuple[str, Any]] | None:
-    """What a container or an object holds, each with how to get there; `None` if it is a leaf."""
+    """Parts of a container or object with their paths; `None` if it is a leaf."""
     if is_container(value):
         return [(path + name, part) for name, part in parts(value)]
     if _is_record(value):
@@ -25,7 +25,7 @@ def inner(value: Any, path: str) -> list[tuple[str, Any]] | None:
 
 
 def refilled(value: Any, new: list[Any]) -> Any:
-    """One of the same structure that holds others, in the order of `inner`."""
+    """Object of the same structure with other parts, in the order of `inner`."""
     if is_container(value):
         return rebuild(value, new)
     made = copy.copy(value)
@@ -35,7 +35,7 @@ def refilled(value: Any, new: list[Any]) -> Any:
 
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every leaf, each with how to get there."""
+    """Every leaf with its path."""
     below = inner(value, path)
     if below is None:
         yield path, value
@@ -52,7 +52,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether it is an object of some class that has tensors among its attributes."""
+    """Return whether `value` is an object with tensors among its attributes."""
     if isinstance(value, (type, nn.Module, set, frozenset)) or hasattr(value, "__torch_function__"):
         return False
     return bool(attributes_of(value)) and holds_tensors(value)

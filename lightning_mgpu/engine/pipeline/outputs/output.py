@@ -1,4 +1,4 @@
-"""Put together what micro-batches have returned."""
+"""Join what the micro-batches return into one output."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_mgpu.engine.pipeline.outputs.object_structure import leaves, map_
 
 
 class Output:
-    """What the micro-batches have returned, put together.
+    """Joined outputs of the micro-batches.
 
     Args:
         results: Of each micro-batch.
@@ -93,27 +93,27 @@ class Output:
                 yield self._noted({chunk: tensor}, tensor.detach().to(self._device), rows)
 
     def _noted(self, tensors: dict[int, Tensor], joined: Tensor, rows: joining.Rows) -> Tensor:
-        """A joined tensor; taken down if it is part of a graph."""
+        """Return a joined tensor; record it if it is part of a graph."""
         if any(tensor.requires_grad for tensor in tensors.values()):
             self._found.append((tensors, rows))
             self._wanting.append(joined)
         return joined
 
     def wanting(self) -> list[Tensor]:
-        """The tensors that are to be part of the caller's graph."""
+        """Tensors that become part of the caller's graph."""
         return self._wanting
 
     def replace(self, tensors: Sequence[Tensor]) -> Any:
-        """The output with others in their places, of the structure that `forward` returns."""
+        """Output with other tensors in their places, in the structure that `forward` returns."""
         new = {id(old): t for old, t in zip(self._wanting, tensors, strict=True)}
         return map_leaves(lambda leaf: new.get(id(leaf), leaf), self._output)
 
     def forget(self) -> None:
-        """Have no gradients to be split any more."""
+        """Discard the record needed to split gradients."""
         self._found = []
 
     def split(self, gradients: Gradients) -> list[list[tuple[Tensor, Tensor]]]:
-        """For each micro-batch, the tensors that it has returned, with their gradients."""
+        """Each micro-batch's output tensors with their gradients."""
         split: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._counts]
         for (tensors, rows), gradient in zip(self._found, gradients, strict=True):
             parts = rows.split(gradient, len(self._counts))

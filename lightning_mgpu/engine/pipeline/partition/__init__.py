@@ -1,1 +1,1 @@
-"""Decide which stage each submodule belongs to: watch one call, measure it, deal it out."""
+"""Assign submodules to stages: observe one call, measure it, cut it."""

@@ -1,11 +1,11 @@
-"""Where to cut a row of layers so that the stages cost about the same."""
+"""Cut a row of layers into stages of about the same cost."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 
 def balance(costs: Sequence[float], stages: int) -> list[int]:
-    """Cut a row of costs into stages, the dearest of which is as cheap as can be.
+    """Cut a row of costs into stages so that the most expensive one is as cheap as possible.
 
     By dynamic programming over the number of stages and of layers ("linear partition").
 

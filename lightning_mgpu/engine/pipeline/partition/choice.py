@@ -1,13 +1,13 @@
-"""Which submodules are dealt out to stages, and where each stage begins."""
+"""Choose the submodules to distribute over stages, and where each stage begins."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 
 from torch import nn
 
-from lightning_mgpu.engine.compiled import is_compiled
+from lightning_mgpu._compat.torch_modules import is_compiled_anyhow
 from lightning_mgpu.engine.pipeline.partition.balance import balance
-from lightning_mgpu.engine.pipeline.partition.observation import Called
+from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall
 
 # The dearest stage may be this much dearer than a fair share before layers are opened.
 _TOLERANCE = 1.1
@@ -23,19 +23,19 @@ class PartitionError(ValueError):
 
 
 class Layers:
-    """The submodules that a call makes use of, some of which are opened.
+    """Submodules that a call uses, some replaced by their children.
 
     Args:
         called: The call.
         opened: Names of those that stand for what they call; with all that contain them.
     """
 
-    def __init__(self, called: Called, opened: Iterable[str] = ()) -> None:
+    def __init__(self, called: ModuleCall, opened: Iterable[str] = ()) -> None:
         self.called, self.opened = called, {"", *opened}
 
-    def calls(self) -> list[Called]:
+    def calls(self) -> list[ModuleCall]:
         """All calls of the layers, in order."""
-        found: list[Called] = []
+        found: list[ModuleCall] = []
         self._collect(self.called, found)
         return found
 
@@ -50,7 +50,7 @@ class Layers:
         """The layers that can be opened."""
         return [call.name for call in self.calls() if _can_open(call)]
 
-    def _collect(self, call: Called, found: list[Called]) -> None:
+    def _collect(self, call: ModuleCall, found: list[ModuleCall]) -> None:
         for child in call.children:
             if child.name in self.opened or isinstance(child.module, _LISTS):
                 self._collect(child, found)
@@ -59,9 +59,9 @@ class Layers:
 
 
 def choose(
-    called: Called, stages: int, price: Callable[[str], float]
+    called: ModuleCall, stages: int, price: Callable[[str], float]
 ) -> tuple[Layers, list[int]] | None:
-    """Deal out layers so that the dearest stage is as cheap as can be.
+    """Distribute layers so that the most expensive stage is as cheap as possible.
 
     Layers are opened as long as that makes the dearest stage cheaper and it is not about a fair
     share.
@@ -99,7 +99,7 @@ def choose(
     return None if best is None else (Layers(called, best[1]), best[2])
 
 
-def opened_until(called: Called, count: int, price: Callable[[str], float]) -> Layers:
+def opened_until(called: ModuleCall, count: int, price: Callable[[str], float]) -> Layers:
     """The layers that a user counts: children, with `nn.Sequential` opened.
 
     If those are fewer than `count`, the dearest is opened as well.
@@ -114,8 +114,8 @@ def opened_until(called: Called, count: int, price: Callable[[str], float]) -> L
     return layers
 
 
-def beginning_at(called: Called, starts: Sequence[str]) -> tuple[Layers, list[int]]:
-    """Deal out layers so that stages begin at the named ones.
+def beginning_at(called: ModuleCall, starts: Sequence[str]) -> tuple[Layers, list[int]]:
+    """Distribute layers so that stages begin at the named ones.
 
     Args:
         called: What was observed.
@@ -136,8 +136,8 @@ def beginning_at(called: Called, starts: Sequence[str]) -> tuple[Layers, list[in
         place = names.index(start)
         if place < bounds[-1]:
             raise PartitionError(
-                f"Stages are to begin at {', '.join(starts)}, but `{start}` is called"
-                f" before `{starts[index - 1]}`. Give the split points in the order of their calls."
+                f"Stages should begin at {', '.join(starts)}, but `{start}` is called before"
+                f" `{starts[index - 1]}`. Give the split points in the order of their calls."
             )
         if place == bounds[-1]:
             raise PartitionError(
@@ -175,7 +175,7 @@ def ancestors(names: Iterable[str]) -> set[str]:
     }
 
 
-def _can_open(call: Called) -> bool:
-    if not call.children or is_compiled(call.module) or call.module._compiled_call_impl is not None:
+def _can_open(call: ModuleCall) -> bool:
+    if not call.children or is_compiled_anyhow(call.module):
         return False
     return isinstance(call.module, _OPENED) or not type(call.module).__module__.startswith("torch.")

@@ -1,4 +1,4 @@
-"""Decides which stage each submodule belongs to, once, from what one call does."""
+"""Assign each submodule to a stage, once, from an observed call."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import buffers_of, parameters_of
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.pipeline.partition import choice
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, canonical
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, measured
-from lightning_mgpu.engine.pipeline.partition.observation import Called, observe, registered
+from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall, observe, registered
 
 Balance = Sequence[int] | Literal["parameters", "time", "memory"]
 
@@ -21,7 +22,7 @@ _COPIES_OF_PARAMETERS = 4
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Which stage everything belongs to.
+    """Assignment of submodules, parameters and buffers to stages.
 
     Attributes:
         layers: Of each stage, the names of the submodules that it computes, in order.
@@ -101,12 +102,12 @@ class Cutter:
 
     @property
     def wants_costs(self) -> bool:
-        """Whether layers have to be measured before the module can be cut."""
+        """Return whether layers have to be measured before the module can be cut."""
         measured = self._balanced in ("time", "memory")
         return measured and self._starts is None and self._made is None
 
     def expected(self) -> Cut | None:
-        """What the cut is likely to be, before there is a call; `None` if that cannot be told."""
+        """The likely cut before the first call; `None` if that cannot be told."""
         if self.cut is not None or self.wants_costs:
             return self.cut
         called = registered(self.module)
@@ -137,7 +138,7 @@ class Cutter:
             self.costs = {name: self.costs[name] for name in layers.names()}
         return self.cut
 
-    def _chosen(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+    def _chosen(self, called: ModuleCall, chunks: int) -> tuple[choice.Layers, list[int]]:
         layers, counts = self._dealt(called, chunks)
         names = layers.names()
         starts = [names[first] for first in list(accumulate(counts))[:-1]]
@@ -147,7 +148,7 @@ class Cutter:
         except PartitionError:
             return layers, counts
 
-    def _dealt(self, called: Called, chunks: int) -> tuple[choice.Layers, list[int]]:
+    def _dealt(self, called: ModuleCall, chunks: int) -> tuple[choice.Layers, list[int]]:
         if self._starts is not None:
             return choice.beginning_at(called, self._starts)
         if not isinstance(self._balanced, str):
@@ -228,9 +229,9 @@ class Cutter:
         # What opened modules hold themselves lies with what they call first.
         for name, module in self.module.named_modules():
             inside = [s for n, (_, s) in units.items() if not name or n.startswith(f"{name}.")]
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and inside:
-                    owner.setdefault(id(tensor), inside[0])
+            for own in (*parameters_of(module).values(), *buffers_of(module).values()):
+                if own is not None and inside:
+                    owner.setdefault(id(own), inside[0])
         named = [pair for root in self.roots for pair in _named_tensors(root)]
         tensors: list[dict[str, Tensor]] = [{} for _ in range(self.stages)]
         for name, tensor in named:
@@ -241,7 +242,7 @@ class Cutter:
 
 
 class _Chain:
-    """Calls modules one after another, each with what the one before it has returned.
+    """Call modules one after another, each with the output of the one before.
 
     A tuple is handed on as several arguments.
     """

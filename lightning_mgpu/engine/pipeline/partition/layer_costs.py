@@ -1,4 +1,4 @@
-"""What each layer costs, for one micro-batch."""
+"""Measure the time and memory of each layer for one micro-batch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_mgpu.engine.pipeline import stage_values
-from lightning_mgpu.engine.pipeline.partition.observation import Called, observe
+from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall, observe
 
 # The first time is for torch to warm up; of the others, the quickest counts.
 _TIMES = 4
@@ -16,7 +16,7 @@ _TIMES = 4
 
 @dataclass
 class Cost:
-    """What a layer costs for one micro-batch.
+    """Time and memory of a layer for one micro-batch.
 
     Attributes:
         seconds: Of its forward and backward.
@@ -36,7 +36,7 @@ class Cost:
         )
 
 
-def measured(module: Any, run: Callable[[], Any]) -> tuple[Called, dict[str, Cost]]:
+def measured(module: Any, run: Callable[[], Any]) -> tuple[ModuleCall, dict[str, Cost]]:
     """Watch a module several times.
 
     Args:
@@ -47,7 +47,7 @@ def measured(module: Any, run: Callable[[], Any]) -> tuple[Called, dict[str, Cos
         The calls, and what each submodule costs in all its calls, by name. Backward is taken to be
         shared out like forward.
     """
-    found: list[tuple[Called, float]] = []
+    found: list[tuple[ModuleCall, float]] = []
     for _ in range(_TIMES):
         called, output = observe(module, run, count_kept=True)
         whole, _ = observe(module, partial(_backward, module, output))
@@ -61,7 +61,7 @@ def measured(module: Any, run: Callable[[], Any]) -> tuple[Called, dict[str, Cos
     return found[0][0], costs
 
 
-def _totals(called: Called) -> Mapping[str, Cost]:
+def _totals(called: ModuleCall) -> Mapping[str, Cost]:
     totals: dict[str, Cost] = {}
     for call in called.walk():
         known = totals.get(call.name)

@@ -1,4 +1,4 @@
-"""What a module's `forward` calls, found out by watching it."""
+"""Find the submodules that a module's `forward` calls, by observing a call."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_mgpu.engine.compiled import inside_compiled
+from lightning_mgpu._compat.torch import version_of
+from lightning_mgpu._compat.torch_modules import Dropout, inside_compiled, is_compiled_anyhow
 from lightning_mgpu.engine.device import synchronize
 from lightning_mgpu.engine.pipeline import stage_values
 
 
 @dataclass(eq=False)
-class Called:
+class ModuleCall:
     """A call of a module.
 
     Attributes:
@@ -30,31 +31,30 @@ class Called:
 
     name: str
     module: nn.Module
-    children: list["Called"] = field(default_factory=list)
+    children: list["ModuleCall"] = field(default_factory=list)
     seconds: float = 0.0
     kept: int = 0
     writes: bool = False
     given: list[tuple[Tensor, int]] = field(default_factory=list)
-    """The tensors that it was called with, and how often they had been written to."""
+    """Tensors among the arguments, with their version counters at the call."""
 
-    def walk(self) -> Iterator["Called"]:
+    def walk(self) -> Iterator["ModuleCall"]:
         """This call and all below, in order."""
         yield self
         for child in self.children:
             yield from child.walk()
 
 
-def registered(module: nn.Module, name: str = "") -> Called:
-    """What is to be expected of a module whose `forward` calls its children in their order."""
-    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-    children = [] if compiled else module.named_children()
+def registered(module: nn.Module, name: str = "") -> ModuleCall:
+    """Calls to expect of a module whose `forward` calls its children in order."""
+    children = [] if is_compiled_anyhow(module) else module.named_children()
     prefix = f"{name}." if name else ""
-    return Called(name, module, [registered(child, prefix + n) for n, child in children])
+    return ModuleCall(name, module, [registered(child, prefix + n) for n, child in children])
 
 
 def observe(
     module: nn.Module, run: Callable[[], Any], count_kept: bool = False
-) -> tuple[Called, Any]:
+) -> tuple[ModuleCall, Any]:
     """Watch a call of a module.
 
     Args:
@@ -65,7 +65,7 @@ def observe(
     Returns:
         The call, and what `run` has returned.
     """
-    root = Called("", module)
+    root = ModuleCall("", module)
     open_calls = [root]
     compiled = inside_compiled(module.modules())
     devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
@@ -76,9 +76,9 @@ def observe(
 
     def before(called: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         given = [t for t in stage_values.tensors((args, kwargs)) if not t.is_inference()]
-        if isinstance(called, nn.modules.dropout._DropoutNd) and called.inplace:
+        if isinstance(called, Dropout) and called.inplace:
             _mark(open_calls, given)  # (which drops nothing while it is watched)
-        made = Called(name, called, seconds=-now(), given=[(t, t._version) for t in given])
+        made = ModuleCall(name, called, seconds=-now(), given=[(t, version_of(t)) for t in given])
         open_calls[-1].children.append(made)
         open_calls.append(made)
 
@@ -86,7 +86,7 @@ def observe(
         if len(open_calls) > 1 and open_calls[-1].module is called:
             made = open_calls.pop()
             made.seconds += now()
-            made.writes |= any(tensor._version != version for tensor, version in made.given)
+            made.writes |= any(version_of(tensor) != version for tensor, version in made.given)
             made.given = []
 
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -121,8 +121,8 @@ def observe(
     return root, output
 
 
-def _mark(calls: Sequence[Called], tensors: Sequence[Tensor]) -> None:
-    """Take down that calls write to what they were called with, if these tensors are."""
+def _mark(calls: Sequence[ModuleCall], tensors: Sequence[Tensor]) -> None:
+    """Record which of its tensor arguments a call writes to."""
     memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     for call in calls:
         if any(given.untyped_storage().data_ptr() in memory for given, _ in call.given):

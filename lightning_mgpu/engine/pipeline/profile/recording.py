@@ -1,4 +1,4 @@
-"""Take down when the stages work, while they do."""
+"""Record when the stages work."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from lightning_mgpu.engine.device import clock
-from lightning_mgpu.engine.pipeline.profile.timeline import Kind, Span, Timeline
+from lightning_mgpu.engine.pipeline.profile.timeline import Kind, PipelineTimeline, StageSpan
 
 
 class Recording:
-    """Of one step.
+    """Recorded work of the stages in one step.
 
     Waiting for other stages and fetching what they send is not work.
 
@@ -24,12 +24,12 @@ class Recording:
         self._stages_per_device = stages_per_device
         self._clocks = [clock(device) for device in devices]
         self._chunks: list[int] = []
-        # What each stage's thread takes down, with the stamps of its clock.
+        # What each stage's thread records, with the stamps of its clock.
         self._taken: list[tuple[int, int, int, Kind, Any, Any]] = []
 
     @property
     def calls(self) -> int:
-        """How often the module has been called."""
+        """Number of calls of the module."""
         return len(self._chunks)
 
     def begin_call(self, chunks: int) -> int:
@@ -38,8 +38,8 @@ class Recording:
         return self.calls - 1
 
     @contextmanager
-    def taken_down(self, stage: int, chunk: int, call: int, kind: Kind) -> Iterator[None]:
-        """Within, the stage is at work."""
+    def recorded(self, stage: int, chunk: int, call: int, kind: Kind) -> Iterator[None]:
+        """Context in which a stage's work is recorded."""
         start = self.now(stage)
         yield
         self.add(stage, chunk, call, kind, start)
@@ -49,14 +49,14 @@ class Recording:
         return self._clocks[stage].now()
 
     def add(self, stage: int, chunk: int, call: int, kind: Kind, start: Any) -> None:
-        """Take down that a stage has been at work since a stamp."""
+        """Record a stage's work since a stamp."""
         self._taken.append((stage, chunk, call, kind, start, self.now(stage)))
 
-    def timeline(self) -> Timeline:
-        """What has been taken down so far; waits for devices that are still at it."""
+    def timeline(self) -> PipelineTimeline:
+        """Timeline of the recorded work; waits for devices to finish."""
         spans = [
-            Span(stage, chunk, call, kind, own.seconds(start), own.seconds(end))
+            StageSpan(stage, chunk, call, kind, own.seconds(start), own.seconds(end))
             for stage, chunk, call, kind, start, end in list(self._taken)
             for own in [self._clocks[stage]]
         ]
-        return Timeline.of(len(self._clocks), self._chunks, spans, self._stages_per_device)
+        return PipelineTimeline.of(len(self._clocks), self._chunks, spans, self._stages_per_device)

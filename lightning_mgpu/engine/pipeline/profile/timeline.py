@@ -1,4 +1,4 @@
-"""Which stage worked on which micro-batch, and when."""
+"""Timeline of a pipeline: the stages' work on micro-batches, with times."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ Kind = Literal["forward", "recompute", "backward"]
 
 
 @dataclass(frozen=True)
-class Span:
+class StageSpan:
     """A stage's work on one micro-batch.
 
     Attributes:
@@ -29,8 +29,8 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """What the stages did in one step.
+class PipelineTimeline:
+    """Work of all stages in one step.
 
     Attributes:
         stages: How many there are.
@@ -41,7 +41,7 @@ class Timeline:
 
     stages: int
     chunks: tuple[int, ...]
-    spans: tuple[Span, ...]
+    spans: tuple[StageSpan, ...]
     stages_per_device: int = 1
 
     @classmethod
@@ -49,17 +49,17 @@ class Timeline:
         cls,
         stages: int,
         chunks: Iterable[int],
-        spans: Iterable[Span],
+        spans: Iterable[StageSpan],
         stages_per_device: int = 1,
-    ) -> "Timeline":
-        """Spans in any order and on any clock."""
+    ) -> "PipelineTimeline":
+        """Timeline from spans in any order and on any clock."""
         ordered = sorted(spans, key=lambda span: (span.start, span.stage))
         zero = ordered[0].start if ordered else 0.0
         return cls(
             stages,
             tuple(chunks),
             tuple(
-                Span(s.stage, s.chunk, s.call, s.kind, s.start - zero, s.end - zero)
+                StageSpan(s.stage, s.chunk, s.call, s.kind, s.start - zero, s.end - zero)
                 for s in ordered
             ),
             stages_per_device,
@@ -67,12 +67,12 @@ class Timeline:
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return self.stages // self.stages_per_device
 
     @property
     def seconds(self) -> float:
-        """From the start of the first span to the end of the last."""
+        """Seconds from the start of the first span to the end of the last."""
         return max((span.end for span in self.spans), default=0.0)
 
     @property

@@ -1,4 +1,4 @@
-"""How many micro-batches: tried on the first batches."""
+"""Choose the number of micro-batches by timing the first batches."""
 
 import logging
 
@@ -15,7 +15,7 @@ class Chunks:
     Args:
         devices: How many devices there are.
         fixed: The number; `None` to try 1, 2, 4 and 8 for each device, one after another, and keep
-            the quickest.
+            the fastest.
     """
 
     def __init__(self, devices: int, fixed: int | None) -> None:
@@ -26,22 +26,22 @@ class Chunks:
 
     @property
     def usual(self) -> int:
-        """The number once it is known, and what it is taken for until then."""
+        """Number of micro-batches, or an estimate while it is being chosen."""
         return self._usual if self._fixed is None else self._fixed
 
     @property
     def settled(self) -> bool:
-        """Whether the number is known, and so none is being tried any more."""
+        """Return whether the number has been chosen."""
         return self._fixed is not None
 
     def next(self, samples: int) -> int:
-        """The number for a batch that is trained on: perhaps one to be tried."""
+        """Number of micro-batches for the next training batch, which may be a candidate."""
         if not self._untried or samples < self._untried[-1]:
             return self.usual
         return self._untried[0]
 
     def took(self, count: int, seconds: float, samples: int) -> None:
-        """What forward and backward of a batch took with that many micro-batches."""
+        """Record the time of forward and backward of a batch with `count` micro-batches."""
         if not self._untried or count != self._untried[0] or samples < self._untried[-1]:
             return
         self._seconds[count].append(seconds / samples)
@@ -49,4 +49,4 @@ class Chunks:
             self._untried.pop(0)
         if not self._untried:
             self._fixed = min(self._seconds, key=lambda tried: min(self._seconds[tried][1:]))
-            log.info("chunks='auto': of %s, %d was quickest.", [*self._seconds], self._fixed)
+            log.info("chunks='auto': of %s, %d was fastest.", [*self._seconds], self._fixed)

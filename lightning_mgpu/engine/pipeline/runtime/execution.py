@@ -1,4 +1,4 @@
-"""One passage of a batch through the stages, forward and backward."""
+"""Execution of one batch on all stages, forward and backward."""
 
 import queue
 import time
@@ -18,7 +18,7 @@ from lightning_mgpu.engine.error_notes import noted
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
 from lightning_mgpu.engine.pipeline.profile.timeline import Kind
 from lightning_mgpu.engine.pipeline.runtime import schedule
-from lightning_mgpu.engine.pipeline.runtime.parameter_swap import Shadow
+from lightning_mgpu.engine.pipeline.runtime.parameter_swap import ParameterSwap
 from lightning_mgpu.engine.pipeline.runtime.recompute import Recomputed, is_worth_it
 from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
 from lightning_mgpu.engine.pipeline.runtime.segments import Stay
@@ -36,8 +36,8 @@ Gradients = list[tuple[Tensor, Tensor]]
 _POLL_SECONDS = 0.05
 
 
-class Passage:
-    """Micro-batches on their way through the stages, and their gradients on the way back.
+class Execution:
+    """Run micro-batches through the stages, and their gradients back.
 
     Forward is one task for each micro-batch that is on its way at once, which runs the module's
     `forward` for one after another. Backward is one a door, which works on the micro-batches'
@@ -54,8 +54,8 @@ class Passage:
         writers: Units that cannot be computed again, since they write to what they are called with.
         recorder: Keeps batch normalisation from updating running statistics.
         deferred: Whether those are kept for the caller, or updated with each micro-batch.
-        shadow: What stands for parameters, if there is anything.
-        recording: Takes down when stages work.
+        swap: What stands for parameters, if there is anything.
+        recording: Records when stages work.
         doors: Of each stage, what it shares with others: of those, one works at a time.
     """
 
@@ -71,7 +71,7 @@ class Passage:
         writers: frozenset[int],
         recorder: Recorder,
         deferred: bool,
-        shadow: Shadow | None,
+        swap: ParameterSwap | None,
         recording: Recording | None,
         doors: Sequence[int],
     ) -> None:
@@ -99,7 +99,7 @@ class Passage:
                 self._enter,
                 self._entered,
                 self._leave,
-                shadow.borrow if shadow is not None else _nothing,
+                swap.borrow if swap is not None else _nothing,
             )
             for chunk in range(self.count)
         ]
@@ -169,19 +169,19 @@ class Passage:
         self.seconds += time.perf_counter() - started
 
     def settle(self) -> None:
-        """Forget what only forward needs."""
+        """Discard what only forward needs."""
         for traveller in self.travellers:
             traveller.settle()
 
     def forget(self) -> None:
-        """Have no backward any more."""
+        """Discard what backward needs."""
         self._is_spent = True
         self._log = []
         for traveller in self.travellers:
             traveller.forget()
 
     def describe(self, stage: int | None, chunk: int) -> str:
-        """A stage and a micro-batch, in words."""
+        """Format a stage and a micro-batch for a message."""
         where = (
             "before the first stage"
             if stage is None
@@ -199,9 +199,9 @@ class Passage:
             yield
 
     def _counted(self) -> AbstractContextManager[None]:
-        """Within, running statistics stay: those who compute again, we or the user, have counted.
+        """Context in which recomputation does not update running statistics again.
 
-        What the user's activation checkpointing computes again, several stages may at once.
+        Several stages may recompute at once for the user's activation checkpointing.
         """
         if self._checkpointed:
             return self._recorded(True)
@@ -231,7 +231,7 @@ class Passage:
         self._turns.enter(traveller.chunk, stage, len(traveller.stays))
 
     def _entered(self, traveller: Traveller) -> None:
-        """It is a micro-batch's turn."""
+        """Start a micro-batch's turn."""
         stay = traveller.stays[-1]
         self._log[self._door_of[stay.stage]].append((traveller.chunk, stay))
         if self._recording is not None:
@@ -260,7 +260,7 @@ class Passage:
     def _timed(self, stage: int, chunk: int, kind: Kind) -> AbstractContextManager[None]:
         if self._recording is None:
             return nullcontext()
-        return self._recording.taken_down(stage, chunk, self._call, kind)
+        return self._recording.recorded(stage, chunk, self._call, kind)
 
     def _backward(
         self, door: int, ready: Mapping[int, "queue.SimpleQueue[None]"], keep: bool
@@ -288,10 +288,10 @@ def _wait(signal: "queue.SimpleQueue[None]") -> None:
 
 
 def _nothing(leaf: Tensor, stage: int) -> None:
-    """No parameter has anything that stands for it."""
+    """No parameter has a replacement."""
 
 
 def part_at_hand() -> int:
-    """The micro-batch that the calling thread computes."""
+    """Number of the micro-batch that the calling thread computes."""
     traveller = current()
     return -1 if traveller is None else traveller.chunk

@@ -1,4 +1,4 @@
-"""The code between units: what its operations take is brought to the segment at hand first."""
+"""Code between units: move operands of its operations to the current segment first."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_mgpu._compat.torch import innermost_function_mode
+
 Fit = Callable[[Tensor], Tensor]
 
 
 class Glue(TorchFunctionMode):
-    """While entered, operations of the calling thread get tensors that fit.
+    """Mode in which operations of the calling thread get tensors of the current segment.
 
     Args:
         fit: Finds what stands for a tensor that an operation reads.
@@ -24,20 +26,19 @@ class Glue(TorchFunctionMode):
         self._paused: list[bool] = []
 
     def pause(self) -> None:
-        """Let operations be, until `resume`; may be called several times."""
-        depth = torch._C._len_torch_function_stack()
-        on_top = depth > 0 and torch._C._get_function_stack_at(depth - 1) is self
+        """Stop intercepting operations until `resume`; may be nested."""
+        on_top = innermost_function_mode() is self
         if on_top:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._paused.append(on_top)
 
     def resume(self) -> None:
-        """Take the last `pause` back."""
+        """Undo the last `pause`."""
         if self._paused.pop():
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def resume_all(self) -> None:
-        """Take every `pause` back."""
+        """Undo every `pause`."""
         while self._paused:
             self.resume()
 
@@ -96,7 +97,7 @@ _IN_PLACE = frozenset(
 
 
 def _only_asks(func: Any) -> bool:
-    """Whether a function says something about a tensor rather than compute with it."""
+    """Return whether a function queries a tensor rather than compute with it."""
     if func in _READING:
         return True
     name = getattr(func, "__name__", "")

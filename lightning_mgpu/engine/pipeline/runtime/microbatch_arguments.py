@@ -1,4 +1,4 @@
-"""The arguments of a call as micro-batches get them."""
+"""Arguments of each micro-batch."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import reduce
@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import version_of
 from lightning_mgpu.engine.pipeline import microbatch, stage_values
 from lightning_mgpu.engine.pipeline.inputs import entries as pieces
-from lightning_mgpu.engine.pipeline.inputs.call_arguments import Call
+from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitting
 from lightning_mgpu.engine.pipeline.runtime.traveller import current
 
 
-class Given:
-    """A call's arguments, split.
+class MicrobatchArguments:
+    """Arguments of a call, split into micro-batches.
 
     Args:
         call: The call.
@@ -24,7 +25,7 @@ class Given:
         counts: Samples in each micro-batch.
     """
 
-    def __init__(self, call: Call, splitting: Splitting, counts: Sequence[int]) -> None:
+    def __init__(self, call: CallArguments, splitting: Splitting, counts: Sequence[int]) -> None:
         self._call, self._dims, self._counts = call, splitting.dims, counts
         self._chunks = microbatch.cut(call.tensors, splitting.dims, counts)
         self._pieces = self._dealt(splitting.pieces)
@@ -51,31 +52,31 @@ class Given:
             copied = traveller is not None and traveller.stand_ins.was_copied_and_written(tensor)
             if copied or before.get(name, _version(tensor)) != _version(tensor):
                 raise RuntimeError(
-                    f"`forward` changes in place what others use, too: its argument `{name}`, which"
-                    " the caller or another micro-batch needs as it was. Make it work on a copy"
+                    f"`forward` modifies its argument `{name}` in place, but the caller or"
+                    " another micro-batch needs the original. Work on a copy"
                     " (`inplace=False`, `x.clone()`)."
                 )
         return output
 
     def argument(self, tensor: Tensor) -> Tensor | None:
-        """The argument that a tensor of the first micro-batch stands for."""
+        """The call's argument to which a tensor of the first micro-batch belongs."""
         return self._first.get(id(tensor))
 
     def count_writing(self) -> None:
-        """Tell autograd of arguments that were written to."""
+        """Tell autograd about arguments that were written to."""
         microbatch.count_writing(self._call.tensors, self._dims, self._chunks)
 
     def wanting(self) -> list[Tensor]:
-        """The arguments that want a gradient; what else is known of them is forgotten."""
+        """Arguments that require a gradient; the others are discarded."""
         self._chunks, self._pieces, self._first, self._handed = [], [], {}, []
         return [self._call.tensors[name] for name in self._wanting]
 
     def take_gradients(self) -> list[Tensor | None]:
-        """The gradients of those since the last time."""
+        """Take their gradients accumulated since the last time."""
         return [self._gradient(name) for name in self._wanting]
 
     def _dealt(self, names: Collection[str]) -> list[dict[str, Any]]:
-        """The pieces of each micro-batch."""
+        """Pieces of each micro-batch."""
         stops = list(accumulate(self._counts))
         return [
             {
@@ -93,7 +94,7 @@ class Given:
         return stage_values.enter(leaf)
 
     def _is_others(self, name: str) -> bool:
-        """Whether a micro-batch's tensor is anybody else's."""
+        """Return whether others use a micro-batch's tensor, too."""
         wanted = torch.is_grad_enabled() and self._call.tensors[name].requires_grad
         return wanted or (name not in self._dims and len(self._counts) > 1)
 
@@ -118,4 +119,4 @@ class Given:
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor.is_inference() else version_of(tensor)

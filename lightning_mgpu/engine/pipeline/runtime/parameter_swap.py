@@ -1,4 +1,4 @@
-"""Compute with leaves that alias a module's parameters, so that the parameters see one gradient."""
+"""Replace parameters by aliasing leaves, so that the parameters get one gradient per step."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import parameters_of
 from lightning_mgpu.engine import recurrent
-from lightning_mgpu.engine.entry_swap import Patches
+from lightning_mgpu.engine.entry_swap import EntrySwap
 from lightning_mgpu.engine.parameter_leaves import Leaves
 
 
-class Shadow:
-    """Leaves in place of the parameters of some modules, for as long as a step lasts.
+class ParameterSwap:
+    """Replace the parameters of some modules by leaves during a step.
 
     A parameter that several stages use lies with one of them. Each of the others has a leaf of its
     own, and on another device a copy of the values, so that stages do not wait for each other and
@@ -37,7 +38,7 @@ class Shadow:
         self._holders = list({id(m): m for module in modules for m in module.modules()}.values())
         self.parameters = list(
             {
-                id(p): p for m in self._holders for p in m._parameters.values() if p is not None
+                id(p): p for m in self._holders for p in parameters_of(m).values() if p is not None
             }.values()
         )
         self._stage_of, self._owner, self._devices = stage_of, owner, devices
@@ -48,20 +49,20 @@ class Shadow:
         self._loans: dict[tuple[int, int], Leaves] = {}
         self._fresh: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
-        self._patches = Patches(self._find())
+        self._patches = EntrySwap(self._find())
 
     @property
     def has_loans(self) -> bool:
-        """Whether a stage has copies of another's parameters on its own device."""
+        """Return whether a stage has copies of another's parameters on its own device."""
         return any(not loan.is_alias() for loan in self._loans.values())
 
     def is_stale(self) -> bool:
-        """Whether modules or parameters are no longer those that were found."""
+        """Return whether modules or parameters have been replaced since."""
         return self._patches.is_stale()
 
     @contextmanager
     def entered(self, refresh: bool = True) -> Iterator[None]:
-        """The modules compute with the leaves.
+        """Context in which the modules compute with the leaves.
 
         Args:
             refresh: Whether parameters may have changed since the last time.
@@ -78,7 +79,7 @@ class Shadow:
             self._patches.revert()
 
     def borrow(self, leaf: Tensor, stage: int) -> Tensor | None:
-        """What stands for a leaf in a stage; `None` if it is none of ours."""
+        """Stage's replacement for a parameter's leaf; `None` if it is none of ours."""
         index = self._index.get(id(leaf))
         if index is None:
             return None
@@ -92,7 +93,7 @@ class Shadow:
         return None if index is None else self.parameters[index]
 
     def take_gradients(self) -> list[Tensor | None]:
-        """What has been accumulated for each parameter since the last time."""
+        """Take the gradients accumulated for each parameter since the last call."""
         gradients = self._leaves.take_gradients()
         for (index, _), loan in sorted(self._loans.items(), key=lambda item: item[0]):
             (more,) = loan.take_gradients()
@@ -124,8 +125,9 @@ class Shadow:
                     return self._leaves.leaves[self._index[id(parameter)]]
                 return self.borrow(parameter, stage)
 
-            for name, parameter in module._parameters.items():
+            parameters = parameters_of(module)
+            for name, parameter in parameters.items():
                 if parameter is not None:
-                    patches.append((module._parameters, name, parameter, leaf_of(parameter)))
+                    patches.append((parameters, name, parameter, leaf_of(parameter)))
             patches += recurrent.stand_ins(module, leaf_of)
         return patches

@@ -1,4 +1,4 @@
-"""A unit whose graph is not kept: computed without one, and again, with one, in backward."""
+"""Activation checkpointing: run a unit without a graph, and again with one in backward."""
 
 from enum import Enum
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch import version_of
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.context import ThreadContext
 from lightning_mgpu.engine.pipeline import stage_values
@@ -21,7 +22,7 @@ _UNCHANGING = (
 
 
 class Recomputed:
-    """A call of a unit, as a segment of its own.
+    """A checkpointed call of a unit, as a segment of its own.
 
     Args:
         module: The unit.
@@ -35,7 +36,7 @@ class Recomputed:
         self._promised: list[Tensor] = []
 
     def begin(self, traveller: Traveller, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Keep what the unit is called with; returns what to call it with instead."""
+        """Keep the unit's arguments; return the arguments to call it with."""
         self._device = traveller.device
         self._context = ThreadContext.capture()
         self._numbers = self._stream.state(self._device)
@@ -52,32 +53,32 @@ class Recomputed:
         return called
 
     def abandon(self) -> None:
-        """The unit has failed."""
+        """Clean up after the unit has failed."""
         torch.set_grad_enabled(True)
 
     def end(self, traveller: Traveller, output: Any) -> Any:
-        """The unit has been computed; returns its output, as the beginning of a new segment."""
+        """Return the unit's output as the start of a new segment."""
         torch.set_grad_enabled(True)
         if _length(self._called) != self._length:
             raise RuntimeError(
-                f"A `{type(self._module).__name__}` adds to a list or dict that it is called with,"
-                " which would be lost where it is computed again in backward. Return what it adds,"
-                " or take `checkpoint='never'`."
+                f"A `{type(self._module).__name__}` adds to a list or dict among its"
+                " arguments, which is lost with activation checkpointing. Return what it"
+                " adds, or use `checkpoint='never'`."
             )
         self._moment = self._memory.after(self._before)
         del self._before, self._called
-        if any(copy._version > 0 for copy in self._copies):
+        if any(version_of(copy) > 0 for copy in self._copies):
             raise RuntimeError(
-                f"A `{type(self._module).__name__}` writes to its input, which was not seen when it"
-                " was first called, so that it cannot be computed again in backward. Make it work"
-                " on a copy (`inplace=False`, `x.clone()`), or take `checkpoint='never'`."
+                f"A `{type(self._module).__name__}` writes to its input, which its first call"
+                " did not show, so it cannot be recomputed in backward. Work on a copy"
+                " (`inplace=False`, `x.clone()`), or use `checkpoint='never'`."
             )
         del self._copies
         traveller.begin_segment()
         return stage_values.map_tensors(self._promise, output)
 
     def backward(self, keep: bool, timed: Timed) -> None:
-        """As `Segment.backward`."""
+        """Recompute the unit and run its backward, as `Segment.backward` does."""
         seeds = [tensor.grad for tensor in self._promised]
         for tensor in self._promised:
             tensor.grad = None
@@ -117,7 +118,7 @@ class Recomputed:
             crossing.leaf.grad = again[id(crossing.leaf)].grad
 
     def _keep(self, tensor: Tensor, traveller: Traveller) -> Tensor:
-        """What is kept of an argument's tensor: its value, and its place in the graph."""
+        """Keep an argument's tensor without its graph, and note where it came from."""
         if isinstance(tensor, nn.Parameter):
             return tensor
         leaf = tensor.detach()
@@ -139,7 +140,7 @@ class Recomputed:
 
 
 def is_worth_it(module: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether a unit has a graph, and may be computed twice.
+    """Return whether a unit has a graph and can be computed twice without harm.
 
     An object among its arguments, such as a cache, would be changed twice.
     """

@@ -1,4 +1,4 @@
-"""What modules remember from one call of `forward` to the next, taken back for recomputation."""
+"""Restore state that modules keep between calls of `forward`, for recomputation."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat.torch_modules import BLANK, WEIGHTS, buffers_of
+
 _MISSING = object()
 # A place: the dict that holds it and its key.
 _Place = tuple[dict[str, Any], str]
 
 
 class Moment(NamedTuple):
-    """What some places held at one time.
+    """Snapshot of some attributes and buffers at one time.
 
     Attributes:
         held: By the dict's `id`: the dict and what was in it.
@@ -40,11 +42,11 @@ class Memory:
         self._written: set[tuple[int, str]] | None = None
 
     def before(self) -> Moment:
-        """What there is now, to be handed to `after` once a micro-batch has been computed."""
+        """Snapshot before a micro-batch is computed, to be passed to `after`."""
         return Moment(self._held(), self._copies(), self._contents())
 
     def after(self, before: Moment) -> Moment:
-        """What the micro-batch has changed, as it was before."""
+        """Former values of everything that the micro-batch has changed."""
         held = []
         for holder, entries in before.held:
             changed = {key: entries.get(key, _MISSING) for key in {**entries, **holder}}
@@ -59,7 +61,7 @@ class Memory:
 
     @contextmanager
     def rewound(self, moment: Moment) -> Iterator[None]:
-        """Compute a micro-batch again from what it found the first time; leaves no trace.
+        """Context to recompute a micro-batch from its state of the first time; leaves no trace.
 
         Args:
             moment: What `after` returned then.
@@ -83,13 +85,13 @@ class Memory:
                 _fill(container, kept)
 
     def _held(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        holders = (h for module in self._modules for h in (vars(module), module._buffers))
+        holders = (h for module in self._modules for h in (vars(module), buffers_of(module)))
         return [(holder, dict(holder)) for holder in holders]
 
     def _copies(self) -> list[tuple[_Place, Tensor]]:
         found = []
         for module in self._modules:
-            for holder in (module._buffers, vars(module)):
+            for holder in (buffers_of(module), vars(module)):
                 for key, value in holder.items():
                     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
                         continue
@@ -106,7 +108,7 @@ class Memory:
         ]
 
 
-_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
+_OWN = BLANK | {WEIGHTS}
 """What torch itself keeps in every module."""
 
 
@@ -143,5 +145,5 @@ def _is_same(value: Any, copy: Tensor) -> bool:
 
 
 def memories(modules: Sequence[Sequence[nn.Module]]) -> list[Memory]:
-    """Of each stage."""
+    """Memory of each stage."""
     return [Memory(of_stage) for of_stage in modules]

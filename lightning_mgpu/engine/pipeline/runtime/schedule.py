@@ -1,4 +1,4 @@
-"""The pipeline's timetable: which stage works on which micro-batch, and when.
+"""Timetable of a pipeline: the order in which micro-batches visit the stages.
 
 Forward is that of GPipe (Huang et al., 2019): stage `s` works on micro-batch `t - s` at tick `t`.
 Three stages and four micro-batches::
@@ -8,7 +8,15 @@ Three stages and four micro-batches::
     stage 1       0    1    2    3
     stage 2            0    1    2    3
 
-Backward is its mirror: it begins with the last stage and the last micro-batch.
+Backward is its mirror: it begins with the last stage and the last micro-batch::
+
+    tick     6    7    8    9   10   11
+    stage 0            3    2    1    0
+    stage 1       3    2    1    0
+    stage 2  3    2    1    0
+
+Ticks are for planning only. What holds in a run is the order at each device (`turns`): nobody waits
+for the end of a tick.
 """
 
 import functools
@@ -18,7 +26,7 @@ from typing import NamedTuple
 
 
 class Visit(NamedTuple):
-    """A micro-batch's stay at a stage: its `number`-th of all, counted from 0."""
+    """Visit of a micro-batch to a stage: its `number`-th of all, counted from 0."""
 
     chunk: int
     number: int
@@ -32,7 +40,7 @@ class Task(NamedTuple):
 
 
 class Timetable(NamedTuple):
-    """Who is let in where.
+    """Order in which micro-batches enter the stages.
 
     Attributes:
         ticks: The visits of each tick, if all take equally long.
@@ -48,7 +56,7 @@ class Timetable(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def timetable(way: tuple[int, ...], chunks: int, doors: int) -> Timetable:
-    """The order in which micro-batches that all take the same way are let in.
+    """Compute the order in which micro-batches of the same route visit the stages.
 
     For a way that goes through each door once that is GPipe's. On other ways, such as those of
     several stages on a device, a door lets in who is furthest on the way (depth first), or who is
@@ -102,7 +110,7 @@ def _visits(way: Sequence[int], chunks: int, at_once: int, depth_first: bool) ->
 
 
 def waiting(seconds: Sequence[float], chunks: int, devices: int | None = None) -> float:
-    """The share of time in which devices wait, if each stage takes as long for every micro-batch.
+    """Share of time in which devices wait, if a stage takes equally long for each micro-batch.
 
     The slowest device sets the pace: the others wait for it, beside the bubble.
 

@@ -1,4 +1,4 @@
-"""The pieces of a micro-batch's graph: each lies with one stage, and has a backward of its own."""
+"""Segments of a micro-batch's graph: each belongs to one stage and has its own backward."""
 
 from bisect import bisect_right
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Crossing:
 
 @dataclass(eq=False)
 class Segment:
-    """What one stage computes of a micro-batch without a break.
+    """Part of a micro-batch's graph that one stage computes without interruption.
 
     Attributes:
         stage: The stage.
@@ -81,21 +81,21 @@ class Graph:
 
     @property
     def start(self) -> int:
-        """The position at which the segment at hand begins."""
+        """Position at which the current segment begins."""
         return self._starts[-1]
 
     def add(self, segment: Any, start: int) -> None:
-        """Have a segment begin at a position."""
+        """Start a segment at a position."""
         self._segments.append(segment)
         self._starts.append(start)
 
     def at(self, made: int) -> Any:
-        """The segment that a position belongs to; `None` if it is before all."""
+        """Segment that a position belongs to; `None` if it is before all."""
         index = bisect_right(self._starts, made) - 1
         return self._segments[index] if index >= 0 else None
 
     def of(self, tensor: Tensor) -> Any:
-        """The segment in which a tensor was made that has a graph."""
+        """Segment in which a tensor with a graph was made."""
         made = graph_position.of(tensor)
         assert made is not None
         return self.at(made)
@@ -109,6 +109,6 @@ class Stay:
     segments: list[Any] = field(default_factory=list)
 
     def backward(self, keep: bool, timed: Timed) -> None:
-        """Of all, last to first."""
+        """Run backward of the segments, last to first."""
         for segment in reversed(self.segments):
             segment.backward(keep, timed)

@@ -1,4 +1,4 @@
-"""What stands for tensors of earlier segments in the segment at hand.
+"""Replacements for tensors of earlier segments in the current segment.
 
 A tensor that another segment has made is cut off from its graph, and lies on the device of the
 stage that computes next. Each has one stand-in a segment, so that `x is x` stays true, and what is
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import base_of, is_view, version_of
 from lightning_mgpu.engine.batch.containers import is_container, parts, rebuild
 from lightning_mgpu.engine.device import copied
 from lightning_mgpu.engine.pipeline import stage_values
@@ -19,7 +20,7 @@ from lightning_mgpu.engine.pipeline.runtime.segments import Crossing, Graph
 
 
 class _StandIn(NamedTuple):
-    """What stands for a tensor of an earlier segment.
+    """Replacement for a tensor of an earlier segment.
 
     Attributes:
         original: The tensor, kept alive so that its `id` is its own.
@@ -33,11 +34,11 @@ class _StandIn(NamedTuple):
 
     @property
     def is_written(self) -> bool:
-        return not self.tensor.is_inference() and self.tensor._version != self.version
+        return not self.tensor.is_inference() and version_of(self.tensor) != self.version
 
 
 class StandIns:
-    """A micro-batch's.
+    """Replacements for one micro-batch's tensors.
 
     Args:
         graph: Its segments.
@@ -60,16 +61,16 @@ class StandIns:
         self._rebased: list[Tensor] = []
 
     def begin(self, stage: int) -> None:
-        """A segment begins, in which nothing stands for anything yet."""
+        """Start a segment without any replacements."""
         self._stage = stage
         self._here.clear()
 
     def end(self) -> None:
-        """No segment follows."""
+        """Finish the last segment."""
         self._here.clear()
 
     def bring(self, value: Any) -> Any:
-        """A value whose tensors are those of the segment at hand; lists and dicts stay the same."""
+        """Replace tensors in a value by those of the current segment; containers stay the same."""
         if isinstance(value, Tensor):
             return self.fit(value)
         if type(value) is list:
@@ -96,7 +97,7 @@ class StandIns:
         return value
 
     def latest(self, tensor: Tensor) -> Tensor:
-        """A tensor, or what stands for it and has been written to instead."""
+        """The tensor, or its replacement if that has been written to."""
         last = self._last.get(id(tensor))
         while last is not None and last.is_written:
             tensor = last.tensor
@@ -104,12 +105,12 @@ class StandIns:
         return tensor
 
     def was_copied_and_written(self, tensor: Tensor) -> bool:
-        """Whether something has been written to a copy of it on another device."""
+        """Return whether a copy of the tensor on another device has been written to."""
         last = self._last.get(id(tensor))
         return last is not None and last.is_written and last.tensor.device != tensor.device
 
     def fit(self, tensor: Tensor) -> Tensor:
-        """A tensor, as the segment at hand may have it."""
+        """Return a tensor for use in the current segment."""
         if not self._last and not self._rebased and not self._is_foreign(tensor):
             return tensor
         # (What was made without a graph must not stand for it where there is one.)
@@ -121,14 +122,14 @@ class StandIns:
         source = self.latest(tensor)
         made = self._made_for(source)
         if made is not source:
-            version = -1 if made.is_inference() else made._version
+            version = -1 if made.is_inference() else version_of(made)
             self._here[key] = _StandIn(tensor, made, version)
             # (The tensor itself may have been replaced by the source before.)
             self._last[id(source)] = _StandIn(source, made, version)
         return made
 
     def _is_foreign(self, tensor: Tensor) -> bool:
-        """Whether it may be another stage's or an earlier segment's."""
+        """Return whether a tensor may belong to another stage or an earlier segment."""
         if self._has_several_devices and tensor.device != self._devices[self._stage]:
             return True
         if not tensor.requires_grad:
@@ -137,9 +138,9 @@ class StandIns:
         return made is None or made < self._graph.start
 
     def _made_for(self, source: Tensor) -> Tensor:
-        """What stands for a tensor in the segment at hand; the same if it may be used itself."""
+        """Replacement for a tensor in the current segment; itself if it can be used directly."""
         is_foreign = self._is_foreign(source)
-        if is_foreign or source._is_view():
+        if is_foreign or is_view(source):
             self._check_memory(source)
         if not is_foreign:
             return source
@@ -156,7 +157,7 @@ class StandIns:
         return copied(source, device) if is_elsewhere else source
 
     def _check_memory(self, tensor: Tensor) -> None:
-        """Refuse a tensor whose memory has been written to by another, of another segment.
+        """Refuse a tensor whose memory another segment's tensor has written to.
 
         On one device, autograd would know of it: they are views of each other. (It makes the node
         of such a view anew, so that it seems to be one of the segment at hand.)
@@ -167,18 +168,18 @@ class StandIns:
         replaced = {id(stand_in.original): stand_in.tensor for stand_in in written}
         pairs = [(stand_in.original, stand_in.tensor) for stand_in in written]
         memory = _memory(tensor)
-        base = tensor._base if tensor._is_view() else None
+        base = base_of(tensor) if is_view(tensor) else None
         for original, latest in [*pairs, *((own, own) for own in self._rebased)]:
             while id(latest) in replaced:
                 latest = replaced[id(latest)]
             if memory not in (_memory(original), _memory(latest)) or latest is tensor:
                 continue
-            if base is not None and any(base is own for own in (latest, latest._base)):
+            if base is not None and any(base is own for own in (latest, base_of(latest))):
                 continue
             raise RuntimeError(
-                f"A tensor of shape {tuple(tensor.shape)} shares memory with another that has been"
-                " written to in place since, on another stage of the pipeline. Write to a copy"
-                " (`x = x.clone()`, `inplace=False`)."
+                f"A tensor of shape {tuple(tensor.shape)} shares memory with another that was"
+                " written to in place afterwards, on another stage of the pipeline. Write to"
+                " a copy (`x = x.clone()`, `inplace=False`)."
             )
 
     def _cut(self, source: Tensor, made_at: int, device: torch.device) -> Tensor:
@@ -189,23 +190,23 @@ class StandIns:
         return stage_values.enter(leaf)
 
     def fit_written(self, tensor: Tensor) -> Tensor:
-        """A tensor that is about to be written to, as one of the segment at hand."""
+        """Return a tensor for in-place writes in the current segment."""
         made_at = graph_position.of(tensor) if tensor.requires_grad else None
         last = self._last.get(id(tensor))
         if last is not None:
             return self.fit(tensor)
         if made_at is None or made_at >= self._graph.start or not torch.is_grad_enabled():
             return tensor
-        if tensor.device != self._devices[self._stage] or tensor._is_view():
+        if tensor.device != self._devices[self._stage] or is_view(tensor):
             raise RuntimeError(
                 "The code between layers writes in place to a tensor of shape"
-                f" {tuple(tensor.shape)} that another stage of the pipeline has made. Write to a"
-                " copy of it (`x = x.clone()`)."
+                f" {tuple(tensor.shape)} that another stage of the pipeline has made. Write to"
+                " a copy of it (`x = x.clone()`)."
             )
         return self._rebase(tensor, made_at)
 
     def _rebase(self, tensor: Tensor, made_at: int) -> Tensor:
-        """Make a tensor of an earlier segment one of this segment, the object that it is."""
+        """Move a tensor of an earlier segment into this one, keeping its identity."""
         source = stage_values.enter(tensor)  # (no view, which would follow the tensor)
         tensor.detach_()
         leaf = tensor.detach().requires_grad_()

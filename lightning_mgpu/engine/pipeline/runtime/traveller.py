@@ -1,4 +1,4 @@
-"""One micro-batch on its way through the stages.
+"""State of one micro-batch on its way through the stages.
 
 A thread runs the module's own `forward` for it::
 
@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mgpu._compat.torch import next_node_number
 from lightning_mgpu.engine.device import make_current
-from lightning_mgpu.engine.pipeline.runtime import graph_position
 from lightning_mgpu.engine.pipeline.runtime.glue import Glue
 from lightning_mgpu.engine.pipeline.runtime.segments import Graph, Segment, Stay
 from lightning_mgpu.engine.pipeline.runtime.stand_ins import StandIns
 
 
 class Traveller:
-    """A micro-batch's state while it is computed.
+    """State of a micro-batch while it is computed.
 
     Args:
         chunk: Its number.
@@ -65,7 +65,7 @@ class Traveller:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Within, the calling thread computes this micro-batch."""
+        """Context in which the calling thread computes this micro-batch."""
         _local.traveller = self
         try:
             with self._glue:
@@ -79,22 +79,22 @@ class Traveller:
             self.stand_ins.end()
 
     def settle(self) -> None:
-        """Forget what only forward needs."""
+        """Discard what only forward needs."""
         # Without circles, or activations would wait for the garbage collector.
         del self._enter, self._entered, self._leave, self._glue, self.stand_ins
 
     def forget(self) -> None:
-        """Keep nothing for a backward."""
+        """Discard what backward needs."""
         self.stays, self.graph = [], Graph()
 
     @property
     def device(self) -> torch.device:
-        """That of the stage at hand."""
+        """Device of the current stage."""
         assert self.stage is not None
         return self._devices[self.stage]
 
     def go(self, stage: int) -> None:
-        """Hand over to a stage, unless that is where it is."""
+        """Move to a stage, unless it is there already."""
         if stage == self.stage:
             return
         self.rest()
@@ -106,25 +106,25 @@ class Traveller:
         self.begin_segment()
 
     def rest(self) -> None:
-        """Give up the stage it is at."""
+        """Release the current stage."""
         if self.stage is not None:
             self._leave(self)
             self.stage = None
 
     def begin_segment(self, segment: Any = None) -> None:
-        """Begin a segment at the stage at hand.
+        """Start a segment at the current stage.
 
         Args:
             segment: The segment, if it is none like others.
         """
         assert self.stage is not None
         segment = segment or Segment(self.stage)
-        self.graph.add(segment, graph_position.now())
+        self.graph.add(segment, next_node_number())
         self.stays[-1].segments.append(segment)
         self.stand_ins.begin(self.stage)
 
     def enter_unit(self, name: str, stage: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """A submodule is about to be computed; returns its arguments as its stage may have them."""
+        """Prepare for a submodule's call; returns its arguments on the stage's device."""
         self._inside.append((stage, name))
         self._glue.pause()
         self.unit = name
@@ -132,12 +132,12 @@ class Traveller:
         return self.stand_ins.bring(args), self.stand_ins.bring(kwargs)
 
     def abandon_unit(self) -> None:
-        """It has failed."""
+        """Clean up after the submodule has failed."""
         self._inside.pop()
         self._glue.resume()
 
     def leave_unit(self, output: Any) -> Any:
-        """It has been computed; returns its output, for whoever has called it."""
+        """Finish a submodule's call; returns its output for the caller."""
         self._inside.pop()
         self._glue.resume()
         self.unit = None

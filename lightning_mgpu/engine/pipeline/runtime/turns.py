@@ -1,4 +1,4 @@
-"""Who may work on which device, and when: one micro-batch at a time, in the timetable's order."""
+"""Give stages to micro-batches one at a time, in the timetable's order."""
 
 import threading
 from collections.abc import Sequence
@@ -9,9 +9,24 @@ from lightning_mgpu.engine.worker_thread import Cancelled
 # How often a micro-batch that waits looks whether it has been cancelled.
 _POLL_SECONDS = 0.05
 
+# Two doors and three micro-batches, of which two are on their way at once; `1.0` is visit 0 of
+# micro-batch 1. What a door expects comes from the timetable, and is let in in this order:
+#
+#                                door 0                 door 1
+#                                inside   expects       inside   expects
+#     at first                   -        0.0 1.0 2.0   -        0.1 1.1 2.1
+#     0 and 1 come to door 0     0.0      1.0 2.0       -        0.1 1.1 2.1     1 waits
+#     0 leaves for door 1        1.0      2.0           0.1      1.1 2.1
+#     1 leaves for door 1        -        2.0           0.1      1.1 2.1         1 waits
+#     0 leaves and is done;      2.0      -             1.1      2.1
+#     its thread takes 2
+#
+# Had 1 left out stage 0 and come to door 1 at once, `drop` would have taken 1.0 off door 0's list,
+# so that 2.0 is next there.
+
 
 class Turns:
-    """The stages' doors. A micro-batch holds one at most, and none while it waits.
+    """Locks of the stages. A micro-batch holds one at most, and none while it waits.
 
     What the timetable lists for a door is let in in that order. A visit that it does not list is
     let in whenever the door is free, and one that turns out not to take place is passed over, so
@@ -56,13 +71,13 @@ class Turns:
             raise Cancelled()
 
     def leave(self, stage: int) -> None:
-        """Give up a stage."""
+        """Release a stage."""
         with self._lock:
             self._doors[self._door_of[stage]].busy = False
             self._open()
 
     def finish(self, chunk: int) -> None:
-        """A micro-batch makes no more visits."""
+        """Declare that a micro-batch makes no more visits."""
         with self._lock:
             for door in self._doors:
                 door.drop(chunk, None)
@@ -70,7 +85,7 @@ class Turns:
             self._open()
 
     def close(self) -> None:
-        """Send everybody away."""
+        """Make everybody who waits or enters raise an error."""
         with self._lock:
             self._closed = True
             for _, _, event in self._waiting.values():
@@ -100,7 +115,7 @@ class _Door:
         return next((v for v in self.order if v.chunk == chunk and v.number >= number), None)
 
     def drop(self, chunk: int, number: int | None, keep: Visit | None = None) -> None:
-        """Expect no visit of a micro-batch any more that comes before the one to be kept."""
+        """Drop a micro-batch's expected visits before the one to be kept."""
         last = keep.number if keep is not None else number
         self.order = [
             v

@@ -1,4 +1,4 @@
-"""The hooks by which micro-batches notice that they come to a unit."""
+"""Hooks that notify micro-batches of calls of units."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mgpu._compat import torch_modules
 from lightning_mgpu.engine.device import copied
 from lightning_mgpu.engine.pipeline import stage_values
 from lightning_mgpu.engine.pipeline.runtime.recompute import Recomputed
@@ -20,7 +21,7 @@ Recompute = Callable[[Traveller, nn.Module, Any, Any], Recomputed | None]
 
 
 class Units:
-    """The submodules that belong to stages.
+    """Submodules that belong to stages.
 
     Args:
         stage_of: By name, each unit and its stage.
@@ -38,7 +39,7 @@ class Units:
 
     @contextmanager
     def attached(self, recompute: Recompute | None = None) -> Iterator[None]:
-        """Within, calls of units are noticed.
+        """Context in which calls of units are noticed.
 
         Args:
             recompute: Decides what is to be computed again in backward.
@@ -67,30 +68,19 @@ class _Unit:
 
     def attach(self, recompute: Recompute | None) -> None:
         self._recompute = recompute
-        module: Any = self._module
-        if module._compiled_call_impl is not None:
+        compiled = torch_modules.compiled_call(self._module)
+        if compiled is not None:
             # What is compiled in place has its hooks compiled, too.
-            self._compiled = module._compiled_call_impl
-            vars(module)["_compiled_call_impl"] = self._call_compiled
+            self._compiled = compiled
+            torch_modules.set_compiled_call(self._module, self._call_compiled)
             return
-        module._forward_pre_hooks[_HOOK] = self._before
-        module._forward_pre_hooks.move_to_end(_HOOK, last=False)
-        module._forward_pre_hooks_with_kwargs[_HOOK] = True
-        module._forward_hooks[_HOOK] = self._after
-        module._forward_hooks_always_called[_HOOK] = True
+        torch_modules.attach_around(self._module, _HOOK, self._before, self._after)
 
     def detach(self) -> None:
-        module: Any = self._module
-        if module._compiled_call_impl is not None:
-            vars(module)["_compiled_call_impl"] = self._compiled
+        if torch_modules.compiled_call(self._module) is not None:
+            torch_modules.set_compiled_call(self._module, self._compiled)
             return
-        for hooks in (
-            module._forward_pre_hooks,
-            module._forward_pre_hooks_with_kwargs,
-            module._forward_hooks,
-            module._forward_hooks_always_called,
-        ):
-            hooks.pop(_HOOK, None)
+        torch_modules.detach(self._module, _HOOK)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         traveller = current()

@@ -1,1 +1,1 @@
-"""The page, drawn by plotly."""
+"""HTML page of a report, drawn by plotly."""

@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 
 from lightning_mgpu.sweep.report.axes import metric_axis
 from lightning_mgpu.sweep.report.html.style import about, described, styled
-from lightning_mgpu.sweep.report.model import STATUSES, Sweep
+from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory
 from lightning_mgpu.sweep.report.views import (
     BEST,
     COLOURS,
@@ -24,7 +24,7 @@ _END = {
 _FEW = 12  # epochs, each of which has a mark
 
 
-def learning_curves(sweep: Sweep) -> go.Figure | None:
+def learning_curves(sweep: SweepHistory) -> go.Figure | None:
     """The metric over epochs, or over trials if each has reported once; `None` without any."""
     found = curves(sweep)
     if not found:
@@ -48,7 +48,7 @@ def learning_curves(sweep: Sweep) -> go.Figure | None:
     return figure
 
 
-def _results(sweep: Sweep) -> go.Figure:
+def _results(sweep: SweepHistory) -> go.Figure:
     figure = go.Figure()
     for status in STATUSES:
         members = [curve.trial for curve in curves(sweep) if curve.trial.status == status]
@@ -72,14 +72,14 @@ def _results(sweep: Sweep) -> go.Figure:
 
 def _add(
     figure: go.Figure,
-    sweep: Sweep,
+    sweep: SweepHistory,
     members: list[Curve],
     name: str,
     colour: str,
     width: float,
     opacity: float,
 ) -> None:
-    """Curves that go together are one trace, so that the legend hides them together."""
+    """Add related curves as one trace, so that the legend hides them together."""
     points = [point for curve in members for point in _points(sweep, curve)]
     x, y, texts, sizes = zip(*points, strict=True)
     status = members[0].trial.status
@@ -102,8 +102,8 @@ def _add(
     )
 
 
-def _points(sweep: Sweep, curve: Curve) -> list[tuple[float | None, float | None, str, int]]:
-    """Place, value, words and size of the mark; with a gap after each piece."""
+def _points(sweep: SweepHistory, curve: Curve) -> list[tuple[float | None, float | None, str, int]]:
+    """Position, value, text and size of each mark; with a gap after each piece."""
     # All that is known of a trial is said at its end alone, or the page would be large.
     words = f"<b>trial {curve.trial.number}</b>, {curve.trial.status}"
     points: list[tuple[float | None, float | None, str, int]] = []
@@ -120,6 +120,6 @@ def _with_opacity(colour: str, opacity: float) -> str:
     return f"rgba({red},{green},{blue},{opacity:.2f})"
 
 
-def unit(sweep: Sweep) -> str:
-    """What is on the axis of curves."""
+def unit(sweep: SweepHistory) -> str:
+    """Unit of the curves' horizontal axis."""
     return "epoch" if sweep.has_epochs else "report"

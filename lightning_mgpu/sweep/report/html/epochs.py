@@ -1,16 +1,16 @@
-"""How many epochs each trial was given, and how many it was not."""
+"""Bar chart: epochs trained and epochs saved by early stopping, per trial."""
 
 import plotly.graph_objects as go
 
 from lightning_mgpu.sweep.report.html.style import about, styled
-from lightning_mgpu.sweep.report.model import STATUSES, Sweep
+from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory
 from lightning_mgpu.sweep.report.views import COLOURS, longest_first
 
 _NUMBERS = 40  # of trials; where there are more, some are left out
 
 
-def epochs(sweep: Sweep) -> go.Figure | None:
-    """What each trial was given, and what stopping it has saved; `None` with nothing to see."""
+def epochs(sweep: SweepHistory) -> go.Figure | None:
+    """Draw epochs trained and saved per trial; `None` without epochs to show."""
     if not sweep.has_epochs or sweep.longest <= 1:
         return None
     order = {trial.number: place for place, trial in enumerate(longest_first(sweep))}
@@ -30,7 +30,7 @@ def epochs(sweep: Sweep) -> go.Figure | None:
     return figure
 
 
-def _trained(figure: go.Figure, sweep: Sweep, order: dict[int, int]) -> None:
+def _trained(figure: go.Figure, sweep: SweepHistory, order: dict[int, int]) -> None:
     for status in STATUSES:
         members = [t for t in sweep.trials if t.number in order and t.status == status]
         if members:
@@ -45,7 +45,7 @@ def _trained(figure: go.Figure, sweep: Sweep, order: dict[int, int]) -> None:
             )
 
 
-def _saved(figure: go.Figure, sweep: Sweep, order: dict[int, int]) -> None:
+def _saved(figure: go.Figure, sweep: SweepHistory, order: dict[int, int]) -> None:
     cut = [trial for trial in sweep.trials if trial.number in order and sweep.saved(trial)]
     if cut:
         figure.add_bar(

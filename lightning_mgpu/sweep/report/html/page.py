@@ -1,4 +1,4 @@
-"""The report's page: one file that needs no other."""
+"""Write the report as one self-contained HTML page."""
 
 from collections.abc import Iterator
 from html import escape
@@ -9,14 +9,15 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from lightning_mgpu.format import duration
 from lightning_mgpu.sweep.report.html.curves import learning_curves
 from lightning_mgpu.sweep.report.html.epochs import epochs
 from lightning_mgpu.sweep.report.html.parameters import importances, parallel, scatter
 from lightning_mgpu.sweep.report.html.table import table
 from lightning_mgpu.sweep.report.html.worker_lanes import workers
 from lightning_mgpu.sweep.report.importance import Importance
-from lightning_mgpu.sweep.report.lanes import Timeline, clock, timeline
-from lightning_mgpu.sweep.report.model import Sweep
+from lightning_mgpu.sweep.report.lanes import WorkerTimeline, timeline
+from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.views import counts, has_curves, saving
 
 _CONFIG = {
@@ -28,7 +29,7 @@ _COLUMN_WIDTH = 130  # of an axis of parallel coordinates, in pixels
 
 
 class _Section(NamedTuple):
-    """A figure, or what is there to read instead."""
+    """A figure, or a text in its place."""
 
     name: str
     title: str
@@ -38,7 +39,7 @@ class _Section(NamedTuple):
     width: int = 0
 
 
-def write(sweep: Sweep, importance: Importance | None, path: Path) -> None:
+def write(sweep: SweepHistory, importance: Importance | None, path: Path) -> None:
     """Write the page."""
     sections = list(_sections(sweep, importance))
     links = [("all-trials", "Trials"), *((section.name, section.title) for section in sections)]
@@ -64,7 +65,7 @@ def write(sweep: Sweep, importance: Importance | None, path: Path) -> None:
     temporary.replace(path)  # whole at any time
 
 
-def _about(sweep: Sweep) -> str:
+def _about(sweep: SweepHistory) -> str:
     where = sweep.directory.absolute()
     return (
         f"search: {escape(sweep.search_alg)}, scheduler: {escape(sweep.scheduler)}, in"
@@ -72,12 +73,12 @@ def _about(sweep: Sweep) -> str:
     )
 
 
-def _sections(sweep: Sweep, importance: Importance | None) -> Iterator[_Section]:
+def _sections(sweep: SweepHistory, importance: Importance | None) -> Iterator[_Section]:
     yield from _of_results(sweep, importance)
     yield from _of_time(sweep)
 
 
-def _of_results(sweep: Sweep, importance: Importance | None) -> Iterator[_Section]:
+def _of_results(sweep: SweepHistory, importance: Importance | None) -> Iterator[_Section]:
     yield _Section(
         "curves",
         "Learning curves",
@@ -116,12 +117,12 @@ def _of_results(sweep: Sweep, importance: Importance | None) -> Iterator[_Sectio
     )
 
 
-def _of_time(sweep: Sweep) -> Iterator[_Section]:
+def _of_time(sweep: SweepHistory) -> Iterator[_Section]:
     found = timeline(sweep)
     yield _Section(
         "workers",
         "Trials on workers",
-        f"{_workers(found)}, {clock(found.end)}, busy {found.busy:.0%} of the time.",
+        f"{_workers(found)}, {duration(found.end)}, busy {found.busy:.0%} of the time.",
         workers(sweep),
         "No trial has started.",
     )
@@ -134,7 +135,7 @@ def _of_time(sweep: Sweep) -> Iterator[_Section]:
     )
 
 
-def _better(sweep: Sweep, ending: str = "er") -> str:
+def _better(sweep: SweepHistory, ending: str = "er") -> str:
     return ("high" if sweep.mode == "max" else "low") + ending
 
 
@@ -153,7 +154,7 @@ def _html(section: _Section) -> str:
     return f'<section id="{section.name}">\n<h2>{section.title}</h2>\n{content}\n</section>'
 
 
-def _trials(sweep: Sweep) -> str:
+def _trials(sweep: SweepHistory) -> str:
     note = "Click on a column to sort by it."
     return (
         f'<section id="all-trials">\n<h2>Trials</h2>\n<p class="note">{note}</p>'
@@ -161,7 +162,7 @@ def _trials(sweep: Sweep) -> str:
     )
 
 
-def _cards(sweep: Sweep) -> Iterator[str]:
+def _cards(sweep: SweepHistory) -> Iterator[str]:
     best = sweep.best()
     if best is not None:
         yield _card(f"best {sweep.metric}", f"{sweep.value(best):.5g}", f"trial {best.number}")
@@ -171,7 +172,7 @@ def _cards(sweep: Sweep) -> Iterator[str]:
     yield _card("trials", str(len(sweep.trials)), ended)
     found = timeline(sweep)
     on_workers = sum(trial.seconds for trial in sweep.trials)
-    yield _card("time", clock(found.end), f"{clock(on_workers)} on {_workers(found)}")
+    yield _card("time", duration(found.end), f"{duration(on_workers)} on {_workers(found)}")
     if sweep.has_epochs:
         trained = sum(map(sweep.epochs, sweep.trials))
         saved = sum(map(sweep.saved, sweep.trials))
@@ -179,7 +180,7 @@ def _cards(sweep: Sweep) -> Iterator[str]:
         yield _card("epochs saved", f"{share:.0%}", f"{trained:.5g} trained, {saved:.5g} saved")
 
 
-def _workers(found: Timeline) -> str:
+def _workers(found: WorkerTimeline) -> str:
     return f"{len(found.lanes)} {'worker' if len(found.lanes) == 1 else 'workers'}"
 
 
@@ -189,7 +190,7 @@ def _card(title: str, value: str, more: str) -> str:
     )
 
 
-def _best(sweep: Sweep) -> str:
+def _best(sweep: SweepHistory) -> str:
     best = sweep.best()
     if best is None or not best.command:
         return ""

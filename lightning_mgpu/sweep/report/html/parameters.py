@@ -1,4 +1,4 @@
-"""The values that were searched, and what they did to the metric."""
+"""Figures of the searched values and their effect on the metric."""
 
 import math
 from html import escape
@@ -10,13 +10,13 @@ from plotly.subplots import make_subplots
 from lightning_mgpu.sweep.report.axes import Axis, axis_of, jitter, metric_axis, shorten
 from lightning_mgpu.sweep.report.html.style import about, described, styled
 from lightning_mgpu.sweep.report.importance import Importance
-from lightning_mgpu.sweep.report.model import STATUSES, Sweep, Trial
+from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory, Trial
 from lightning_mgpu.sweep.report.views import BEST, COLOURS, complete
 
 _COLUMNS = 3
 
 
-def parallel(sweep: Sweep) -> go.Figure | None:
+def parallel(sweep: SweepHistory) -> go.Figure | None:
     """A line for each trial through its values to the metric; `None` with fewer than two."""
     axes = [axis_of(sweep, dimension) for dimension in sweep.dimensions]
     found = complete(sweep)
@@ -62,8 +62,8 @@ def _column(axis: Axis, values: list[Any]) -> dict[str, Any]:
     return column
 
 
-def importances(sweep: Sweep, importance: Importance | None) -> go.Figure | None:
-    """A bar for each value; `None` if there is nothing to say."""
+def importances(sweep: SweepHistory, importance: Importance | None) -> go.Figure | None:
+    """A bar for each value's importance; `None` if it cannot be estimated."""
     if importance is None:
         return None
     axes = {dimension.name: axis_of(sweep, dimension) for dimension in sweep.dimensions}
@@ -89,7 +89,7 @@ def importances(sweep: Sweep, importance: Importance | None) -> go.Figure | None
     return figure
 
 
-def scatter(sweep: Sweep) -> go.Figure | None:
+def scatter(sweep: SweepHistory) -> go.Figure | None:
     """The metric against each value; `None` without a trial that has a result."""
     found, axes = sweep.valued(), [axis_of(sweep, dimension) for dimension in sweep.dimensions]
     if not found or not axes:
@@ -120,7 +120,7 @@ def scatter(sweep: Sweep) -> go.Figure | None:
 
 def _points(
     figure: go.Figure,
-    sweep: Sweep,
+    sweep: SweepHistory,
     axis: Axis,
     members: list[tuple[Trial, float]],
     name: str,
@@ -152,6 +152,6 @@ def _points(
 
 
 def _angle(axis: Axis) -> int:
-    """Names that are long or many are written at a slant."""
+    """Angle of labels: slanted if they are long or many."""
     words = [shorten(name) for name in axis.categories or ()]
     return -35 if sum(map(len, words)) > 36 else 0

@@ -1,4 +1,4 @@
-"""How plotly's figures look, and what they say of a trial."""
+"""Style of plotly's figures, and their texts about trials."""
 
 import math
 from html import escape
@@ -7,14 +7,14 @@ from typing import Any
 import plotly.graph_objects as go
 
 from lightning_mgpu.sweep.report.axes import Axis, shorten, text
-from lightning_mgpu.sweep.report.model import Sweep, Trial
+from lightning_mgpu.sweep.report.model import SweepHistory, Trial
 
 _GRID = "#e8eaed"
 _HOVERED = 12  # values of a trial that are shown where the mouse is
 
 
 def styled(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
-    """The look that all figures share."""
+    """Apply the style common to all figures."""
     figure.update_layout(
         template="plotly_white",
         height=height,
@@ -32,7 +32,7 @@ def styled(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
 
 
 def described(axis: Axis, **more: Any) -> dict[str, Any]:
-    """An axis in plotly's words."""
+    """Plotly's description of an axis."""
     found: dict[str, Any] = {"title": {"text": escape(shorten(axis.label, 40))}, **more}
     if axis.log:
         found["type"] = "log"
@@ -43,8 +43,8 @@ def described(axis: Axis, **more: Any) -> dict[str, Any]:
     return found
 
 
-def about(sweep: Sweep, trial: Trial) -> str:
-    """A trial in words, for where the mouse is."""
+def about(sweep: SweepHistory, trial: Trial) -> str:
+    """Describe a trial for the hover text."""
     value = sweep.value(trial)
     lines = [f"<b>trial {trial.number}</b>, {trial.status}"]
     if trial.reason:

@@ -1,17 +1,17 @@
-"""The table of trials."""
+"""HTML table of trials."""
 
 import math
 from dataclasses import dataclass
 from html import escape
 
+from lightning_mgpu.format import duration
 from lightning_mgpu.sweep.report.axes import axis_of, is_number, shorten, text
-from lightning_mgpu.sweep.report.lanes import clock
-from lightning_mgpu.sweep.report.model import Sweep, Trial
+from lightning_mgpu.sweep.report.model import SweepHistory, Trial
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """What is shown, and by what it is sorted: numbers first, then words, then what is empty."""
+    """Table cell: text shown, and sort key (numbers first, then words, then empty cells)."""
 
     shown: str
     key: str | float | None
@@ -19,7 +19,7 @@ class _Cell:
     is_name: bool = False
 
     def html(self) -> str:
-        """As it stands in the page."""
+        """HTML of the cell."""
         if isinstance(self.key, float) and math.isfinite(self.key):
             attributes = f' class="number" data-key="{self.key!r}"'
         elif self.key is None:
@@ -31,8 +31,8 @@ class _Cell:
         return f"<{tag}{attributes}{title}>{self.shown}</{tag.partition(' ')[0]}>"
 
 
-def table(sweep: Sweep) -> str:
-    """All trials; a click on a column's head sorts by it."""
+def table(sweep: SweepHistory) -> str:
+    """HTML table of all trials; a click on a column's head sorts by it."""
     axes = [axis_of(sweep, dimension) for dimension in sweep.dimensions]
     heads = [("trial", ""), ("status", ""), (sweep.metric, "best" if sweep.takes_best else "last")]
     heads += [(axis.label, axis.name) for axis in axes]
@@ -61,7 +61,7 @@ def table(sweep: Sweep) -> str:
 
 
 def _head(name: str, title: str, keys: list[str | float | None]) -> str:
-    """The head of a column, over where its numbers or words stand."""
+    """Head of a column, aligned like its cells."""
     numbers = ' class="number"' if any(isinstance(key, float) for key in keys) else ""
     return (
         f'<th scope="col" aria-sort="none"{numbers}><button type="button" title="{escape(title)}">'
@@ -69,7 +69,7 @@ def _head(name: str, title: str, keys: list[str | float | None]) -> str:
     )
 
 
-def _cells(sweep: Sweep, trial: Trial, names: list[str], has_reasons: bool) -> list[_Cell]:
+def _cells(sweep: SweepHistory, trial: Trial, names: list[str], has_reasons: bool) -> list[_Cell]:
     value = sweep.value(trial)
     epochs = sweep.epochs(trial)
     cells = [
@@ -87,7 +87,7 @@ def _cells(sweep: Sweep, trial: Trial, names: list[str], has_reasons: bool) -> l
         short = shorten(whole, 32)
         cells.append(_Cell(escape(short), key, whole if short != whole else ""))
     cells.append(_Cell(f"{epochs:.4g}", float(epochs)))
-    cells.append(_Cell(clock(trial.seconds), float(trial.seconds)))
+    cells.append(_Cell(duration(trial.seconds), float(trial.seconds)))
     if has_reasons:
         reason = escape(shorten(trial.reason, 90))
         cells.append(_Cell(reason, trial.reason or None, trial.reason))

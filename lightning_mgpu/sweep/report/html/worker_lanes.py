@@ -3,15 +3,15 @@
 import plotly.graph_objects as go
 
 from lightning_mgpu.sweep.report.html.style import about, styled
-from lightning_mgpu.sweep.report.lanes import Bar, time_unit, timeline
-from lightning_mgpu.sweep.report.model import Sweep
+from lightning_mgpu.sweep.report.lanes import TrialBar, time_unit, timeline
+from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.views import COLOURS
 
 _QUIET = "#5b6470"
 _INK = {"stopped": "#1f2328", "paused": "#1f2328"}  # where white could not be read
 
 
-def workers(sweep: Sweep) -> go.Figure | None:
+def workers(sweep: SweepHistory) -> go.Figure | None:
     """A bar for each stretch of a trial; `None` if none has started."""
     found = timeline(sweep)
     if not found.bars:
@@ -38,8 +38,10 @@ def workers(sweep: Sweep) -> go.Figure | None:
     return figure
 
 
-def _add(figure: go.Figure, sweep: Sweep, bars: list[Bar], unit: str, seconds: float) -> None:
-    """Bars of one outcome."""
+def _add(
+    figure: go.Figure, sweep: SweepHistory, bars: list[TrialBar], unit: str, seconds: float
+) -> None:
+    """Add the bars of one outcome."""
     if not bars:
         return
     outcome = bars[0].outcome

@@ -1,1 +1,1 @@
-"""The pictures, drawn by matplotlib."""
+"""Pictures of a report, drawn by matplotlib."""

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_mgpu.sweep.report.axes import metric_axis
-from lightning_mgpu.sweep.report.model import STATUSES, Sweep
+from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory
 from lightning_mgpu.sweep.report.png.style import describe_y, figure, plain
 from lightning_mgpu.sweep.report.views import (
     BEST,
@@ -19,7 +19,7 @@ from lightning_mgpu.sweep.report.views import (
 _END = {"done": "o", "stopped": "x", "failed": "P", "unfinished": "."}
 
 
-def learning_curves(sweep: Sweep) -> Figure | None:
+def learning_curves(sweep: SweepHistory) -> Figure | None:
     """The metric over epochs, or over trials if each has reported once; `None` without any."""
     found = curves(sweep)
     if not found:
@@ -55,7 +55,7 @@ def learning_curves(sweep: Sweep) -> Figure | None:
     return drawn
 
 
-def _results(sweep: Sweep) -> Figure:
+def _results(sweep: SweepHistory) -> Figure:
     drawn = figure(5.2)
     axes = drawn.add_subplot()
     for status in STATUSES:

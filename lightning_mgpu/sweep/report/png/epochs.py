@@ -1,14 +1,14 @@
-"""How many epochs each trial was given, and how many it was not."""
+"""Bar chart: epochs trained and epochs saved by early stopping, per trial."""
 
 from matplotlib.figure import Figure
 
-from lightning_mgpu.sweep.report.model import STATUSES, Sweep
+from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory
 from lightning_mgpu.sweep.report.png.style import figure, plain
 from lightning_mgpu.sweep.report.views import COLOURS, longest_first, saving
 
 
-def epochs(sweep: Sweep) -> Figure | None:
-    """What each trial was given, and what stopping it has saved; `None` with nothing to see."""
+def epochs(sweep: SweepHistory) -> Figure | None:
+    """Draw epochs trained and saved per trial; `None` without epochs to show."""
     if not sweep.has_epochs or sweep.longest <= 1:
         return None
     trials = longest_first(sweep)

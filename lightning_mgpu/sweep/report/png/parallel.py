@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_mgpu.sweep.report.axes import Axis, axis_of, metric_axis, shorten
-from lightning_mgpu.sweep.report.model import Sweep
+from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.png.style import WIDTH, figure, written
 from lightning_mgpu.sweep.report.views import complete
 
 Scale = Callable[[float], float]
 
 
-def parallel(sweep: Sweep) -> Figure | None:
+def parallel(sweep: SweepHistory) -> Figure | None:
     """A line for each trial through its values to the metric; `None` with fewer than two."""
     found, metric = complete(sweep), metric_axis(sweep)
     if len(found) < 2 or not sweep.dimensions:
@@ -44,18 +44,18 @@ def parallel(sweep: Sweep) -> Figure | None:
     return drawn
 
 
-def _palette(sweep: Sweep) -> str:
+def _palette(sweep: SweepHistory) -> str:
     return "viridis" if sweep.mode == "max" else "viridis_r"
 
 
 def _limits(values: list[float]) -> tuple[float, float]:
-    """Without the outermost twentieths, which would take all colours for themselves."""
+    """Limits of the colours, without the outermost twentieths of the values."""
     ordered, cut = sorted(values), len(values) // 20
     return ordered[cut], ordered[-1 - cut]
 
 
 def _scale(axis: Axis, column: list[float]) -> Scale:
-    """From values to heights between 0 and 1."""
+    """Scale from values to heights between 0 and 1."""
     low, high = min(column), max(column)
     if axis.categories is not None:
         low, high = -0.3, len(axis.categories) - 0.7
@@ -65,7 +65,7 @@ def _scale(axis: Axis, column: list[float]) -> Scale:
 
 
 def _marks(axes: Axes, place: int, axis: Axis, column: list[float], scale: Scale) -> None:
-    """The numbers and names along an axis."""
+    """Draw numbers and names along an axis."""
     if axis.log or axis.categories is not None:
         marks = [(axis.linear(at) if axis.log else at, words) for at, words in axis.marks()]
     else:

@@ -1,4 +1,4 @@
-"""The values that were searched, and what they did to the metric."""
+"""Figures of the searched values and their effect on the metric."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from lightning_mgpu.sweep.report.axes import Axis, axis_of, jitter, metric_axis, shorten
 from lightning_mgpu.sweep.report.importance import Importance
-from lightning_mgpu.sweep.report.model import Sweep, Trial
+from lightning_mgpu.sweep.report.model import SweepHistory, Trial
 from lightning_mgpu.sweep.report.png.style import (
     describe_x,
     describe_y,
@@ -21,8 +21,8 @@ from lightning_mgpu.sweep.report.views import BEST, COLOURS
 _COLUMNS = 3
 
 
-def importances(sweep: Sweep, importance: Importance | None) -> Figure | None:
-    """A bar for each value; `None` if there is nothing to say."""
+def importances(sweep: SweepHistory, importance: Importance | None) -> Figure | None:
+    """A bar for each value's importance; `None` if it cannot be estimated."""
     if importance is None:
         return None
     labels = {d.name: axis_of(sweep, d).label for d in sweep.dimensions}
@@ -43,7 +43,7 @@ def importances(sweep: Sweep, importance: Importance | None) -> Figure | None:
     return drawn
 
 
-def scatter(sweep: Sweep) -> Figure | None:
+def scatter(sweep: SweepHistory) -> Figure | None:
     """The metric against each value; `None` without a trial that has a result."""
     found, axes_of = sweep.valued(), [axis_of(sweep, one) for one in sweep.dimensions]
     if not found or not axes_of:

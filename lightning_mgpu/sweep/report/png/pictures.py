@@ -1,11 +1,11 @@
-"""All pictures of a sweep, each into a file of its own."""
+"""Draw all pictures of a sweep, one per file."""
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from lightning_mgpu.sweep.report.importance import Importance
-from lightning_mgpu.sweep.report.model import Sweep
+from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.png.curves import learning_curves
 from lightning_mgpu.sweep.report.png.epochs import epochs
 from lightning_mgpu.sweep.report.png.parallel import parallel
@@ -15,8 +15,8 @@ from lightning_mgpu.sweep.report.png.worker_lanes import workers
 _DPI = 110
 
 
-def draw(sweep: Sweep, importance: Importance | None, directory: Path) -> list[Path]:
-    """Draw what there is to see; pictures of an earlier report are taken away."""
+def draw(sweep: SweepHistory, importance: Importance | None, directory: Path) -> list[Path]:
+    """Draw all pictures with content; remove those of an earlier report."""
     figures: dict[str, Figure | None] = {
         "learning_curves": learning_curves(sweep),
         "parallel_coordinates": parallel(sweep),

@@ -1,4 +1,4 @@
-"""How matplotlib's figures look."""
+"""Style of matplotlib's figures."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,14 +15,14 @@ def figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def plain(axes: Axes) -> None:
-    """Without what does not help."""
+    """Remove spines and draw a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e8eaed", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def describe_x(axes: Axes, axis: Axis) -> None:
-    """Name (on top, since marks may be long), scale and marks of the horizontal axis."""
+    """Set name (on top, since marks may be long), scale and ticks of the horizontal axis."""
     axes.set_title(written(shorten(axis.label, 36)), fontsize=10)
     if axis.log:
         axes.set_xscale("log")
@@ -42,7 +42,7 @@ def describe_x(axes: Axes, axis: Axis) -> None:
 
 
 def describe_y(axes: Axes, axis: Axis) -> None:
-    """Name, scale and marks of the vertical axis."""
+    """Set name, scale and ticks of the vertical axis."""
     axes.set_ylabel(written(shorten(axis.label, 40)))
     if axis.log:
         axes.set_yscale("log")
@@ -51,5 +51,5 @@ def describe_y(axes: Axes, axis: Axis) -> None:
 
 
 def written(words: str) -> str:
-    """Words in which a dollar is a dollar, and no formula."""
+    """Escape dollar signs, which matplotlib takes for formulas."""
     return words.replace("$", r"\$")

@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from lightning_mgpu.sweep.report.lanes import time_unit, timeline
-from lightning_mgpu.sweep.report.model import Sweep
+from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.png.style import WIDTH, figure, written
 from lightning_mgpu.sweep.report.views import COLOURS
 
@@ -11,7 +11,7 @@ _DIGIT = 0.085  # what one takes, in inches
 _LANES = 0.9  # how much of the width the lanes have
 
 
-def workers(sweep: Sweep) -> Figure | None:
+def workers(sweep: SweepHistory) -> Figure | None:
     """A bar for each stretch of a trial; `None` if none has started."""
     found = timeline(sweep)
     if not found.bars:

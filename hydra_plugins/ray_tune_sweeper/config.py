@@ -14,7 +14,7 @@ _DEFAULTS: list[Any] = [
 
 @dataclass
 class SearchAlgConf:
-    """How the values of the next trial are found."""
+    """Search algorithm, which chooses the values of the next trial."""
 
     name: str = "random"
     seed: int | None = None
@@ -22,7 +22,7 @@ class SearchAlgConf:
 
 @dataclass
 class RandomConf(SearchAlgConf):
-    """Each value drawn on its own."""
+    """Independent random values."""
 
 
 @dataclass
@@ -57,14 +57,14 @@ class BohbSearchConf(SearchAlgConf):
 
 @dataclass
 class SchedulerConf:
-    """Which trials are stopped before their end."""
+    """Scheduler, which decides which trials are stopped early."""
 
     name: str = "fifo"
 
 
 @dataclass
 class FifoConf(SchedulerConf):
-    """None."""
+    """No early stopping."""
 
 
 @dataclass
@@ -81,7 +81,7 @@ class AshaConf(SchedulerConf):
 
 @dataclass
 class HyperbandConf(SchedulerConf):
-    """HyperBand: trials pause until those they are compared with have come as far."""
+    """HyperBand: trials pause until their competitors have come as far."""
 
     name: str = "hyperband"
     time_attr: str = "training_iteration"
@@ -98,7 +98,7 @@ class BohbConf(HyperbandConf):
 
 @dataclass
 class MedianConf(SchedulerConf):
-    """Stops what is worse than the median of the others' averages so far."""
+    """Stop trials worse than the median of the others' running averages."""
 
     name: str = "median"
     time_attr: str = "training_iteration"
@@ -108,7 +108,7 @@ class MedianConf(SchedulerConf):
 
 @dataclass
 class PopulationConf(SchedulerConf):
-    """What population-based schedulers share: the worse go on from the better, with new values."""
+    """Options common to population-based schedulers: the worse copy the better, with new values."""
 
     time_attr: str = "training_iteration"
     perturbation_interval: float = 4
@@ -135,7 +135,7 @@ class Pb2Conf(PopulationConf):
 
 @dataclass
 class ResourcesConf:
-    """What each trial reserves; fractions let trials share a device."""
+    """Resources reserved for each trial; fractions let trials share a device."""
 
     cpu: float = 1
     gpu: float = 0

@@ -1,0 +1,93 @@
+"""Private names of Ray; those of Ray Tune are in `ray_tune`."""
+
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.util.client
+
+from lightning_mgpu._compat.release import missing
+
+HEAD = "node:__internal_head__"
+"""A resource that the cluster's first node has, and no other one."""
+
+_OF_GROUP = "_group_"
+
+
+def of_group(resource: str, group: str) -> str:
+    """The name under which tasks of a placement group reserve a resource.
+
+    Args:
+        resource: Its name elsewhere, such as ``CPU``.
+        group: The group's id in hexadecimal digits.
+    """
+    return f"{resource}{_OF_GROUP}{group}"
+
+
+def is_of_group(resource: str) -> bool:
+    """Return whether a resource is a placement group's own."""
+    return _OF_GROUP in resource
+
+
+def files_in(directory: str | Path | None) -> dict[str, Any]:
+    """The argument of `ray.init` that says where a cluster keeps its files; `None`: where it will.
+
+    `ray.init` refuses arguments that it does not know.
+    """
+    return {"_temp_dir": None if directory is None else str(directory)}
+
+
+def read_token_mode() -> None:
+    """Have Ray read ``RAY_AUTH_MODE=token``, where it was set after Ray was imported.
+
+    Raises:
+        RuntimeError: It has not.
+        AttributeError: This release of Ray reads it in another way.
+    """
+    native: Any = ray._raylet
+    for name in ("Config", "AuthenticationMode", "get_authentication_mode"):
+        if not hasattr(native, name):
+            raise missing(f"`ray._raylet.{name}`", "ray")
+    native.Config.initialize("")
+    if native.get_authentication_mode() != native.AuthenticationMode.TOKEN:
+        raise RuntimeError(
+            f"Ray {ray.__version__} takes no notice of RAY_AUTH_MODE=token once it is imported, and"
+            " a cluster without it would obey anybody who reaches its ports. Set RAY_AUTH_MODE"
+            " before the program starts: `token`, or `disabled` if that is no concern here."
+        )
+
+
+def is_client() -> bool:
+    """Return whether this process is connected through Ray Client, from outside the cluster."""
+    return bool(ray.util.client.ray.is_connected())
+
+
+def actor_id(actor: Any) -> str:
+    """The id of an actor in hexadecimal digits.
+
+    Args:
+        actor: Its handle.
+    """
+    found: str = actor._actor_id.hex()
+    return found
+
+
+def cluster_state() -> Any:
+    """The autoscaler's state: nodes and pending requests (`ClusterResourceState`).
+
+    Raises:
+        ImportError, AttributeError: This release of Ray says it elsewhere.
+    """
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+    return get_cluster_resource_state(client)
+
+
+def report_directory(callback: Any) -> str:
+    """Directory where a `ray.train.lightning.RayTrainReportCallback` keeps unstored checkpoints.
+
+    Args:
+        callback: The callback.
+    """
+    return str(callback.tmpdir_prefix)

@@ -1,0 +1,143 @@
+"""Private names of Ray Tune: the process of a trial, and the controller of trials."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.train._internal.session import get_session
+from ray.tune import report
+from ray.tune.experiment import Trial
+from ray.tune.result import RESULT_DUPLICATE
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import SearchGenerator
+from ray.tune.trainable.function_trainable import FunctionTrainable
+from typing_extensions import Self, override
+
+from lightning_mgpu._compat.release import assign, missing
+
+
+class TrialActor(FunctionTrainable):
+    """Runs a function for each trial, on a thread of its actor."""
+
+    def run(self, config: dict[str, Any]) -> None:
+        """Run one trial."""
+        raise NotImplementedError
+
+    @classmethod
+    def named(cls, name: str, title: str, **attributes: Any) -> type[Self]:
+        """A class of such actors, with attributes of its own.
+
+        Args:
+            name: The class's, which the actors' processes have for a name.
+            title: What Ray calls the experiment.
+            **attributes: Attributes of the class.
+        """
+        return type(name, (cls,), {**attributes, "_name": title})
+
+    @property
+    def directory_name(self) -> str:
+        """Name of the trial's directory, within the experiment's."""
+        assert self._storage is not None, "made outside of Ray Tune"
+        return str(self._storage.trial_dir_name or "")
+
+    def finish(self, seconds: float) -> None:
+        """Tell the trial that runs to stop at its next report, and wait for that so long."""
+        session = get_session()
+        if session is not None:
+            session.finish(timeout=seconds)
+
+    @override
+    def _trainable_func(self, config: dict[str, Any]) -> None:
+        self.run(config)
+        report({RESULT_DUPLICATE: True})  # it is over, and has nothing more to say
+
+
+class Controller:
+    """The object of Ray's that runs the trials of a sweep.
+
+    Args:
+        given: As schedulers are given it.
+    """
+
+    def __init__(self, given: Any) -> None:
+        self._its = given._tune_controller
+
+    def set_patience(self, seconds: float) -> None:
+        """Set the seconds that trials may take to stop with the sweep; Ray's default is ten."""
+        assign(self._its, "_actor_force_cleanup_timeout", seconds, "ray")
+
+    def run_again(self, trial: Trial) -> None:
+        """Have a trial that has ended run once more."""
+        trial.set_status(Trial.PENDING)
+        self._its._live_trials.add(trial)  # as with others, before the scheduler knows of them
+
+    def save(self) -> None:
+        """Write the state of the sweep down now."""
+        self._its.checkpoint(force=True)
+
+
+def follow(
+    scheduler: TrialScheduler,
+    added: Callable[[Controller, Trial], None],
+    stopped: Callable[[Trial], None],
+) -> None:
+    """See which trials a scheduler is told of, and which it stops.
+
+    Args:
+        scheduler: The scheduler, of whatever class: Ray tells some kinds of scheduler from others.
+        added: Called before it is told of a trial that is to start, or to start again.
+        stopped: Called with each trial that it stops.
+    """
+    add, decide = scheduler.on_trial_add, scheduler.on_trial_result
+
+    def on_trial_add(controller: Any, trial: Trial) -> None:
+        added(Controller(controller), trial)
+        add(controller, trial)
+
+    def on_trial_result(controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision = str(decide(controller, trial, result))
+        if decision == TrialScheduler.STOP:
+            stopped(trial)
+        return decision
+
+    assign(scheduler, "on_trial_add", on_trial_add, "ray")
+    assign(scheduler, "on_trial_result", on_trial_result, "ray")
+
+
+def make(trial: Trial, kind: type[Trial]) -> None:
+    """Have a trial that Ray has made be of another class; Ray takes no factory for them.
+
+    Raises:
+        TypeError: This release of Ray makes trials that cannot be changed so.
+    """
+    if type(trial) is not kind:
+        trial.__class__ = kind
+
+
+def actor_of(trial: Trial) -> Any:
+    """The handle of the actor that runs a trial; `None` if none does."""
+    return trial.temporary_state.ray_actor
+
+
+def state_directory(trial: Trial) -> Path:
+    """Directory where Ray writes the state of a trial's sweep before copying it to storage."""
+    assert trial.storage is not None, "no trial of a sweep"
+    return Path(trial.storage.experiment_driver_staging_path)
+
+
+def trial_number(trial: Trial) -> int:
+    """The number of a trial in the order in which a `SearchGenerator` made them, from 0."""
+    return int(str(trial.experiment_tag).partition("_")[0]) - 1
+
+
+def set_samples(generator: SearchGenerator, count: int) -> None:
+    """Have a generator make so many trials in all, those that it has made included.
+
+    Raises:
+        AttributeError: This release of Ray keeps another state of it.
+    """
+    state = generator.get_state()
+    if not state.keys() >= {"total_samples", "counter", "finished"}:
+        raise missing("the counters in the state of a `SearchGenerator`", "ray")
+    is_finished = state["finished"] and state["counter"] >= count
+    generator.set_state({**state, "total_samples": count, "finished": is_finished})

@@ -1,0 +1,26 @@
+"""Times and sizes as people read them."""
+
+from rich.filesize import decimal
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes in the largest decimal unit that it fills, such as ``1.50 MB``."""
+    return decimal(round(count), precision=2)
+
+
+def duration(seconds: float) -> str:
+    """A time such as ``12.5 ms``, ``8.52 s``, ``3 min 05 s`` or ``2 h 10 min``."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:#.3g} ms"
+    if seconds < 59.95:
+        return f"{seconds:#.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def clock(seconds: float) -> str:
+    """A time as a clock shows it: ``m:ss``, or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

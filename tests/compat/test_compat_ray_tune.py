@@ -1,0 +1,173 @@
+"""What is used of Ray Tune beside its documentation, as far as it shows without a cluster."""
+
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from ray.train._internal import storage
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import SearchGenerator
+from ray.tune.search.searcher import Searcher
+
+from lightning_mgpu._compat import ray_tune
+
+
+@pytest.fixture
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> storage.StorageContext:
+    """Where a trial keeps its files."""
+    monkeypatch.setenv("TUNE_ORIG_WORKING_DIR", "")  # it will be set
+    monkeypatch.setattr(storage, "_get_ray_train_session_dir", lambda: str(tmp_path / "session"))
+    return storage.StorageContext(
+        storage_path=str(tmp_path), experiment_dir_name="sweep", trial_dir_name="00003"
+    )
+
+
+@pytest.fixture
+def controller(context: storage.StorageContext, monkeypatch: pytest.MonkeyPatch) -> TuneController:
+    monkeypatch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "1")
+    monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    return TuneController(storage=context, resource_manager_factory=MagicMock)
+
+
+@pytest.fixture
+def trial(context: storage.StorageContext) -> Trial:
+    return Trial("trainable", stub=True, storage=context, experiment_tag="4_lr=0.1")
+
+
+class _Job(ray_tune.TrialActor):
+    reports = 1
+
+    def run(self, config: dict[str, Any]) -> None:
+        for number in range(self.reports):
+            ray_tune.report({"number": number, **config, "directory": self.directory_name})
+
+
+def test_trial_actor_runs_the_function_and_says_when_it_is_over(
+    context: storage.StorageContext,
+) -> None:
+    kind = _Job.named("HydraJob", "hydra", reports=2)
+    actor = kind(config={"a": 5}, storage=context)
+    try:
+        first, second, last = (actor.train() for _ in range(3))
+    finally:
+        actor.stop()
+    assert (first["number"], first["a"], first["directory"]) == (0, 5, "00003")
+    assert second["number"] == 1
+    assert last[ray_tune.RESULT_DUPLICATE]
+    assert "number" not in last
+
+
+def test_trial_actor_has_the_name_that_ray_tune_takes() -> None:
+    from ray.tune.experiment import Experiment
+
+    assert Experiment.get_trainable_name(_Job.named("HydraJob", "hydra")) == "hydra"
+
+
+def test_trial_actor_finishes_at_the_next_report(context: storage.StorageContext) -> None:
+    actor = _Job.named("HydraJob", "hydra", reports=1000)(config={}, storage=context)
+    assert actor.train()["number"] == 0
+    actor.finish(30.0)  # returns when the thread has ended
+    assert not ray_tune.get_session().training_thread.is_alive()
+    actor.stop()
+
+
+def test_patience_is_how_long_actors_may_take(controller: TuneController) -> None:
+    given = controller._wrapped()
+    actor = MagicMock()
+    waits: list[float] = []
+
+    def wait(timeout: float) -> None:
+        waits.append(timeout)
+        controller._stopping_actors[actor] = 0.0
+        ray_tune.Controller(given).set_patience(0)
+
+    controller._actor_manager = MagicMock()
+    controller._actor_manager.next = wait
+    controller._actor_manager.is_actor_started.return_value = True
+    controller._stopping_actors = {actor: time.monotonic()}
+    ray_tune.Controller(given).set_patience(600)
+    controller._cleanup_stopping_actors(force_all=True)
+    assert waits == [1]
+    controller._actor_manager.remove_actor.assert_called_once()
+
+
+def test_run_again_makes_a_trial_one_of_those_that_live(
+    controller: TuneController, trial: Trial
+) -> None:
+    trial.set_status(Trial.TERMINATED)
+    ray_tune.Controller(controller._wrapped()).run_again(trial)
+    assert trial.status == "PENDING"
+    assert controller.get_live_trials() == {trial}
+    assert not controller.is_finished()
+
+
+def test_save_writes_the_state_at_once(
+    controller: TuneController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    monkeypatch.setattr(
+        controller._checkpoint_manager,
+        "sync_up_experiment_state",
+        lambda **arguments: saved.append(arguments["force"]),
+    )
+    ray_tune.Controller(controller._wrapped()).save()
+    assert saved == [True]
+
+
+def test_follow_sees_what_a_scheduler_is_told_and_decides(
+    controller: TuneController, trial: Trial
+) -> None:
+    class Stopping(FIFOScheduler):
+        def on_trial_result(self, *_: Any) -> str:
+            return TrialScheduler.STOP
+
+    scheduler = Stopping()
+    added: list[Trial] = []
+    stopped: list[Trial] = []
+    ray_tune.follow(scheduler, lambda _, trial: added.append(trial), stopped.append)
+    controller._scheduler_alg = scheduler
+    scheduler.on_trial_add(controller._wrapped(), trial)
+    assert scheduler.on_trial_result(controller._wrapped(), trial, {}) == "STOP"
+    assert (added, stopped) == ([trial], [trial])
+
+
+def test_make_changes_the_class_of_a_trial(trial: Trial) -> None:
+    class Ours(Trial):
+        reason = ""
+
+    ray_tune.make(trial, Ours)
+    assert isinstance(trial, Ours)
+    trial.reason = "words"
+    assert trial.reason == "words"
+    assert callable(trial.handle_error)
+
+
+def test_trial_tells_its_actor_number_and_directory(
+    trial: Trial, context: storage.StorageContext
+) -> None:
+    assert ray_tune.actor_of(trial) is None
+    actor = MagicMock()
+    trial.set_ray_actor(actor)
+    assert ray_tune.actor_of(trial) is actor
+    assert ray_tune.trial_number(trial) == 3
+    assert str(ray_tune.state_directory(trial)) == context.experiment_driver_staging_path
+
+
+class _Searcher(Searcher):
+    def suggest(self, trial_id: str) -> Any:
+        return {"x": 1}
+
+
+def test_set_samples_has_a_generator_go_on() -> None:
+    generator = SearchGenerator(_Searcher(metric="m", mode="max"))
+    generator.set_state({**generator.get_state(), "counter": 2, "finished": True})
+    assert generator.is_finished()
+    ray_tune.set_samples(generator, 2)
+    assert generator.is_finished()
+    ray_tune.set_samples(generator, 3)
+    assert not generator.is_finished()
+    assert generator.total_samples == 3
