@@ -74,13 +74,18 @@ class Rendezvous:
     def __init__(self, host: str = LOOPBACK) -> None:
         listener = socket.create_server((host, 0), backlog=256)
         self.port: int = listener.getsockname()[1]
-        self._store: TCPStore | None = TCPStore(
-            host,
-            self.port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        arguments: dict[str, Any] = {
+            "host_name": host,
+            "port": self.port,
+            "is_master": True,
+            "wait_for_workers": False,
+            "master_listen_fd": listener.detach(),
+        }
+        self._store: TCPStore | None
+        try:
+            self._store = TCPStore(**arguments)
+        except NotImplementedError:  # torch 2.6: libuv's server does not take a listening socket
+            self._store = TCPStore(**arguments, use_libuv=False)
 
     def close(self) -> None:
         """Stop listening. May be called from any thread, and twice."""

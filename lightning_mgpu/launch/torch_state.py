@@ -40,7 +40,9 @@ class TorchState:
         torch.set_num_threads(threads)
         torch.set_default_dtype(self.default_dtype)
         # Setting the CPU, too, would slow down every tensor factory from then on.
-        torch.set_default_device(None if self.default_device == "cpu" else self.default_device)
+        # torch 2.6 cannot tell its default device once it has been set to None.
+        if torch.get_default_device().type != self.default_device:
+            torch.set_default_device(None if self.default_device == "cpu" else self.default_device)
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         for name, value in self.cudnn.items():
             setattr(torch.backends.cudnn, name, value)
