@@ -62,7 +62,7 @@ def test_interrupt_does_not_wait_for_trials_that_take_their_time(
     finally:
         process.kill()
     assert process.returncode == 130, out
-    assert seconds < 10
+    assert seconds < 100  # and not 300
     saved = yaml.safe_load(Path("sweep/optimization_results.yaml").read_text())
     assert [trial["status"] for trial in saved["trials"]] == ["stopped"]
 
