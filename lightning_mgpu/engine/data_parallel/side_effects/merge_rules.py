@@ -16,16 +16,24 @@ For a number, or a small tensor, let d be what each replica has added, and s the
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import Additions, is_number
 from lightning_mgpu.engine.data_parallel.side_effects.equality import MISSING, all_equal
+from lightning_mgpu.engine.data_parallel.side_effects.scalars import (
+    close,
+    copied,
+    is_integer,
+    is_scalar,
+    is_scalar_like,
+    is_whole,
+    number,
+    together,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +42,6 @@ Rule = Literal["sum", "once", "mean"]
 _ENOUGH_STEPS = 4
 # Compared at every change; all else, tensors and what may hold them, ever more rarely.
 _CHEAP = (bool, int, float, complex, str, bytes, type(None), torch.Size)
-_TOLERANCE = 1e-6
 
 
 @dataclass
@@ -106,7 +113,7 @@ class Judge:
             change = _of_new_key(change)
         values = [change.before, *change.values]
         proven = all(addition is not None for addition in change.evidence)
-        if proven and all(map(_is_scalar_like, values)):
+        if proven and all(map(is_scalar_like, values)):
             return self._added(change)
         return self._assigned(change)
 
@@ -126,8 +133,8 @@ class Judge:
 
     def is_due(self, name: str) -> bool:
         """Return whether to compare tensors at this change: the first, second, fourth and so on."""
-        number = self._changes[name] = self._changes.get(name, 0) + 1
-        return number & (number - 1) == 0
+        count = self._changes[name] = self._changes.get(name, 0) + 1
+        return count & (count - 1) == 0
 
     def shared(self, name: str) -> None:
         """Warn that all replicas write to the same memory."""
@@ -164,7 +171,7 @@ class Judge:
         self._doubts = {}
 
     def _added(self, change: Change) -> Any:
-        deltas = [value - change.before for value in _together(change.values, change.before)]
+        deltas = [value - change.before for value in together(change.values, change.before)]
         rule = self._settled.get(change.name) or self._rule(change, deltas)
         result = _combined(change.values[0], deltas, rule, self._weights)
         doubt = self._doubts.get(change.name)
@@ -176,7 +183,7 @@ class Judge:
 
     def _rule(self, change: Change, deltas: Sequence[Any]) -> Rule:
         name, evidence = change.name, [e for e in change.evidence if e is not None]
-        numbers = [_number(delta) for delta in deltas]
+        numbers = [number(delta) for delta in deltas]
         equal = all_equal(deltas)
         if not any(numbers) and equal:
             return "sum"
@@ -187,7 +194,7 @@ class Judge:
                 self._tell_partial(name)
             return "sum"
         if equal:
-            if not all(map(_is_whole, numbers)):
+            if not all(map(is_whole, numbers)):
                 return self._settle(name, "once")
             return self._of_equal(change, numbers)
         return self._of_unequal(change, deltas, numbers)
@@ -209,13 +216,13 @@ class Judge:
 
     def _of_unequal(self, change: Change, deltas: Sequence[Any], numbers: Sequence[float]) -> Rule:
         name = change.name
-        whole = all(map(_is_whole, numbers))
-        is_integer = all(_is_integer(delta) for delta in deltas)
-        if is_integer:
+        whole = all(map(is_whole, numbers))
+        are_integers = all(map(is_integer, deltas))
+        if are_integers:
             if change.is_key:
                 self._counts.add(change.owner or name)
             return self._settle(name, "sum")
-        if all(_is_scalar(delta) for delta in deltas):
+        if all(is_scalar(delta) for delta in deltas):
             matched = self._matched(numbers)
             if matched is not None:
                 return self._settle(name, matched)
@@ -236,15 +243,15 @@ class Judge:
         if len(candidates) != len(numbers):
             return None
         for column in zip(*candidates, strict=False):
-            if _close(numbers, column):
+            if close(numbers, column):
                 return "mean"
-            if _close(numbers, [c * size for c, size in zip(column, self.sizes, strict=True)]):
+            if close(numbers, [c * size for c, size in zip(column, self.sizes, strict=True)]):
                 return "sum"
         return None
 
     def _assigned(self, change: Change) -> Any:
         name, values = change.name, change.values
-        scalars = all(map(_is_scalar, values))
+        scalars = all(map(is_scalar, values))
         if name in self._means and scalars:
             return self._mean(values)
         plain = all(isinstance(value, _CHEAP) for value in values)
@@ -260,8 +267,8 @@ class Judge:
                 )
             return values[0]
         if scalars:
-            numbers = [_number(value) for value in values]
-            if not all(map(_is_whole, numbers)) and self._matched(numbers) == "mean":
+            numbers = [number(value) for value in values]
+            if not all(map(is_whole, numbers)) and self._matched(numbers) == "mean":
                 self._means.add(name)
                 return self._mean(values)
         self.lost(name, change.owner)
@@ -269,7 +276,7 @@ class Judge:
 
     def _mean(self, values: Sequence[Any]) -> Any:
         total = sum(self._weights)
-        parts = zip(_together(values, values[0]), self._weights, strict=True)
+        parts = zip(together(values, values[0]), self._weights, strict=True)
         return sum(value * (weight / total) for value, weight in parts)
 
     def _is_a_size(self, name: str, value: Any) -> bool:
@@ -304,7 +311,7 @@ class Judge:
             other: Rule = "sum" if doubt.rule == "once" else "once"
             otherwise = _combined(change.values[0], deltas, other, self._weights)
             doubt.owed = doubt.owed + (otherwise - result)
-            doubt.value = _copied(result)
+            doubt.value = copied(result)
             return
         if settled == doubt.rule:
             doubt.owed = 0
@@ -332,7 +339,7 @@ def _of_new_key(change: Change) -> Change:
     """A key that is new to a dict: whole numbers are taken for counts that began at zero."""
     values = change.values
     present = [value for value in values if value is not MISSING]
-    if not all(is_number(value) and _is_integer(value) for value in present):
+    if not all(is_number(value) and is_integer(value) for value in present):
         return change
     evidence = [e or Additions(constant=False, count=1) for e in change.evidence]
     filled = [0 if value is MISSING else value for value in values]
@@ -350,44 +357,3 @@ def _combined(first: Any, deltas: Sequence[Any], rule: Rule, weights: Sequence[f
     total = sum(weights) or 1
     mean = sum(delta * (weight / total) for delta, weight in zip(deltas, weights, strict=True))
     return first + (mean - deltas[0])
-
-
-def _together(values: Sequence[Any], like: Any) -> list[Any]:
-    """Tensors on the device of the first."""
-    device = next((v.device for v in (like, *values) if isinstance(v, Tensor)), None)
-    return [v.detach().to(device) if isinstance(v, Tensor) else v for v in values]
-
-
-def _is_scalar(value: Any) -> bool:
-    return is_number(value) or (
-        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    )
-
-
-def _is_scalar_like(value: Any) -> bool:
-    """Return whether `value` is a number, or a tensor that can be summed."""
-    return is_number(value) or (isinstance(value, Tensor) and value.dtype != torch.bool)
-
-
-def _is_integer(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() and not value.is_complex()
-    return not isinstance(value, float) and float(value).is_integer()
-
-
-def _number(value: Any) -> float:
-    return float(value.detach().sum()) if isinstance(value, Tensor) else float(value)
-
-
-def _is_whole(number: float) -> bool:
-    return math.isfinite(number) and number == int(number)
-
-
-def _close(a: Sequence[float], b: Sequence[float]) -> bool:
-    return all(
-        math.isclose(x, y, rel_tol=_TOLERANCE, abs_tol=0.0) for x, y in zip(a, b, strict=True)
-    )
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
