@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ def tips() -> Iterator[list[logging.LogRecord]]:
     handler.emit = through.append  # type: ignore[method-assign]
     with ExitStack() as stack:
         for logger in lightning_messages.tip_loggers():
+            stack.enter_context(patch.object(logger, "filters", []))  # our command's, for one
             logger.addHandler(handler)
             stack.callback(logger.removeHandler, handler)
         yield through

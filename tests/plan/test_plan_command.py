@@ -141,7 +141,7 @@ def test_plan_of_stages_that_the_user_has_made() -> None:
 
 _REFUSED = {
     "stages": (["+plan.stages=[0]"], "plan: stages=[0]: give numbers of at least 1."),
-    "stages-word": (["+plan.stages=[two]"], "wants Sequence[int], not list[str]."),
+    "stages-word": (["+plan.stages=[two]"], "expects Sequence[int], not list[str]."),
     "stages-number": (["+plan.stages=2"], "plan.stages=2: `lightning_mgpu.plan.options.Options`"),
     "checkpoint": (["+plan.checkpoint=[sometimes]"], "plan.checkpoint=['sometimes']: "),
     "bandwidth": (["+plan.bandwidth=-1"], "plan: bandwidth=-1: give more than 0."),
