@@ -543,8 +543,8 @@ def test_errors_of_kept_values_carry_a_hint() -> None:
     trainer = boring.trainer(PipelineStrategy(parity_check="off"), 2)
     with pytest.raises(RuntimeError, match="a second time") as raised:
         trainer.fit(Keeping(), boring.Blobs(8).train_dataloader())
-    notes = getattr(raised.value, "__notes__", ["belongs to one micro-batch"])
-    assert any("belongs to one micro-batch" in note for note in notes)
+    notes = getattr(raised.value, "__notes__", ["belong to one micro-batch"])
+    assert any("belong to one micro-batch" in note for note in notes)
 
 
 def test_an_unknown_mode_is_refused() -> None:

@@ -89,7 +89,7 @@ def test_texts_keep_their_container() -> None:
 
 
 def test_two_numbers_for_each_batch_of_two_are_not_two_samples() -> None:
-    with pytest.warns(UserWarning, match="cannot be taken apart by sample"):
+    with pytest.warns(UserWarning, match="cannot be split by sample"):
         merged = _merge(lambda b: (0.5, float(len(b))), [[[0, 2]], [[1, 3]]])
     assert merged == [(0.5, 2.0), (0.5, 2.0)]
 
@@ -107,13 +107,13 @@ def test_named_tuples_keep_their_type() -> None:
     ids=["padded to the batch", "scalar"],
 )
 def test_outputs_that_cannot_be_taken_apart_come_batch_by_batch(make: Any, expected: Any) -> None:
-    with pytest.warns(UserWarning, match="cannot be taken apart by sample"):
+    with pytest.warns(UserWarning, match="cannot be split by sample"):
         merged = _merge(make)
     assert [tuple(batch.shape) for batch in merged] == expected
 
 
 def test_outputs_of_differing_structure_come_batch_by_batch() -> None:
-    with pytest.warns(UserWarning, match="cannot be taken apart by sample"):
+    with pytest.warns(UserWarning, match="cannot be split by sample"):
         merged = _merge(lambda b: {"a": _column(b)} if 0 in b else None)
     assert [_plain(batch) for batch in merged] == [{"a": [0, 2]}, None, None]
 
@@ -124,7 +124,7 @@ def test_padding_is_dropped() -> None:
 
 
 def test_batch_of_nothing_but_padding_is_dropped_also_where_it_cannot_be_taken_apart() -> None:
-    with pytest.warns(UserWarning, match="cannot be taken apart by sample"):
+    with pytest.warns(UserWarning, match="cannot be split by sample"):
         merged = _merge(lambda b: torch.tensor(b[0]), [[[0, 2], [4]], [[1, 3], [5]]])
     assert _plain(merged) == [0, 1, 4]
 

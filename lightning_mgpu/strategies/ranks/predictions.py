@@ -54,7 +54,7 @@ def merge_predictions(ranks: Sequence[RankPredictions]) -> Any:
     """Merge the predictions of all ranks into those of one process.
 
     Samples come in the order of the sampler, in batches of the sizes that the batch sampler makes;
-    padding is dropped. What cannot be taken apart by sample (its first dimension is not the batch,
+    padding is dropped. What cannot be split by sample (its first dimension is not the batch,
     or batches differ in shape) is returned batch by batch, with a warning. Predictions from a
     sampler that deals samples out by a rule of its own come in the order of the dataset, those of
     an `IterableDataset` in turns of the ranks.
