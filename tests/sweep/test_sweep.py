@@ -275,7 +275,7 @@ def test_next_trial_finds_its_process_as_the_first_did(dirty: Swept, item: str) 
 
 def test_thread_left_running_is_named_in_the_log(dirty: Swept) -> None:
     log = (dirty.directory / "3" / "trial.log").read_text()
-    assert "threads dirt. With hydra.sweeper.reuse_actors=false" in log
+    assert "cannot be stopped: dirt. With hydra.sweeper.reuse_actors=false" in log
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ import threading
 import warnings
 
 import cloudpickle
-import torch
 import torch.distributed
 
 from lightning_mgpu.launch.process_state import ProcessState
-from lightning_mgpu.launch.torch_state import TorchState
+from lightning_mgpu.launch.torch_state import TorchState, release_accelerator_memory
 
 # What Ray tells its workers, which devices they may use, and how long a trial may take to end.
 _OF_THE_ACTOR = (
@@ -80,8 +79,7 @@ class ActorReset:
         if not self._has_served:
             gc.freeze()  # neither need the libraries that it has loaded
             self._has_served = True
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
+        release_accelerator_memory()
 
     def threads_left(self) -> list[str]:
         """Names of threads that the current trial has started and not ended."""
