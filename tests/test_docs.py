@@ -84,8 +84,9 @@ def project(short_directory: Path) -> Path:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone whose environment is set up already: this one."""
     directory = tmp_path_factory.mktemp("clone") / "lightning_mgpu"
-    leave_out = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "outputs")
+    leave_out = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__")
     shutil.copytree(ROOT, directory, ignore=leave_out)
+    shutil.rmtree(directory / "outputs", ignore_errors=True)
     # As `python -m venv` leaves it, with the stamps of the Makefile.
     (directory / ".venv").mkdir()
     for entry in Path(sys.prefix).iterdir():
