@@ -340,7 +340,7 @@ def test_without_the_extra_there_is_less_and_a_word_about_it(
 ) -> None:
     for library in libraries:
         monkeypatch.setitem(sys.modules, library, None)
-    words = rf"{' and '.join(libraries)}, not installed.*pip install 'lightning_mgpu\[report\]'"
+    words = rf"{' and '.join(libraries)} not installed.*pip install 'lightning_mgpu\[report\]'"
     with pytest.warns(UserWarning, match=words):
         fit(Deep())
     assert sorted(path.name for path in Path("trace").iterdir()) == left
