@@ -341,26 +341,3 @@ def test_the_command_says_whose_classes_do_not_fit() -> None:
     assert "data: `my_project.LitData` is not a `lightning.pytorch." in done.err
     assert "it derives from `pytorch_lightning`, whose classes are others" in done.err
     assert "LIGHTNING_MGPU_NAMESPACE=pytorch_lightning in the environment decides" in done.err
-
-
-# Of the whole suite, which can be run like this as well: what depends on Lightning most.
-_PARTS = (
-    "compat",
-    "strategies/test_data_parallel_parity.py",
-    "strategies/test_pipeline_parity.py",
-    "strategies/test_ddp.py",
-)
-
-
-@_OTHER
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_tests_pass_with_the_other_namespace() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-        + [str(TESTS / part) for part in _PARTS],
-        capture_output=True,
-        text=True,
-        env={**os.environ, _VARIABLE: "pytorch_lightning"},
-    )
-    assert done.returncode == 0, done.stdout
