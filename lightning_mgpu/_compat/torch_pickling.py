@@ -56,7 +56,5 @@ def typed(storage: "torch.UntypedStorage", dtype: "torch.dtype") -> "TypedStorag
     """A storage with a dtype, without the warning that its constructor gives."""
     from torch.storage import TypedStorage
 
-    made: TypedStorage = TypedStorage(  # type: ignore[no-untyped-call]
-        wrap_storage=storage, dtype=dtype, _internal=True
-    )
-    return made
+    make: Callable[..., TypedStorage] = TypedStorage
+    return make(wrap_storage=storage, dtype=dtype, _internal=True)

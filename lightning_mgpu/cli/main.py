@@ -26,6 +26,7 @@ from lightning_mgpu._compat.hydra import shared_config_store
 from lightning_mgpu._compat.lightning_messages import KNOWN_WARNINGS, is_tip, loggers, tip_loggers
 from lightning_mgpu.config.namespace import follow_model
 from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
+from lightning_mgpu.variables import restored
 
 if TYPE_CHECKING:
     from lightning_mgpu.cli.run import RunResult
@@ -225,12 +226,8 @@ def _relative(path: Path) -> str:
 @contextmanager
 def _environment(name: str, value: str | None) -> Iterator[None]:
     """Set an environment variable, or with `None` unset it, for the length of the block."""
-    before = os.environ.pop(name, None)
-    if value is not None:
-        os.environ[name] = value
-    try:
-        yield
-    finally:
+    with restored(name):
         os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
+        if value is not None:
+            os.environ[name] = value
+        yield

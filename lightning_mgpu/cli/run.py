@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from lightning_mgpu.plan import command as planning
 from lightning_mgpu.plan.predict import Plan
 from lightning_mgpu.plan.show import write
 from lightning_mgpu.strategies.ranks.predictions import join_batches
+from lightning_mgpu.variables import restored
 
 log = logging.getLogger(__name__)
 
@@ -293,17 +293,10 @@ def _seeded(seed: int | None) -> Iterator[None]:
     """Seed everything, and restore the environment afterwards: the next run has its own seed."""
     if seed is not None and (type(seed) is not int or not 0 <= seed <= _MAX_SEED):
         raise ConfigError(f"seed={seed}: expected an integer from 0 to {_MAX_SEED}, or null.")
-    before = {name: os.environ.get(name) for name in _SEED_VARIABLES}
-    try:
+    with restored(*_SEED_VARIABLES):
         if seed is not None:
             seed_everything(seed, workers=True, verbose=False)
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lightning_mgpu.variables import restored
+
 if TYPE_CHECKING:
     from lightning_mgpu.launch.rank import Rank
 
@@ -60,13 +62,6 @@ def come_from_a_launch() -> bool:
 def shown(rank: "Rank") -> Iterator[None]:
     """Context in which the variables are set in this process."""
     ours = of_rank(rank)
-    before = {name: os.environ.get(name) for name in ours}
-    try:
+    with restored(*ours):
         os.environ.update(ours)
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -17,6 +17,7 @@ from lightning_mgpu._compat.ray import files_in, read_token_mode
 from lightning_mgpu.errors import one_line
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.ray.address import LOCAL, address_of, given
+from lightning_mgpu.variables import restored
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Ray's sockets lie some 70 characters further down, and a socket's path ends at 107.
 _LONGEST_DIRECTORY = 30
 _SHORT_DIRECTORY = 20  # so that a name of its own can be added
+_SHORTEST = "/tmp"  # on every Linux
 _CONNECT_SECONDS = 10.0
 _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 # Where the user has not said otherwise: no warning of how Ray treats GPUs, no report of usage.
@@ -100,7 +102,7 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
         _environment(),
         tempfile.TemporaryDirectory(
             prefix="ray-",
-            dir=where if len(where) < _SHORT_DIRECTORY else "/tmp",
+            dir=where if len(where) < _SHORT_DIRECTORY else _SHORTEST,
             ignore_cleanup_errors=True,
         ) as directory,
     ):
@@ -200,7 +202,7 @@ def turn_authentication_on() -> None:
 def _directory() -> str | None:
     """Directory of Ray's files; `None` for Ray's default."""
     directory = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or ""
-    return None if len(directory) <= _LONGEST_DIRECTORY else "/tmp/ray"
+    return None if len(directory) <= _LONGEST_DIRECTORY else f"{_SHORTEST}/ray"
 
 
 @contextmanager
@@ -220,12 +222,7 @@ def signal_handlers_kept() -> Iterator[None]:
 @contextmanager
 def _environment() -> Iterator[None]:
     """Context that restores environment variables, which `ray.init` reads and sets."""
-    before = dict(os.environ)
-    for name, value in _VARIABLES.items():
-        os.environ.setdefault(name, value)
-    try:
+    with restored():
+        for name, value in _VARIABLES.items():
+            os.environ.setdefault(name, value)
         yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)

@@ -88,8 +88,12 @@ def _begins(pattern: str, text: str) -> bool:
 def tips() -> Iterator[list[logging.LogRecord]]:
     """What the loggers let through that give tips, with those left out that are known as such."""
     through: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = through.append  # type: ignore[method-assign]
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            through.append(record)
+
+    handler = Handler()
     with ExitStack() as stack:
         for logger in lightning_messages.tip_loggers():
             stack.enter_context(patch.object(logger, "filters", []))  # our command's, for one

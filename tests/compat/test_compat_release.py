@@ -9,7 +9,7 @@ from lightning_mgpu._compat.release import assign, missing
 
 def test_assign_sets_what_is_there() -> None:
     module = types.ModuleType("theirs")
-    module.setting = 1  # type: ignore[attr-defined]
+    vars(module)["setting"] = 1
     assign(module, "setting", 2, "torch")
     assert module.setting == 2
 

@@ -51,7 +51,7 @@ def test_a_loader_keeps_the_iterator_of_persistent_workers() -> None:
     iterator._shutdown_workers()
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(cloudpickle.Pickler):
     derived: ClassVar[list[type]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ def test_save_derives_a_pickler_that_claims_storages() -> None:
 def test_save_hands_storages_with_a_dtype_to_its_pickler() -> None:
     seen: list[Any] = []
 
-    class Noting(cloudpickle.Pickler):  # type: ignore[misc]
+    class Noting(cloudpickle.Pickler):
         def __init_subclass__(cls, **kwargs: Any) -> None:
             super().__init_subclass__(**kwargs)
             theirs = cls.persistent_id

@@ -1,5 +1,6 @@
 """The plugin as every Hydra application meets it, and refusals before anything starts."""
 
+import errno
 import json
 import socket
 import subprocess
@@ -141,6 +142,15 @@ def test_sweep_runs_in_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(2):  # the second time, the first one has given it back
         with locked(path), pytest.raises(ConfigError, match="still runs this sweep"), locked(path):
             pytest.fail("twice at once")
+
+
+def test_sweep_runs_where_the_file_system_has_no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with locked(Path.cwd()):
+        pass
 
 
 def test_cluster_is_refused_where_another_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,22 +10,27 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-import torch
-from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_mgpu.engine.batch.containers import (
     has_rows,
-    holds_tensors,
     is_array,
     is_container,
     is_sequence,
     keeps_derived,
     leaves,
-    parts,
     rebuild,
 )
-from lightning_mgpu.engine.batch.graphs import graph_count, is_graph_batch, take_graphs
+from lightning_mgpu.engine.batch.graphs import graph_count, is_graph_batch
+from lightning_mgpu.engine.batch.inspection import (
+    check_leaf,
+    cut_rows,
+    lengths_of_outermost,
+    lengths_of_sequences,
+    may_be_samples,
+    parts_below,
+    signature,
+)
 
 Kind = Literal["columns", "samples", "whole"]
 Dimensions = int | Mapping[Any, int]
@@ -105,7 +110,7 @@ class BatchLayout:
         """Every array with its length along the batch dimension."""
         if has_rows(value):
             yield path, self._length(value, top)
-        for name, part, below in _parts_below(value, top):
+        for name, part, below in parts_below(value, top):
             yield from self._arrays(part, path + name, below)
 
     # The number of samples
@@ -120,9 +125,9 @@ class BatchLayout:
             return size
         for path, leaf in leaves(batch):
             if isinstance(leaf, PackedSequence):
-                _check_leaf(leaf, path)
+                check_leaf(leaf, path)
         arrays = list(self._arrays(batch, "batch", None))
-        candidates = dict.fromkeys([n for _, n in arrays] + list(_lengths_of_sequences(batch)))
+        candidates = dict.fromkeys([n for _, n in arrays] + list(lengths_of_sequences(batch)))
         fitting = [n for n in candidates if self._fits(batch, n, "batch", None)]
         size = self._chosen(batch, fitting, arrays)
         self._measure = next((path for path, length in arrays if length == size), "batch")
@@ -137,10 +142,10 @@ class BatchLayout:
             if kind != "columns":
                 return
         elif not is_container(value):
-            _check_leaf(value, path)
+            check_leaf(value, path)
             if has_rows(value):
                 yield path, self._length(value, top)
-        for name, part, below in _parts_below(value, top):
+        for name, part, below in parts_below(value, top):
             yield from self._sure(part, path + name, below)
 
     def _fits(self, value: Any, size: int, path: str, top: Any) -> bool:
@@ -149,13 +154,13 @@ class BatchLayout:
             return self._length(value, top) == size
         if is_sequence(value):
             known = self._known.get(path)
-            if known == "whole" or (known != "columns" and _may_be_samples(value, size)):
+            if known == "whole" or (known != "columns" and may_be_samples(value, size)):
                 return True
             if known == "samples":
                 return False
         return all(
             self._fits(part, size, path + name, below)
-            for name, part, below in _parts_below(value, top)
+            for name, part, below in parts_below(value, top)
         )
 
     def _chosen(self, batch: Any, fitting: list[int], arrays: list[tuple[str, int]]) -> int:
@@ -174,7 +179,7 @@ class BatchLayout:
             if n in fitting:
                 return n
         # A batch whose outermost lists have an entry per sample is the rarer one.
-        outermost = set(_lengths_of_outermost(batch))
+        outermost = set(lengths_of_outermost(batch))
         inner = [n for n in fitting if n not in outermost]
         if len(inner) == 1:
             return inner[0]
@@ -188,12 +193,12 @@ class BatchLayout:
         if is_sequence(value) and value and all(isinstance(e, (str, bytes)) for e in value):
             return len(value) == size
         return all(
-            self._fits_collated(part, size, below) for _, part, below in _parts_below(value, top)
+            self._fits_collated(part, size, below) for _, part, below in parts_below(value, top)
         )
 
     def _refuse(self, batch: Any, fitting: list[int], arrays: list[tuple[str, int]]) -> NoReturn:
         for path, leaf in leaves(batch):
-            _check_leaf(leaf, path)
+            check_leaf(leaf, path)
         for path, length in arrays:
             if length != arrays[0][1]:
                 self._measure = arrays[0][0]
@@ -241,11 +246,11 @@ class BatchLayout:
                 self._check_samples(value, size, path)
             if kind != "columns":
                 return
-        for name, part, below in _parts_below(value, top):
+        for name, part, below in parts_below(value, top):
             self._decide(part, size, path + name, below)
 
     def _check_array(self, value: Any, size: int, path: str, top: Any) -> None:
-        _check_leaf(value, path)
+        check_leaf(value, path)
         if has_rows(value):
             length = self._length(value, top)
             if length != size:
@@ -260,21 +265,21 @@ class BatchLayout:
                 f" of {size} samples."
             )
         if size == 1 and not is_container(entry := next(iter(value))):
-            _check_leaf(entry, f"{path}[0]")
+            check_leaf(entry, f"{path}[0]")
 
     def _kind(self, value: Any, size: int, path: str, top: Any) -> Kind:
         known = self._known.get(path)
         if known is not None:
             return known
         has_arrays = any(True for _ in self._arrays(value, path, top))
-        samples = _may_be_samples(value, size)
+        samples = may_be_samples(value, size)
         if has_arrays:
-            below = _parts_below(value, top)
+            below = parts_below(value, top)
             columns = all(self._fits(part, size, path + name, key) for name, part, key in below)
         elif samples:  # texts for each input, or for each sample
             columns = size > 1 and all(is_sequence(part) and len(part) == size for part in value)
         else:
-            columns = any(size in _lengths_of_sequences(part) for part in value)
+            columns = any(size in lengths_of_sequences(part) for part in value)
         if columns and samples:
             return self._ambiguous(value, path)
         if not columns and not samples:
@@ -313,83 +318,8 @@ class BatchLayout:
         if kind == "whole":
             return value
         if has_rows(value):
-            return _cut_rows(value, self._dimension(value, top), start, stop)
+            return cut_rows(value, self._dimension(value, top), start, stop)
         if not is_container(value):
             return value
-        below = _parts_below(value, top)
+        below = parts_below(value, top)
         return rebuild(value, [self._cut(p, start, stop, path + n, key) for n, p, key in below])
-
-
-def _cut_rows(value: Any, dim: int, start: int, stop: int) -> Any:
-    """Entries `start` to `stop` along a dimension, a view; of graphs, those graphs."""
-    if is_graph_batch(value):
-        return take_graphs(value, start, stop)
-    return value[(slice(None),) * dim + (slice(start, stop),)] if dim else value[start:stop]
-
-
-def signature(value: Any) -> Any:
-    """Structure that entries of one kind share: types, keys, numbers of dimensions and dtypes."""
-    if isinstance(value, Tensor) or is_array(value):
-        return type(value), len(value.shape), getattr(value, "dtype", None)
-    if isinstance(value, Mapping):
-        return type(value), tuple((key, signature(part)) for key, part in value.items())
-    if is_sequence(value):
-        return type(value), frozenset(signature(part) for part in value)
-    return type(value), tuple(signature(part) for _, part in parts(value))
-
-
-def _parts_below(value: Any, top: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The parts of a container: how to get there, the part, and the batch's part that it is in."""
-    found = parts(value)
-    if top is not None or not found:
-        yield from ((name, part, top) for name, part in found)
-        return
-    keys: Any = value if isinstance(value, Mapping) else range(len(found))
-    yield from ((name, part, key) for key, (name, part) in zip(keys, found, strict=True))
-
-
-def _may_be_samples(value: Any, size: int) -> bool:
-    """Return whether a list may have one entry for each of `size` samples, all of one kind."""
-    if len(value) != size:
-        return False
-    arrays = [entry for entry in value if is_array(entry)]
-    dtypes = {entry.dtype for entry in arrays if hasattr(entry, "dtype") and 0 not in entry.shape}
-    return len({len(entry.shape) for entry in arrays}) <= 1 and len(dtypes) <= 1
-
-
-def _lengths_of_outermost(value: Any) -> Iterator[int]:
-    if is_sequence(value):
-        yield len(value)
-        return
-    for _, part in parts(value):
-        yield from _lengths_of_outermost(part)
-
-
-def _lengths_of_sequences(value: Any) -> Iterator[int]:
-    for _, part in parts(value):
-        yield from _lengths_of_sequences(part)
-    if is_sequence(value) and value:
-        yield len(value)
-
-
-def _check_leaf(value: Any, path: str) -> None:
-    """Refuse values that have samples but cannot be split by sample.
-
-    Raises:
-        ValueError: Names the place, and what else to use if there is a way.
-    """
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_nested:
-            layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-            raise ValueError(f"`{path}` is a {layout} tensor, which torch cannot slice.")
-    elif isinstance(value, PackedSequence):
-        raise ValueError(f"`{path}` is a `PackedSequence`, whose samples are interleaved.")
-    elif isinstance(value, Iterator):
-        raise ValueError(
-            f"`{path}` is a `{type(value).__name__}`, which can be read only once. Make it a list."
-        )
-    elif not has_rows(value) and holds_tensors(value):
-        raise ValueError(
-            f"`{path}` is a `{type(value).__name__}` that holds tensors in an unknown layout."
-            " Make it a dataclass, or a dict of tensors."
-        )

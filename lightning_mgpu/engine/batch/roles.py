@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mgpu.engine.batch.containers import attributes_of, is_array, leaves
-from lightning_mgpu.engine.batch.layout import signature
+from lightning_mgpu.engine.batch.inspection import signature
 
 log = logging.getLogger(__name__)
 

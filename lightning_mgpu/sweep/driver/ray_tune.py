@@ -28,6 +28,7 @@ from lightning_mgpu.sweep.trial.failures import SweepTrial, retrying
 from lightning_mgpu.sweep.trial.resources import requests_of
 from lightning_mgpu.sweep.trial.trainable import END_SECONDS, HydraTrial
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
+from lightning_mgpu.variables import restored
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
@@ -147,21 +148,16 @@ def _directory_name(trial: Any) -> str:
 def _quiet_tune() -> Iterator[None]:
     """Run Ray Tune without its own output, and restore signal handlers at the end."""
     variables = {**_VARIABLES, "TUNE_GLOBAL_CHECKPOINT_S": _CHECKPOINT_SECONDS}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
     is_main = threading.current_thread() is threading.main_thread()
     signals = (signal.SIGINT, signal.SIGUSR1) if is_main else ()
     handlers = {signum: signal.getsignal(signum) for signum in signals}
     logger = logging.getLogger("ray.tune")
     level, logger.level = logger.level, logging.CRITICAL
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with restored(*variables):
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)

@@ -28,7 +28,7 @@ def locked(directory: Path) -> Iterator[None]:
         ConfigError: The sweep still runs.
     """
     lock = FileLock(directory / _NAME, poll_interval=_POLL_SECONDS)
-    with contextlib.suppress(NotImplementedError):
+    with contextlib.suppress(NotImplementedError, OSError):  # the file system has no locks
         _acquire(lock, directory)
     try:
         yield

@@ -26,8 +26,9 @@ from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import (
     untracked,
 )
 from lightning_mgpu.engine.data_parallel.side_effects.additions import AdditionWatch
+from lightning_mgpu.engine.data_parallel.side_effects.change import Change
 from lightning_mgpu.engine.data_parallel.side_effects.equality import MISSING, all_equal
-from lightning_mgpu.engine.data_parallel.side_effects.merge_rules import Change, Judge
+from lightning_mgpu.engine.data_parallel.side_effects.merge_rules import Judge
 from lightning_mgpu.engine.data_parallel.side_effects.places import Places
 
 

@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import Additions, is_number
+from lightning_mgpu.engine.data_parallel.copying.tracked_numbers import is_number
+from lightning_mgpu.engine.data_parallel.side_effects.change import Change, of_new_key
 from lightning_mgpu.engine.data_parallel.side_effects.equality import MISSING, all_equal
 from lightning_mgpu.engine.data_parallel.side_effects.scalars import (
     close,
@@ -63,29 +64,6 @@ class _Doubt:
     value: Any = None
 
 
-@dataclass
-class Change:
-    """One place that replicas have changed.
-
-    Attributes:
-        name: Of the place.
-        before: Its value at the start of the step.
-        values: The replicas' values now.
-        evidence: For each replica but the first: the additions that made it, if it was those.
-        is_key: Whether the place is an entry of a dict rather than an attribute.
-        is_count: Whether it is likely a count of samples: new to a dict, or in a `Counter`.
-        owner: What warnings are said once for; default: the place.
-    """
-
-    name: str
-    before: Any
-    values: Sequence[Any]
-    evidence: Sequence[Additions | None]
-    is_key: bool = False
-    is_count: bool = False
-    owner: str = ""
-
-
 class Judge:
     """Decide about changes, remember decisions, and warn of each thing once."""
 
@@ -110,7 +88,7 @@ class Judge:
     def outcome(self, change: Change) -> Any:
         """The value that the master's place is to have."""
         if change.before is MISSING and change.is_key:
-            change = _of_new_key(change)
+            change = of_new_key(change)
         values = [change.before, *change.values]
         proven = all(addition is not None for addition in change.evidence)
         if proven and all(map(is_scalar_like, values)):
@@ -333,17 +311,6 @@ class Judge:
         if (owner or name, text) not in self._told:
             self._told.add((owner or name, text))
             log.warning(text, name)
-
-
-def _of_new_key(change: Change) -> Change:
-    """A key that is new to a dict: whole numbers are taken for counts that began at zero."""
-    values = change.values
-    present = [value for value in values if value is not MISSING]
-    if not all(is_number(value) and is_integer(value) for value in present):
-        return change
-    evidence = [e or Additions(constant=False, count=1) for e in change.evidence]
-    filled = [0 if value is MISSING else value for value in values]
-    return Change(change.name, 0, filled, evidence, True, True, change.owner)
 
 
 def _combined(first: Any, deltas: Sequence[Any], rule: Rule, weights: Sequence[float]) -> Any:

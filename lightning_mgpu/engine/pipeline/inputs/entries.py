@@ -14,7 +14,7 @@ from lightning_mgpu.engine.batch.graphs import (
     take_graphs,
     tensors_of_graphs,
 )
-from lightning_mgpu.engine.batch.layout import signature
+from lightning_mgpu.engine.batch.inspection import signature
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
 
 log = logging.getLogger(__name__)
