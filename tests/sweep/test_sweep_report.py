@@ -411,6 +411,15 @@ def test_sweep_with_little_in_it_has_a_report_too(case: str) -> None:
     assert bool(pictures) == (case != "none started")
 
 
+def test_report_of_trials_without_a_metric_does_not_say_that_they_did_not_train() -> None:
+    journal = journals.Journal(HERE, [LR])
+    journal.start(0, 0, {"model.lr": 0.1})
+    journal.end(0, 9, "failed", "hydra.sweeper.metric=val_acc was never logged")
+    page = draw.draw(HERE)[0].read_text()
+    assert "No trial has reported the metric" in page
+    assert "nothing to save" not in page
+
+
 def test_pictures_that_show_nothing_any_more_go() -> None:
     small()
     Path("report").mkdir()

@@ -47,7 +47,7 @@ def begin(trial: Reporting) -> None:
     reporting.begin(trial, lambda _: [*reporter.callbacks()])
 
 
-_REPORTING = ("every_n_epochs", "saves", "restore_from")
+_REPORTING = ("every_n_epochs", "saves", "restore_from", "notify")
 
 
 def make_trainer(sent: Sent, *, metrics: str = "val_loss", **options: Any) -> Trainer:
@@ -157,8 +157,64 @@ def test_list_of_callbacks_that_two_trainers_share_reports_once(sent: Sent) -> N
 def test_metric_that_is_not_logged_is_not_reported(sent: Sent) -> None:
     fit(sent, metrics="val_los")
     assert sent.metrics == []
-    assert reporting._current is not None
-    assert {"val_loss", "train_loss"} <= reporting._current.seen
+    current = reporting.current()
+    assert current is not None
+    assert {"val_loss", "train_loss"} <= current.logged.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "logged"),
+    [
+        ({"num_sanity_val_steps": 2}, "train_loss, train_loss_epoch, train_loss_step, val_acc"),
+        ({"limit_val_batches": 0}, "train_loss, train_loss_epoch, train_loss_step."),
+        ({"check_val_every_n_epoch": 3}, None),
+    ],
+)
+def test_metric_that_the_first_validation_did_not_log_is_told_of_once(
+    sent: Sent, options: dict[str, Any], logged: str | None
+) -> None:
+    told: list[tuple[str, str]] = []
+    fit(sent, metrics="val_los", notify=lambda *words: told.append(words), **options)
+    if logged is None:
+        assert told == []
+        return
+    ((kind, text),) = told
+    assert kind == "metric"
+    assert text.startswith("hydra.sweeper.metric=val_los has not been logged by the first")
+    assert f"logged were: {logged}" in text
+    assert ("Did you mean val_loss?" in text) == ("val_acc" in logged)
+
+
+def test_nothing_is_said_of_a_metric_that_is_logged(sent: Sent) -> None:
+    told: list[tuple[str, str]] = []
+    fit(sent, metrics="train_loss_epoch", notify=lambda *words: told.append(words))
+    assert told == []
+
+
+class Late(Classifier):
+    """Logs its metric from the third epoch on, and in its test."""
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch >= 2:
+            self.log("late", float(self.current_epoch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/acc", 0.75)
+
+
+def test_metric_that_comes_late_is_reported_from_there(sent: Sent) -> None:
+    fit(sent, Late(), metrics="late", max_epochs=4)
+    assert [metrics["late"] for metrics in sent.metrics] == [2, 3]
+
+
+def test_what_test_logs_is_known_to_the_trial(sent: Sent) -> None:
+    model = Late()
+    trainer = fit(sent, model, metrics="test/acc", max_epochs=1)
+    trainer.test(model, datamodule=Blobs(), verbose=False)
+    current = reporting.current()
+    assert current is not None
+    assert current.logged["test/acc"] == 0.75
+    assert sent.metrics == []
 
 
 def test_nan_ends_the_trial(sent: Sent) -> None:

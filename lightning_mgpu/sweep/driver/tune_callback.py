@@ -161,6 +161,9 @@ class RecordingCallback(Callback):
         record = self._record(trial)
         record.failures += 1
         record.reason = trial.failure
+        if trial.lacks_metric and not self.records.has_results():
+            self.records.fatal = f"trial {record.number}: {record.reason}"
+            self._set_patience(0)  # the others would have no result either
         self._end(record, "failed")
 
     @override

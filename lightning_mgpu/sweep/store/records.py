@@ -53,6 +53,7 @@ class Records:
     Attributes:
         metric: What is optimised, or the first of it.
         others: What else is optimised; then the latest report of a trial counts.
+        fatal: Why the sweep cannot go on, if it cannot.
     """
 
     metric: str
@@ -60,6 +61,7 @@ class Records:
     takes_best: bool
     trials: dict[int, TrialRecord] = field(default_factory=dict)
     others: tuple[Objective, ...] = ()
+    fatal: str | None = None
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -103,6 +105,10 @@ class Records:
             for record, own in valued
             if not any(dominates(other, own, modes) for _, other in valued)
         ]
+
+    def has_results(self) -> bool:
+        """Return whether some trial has reported the metric."""
+        return any(record.history for record in self.trials.values())
 
     def count(self, *statuses: str) -> int:
         """Number of trials with one of these statuses."""

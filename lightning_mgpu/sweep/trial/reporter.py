@@ -77,6 +77,7 @@ class TrialReportCallback(Checkpoint):
         self._saves = saves
         self._restore_from = restore_from
         self._is_new = False  # a validation was not reported yet
+        self._has_warned = False
         self._before: dict[str, float] = {}
         self._validation_names: set[str] = set()
         self._groups: pbt.Groups = []
@@ -112,6 +113,8 @@ class TrialReportCallback(Checkpoint):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not _is_training(trainer):
+            if not trainer.sanity_checking:
+                _tell(trainer, reporting.note, _numbers(trainer), {})
             return
         now = _numbers(trainer)
         self._validation_names |= {n for n, v in now.items() if self._before.get(n) != v}
@@ -124,11 +127,18 @@ class TrialReportCallback(Checkpoint):
         if self._is_new or not self._metrics <= self._validation_names:
             self._report(trainer)
 
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _tell(trainer, reporting.note, _numbers(trainer), {})
+
     def _report(self, trainer: Trainer) -> None:
-        self._is_new = False
+        is_validated, self._is_new = self._is_new or not trainer.enable_validation, False
         metrics = _numbers(trainer)
         best = _best_checkpoint(trainer)
-        _tell(trainer, reporting.note, set(metrics), best)
+        _tell(trainer, reporting.note, metrics, best)
+        if is_validated and not self._has_warned and not self._metrics <= metrics.keys():
+            self._has_warned = True
+            _tell(trainer, reporting.warn_of_missing)
         is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if not is_due or not self._metrics or not self._metrics <= metrics.keys():
             return

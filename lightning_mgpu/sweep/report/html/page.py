@@ -131,7 +131,9 @@ def _of_time(sweep: SweepHistory) -> Iterator[_Section]:
         "Epochs saved by early stopping",
         saving(sweep),
         epochs(sweep),
-        "Trials did not train for more than an epoch, so there was nothing to save.",
+        "No trial has reported a second time, so there was nothing to save."
+        if any(trial.reports for trial in sweep.trials)
+        else "No trial has reported the metric, so it is not known how long they have trained.",
     )
 
 
