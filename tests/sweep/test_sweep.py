@@ -48,6 +48,7 @@ def plain(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         *("hydra.sweeper.metric=val_acc", "hydra.sweeper.mode=max"),
         *("hydra.sweeper.num_samples=8", "hydra.sweeper.search_alg.seed=0"),
         *("hydra.sweeper.scheduler.reduction_factor=2", "hydra.sweeper.report=best"),
+        "hydra.job.chdir=true",
         directory=str(directory / "sweep"),
     )
 
@@ -96,6 +97,7 @@ def test_best_trial_is_the_best_and_its_command_runs_it_again(plain: Swept) -> N
     assert again.returncode == 0, again.stderr
     best = plain.directory / str(results["best_trial"])
     assert Path("again/metrics.csv").read_text() == (best / "metrics.csv").read_text()
+    assert "chdir: true" in Path("again/.hydra/hydra.yaml").read_text()
 
 
 def test_several_metrics_leave_a_front(ray_address: str) -> None:

@@ -174,6 +174,22 @@ def test_commands_can_be_pasted_into_a_shell() -> None:
             assert shlex.split(resume_command(Path("/a b"))) == again
 
 
+def test_command_of_a_trial_keeps_what_hydra_was_told_about_jobs() -> None:
+    of_jobs = [
+        *("hydra.searchpath=[pkg://lightning_mgpu.conf, file://my conf]", "hydra.job.chdir=true"),
+        *("hydra/job_logging=none", "+hydra.job.env_set.MODE=fast", "~hydra.callbacks"),
+        *("hydra.run.dir='runs/${now:%H}'", "hydra.verbose=[a,b]"),
+    ]
+    of_the_sweep = [
+        *("hydra/sweeper=ray_tune", "hydra/sweeper/search_alg=grid", "hydra.sweeper.metric=a"),
+        *("+hydra.sweeper.ray.num_gpus=1", "hydra.mode=MULTIRUN", "hydra.sweep.dir=s"),
+        *("hydra.sweep.subdir=x", "hydra/launcher=basic", "hydra.launcher.x=1"),
+    ]
+    arguments = ["app.py", "-m", *of_jobs, *of_the_sweep, "x=1,2", "hydra_like=2"]
+    with patch.object(sys, "argv", arguments), patch.object(results, "program", lambda: ["p"]):
+        assert shlex.split(job_command(["x=1"])) == ["p", *of_jobs, "x=1", "hydra.mode=RUN"]
+
+
 @pytest.mark.parametrize(
     ("statuses", "rate", "ends"),
     [

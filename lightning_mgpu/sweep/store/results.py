@@ -15,6 +15,7 @@ from lightning_mgpu.sweep.store.records import Records, TrialRecord
 
 RESULTS = "optimization_results.yaml"
 _RESUME = "hydra.sweeper.resume="
+_OF_THE_SWEEP = ("hydra.sweeper.", "hydra.sweep.", "hydra.launcher.", "hydra.mode.")
 
 
 def write_results(records: Records, directory: Path) -> Path:
@@ -68,7 +69,7 @@ def job_command(overrides: Sequence[str]) -> str:
         # Only the sweep was on a cluster.
         overrides = [override for override in overrides if not of_the_cluster(override)]
     # A search space that starts the sweep by itself would do so again.
-    return shlex.join([*program(), *_flags(), *overrides, "hydra.mode=RUN"])
+    return shlex.join([*program(), *_flags(), *_of_hydra(), *overrides, "hydra.mode=RUN"])
 
 
 def of_the_cluster(override: str) -> bool:
@@ -109,6 +110,17 @@ def _value(records: Records, record: TrialRecord) -> Any:
     if values is None or records.others:
         return None if values is None else list(values.values())
     return records.value(record)
+
+
+def _of_hydra() -> list[str]:
+    """Overrides of Hydra's own config that are not about the sweep, such as the search path."""
+    given, _ = command_line_parser().parse_known_args(sys.argv[1:])
+    found = []
+    for override in given.overrides or ():
+        key = override.lstrip("+~").partition("=")[0].replace("/", ".")
+        if key.startswith("hydra.") and not f"{key}.".startswith(_OF_THE_SWEEP):
+            found.append(override)
+    return found
 
 
 def _flags() -> list[str]:
