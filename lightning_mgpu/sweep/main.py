@@ -165,12 +165,12 @@ def _conclude(records: Records, path: Path, page: Path | None) -> None:
 
 
 def _praise(records: Records, record: TrialRecord) -> list[str]:
-    values = (records.values(record) or {}).items()
+    values, setting = (records.values(record) or {}).items(), records.setting(record)
     worth = " ".join(f"{name}={value:.6g}" for name, value in values)
     lines = [f"Best: trial {record.number}, {worth}"]
-    lines.append(f"  run it alone: {job_command(record.overrides)}")
-    if record.checkpoint is not None:
-        lines.append(f"  checkpoint: {_relative(Path(record.checkpoint))}")
+    lines.append(f"  run it alone: {job_command(setting.overrides)}")
+    if setting.checkpoint is not None:
+        lines.append(f"  checkpoint: {_relative(Path(setting.checkpoint))}")
     return lines
 
 

@@ -309,6 +309,7 @@ def test_population_goes_on_from_the_better_with_new_values(
         path = Path(trial["directory"]) / "seen.jsonl"
         seen = [json.loads(line) for line in path.read_text().splitlines()]
         assert all(line["lr"] == line["asked"] for line in seen)  # the optimizer has what was asked
+        assert seen[-1]["lr"] == trial["params"]["lr"]  # of the last report, which counts
         for before, after in pairwise(seen):
             if after["weight_decay"] != before["weight_decay"]:
                 changed += 1

@@ -50,6 +50,26 @@ def test_failed_and_empty_trials_are_never_the_best() -> None:
     assert records().best() is None
 
 
+@pytest.mark.parametrize(("takes_best", "lr"), [(True, 0.1), (False, 0.3)])
+def test_results_name_the_values_with_which_the_best_value_was_reported(
+    takes_best: bool, lr: float, tmp_path: Path
+) -> None:
+    changing = TrialRecord(0, {"lr": 0.1}, ["lr=0.1"], "0", "done", [0.5, 0.9], checkpoint="a.ckpt")
+    changing.change({"lr": 0.3}, ["lr=0.3"])
+    changing.history.append(0.7)
+    changing.checkpoint = "b.ckpt"
+    if takes_best:
+        changing.change({"lr": 0.4}, ["lr=0.4"])  # and nothing reported since
+    found = records(changing, takes_best=takes_best)
+    written = yaml.safe_load(write_results(found, tmp_path).read_text())
+    assert written["best_params"] == written["trials"][0]["params"] == {"lr": lr}
+    assert f"lr={lr}" in written["best_command"]
+    assert written["best_checkpoint"] == ("a.ckpt" if takes_best else "b.ckpt")
+    assert f"(lr={lr})" in Progress(found, 1).line(changing)
+    changing.restart()
+    assert found.setting(changing).values == changing.values
+
+
 def several(*trials: TrialRecord) -> Records:
     """Loss as small and accuracy as large as can be; the latest report counts."""
     found = records(*trials, mode="min", takes_best=False)

@@ -146,6 +146,21 @@ def test_population_goes_back_in_time_in_a_new_piece_of_its_curve() -> None:
     assert [[at for at, _ in piece] for piece in curve.pieces] == [[1, 2, 3], [2]]
 
 
+@pytest.mark.parametrize(("takes_best", "lr"), [(True, 0.1), (False, 0.3)])
+def test_values_that_have_changed_are_those_of_the_report_that_counts(
+    takes_best: bool, lr: float
+) -> None:
+    journal = journals.Journal(HERE, [LR], takes_best=takes_best)
+    for number, value in enumerate((0.9, 0.5)):
+        journal.start(0, number, {"model.lr": 0.1 + 0.2 * number})
+        journal.report(0, number + 0.5, number, value)
+    journal.start(0, 3, {"model.lr": 0.7})  # has not trained with it
+    journal.end(0, 4)
+    (trial,) = read(HERE).trials
+    assert trial.params["model.lr"] == pytest.approx(lr)
+    assert trial.command.startswith(f"python app.py model.lr={lr:g}")
+
+
 def test_validations_within_an_epoch_lie_within_it() -> None:
     journal = journals.Journal(HERE, [LR])
     journal.start(0, 0, {"model.lr": 0.1})

@@ -316,6 +316,19 @@ def test_restored_trial_goes_on_with_weights_and_optimizer(tmp_path: Path) -> No
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_last_checkpoint_of_a_restored_trial_is_its_own(tmp_path: Path) -> None:
+    files, states = tmp_path / "files", tmp_path / "states"
+    states.mkdir()
+    fit(Keeping(states), Classifier(), saves=True)
+    for epochs, options in ((2, {}), (3, {"restore_from": states / "1"})):
+        last = ModelCheckpoint(files, save_last=True, filename="{epoch}-{step}")
+        fit(Sent(), max_epochs=epochs, callbacks=[last], **options)
+    reporting.end()
+    assert last.last_model_path == str(files / "last.ckpt")
+    assert [path.name for path in files.glob("last*")] == ["last.ckpt"]
+    assert torch.load(files / "last.ckpt", weights_only=False)["epoch"] == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "old", "new"),
     [

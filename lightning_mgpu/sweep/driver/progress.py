@@ -69,7 +69,8 @@ class Progress:
 
     def line(self, record: TrialRecord) -> str:
         """Line on the outcome of one trial and the work left."""
-        values = " ".join(f"{name}={_short(value)}" for name, value in record.values.items())
+        searched = self._records.setting(record).values
+        values = " ".join(f"{name}={_short(value)}" for name, value in searched.items())
         result = record.reason if record.status == "failed" else self._result(record)
         left = self.seconds_left()
         about = f", about {clock(left)} left" if left else ""

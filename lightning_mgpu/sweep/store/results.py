@@ -35,12 +35,13 @@ def _best(records: Records) -> dict[str, Any]:
     content = {"metric": records.metric, "mode": records.mode, "best_trial": None}
     if best is None:
         return content
+    setting = records.setting(best)
     return content | {
         "best_trial": best.number,
         "best_value": records.value(best),
-        "best_params": plain(best.values),
-        "best_command": job_command(best.overrides),
-        "best_checkpoint": best.checkpoint,
+        "best_params": plain(setting.values),
+        "best_command": job_command(setting.overrides),
+        "best_checkpoint": setting.checkpoint,
     }
 
 
@@ -48,13 +49,14 @@ def _front(records: Records) -> dict[str, Any]:
     """Pareto front, under the name that Hydra's Optuna sweeper has for it."""
     solutions = [
         {
-            "params": plain(record.values),
+            "params": plain(setting.values),
             "values": list((records.values(record) or {}).values()),
             "trial": record.number,
-            "command": job_command(record.overrides),
-            "checkpoint": record.checkpoint,
+            "command": job_command(setting.overrides),
+            "checkpoint": setting.checkpoint,
         }
         for record in records.front()
+        for setting in (records.setting(record),)
     ]
     return {
         "metric": [objective.name for objective in records.objectives],
@@ -84,18 +86,19 @@ def resume_command(directory: Path) -> str:
 
 
 def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
+    setting = records.setting(record)
     found: dict[str, Any] = {
         "number": record.number,
         "status": record.status,
         "value": _value(records, record),
-        "params": plain(record.values),
+        "params": plain(setting.values),
         "reports": len(record.history),
         "metrics": record.metrics,
         "seconds": round(record.seconds, 2),
         "directory": record.directory,
     }
-    if record.checkpoint is not None:
-        found["checkpoint"] = record.checkpoint
+    if setting.checkpoint is not None:
+        found["checkpoint"] = setting.checkpoint
     if record.halvings:
         found["batch_halvings"] = record.halvings
         found["overrides"] = record.overrides

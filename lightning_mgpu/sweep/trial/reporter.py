@@ -100,6 +100,7 @@ class TrialReportCallback(Checkpoint):
         _tell(trainer, reporting.note_restored)  # a second fit of the trial starts as the user says
         self._mutations = pbt.compare(json.loads((path / _GROUPS).read_text()), self._groups)
         restore_model_and_callbacks(trainer, path / CHECKPOINT)
+        _take_over_last(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,6 +189,19 @@ def _is_training(trainer: Trainer) -> bool:
 
 def _numbers(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _take_over_last(trainer: Trainer) -> None:
+    """Let `last.ckpt` of an abandoned run, in the same directory, be written over.
+
+    Or Lightning would keep it, and call the new one `last-v1.ckpt`.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
+            name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            path = Path(callback.dirpath, name)
+            if path.exists():
+                callback.last_model_path = str(path)
 
 
 def _best_checkpoint(trainer: Trainer) -> dict[str, str]:
