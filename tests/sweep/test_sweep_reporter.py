@@ -47,12 +47,13 @@ def begin(trial: Reporting) -> None:
     reporting.begin(trial, lambda _: [*reporter.callbacks()])
 
 
-_REPORTING = ("every_n_epochs", "saves", "restore_from", "notify")
+_REPORTING = ("every_n_epochs", "saves", "restore_from", "notify", "wanted")
 
 
 def make_trainer(sent: Sent, *, metrics: str = "val_loss", **options: Any) -> Trainer:
     """A Trainer as made within a trial; options of `Reporting` and of the Trainer."""
     given = {name: options.pop(name) for name in _REPORTING if name in options}
+    given = {"strategy" if name == "wanted" else name: value for name, value in given.items()}
     begin(Reporting(send=sent, metrics=tuple(metrics.split()), **given))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     given = {**quiet, "max_epochs": 2, "accelerator": "cpu", **options}
@@ -183,6 +184,25 @@ def test_metric_that_the_first_validation_did_not_log_is_told_of_once(
     assert text.startswith("hydra.sweeper.metric=val_los has not been logged by the first")
     assert f"logged were: {logged}" in text
     assert ("Did you mean val_loss?" in text) == ("val_acc" in logged)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "dp"])
+def test_trainer_without_the_strategy_of_the_config_is_told_of(sent: Sent, strategy: str) -> None:
+    told: list[tuple[str, str]] = []
+    fit(
+        sent,
+        wanted="lightning_mgpu.strategies.DDPStrategy",
+        notify=lambda *words: told.append(words),
+        strategy=strategy,
+        max_epochs=1,
+    )
+    if strategy == "dp":
+        assert told == []
+        return
+    ((kind, text),) = told
+    assert kind == "strategy"
+    assert "trains with SingleDeviceStrategy" in text
+    assert "+strategy@trainer.strategy=" in text
 
 
 def test_nothing_is_said_of_a_metric_that_is_logged(sent: Sent) -> None:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.ckpt"
 _GROUPS = "param_groups.json"
+_OURS = "lightning_mgpu."
 
 
 def callbacks() -> list[Checkpoint]:
@@ -89,6 +90,10 @@ class TrialReportCallback(Checkpoint):
         attributes = vars(trainer)  # `callbacks` is set by a connector, and no declared attribute
         others = [c for c in attributes["callbacks"] if not isinstance(c, TrialReportCallback)]
         attributes["callbacks"] = [*others, self]
+        trial = reporting.current()
+        kind = type(trainer.strategy)
+        if trial is not None and trial.strategy and not kind.__module__.startswith(_OURS):
+            reporting.warn_of_strategy(kind.__qualname__)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

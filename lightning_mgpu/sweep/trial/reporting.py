@@ -30,11 +30,13 @@ class Reporting:
         metrics: What the sweep optimises; nothing if that is what the job returns.
         saves: Whether each report comes with a checkpoint.
         restore_from: The directory of a checkpoint from which the first `fit` goes on.
+        strategy: The class of ours that the job's config names at `strategy`, if it does.
         notify: Takes the kind and the text of a warning that the user of the sweep should see.
         logged: The latest value of each metric that was logged, by `fit`, `validate` or `test`.
         best_checkpoint: Where it lies, as it is reported.
         sent: How many reports there were.
         stopped: Whether the scheduler has ended the trial.
+        warned: Kinds of warnings that were given.
     """
 
     send: Callable[[dict[str, Any], Path | None], None]
@@ -42,11 +44,13 @@ class Reporting:
     every_n_epochs: int = 1
     saves: bool = False
     restore_from: Path | None = None
+    strategy: str | None = None
     notify: Callable[[str, str], None] | None = None
     logged: dict[str, float] = field(default_factory=dict)
     best_checkpoint: dict[str, str] = field(default_factory=dict)
     sent: int = 0
     stopped: bool = False
+    warned: set[str] = field(default_factory=set)
 
 
 _current: Reporting | None = None
@@ -117,9 +121,28 @@ def warn_of_missing() -> None:
     names = set(_current.metrics) - _current.logged.keys()
     words = missing(names, _current.logged, "has not been logged by the first validation")
     text = f"{words} The first trial that ends without it ends the sweep."
+    _warn("metric", text)
+
+
+def warn_of_strategy(kind: str) -> None:
+    """Say that the job's Trainer has a strategy of that kind, and not the one in the config."""
+    assert _current is not None
+    _warn(
+        "strategy",
+        f"The config has strategy._target_={_current.strategy}, but the application's Trainer"
+        f" trains with {kind}: it does not read `cfg.strategy`. Where `cfg.trainer` has the"
+        " Trainer's arguments, write +strategy@trainer.strategy=... instead of +strategy=....",
+    )
+
+
+def _warn(kind: str, text: str) -> None:
+    """Warn once of each kind, here and in the sweep's own process."""
+    if _current is None or kind in _current.warned:
+        return
+    _current.warned.add(kind)
     log.warning("%s", text)
     if _current.notify is not None:
-        _current.notify("metric", text)
+        _current.notify(kind, text)
 
 
 def missing(names: Collection[str], logged: Collection[str], how: str = "was never logged") -> str:

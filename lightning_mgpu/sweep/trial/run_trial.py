@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from ray import tune
 
 from lightning_mgpu._compat.namespace import choose, named
@@ -46,17 +47,18 @@ def run_trial(
     """
     check_storage(plan.sweep_dir)
     restored = tune.get_checkpoint()
+    with failures_in_words():
+        _, cfg = compose(plan.job, plan.space, config, number, plan.sweep_dir)
+        directory = plan.job.output_dir(cfg)
     reporting = Reporting(
         send=_send,
         metrics=plan.objectives if plan.are_logged else (),
         every_n_epochs=plan.every_n_epochs,
         saves=plan.saves,
         restore_from=Path(restored.path) if restored is not None else None,
+        strategy=_strategy(cfg),
         notify=partial(notify, plan.sweep_dir),
     )
-    with failures_in_words():
-        _, cfg = compose(plan.job, plan.space, config, number, plan.sweep_dir)
-        directory = plan.job.output_dir(cfg)
     with output_to(directory / LOG_FILE), _reporting(reporting), failures_in_words():
         value = _run(plan.job, cfg, reporting)
         if reporting.stopped:
@@ -84,6 +86,13 @@ def check_storage(sweep_dir: Path) -> None:
             " Set hydra.sweep.dir to a directory on storage that all machines of the cluster"
             " share."
         )
+
+
+def _strategy(cfg: DictConfig) -> str | None:
+    """Our class that a config names at its top level, where our group `strategy` puts it."""
+    node = cfg.get("strategy")
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    return target if str(target).startswith("lightning_mgpu.") else None
 
 
 def _run(job: Job, cfg: Any, reporting: Reporting) -> Any:
