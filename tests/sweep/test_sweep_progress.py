@@ -139,6 +139,38 @@ def test_terminal_shows_a_table_with_the_best_and_what_is_left() -> None:
     for text in ("lr", "act", "relu", "0.91", "running", "best so far: trial 0, acc=0.91"):
         assert text in shown
     assert "3 of 8 ended, 1 running, 1 failed" in shown
+    assert "(best so far)" not in shown
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_names_in_the_table_are_cut_at_their_start_and_differ(width: int) -> None:
+    names = [
+        *("model.net.lin1_size", "model.net.lin2_size", "model.net.dropout_of_the_last_layer"),
+        *("model.optimizer.weight_decay", "model.optimizer.lr", "data.batch_size"),
+    ]
+    trial = TrialRecord(0, dict.fromkeys(names, 0.125), [], "0", "done", [0.9])
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    table = Progress(records(trial), 1, console).table()
+    heads = [str(column.header) for column in table.columns][1:7]
+    assert len(set(heads)) == len(names)
+    for name, head in zip(names, heads, strict=True):
+        assert name.endswith(head.removeprefix("…"))
+    assert "lr" in heads
+    if width == 200:
+        assert heads[:2] == ["lin1_size", "lin2_size"]
+    if width >= 100:  # as they stand
+        console.print(table)
+        for head in heads:
+            assert f"┃ {head} " in out.getvalue()
+
+
+def test_names_that_end_alike_are_not_cut_until_they_look_the_same() -> None:
+    names = ["net.encoder_hidden_size", "net.decoder_hidden_size"]
+    trial = TrialRecord(0, dict.fromkeys(names, 1), [], "0", "done", [0.9])
+    table = Progress(records(trial), 1, Console(file=io.StringIO(), width=30)).table()
+    heads = [str(column.header) for column in table.columns][1:3]
+    assert heads == ["encoder_hidden_size", "decoder_hidden_size"]
 
 
 def test_table_of_many_trials_shows_the_running_the_latest_and_the_best() -> None:

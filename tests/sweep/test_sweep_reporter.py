@@ -269,6 +269,15 @@ def test_trial_that_is_stopped_has_saved_its_checkpoint_and_log(
     assert sent.metrics[-1][reporter.BEST_CHECKPOINT].endswith(".ckpt")
 
 
+def test_checkpoint_is_named_only_where_one_was_saved(sent: Sent, tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path, monitor="val_loss", every_n_epochs=9)
+    fit(sent, callbacks=[callback], max_epochs=1)
+    assert reporter.BEST_CHECKPOINT not in sent.metrics[-1]
+    latest = ModelCheckpoint(tmp_path, filename="latest")
+    fit(sent, callbacks=[callback, latest], max_epochs=1)
+    assert sent.metrics[-1][reporter.BEST_CHECKPOINT] == str(tmp_path / "latest.ckpt")
+
+
 def test_ranks_stop_together(sent: Sent) -> None:
     sent.stop_after = 1
     trainer = fit(sent, strategy="mgpu_ddp", devices=2, max_epochs=9)

@@ -210,7 +210,8 @@ def _take_over_last(trainer: Trainer) -> None:
 
 
 def _best_checkpoint(trainer: Trainer) -> dict[str, str]:
-    """Best checkpoint of the first callback with a metric, or else the latest."""
+    """Best checkpoint of the first callback with a metric, or else the latest, if one was saved."""
     found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     found.sort(key=lambda callback: callback.monitor is None)
-    return {BEST_CHECKPOINT: found[0].best_model_path} if found else {}
+    paths = (callback.best_model_path for callback in found)
+    return next(({BEST_CHECKPOINT: path} for path in paths if path), {})
