@@ -63,6 +63,7 @@ class Trial:
 
     Attributes:
         params: Its values by name; where they have changed, those with which it reported its value.
+        directory: Its directory, from that of the sweep; empty if it is not known.
         command: The command line that runs it alone with these.
         reason: Why it failed.
     """
@@ -70,6 +71,7 @@ class Trial:
     number: int
     params: dict[str, Any]
     command: str = ""
+    directory: str = ""
     status: str = "unfinished"
     reason: str = ""
     stretches: list[Stretch] = field(default_factory=list)

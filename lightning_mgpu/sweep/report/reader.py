@@ -101,6 +101,7 @@ class _Reader:
         elif trial.reports:
             self._again.add(number)
         trial.status, trial.reason = "unfinished", ""
+        trial.directory = event.get("directory", "")
         self._settings[number, len(trial.stretches)] = event["params"], event["command"]
         trial.stretches.append(Stretch(self._now, self._now, event["worker"]))
         self._open[number] = trial.stretches[-1]
