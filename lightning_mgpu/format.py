@@ -1,4 +1,4 @@
-"""Times and sizes as people read them."""
+"""Times, sizes and names as people read them."""
 
 from rich.filesize import decimal
 
@@ -24,3 +24,17 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def short_names(names: list[str]) -> dict[str, str]:
+    """Shortest unambiguous names: ``lr`` for ``model.lr``, if no other ends so."""
+    parts = {name: name.replace(":", "/").replace("/", ".").split(".") for name in names}
+    labels = {}
+    for name in names:
+        for length in range(1, len(parts[name]) + 1):
+            label = ".".join(parts[name][-length:])
+            others = (".".join(parts[other][-length:]) for other in names if other != name)
+            if label not in others:
+                break
+        labels[name] = label
+    return labels

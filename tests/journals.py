@@ -38,9 +38,11 @@ class Journal:
         with self.path.open("a") as file:
             file.write(json.dumps({"event": event, "time": self.time, **more}) + "\n")
 
-    def start(self, number: int, at: float, params: dict[str, Any], worker: str = "a") -> None:
+    def start(
+        self, number: int, at: float, params: dict[str, Any], worker: str = "a", **more: Any
+    ) -> None:
         command = " ".join(["python app.py", *(f"{name}={v}" for name, v in params.items())])
-        self.write("start", at, trial=number, worker=worker, params=params, command=command)
+        self.write("start", at, trial=number, worker=worker, params=params, command=command, **more)
 
     def report(self, number: int, at: float, epoch: int | None, value: float) -> None:
         metrics = {self.about["metric"]: value, "other": 1.0}

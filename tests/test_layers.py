@@ -16,6 +16,7 @@ from lightning_mgpu._compat.namespace import PACKAGES
 _ENTRY = "hydra_plugins.ray_tune_sweeper._lightning"
 _OPTIONS = "hydra_plugins.ray_tune_sweeper.config"
 _PLUGIN = "hydra_plugins.ray_tune_sweeper.ray_tune_sweeper"
+_NAMES = "hydra_plugins.ray_tune_sweeper.strategies"
 PACKAGE = Path(__file__).parent.parent / "lightning_mgpu"
 
 _TOOLS = {"_compat", "errors", "format", "variables"}
@@ -62,6 +63,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     _ENTRY: set(),
     _OPTIONS: set(),
+    _NAMES: {"_registration"},
     _PLUGIN: {"sweep", _OPTIONS},
 }
 _NEVER_LIGHTNING = ("engine", "launch", "timeline")

@@ -43,7 +43,7 @@ def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> No
 
     Raises:
         RefusedError: The options ask for what cannot be; nothing was started.
-        FailedError: Not one trial has a result, or the cluster was lost.
+        FailedError: Not one trial has a result, the metric is not logged, or the cluster was lost.
     """
     try:
         _run(job, options, arguments)
@@ -92,6 +92,10 @@ def _search(sweep: PreparedSweep) -> None:
             resume_command(sweep.directory),
         )
         sys.exit(128 + signal.SIGINT)
+    if sweep.records.fatal is not None:
+        raise SweepFailedError(
+            f"The sweep has ended at the first trial without its metric: {sweep.records.fatal}"
+        )
     page = _draw(sweep) if options.report is not False else None
     if why_early is not None:
         _say_that_early(sweep, why_early)
@@ -161,12 +165,12 @@ def _conclude(records: Records, path: Path, page: Path | None) -> None:
 
 
 def _praise(records: Records, record: TrialRecord) -> list[str]:
-    values = (records.values(record) or {}).items()
+    values, setting = (records.values(record) or {}).items(), records.setting(record)
     worth = " ".join(f"{name}={value:.6g}" for name, value in values)
     lines = [f"Best: trial {record.number}, {worth}"]
-    lines.append(f"  run it alone: {job_command(record.overrides)}")
-    if record.checkpoint is not None:
-        lines.append(f"  checkpoint: {_relative(Path(record.checkpoint))}")
+    lines.append(f"  run it alone: {job_command(setting.overrides)}")
+    if setting.checkpoint is not None:
+        lines.append(f"  checkpoint: {_relative(Path(setting.checkpoint))}")
     return lines
 
 

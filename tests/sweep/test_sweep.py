@@ -48,6 +48,7 @@ def plain(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         *("hydra.sweeper.metric=val_acc", "hydra.sweeper.mode=max"),
         *("hydra.sweeper.num_samples=8", "hydra.sweeper.search_alg.seed=0"),
         *("hydra.sweeper.scheduler.reduction_factor=2", "hydra.sweeper.report=best"),
+        "hydra.job.chdir=true",
         directory=str(directory / "sweep"),
     )
 
@@ -96,6 +97,7 @@ def test_best_trial_is_the_best_and_its_command_runs_it_again(plain: Swept) -> N
     assert again.returncode == 0, again.stderr
     best = plain.directory / str(results["best_trial"])
     assert Path("again/metrics.csv").read_text() == (best / "metrics.csv").read_text()
+    assert "chdir: true" in Path("again/.hydra/hydra.yaml").read_text()
 
 
 def test_several_metrics_leave_a_front(ray_address: str) -> None:
@@ -307,6 +309,7 @@ def test_population_goes_on_from_the_better_with_new_values(
         path = Path(trial["directory"]) / "seen.jsonl"
         seen = [json.loads(line) for line in path.read_text().splitlines()]
         assert all(line["lr"] == line["asked"] for line in seen)  # the optimizer has what was asked
+        assert seen[-1]["lr"] == trial["params"]["lr"]  # of the last report, which counts
         for before, after in pairwise(seen):
             if after["weight_decay"] != before["weight_decay"]:
                 changed += 1

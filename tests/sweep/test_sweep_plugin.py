@@ -45,10 +45,11 @@ import json, sys, time
 import hydra.main, hydra.plugins.sweeper, hydra.core.config_store
 before = time.process_time()  # whatever else the machine does meanwhile
 import hydra_plugins.ray_tune_sweeper.ray_tune_sweeper
+import hydra_plugins.ray_tune_sweeper.strategies
 ours = time.process_time() - before
 from hydra.core.plugins import Plugins
 Plugins.instance()
-heavy = {"ray", "torch", "lightning", "lightning_mgpu"}
+heavy = {"ray", "torch", "lightning", "pytorch_lightning", "numpy"}
 print(json.dumps([ours, sorted(heavy & set(sys.modules))]))
 """
     root = Path(__file__).parents[2]
@@ -59,6 +60,44 @@ print(json.dumps([ours, sorted(heavy & set(sys.modules))]))
     seconds, imported = zip(*(json.loads(done.stdout) for done in runs), strict=True)
     assert list(imported) == [[], [], []]
     assert min(seconds) < 0.05
+
+
+_STOCK_APP = """
+import hydra
+%s
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg):
+    %s
+    trainer = Trainer(strategy=cfg.strategy, devices=2, accelerator="cpu", logger=False)
+    print(type(trainer.strategy).__name__, type(trainer).__module__)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("at_the_top", "in_the_job", "strategy", "expected"),
+    [
+        ("from lightning.pytorch import Trainer", "", "mgpu_ddp", "DDPStrategy lightning"),
+        ("", "from lightning.pytorch import Trainer", "dp", "DataParallelStrategy lightning"),
+        (
+            *("", "from pytorch_lightning import Trainer", "pipeline"),
+            "PipelineStrategy pytorch_lightning",
+        ),
+    ],
+)
+def test_any_hydra_application_knows_the_strategies_by_name(
+    at_the_top: str, in_the_job: str, strategy: str, expected: str
+) -> None:
+    Path("app.py").write_text(_STOCK_APP % (at_the_top, in_the_job))
+    done = subprocess.run(
+        [sys.executable, "app.py", f"+strategy={strategy}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,26 @@ def test_failed_and_empty_trials_are_never_the_best() -> None:
     assert records().best() is None
 
 
+@pytest.mark.parametrize(("takes_best", "lr"), [(True, 0.1), (False, 0.3)])
+def test_results_name_the_values_with_which_the_best_value_was_reported(
+    takes_best: bool, lr: float, tmp_path: Path
+) -> None:
+    changing = TrialRecord(0, {"lr": 0.1}, ["lr=0.1"], "0", "done", [0.5, 0.9], checkpoint="a.ckpt")
+    changing.change({"lr": 0.3}, ["lr=0.3"])
+    changing.history.append(0.7)
+    changing.checkpoint = "b.ckpt"
+    if takes_best:
+        changing.change({"lr": 0.4}, ["lr=0.4"])  # and nothing reported since
+    found = records(changing, takes_best=takes_best)
+    written = yaml.safe_load(write_results(found, tmp_path).read_text())
+    assert written["best_params"] == written["trials"][0]["params"] == {"lr": lr}
+    assert f"lr={lr}" in written["best_command"]
+    assert written["best_checkpoint"] == ("a.ckpt" if takes_best else "b.ckpt")
+    assert f"(lr={lr})" in Progress(found, 1).line(changing)
+    changing.restart()
+    assert found.setting(changing).values == changing.values
+
+
 def several(*trials: TrialRecord) -> Records:
     """Loss as small and accuracy as large as can be; the latest report counts."""
     found = records(*trials, mode="min", takes_best=False)
@@ -119,6 +139,38 @@ def test_terminal_shows_a_table_with_the_best_and_what_is_left() -> None:
     for text in ("lr", "act", "relu", "0.91", "running", "best so far: trial 0, acc=0.91"):
         assert text in shown
     assert "3 of 8 ended, 1 running, 1 failed" in shown
+    assert "(best so far)" not in shown
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_names_in_the_table_are_cut_at_their_start_and_differ(width: int) -> None:
+    names = [
+        *("model.net.lin1_size", "model.net.lin2_size", "model.net.dropout_of_the_last_layer"),
+        *("model.optimizer.weight_decay", "model.optimizer.lr", "data.batch_size"),
+    ]
+    trial = TrialRecord(0, dict.fromkeys(names, 0.125), [], "0", "done", [0.9])
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    table = Progress(records(trial), 1, console).table()
+    heads = [str(column.header) for column in table.columns][1:7]
+    assert len(set(heads)) == len(names)
+    for name, head in zip(names, heads, strict=True):
+        assert name.endswith(head.removeprefix("…"))
+    assert "lr" in heads
+    if width == 200:
+        assert heads[:2] == ["lin1_size", "lin2_size"]
+    if width >= 100:  # as they stand
+        console.print(table)
+        for head in heads:
+            assert f"┃ {head} " in out.getvalue()
+
+
+def test_names_that_end_alike_are_not_cut_until_they_look_the_same() -> None:
+    names = ["net.encoder_hidden_size", "net.decoder_hidden_size"]
+    trial = TrialRecord(0, dict.fromkeys(names, 1), [], "0", "done", [0.9])
+    table = Progress(records(trial), 1, Console(file=io.StringIO(), width=30)).table()
+    heads = [str(column.header) for column in table.columns][1:3]
+    assert heads == ["encoder_hidden_size", "decoder_hidden_size"]
 
 
 def test_table_of_many_trials_shows_the_running_the_latest_and_the_best() -> None:
@@ -172,6 +224,22 @@ def test_commands_can_be_pasted_into_a_shell() -> None:
         assert again == ["p", *arguments[1:], "hydra.sweeper.resume=/a b"]
         with patch.object(sys, "argv", again[0:]):
             assert shlex.split(resume_command(Path("/a b"))) == again
+
+
+def test_command_of_a_trial_keeps_what_hydra_was_told_about_jobs() -> None:
+    of_jobs = [
+        *("hydra.searchpath=[pkg://lightning_mgpu.conf, file://my conf]", "hydra.job.chdir=true"),
+        *("hydra/job_logging=none", "+hydra.job.env_set.MODE=fast", "~hydra.callbacks"),
+        *("hydra.run.dir='runs/${now:%H}'", "hydra.verbose=[a,b]"),
+    ]
+    of_the_sweep = [
+        *("hydra/sweeper=ray_tune", "hydra/sweeper/search_alg=grid", "hydra.sweeper.metric=a"),
+        *("+hydra.sweeper.ray.num_gpus=1", "hydra.mode=MULTIRUN", "hydra.sweep.dir=s"),
+        *("hydra.sweep.subdir=x", "hydra/launcher=basic", "hydra.launcher.x=1"),
+    ]
+    arguments = ["app.py", "-m", *of_jobs, *of_the_sweep, "x=1,2", "hydra_like=2"]
+    with patch.object(sys, "argv", arguments), patch.object(results, "program", lambda: ["p"]):
+        assert shlex.split(job_command(["x=1"])) == ["p", *of_jobs, "x=1", "hydra.mode=RUN"]
 
 
 @pytest.mark.parametrize(

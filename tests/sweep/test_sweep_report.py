@@ -17,6 +17,7 @@ import sklearn.ensemble  # noqa: F401  (sets variables of the environment; no te
 from browser import rendered
 from command import run
 from journals import ACT, DEPTH, DROP, FLAG, FOUR, L1, LR
+from matplotlib.colors import to_hex, to_rgb
 
 from hydra_plugins.ray_tune_sweeper.config import AshaConf, RandomConf, RayTuneSweeperConf
 from lightning_mgpu.errors import ConfigError
@@ -25,11 +26,14 @@ from lightning_mgpu.sweep import main as running
 from lightning_mgpu.sweep.report import draw
 from lightning_mgpu.sweep.report import importance as importances
 from lightning_mgpu.sweep.report.axes import axis_of, log_ticks, metric_axis, shorten
+from lightning_mgpu.sweep.report.html import parameters
+from lightning_mgpu.sweep.report.html.table import table
 from lightning_mgpu.sweep.report.importance import importance
 from lightning_mgpu.sweep.report.lanes import time_unit, timeline
 from lightning_mgpu.sweep.report.model import Dimension
+from lightning_mgpu.sweep.report.png.parallel import parallel
 from lightning_mgpu.sweep.report.reader import read
-from lightning_mgpu.sweep.report.views import best_so_far, curves, has_curves, saving
+from lightning_mgpu.sweep.report.views import RANKS, best_so_far, curves, has_curves, saving
 from lightning_mgpu.sweep.space.space import Choice, Interval, Space
 from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
@@ -146,6 +150,21 @@ def test_population_goes_back_in_time_in_a_new_piece_of_its_curve() -> None:
     assert [[at for at, _ in piece] for piece in curve.pieces] == [[1, 2, 3], [2]]
 
 
+@pytest.mark.parametrize(("takes_best", "lr"), [(True, 0.1), (False, 0.3)])
+def test_values_that_have_changed_are_those_of_the_report_that_counts(
+    takes_best: bool, lr: float
+) -> None:
+    journal = journals.Journal(HERE, [LR], takes_best=takes_best)
+    for number, value in enumerate((0.9, 0.5)):
+        journal.start(0, number, {"model.lr": 0.1 + 0.2 * number})
+        journal.report(0, number + 0.5, number, value)
+    journal.start(0, 3, {"model.lr": 0.7})  # has not trained with it
+    journal.end(0, 4)
+    (trial,) = read(HERE).trials
+    assert trial.params["model.lr"] == pytest.approx(lr)
+    assert trial.command.startswith(f"python app.py model.lr={lr:g}")
+
+
 def test_validations_within_an_epoch_lie_within_it() -> None:
     journal = journals.Journal(HERE, [LR])
     journal.start(0, 0, {"model.lr": 0.1})
@@ -227,7 +246,9 @@ def test_journal_is_what_the_sweep_has_seen(
     space.add("+model.lr", Interval(1e-4, 1e-1, log=True))
     space.add("act", Choice(("relu", None, [1, 2])))
     options = RayTuneSweeperConf(search_alg=RandomConf(), scheduler=AshaConf(), report="last")
-    record = TrialRecord(0, {"model.lr": 0.01, "act": None}, ["+model.lr=0.01"], "0")
+    record = TrialRecord(
+        0, {"model.lr": 0.01, "act": None}, ["+model.lr=0.01"], str(tmp_path / "0")
+    )
     with Journal(tmp_path) as journal:
         journal.begin(options, space, Records("val_loss", "min", False))
         journal.start(record, SimpleNamespace(temporary_state=SimpleNamespace(ray_actor=None)))
@@ -243,6 +264,7 @@ def test_journal_is_what_the_sweep_has_seen(
     assert act == Dimension("act", choices=("relu", None, [1, 2]))
     (trial,) = sweep.trials
     assert trial.params == {"model.lr": 0.01, "act": None}
+    assert trial.directory == "0"
     assert trial.command.endswith("+model.lr=0.01 hydra.mode=RUN")
     assert (trial.status, trial.reason) == ("failed", "why")
     assert sweep.history(trial) == [(1, 0.5)]
@@ -382,6 +404,62 @@ def test_report_is_one_page_that_needs_no_other_and_pictures() -> None:
     assert sorted(path.name for path in Path("sweep/report").iterdir()) == PICTURES
 
 
+@pytest.mark.parametrize(
+    ("mode", "numbers"), [("max", "0 1 2"), ("min", "0 1 2"), ("last", "1 0 2")]
+)
+def test_table_begins_with_the_best_and_leads_to_directories(mode: str, numbers: str) -> None:
+    journal = small(mode="min" if mode == "last" else mode, takes_best=mode != "last")
+    journal.start(3, 20, {"model.lr": 0.1}, "b", directory="odd name/3")
+    sweep = read(HERE)
+    text = table(sweep)
+    rows = re.findall(r"<th scope=\"row\"[^>]*>(?:<a href=\"([^\"]*)\">)?(\d)", text)
+    assert [number for _, number in rows] == [*numbers.split(), "3"]
+    assert {number: link for link, number in rows}["3"] == "odd%20name/3/"
+    assert {number: link for link, number in rows}["0"] == ""  # an older journal
+    order = "descending" if mode == "max" else "ascending"
+    heads = re.findall(r'aria-sort="(\w+)"', text)
+    assert heads[2] == order
+    assert set(heads) == {order, "none"}
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_best_trials_are_the_strongest_lines_of_parallel_coordinates(mode: str) -> None:
+    journal = journals.Journal(HERE, [LR], mode=mode)
+    for number, value in enumerate((0.1, 0.2, 0.3)):
+        journal.start(number, number, {"model.lr": 0.01 * (number + 1)})
+        journal.report(number, number + 0.5, 0, value)
+    sweep = read(HERE)
+    figure = parameters.parallel(sweep)
+    assert figure is not None
+    line = figure.data[0].line
+    best = 2 if mode == "max" else 0
+    assert max(range(3), key=line.color.__getitem__) == best
+    assert (line.cmin, line.cmax) == (min(line.color), max(line.color))
+    assert [one[1] for one in line.colorscale] == list(RANKS)
+    drawn = parallel(sweep)
+    assert drawn is not None
+    ranks = [to_hex(one.get_color()) for one in drawn.axes[0].lines[:3]]
+    assert (ranks[0], ranks[2]) == (RANKS[0], RANKS[-1])  # the last one is on top
+    darkness = [sum(to_rgb(colour)) for colour in RANKS]
+    assert darkness == sorted(darkness, reverse=True)
+
+
+@pytest.mark.parametrize("values", [(0.001, 0.003), (0.002, 0.0021), (0.002, 0.002), (1e-4, 0.1)])
+def test_logarithmic_axis_stays_within_its_plot(values: tuple[float, float]) -> None:
+    journal = journals.Journal(HERE, [LR])
+    for number, value in enumerate(values):
+        journal.start(number, number, {"model.lr": value})
+        journal.report(number, number + 0.5, 0, 0.1 * number)
+    figure = parameters.parallel(read(HERE))
+    assert figure is not None
+    column = figure.data[0].dimensions[0]
+    low, high = column.range
+    assert low <= math.log10(values[0]) <= math.log10(values[1]) <= high
+    assert high - low < 1.1 * math.log10(values[1] / values[0]) + 0.3
+    assert len(column.tickvals) == len(column.ticktext) > 0
+    assert all(low <= at <= high for at in column.tickvals)
+
+
 def test_what_trials_say_is_text_and_no_markup() -> None:
     odd = "</script><b onclick='x'>$x_{y&"
     journal = journals.Journal(HERE, [{"name": "a<i>", "choices": [odd, "b"]}], metric="m<u>$")
@@ -409,6 +487,15 @@ def test_sweep_with_little_in_it_has_a_report_too(case: str) -> None:
     page, *pictures = draw.draw(HERE)
     assert "At least two trials must have a result" in page.read_text()
     assert bool(pictures) == (case != "none started")
+
+
+def test_report_of_trials_without_a_metric_does_not_say_that_they_did_not_train() -> None:
+    journal = journals.Journal(HERE, [LR])
+    journal.start(0, 0, {"model.lr": 0.1})
+    journal.end(0, 9, "failed", "hydra.sweeper.metric=val_acc was never logged")
+    page = draw.draw(HERE)[0].read_text()
+    assert "No trial has reported the metric" in page
+    assert "nothing to save" not in page
 
 
 def test_pictures_that_show_nothing_any_more_go() -> None:

@@ -47,12 +47,13 @@ def begin(trial: Reporting) -> None:
     reporting.begin(trial, lambda _: [*reporter.callbacks()])
 
 
-_REPORTING = ("every_n_epochs", "saves", "restore_from")
+_REPORTING = ("every_n_epochs", "saves", "restore_from", "notify", "wanted")
 
 
 def make_trainer(sent: Sent, *, metrics: str = "val_loss", **options: Any) -> Trainer:
     """A Trainer as made within a trial; options of `Reporting` and of the Trainer."""
     given = {name: options.pop(name) for name in _REPORTING if name in options}
+    given = {"strategy" if name == "wanted" else name: value for name, value in given.items()}
     begin(Reporting(send=sent, metrics=tuple(metrics.split()), **given))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     given = {**quiet, "max_epochs": 2, "accelerator": "cpu", **options}
@@ -157,8 +158,83 @@ def test_list_of_callbacks_that_two_trainers_share_reports_once(sent: Sent) -> N
 def test_metric_that_is_not_logged_is_not_reported(sent: Sent) -> None:
     fit(sent, metrics="val_los")
     assert sent.metrics == []
-    assert reporting._current is not None
-    assert {"val_loss", "train_loss"} <= reporting._current.seen
+    current = reporting.current()
+    assert current is not None
+    assert {"val_loss", "train_loss"} <= current.logged.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "logged"),
+    [
+        ({"num_sanity_val_steps": 2}, "train_loss, train_loss_epoch, train_loss_step, val_acc"),
+        ({"limit_val_batches": 0}, "train_loss, train_loss_epoch, train_loss_step."),
+        ({"check_val_every_n_epoch": 3}, None),
+    ],
+)
+def test_metric_that_the_first_validation_did_not_log_is_told_of_once(
+    sent: Sent, options: dict[str, Any], logged: str | None
+) -> None:
+    told: list[tuple[str, str]] = []
+    fit(sent, metrics="val_los", notify=lambda *words: told.append(words), **options)
+    if logged is None:
+        assert told == []
+        return
+    ((kind, text),) = told
+    assert kind == "metric"
+    assert text.startswith("hydra.sweeper.metric=val_los has not been logged by the first")
+    assert f"logged were: {logged}" in text
+    assert ("Did you mean val_loss?" in text) == ("val_acc" in logged)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "dp"])
+def test_trainer_without_the_strategy_of_the_config_is_told_of(sent: Sent, strategy: str) -> None:
+    told: list[tuple[str, str]] = []
+    fit(
+        sent,
+        wanted="lightning_mgpu.strategies.DDPStrategy",
+        notify=lambda *words: told.append(words),
+        strategy=strategy,
+        max_epochs=1,
+    )
+    if strategy == "dp":
+        assert told == []
+        return
+    ((kind, text),) = told
+    assert kind == "strategy"
+    assert "trains with SingleDeviceStrategy" in text
+    assert "+strategy@trainer.strategy=" in text
+
+
+def test_nothing_is_said_of_a_metric_that_is_logged(sent: Sent) -> None:
+    told: list[tuple[str, str]] = []
+    fit(sent, metrics="train_loss_epoch", notify=lambda *words: told.append(words))
+    assert told == []
+
+
+class Late(Classifier):
+    """Logs its metric from the third epoch on, and in its test."""
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch >= 2:
+            self.log("late", float(self.current_epoch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/acc", 0.75)
+
+
+def test_metric_that_comes_late_is_reported_from_there(sent: Sent) -> None:
+    fit(sent, Late(), metrics="late", max_epochs=4)
+    assert [metrics["late"] for metrics in sent.metrics] == [2, 3]
+
+
+def test_what_test_logs_is_known_to_the_trial(sent: Sent) -> None:
+    model = Late()
+    trainer = fit(sent, model, metrics="test/acc", max_epochs=1)
+    trainer.test(model, datamodule=Blobs(), verbose=False)
+    current = reporting.current()
+    assert current is not None
+    assert current.logged["test/acc"] == 0.75
+    assert sent.metrics == []
 
 
 def test_nan_ends_the_trial(sent: Sent) -> None:
@@ -191,6 +267,15 @@ def test_trial_that_is_stopped_has_saved_its_checkpoint_and_log(
     epochs = [line.split(",")[lines[0].split(",").index("epoch")] for line in lines[1:]]
     assert epochs[-1] == "1"
     assert sent.metrics[-1][reporter.BEST_CHECKPOINT].endswith(".ckpt")
+
+
+def test_checkpoint_is_named_only_where_one_was_saved(sent: Sent, tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path, monitor="val_loss", every_n_epochs=9)
+    fit(sent, callbacks=[callback], max_epochs=1)
+    assert reporter.BEST_CHECKPOINT not in sent.metrics[-1]
+    latest = ModelCheckpoint(tmp_path, filename="latest")
+    fit(sent, callbacks=[callback, latest], max_epochs=1)
+    assert sent.metrics[-1][reporter.BEST_CHECKPOINT] == str(tmp_path / "latest.ckpt")
 
 
 def test_ranks_stop_together(sent: Sent) -> None:
@@ -258,6 +343,19 @@ def test_restored_trial_goes_on_with_weights_and_optimizer(tmp_path: Path) -> No
     assert sent.epochs == [2]
     for a, b in zip(new.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_last_checkpoint_of_a_restored_trial_is_its_own(tmp_path: Path) -> None:
+    files, states = tmp_path / "files", tmp_path / "states"
+    states.mkdir()
+    fit(Keeping(states), Classifier(), saves=True)
+    for epochs, options in ((2, {}), (3, {"restore_from": states / "1"})):
+        last = ModelCheckpoint(files, save_last=True, filename="{epoch}-{step}")
+        fit(Sent(), max_epochs=epochs, callbacks=[last], **options)
+    reporting.end()
+    assert last.last_model_path == str(files / "last.ckpt")
+    assert [path.name for path in files.glob("last*")] == ["last.ckpt"]
+    assert torch.load(files / "last.ckpt", weights_only=False)["epoch"] == 2
 
 
 @pytest.mark.parametrize(

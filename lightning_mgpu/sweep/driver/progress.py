@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
-from lightning_mgpu.format import clock
+from lightning_mgpu.format import clock, short_names
 from lightning_mgpu.sweep.space.space import encode
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
 
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _ROWS = 12  # in the live table, which must fit a terminal
 _BEST = 5  # of several best ones, below it
+_SHORTEST = 6  # characters of a name
+_EDGE = 3  # characters around a cell
 _REFRESH_SECONDS = 0.5
 
 
@@ -69,7 +71,8 @@ class Progress:
 
     def line(self, record: TrialRecord) -> str:
         """Line on the outcome of one trial and the work left."""
-        values = " ".join(f"{name}={_short(value)}" for name, value in record.values.items())
+        searched = self._records.setting(record).values
+        values = " ".join(f"{name}={_short(value)}" for name, value in searched.items())
         result = record.reason if record.status == "failed" else self._result(record)
         left = self.seconds_left()
         about = f", about {clock(left)} left" if left else ""
@@ -88,22 +91,30 @@ class Progress:
         if left := self.seconds_left():
             caption += f", about {clock(left)} left"
         for record in best[:_BEST]:
-            caption += f"\nbest so far: trial {record.number}, {self._result(record)}"
+            caption += f"\nbest so far: trial {record.number}, {self._values(record)}"
         trials = records.ordered()
         names = list(dict.fromkeys(name for record in trials for name in record.values))
         metrics = [objective.name for objective in records.objectives]
-        table = Table("trial", *names, "status", "reports", *metrics, caption=caption)
-        for record in _to_show(trials, best):
-            values = records.values(record) or {}
-            table.add_row(
-                str(record.number),
-                *(_short(record.values[name]) if name in record.values else "" for name in names),
-                record.status,
-                str(len(record.history)),
-                *(f"{values[name]:.4g}" if name in values else "" for name in metrics),
-                style="bold" if record in best else None,
-            )
+        shown = _to_show(trials, best)
+        rows = [self._row(record, names, metrics) for record in shown]
+        others = ("status", "reports", *metrics)
+        heads = _heads(list(short_names(names).values()), others, rows, self._console.width)
+        columns = [Column(head, overflow="fold") for head in heads]
+        table = Table("trial", *columns, *others, caption=caption)
+        for record, row in zip(shown, rows, strict=True):
+            table.add_row(*row, style="bold" if record in best else None)
         return table
+
+    def _row(self, record: TrialRecord, names: list[str], metrics: list[str]) -> list[str]:
+        values = self._records.values(record) or {}
+        searched = (self._records.setting(record) if values else record.present).values
+        return [
+            str(record.number),
+            *(_short(searched[name]) if name in searched else "" for name in names),
+            record.status,
+            str(len(record.history)),
+            *(f"{values[name]:.4g}" if name in values else "" for name in metrics),
+        ]
 
     def seconds_left(self) -> float | None:
         """Estimated seconds left; `None` before the first trial has ended, and after the last."""
@@ -113,11 +124,14 @@ class Progress:
         return (time.monotonic() - self._started) / ended * (self._total - self._ended())
 
     def _result(self, record: TrialRecord) -> str:
+        best = " (best so far)" if record in self._records.front() else ""
+        return self._values(record) + best
+
+    def _values(self, record: TrialRecord) -> str:
         values = self._records.values(record)
         if values is None:
             return "no result"
-        best = " (best so far)" if record in self._records.front() else ""
-        return " ".join(f"{name}={value:.4g}" for name, value in values.items()) + best
+        return " ".join(f"{name}={value:.4g}" for name, value in values.items())
 
     def _ended(self) -> int:
         return self._records.count("done", "stopped", "failed")
@@ -129,6 +143,25 @@ def _to_show(trials: list[TrialRecord], best: list[TrialRecord]) -> list[TrialRe
     shown = {record.number for record in [*running, *ended[-max(0, _ROWS - len(running)) :]]}
     shown |= {record.number for record in best[:_BEST]}
     return [record for record in trials if record.number in shown]
+
+
+def _heads(
+    names: list[str], others: tuple[str, ...], rows: list[list[str]], width: int
+) -> list[str]:
+    """Names of the searched values, cut at their start as far as a terminal of that width needs.
+
+    Their ends differ most: `model.net.lin1_size` and `model.net.lin2_size`. Two never look alike.
+    """
+    heads = names
+    for room in range(max(map(len, names), default=0), _SHORTEST - 1, -1):
+        cut = [name if len(name) <= room else f"…{name[1 - room :]}" for name in names]
+        if len(set(cut)) < len(cut):
+            break
+        heads = cut
+        columns = zip(*rows, ("trial", *heads, *others), strict=True)
+        if sum(max(map(len, column)) + _EDGE for column in columns) < width:
+            break
+    return heads
 
 
 def _short(value: object) -> str:

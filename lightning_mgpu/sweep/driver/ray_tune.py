@@ -23,6 +23,7 @@ from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
 from lightning_mgpu.sweep.search.stopper import SweepStopper
 from lightning_mgpu.sweep.settings.options import needs_checkpoints, stops_early
 from lightning_mgpu.sweep.store.journal import Journal
+from lightning_mgpu.sweep.store.notices import Notices
 from lightning_mgpu.sweep.store.tune_state import StateKeeper
 from lightning_mgpu.sweep.trial.failures import SweepTrial, retrying
 from lightning_mgpu.sweep.trial.resources import requests_of
@@ -69,17 +70,20 @@ def tune(sweep: "PreparedSweep") -> Ended:
         _quiet_tune(),
         Progress(sweep.records, sweep.num_samples) as show,
         requests_of(sweep),
+        Notices(sweep.directory) as notices,
     ):
         retries = options.on_oom == "retry_smaller"
         kind = retrying(sweep.smaller) if retries else SweepTrial
         journal.begin(options, sweep.space, sweep.records)
         watcher = RecordingCallback(sweep.records, sweep.describe, show, journal, kind)
         stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
-        _run(sweep, watcher, stopper)
+        _run(sweep, watcher, stopper, notices)
     return Ended(watcher.interrupted, stopper.why)
 
 
-def _run(sweep: "PreparedSweep", watcher: RecordingCallback, stopper: SweepStopper) -> None:
+def _run(
+    sweep: "PreparedSweep", watcher: RecordingCallback, stopper: SweepStopper, notices: Notices
+) -> None:
     options, objectives = sweep.options, sweep.records.objectives
     # Ray itself compares by one metric only, and has nothing to compare for several.
     metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
@@ -118,7 +122,7 @@ def _run(sweep: "PreparedSweep", watcher: RecordingCallback, stopper: SweepStopp
         checkpoint_config=CheckpointConfig(num_to_keep=_checkpoints_kept(options)),
         trial_name_creator=_name,
         trial_dirname_creator=_directory_name,
-        callbacks=[watcher, keeper],
+        callbacks=[watcher, keeper, notices],
         resume_config=ResumeConfig() if options.resume is not None else None,
         raise_on_failed_trial=False,
         verbose=0,

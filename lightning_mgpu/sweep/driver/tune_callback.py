@@ -121,7 +121,7 @@ class RecordingCallback(Callback):
         record = self._record(trial)
         record.status = "running"
         if not trial.has_checkpoint():  # it starts, perhaps once more
-            record.history.clear()
+            record.restart()
         self._paused.discard(trial.trial_id)
         self._started[record.number] = time.monotonic()
         actor = ray_tune.actor_of(trial)
@@ -151,7 +151,7 @@ class RecordingCallback(Callback):
         record = self._record(trial)
         record.failures += 1
         record.reason = trial.failure
-        record.history.clear()  # it starts again
+        record.restart()
         self._journal.retry(record)
 
     @override
@@ -161,6 +161,9 @@ class RecordingCallback(Callback):
         record = self._record(trial)
         record.failures += 1
         record.reason = trial.failure
+        if trial.lacks_metric and not self.records.has_results():
+            self.records.fatal = f"trial {record.number}: {record.reason}"
+            self._set_patience(0)  # the others would have no result either
         self._end(record, "failed")
 
     @override
@@ -206,7 +209,7 @@ class RecordingCallback(Callback):
             overrides, directory = self._describe(number, trial.config)
             new = TrialRecord(number, values, overrides, str(directory), halvings=halvings)
             if record is not None:  # population-based training, or out of memory
-                record.values, record.overrides = new.values, new.overrides
+                record.change(new.values, new.overrides)
                 record.halvings = halvings
                 return record
             record = self.records.trials[number] = new

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_mgpu.format import short_names
 from lightning_mgpu.sweep.report.model import Dimension, SweepHistory, Trial
 
 _MANY_CHOICES = 12  # numbers of which there are more have an axis of numbers
@@ -60,7 +61,7 @@ def metric_axis(sweep: SweepHistory) -> Axis:
 def axis_of(sweep: SweepHistory, dimension: Dimension) -> Axis:
     """Axis of a searched value."""
     name = dimension.name
-    label = _labels([one.name for one in sweep.dimensions])[name]
+    label = short_names([one.name for one in sweep.dimensions])[name]
     values = [trial.params[name] for trial in sweep.trials if name in trial.params]
     known = [*_choices(dimension), *values]
     if dimension.choices is not None and not all(map(is_number, known)):
@@ -131,17 +132,3 @@ def jitter(axis: Axis, trial: Trial) -> float:
     if axis.categories is None:
         return 0.0
     return ((trial.number * 0.618034) % 1 - 0.5) * 0.4
-
-
-def _labels(names: list[str]) -> dict[str, str]:
-    """Shortest unambiguous names: ``lr`` for ``model.lr``, if no other ends so."""
-    parts = {name: name.replace(":", "/").replace("/", ".").split(".") for name in names}
-    labels = {}
-    for name in names:
-        for length in range(1, len(parts[name]) + 1):
-            label = ".".join(parts[name][-length:])
-            others = (".".join(parts[other][-length:]) for other in names if other != name)
-            if label not in others:
-                break
-        labels[name] = label
-    return labels

@@ -62,14 +62,16 @@ class Trial:
     """One trial.
 
     Attributes:
-        params: Its values by name; of population-based training the latest.
-        command: The command line that runs it alone.
+        params: Its values by name; where they have changed, those with which it reported its value.
+        directory: Its directory, from that of the sweep; empty if it is not known.
+        command: The command line that runs it alone with these.
         reason: Why it failed.
     """
 
     number: int
     params: dict[str, Any]
     command: str = ""
+    directory: str = ""
     status: str = "unfinished"
     reason: str = ""
     stretches: list[Stretch] = field(default_factory=list)
@@ -114,6 +116,20 @@ class SweepHistory:
         if not self.takes_best:
             return values[-1]
         return max(values) if self.mode == "max" else min(values)
+
+    def stretch(self, trial: Trial) -> int:
+        """Index of the stretch in which a trial reported its value, or of its last one."""
+        found = [
+            (value, report.stretch)
+            for report in trial.reports
+            if (value := report.metrics.get(self.metric)) is not None and math.isfinite(value)
+        ]
+        if not found:
+            return len(trial.stretches) - 1
+        if not self.takes_best:
+            return found[-1][1]
+        best = max if self.mode == "max" else min
+        return best(found, key=lambda pair: pair[0])[1]
 
     def valued(self) -> list[tuple[Trial, float]]:
         """Trials that have a value."""

@@ -55,6 +55,7 @@ class _Reader:
         self._trials: dict[int, Trial] = {}
         self._open: dict[int, Stretch] = {}
         self._again: set[int] = set()  # begun once more, and nothing reported since
+        self._settings: dict[tuple[int, int], tuple[dict[str, Any], str]] = {}  # by stretch
         self._sessions: list[float] = []
         self._now = 0.0
 
@@ -75,7 +76,7 @@ class _Reader:
         self._close_all()
         about = self.about
         assert about is not None
-        return SweepHistory(
+        found = SweepHistory(
             directory=directory,
             metric=_first(about["metric"]),
             mode=_first(about["mode"]),
@@ -86,6 +87,9 @@ class _Reader:
             trials=[self._trials[number] for number in sorted(self._trials)],
             sessions=self._sessions,
         )
+        for trial in found.trials:
+            trial.params, trial.command = self._settings[trial.number, found.stretch(trial)]
+        return found
 
     def _start(self, event: dict[str, Any]) -> None:
         number = event["trial"]
@@ -96,7 +100,9 @@ class _Reader:
             trial.params = event["params"]
         elif trial.reports:
             self._again.add(number)
-        trial.command, trial.status, trial.reason = event["command"], "unfinished", ""
+        trial.status, trial.reason = "unfinished", ""
+        trial.directory = event.get("directory", "")
+        self._settings[number, len(trial.stretches)] = event["params"], event["command"]
         trial.stretches.append(Stretch(self._now, self._now, event["worker"]))
         self._open[number] = trial.stretches[-1]
 

@@ -12,6 +12,8 @@ COLOURS = {
     "paused": "#b9cfe3",
 }
 BEST = "#117a4b"
+RANKS = ("#e4e8ed", "#a9c3da", "#4f88b8", "#1d4f7d", "#0a2540")
+"""Colours of lines from the worst trial to the best, which stands out most on white."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,18 @@ def saving(sweep: SweepHistory) -> str:
         f" trials would have trained, had they gone on as long as the longest"
         f" ({sweep.longest:.4g} epochs)."
     )
+
+
+def goodness(sweep: SweepHistory, values: list[float]) -> tuple[list[float], tuple[float, float]]:
+    """Values of the metric such that more is better, and the limits of their colours.
+
+    The outermost twentieths of them are beyond the limits, or one bad trial would make all others
+    look the same.
+    """
+    signed = [value if sweep.mode == "max" else -value for value in values]
+    ordered, cut = sorted(signed), len(signed) // 20
+    low, high = ordered[cut], ordered[-1 - cut]
+    return signed, (low, high) if high > low else (low - 1, low)
 
 
 def complete(sweep: SweepHistory) -> list[tuple[Trial, float]]:

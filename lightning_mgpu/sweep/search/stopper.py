@@ -11,7 +11,7 @@ from lightning_mgpu.sweep.store.records import Records
 
 
 class SweepStopper(Stopper):
-    """Stop a sweep when too many trials have failed, or its time is over.
+    """Stop a sweep when its metric is missing, too many trials have failed, or its time is over.
 
     Ray keeps the stopper in the state of a sweep, and one that is resumed would go on with that of
     before, whose time may be over and whose records are a copy. So it is never itself pickled: what
@@ -42,7 +42,9 @@ class SweepStopper(Stopper):
         now = time.monotonic()
         if self._started is None:
             self._started = now
-        if self._records.too_many_failed(self._rate):
+        if self._records.fatal is not None:
+            self.why = "no trial could have a result"
+        elif self._records.too_many_failed(self._rate):
             self.why = f"more than hydra.sweeper.max_failure_rate={self._rate} have failed"
         elif self._seconds is not None and now - self._started >= self._seconds:
             self.why = f"hydra.sweeper.time_budget_s={self._seconds} is over"

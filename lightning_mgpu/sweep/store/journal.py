@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -68,6 +69,7 @@ class Journal:
             worker=worker,
             params=plain(record.values),
             command=job_command(record.overrides),
+            directory=os.path.relpath(record.directory, self._path.parent),
         )
 
     def report(self, record: TrialRecord, result: dict[str, Any]) -> None:

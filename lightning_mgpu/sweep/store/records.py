@@ -10,6 +10,21 @@ BEST_CHECKPOINT = "best_checkpoint"
 _AT_LEAST = 3  # ended trials, to say anything about a rate
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a trial has trained with for some reports.
+
+    Attributes:
+        values: The searched values.
+        overrides: The same for the command line, with all others.
+        checkpoint: The best one that the job had saved by then.
+    """
+
+    values: dict[str, Any]
+    overrides: list[str]
+    checkpoint: str | None
+
+
 @dataclass
 class TrialRecord:
     """Record of one trial in the driver.
@@ -22,6 +37,8 @@ class TrialRecord:
         checkpoint: The best one that the job itself has saved.
         reason: Why it failed.
         halvings: How often its batch was halved, since it ran out of memory.
+        past: What it had before its present values, and how many reports there were by then;
+            population-based training changes values.
     """
 
     number: int
@@ -36,14 +53,41 @@ class TrialRecord:
     failures: int = 0
     halvings: int = 0
     seconds: float = 0.0
+    past: tuple[tuple[int, Setting], ...] = ()
 
     def value(self, mode: str, takes_best: bool) -> float | None:
         """Value of the trial so far."""
-        if not self.history:
-            return None
-        if not takes_best:
-            return self.history[-1]
-        return max(self.history) if mode == "max" else min(self.history)
+        place = self._place(mode, takes_best)
+        return None if place is None else self.history[place]
+
+    def setting(self, mode: str, takes_best: bool) -> Setting:
+        """What the trial had when it reported its value; without a value, what it has."""
+        place = self._place(mode, takes_best)
+        for count, setting in self.past:
+            if place is not None and place < count:
+                return setting
+        return self.present
+
+    @property
+    def present(self) -> Setting:
+        """What the trial has now."""
+        return Setting(self.values, self.overrides, self.checkpoint)
+
+    def change(self, values: dict[str, Any], overrides: list[str]) -> None:
+        """Go on with other values."""
+        self.past = (*self.past, (len(self.history), self.present))
+        self.values, self.overrides = values, overrides
+
+    def restart(self) -> None:
+        """Start again, as if nothing had been reported."""
+        self.history.clear()
+        self.past = ()
+
+    def _place(self, mode: str, takes_best: bool) -> int | None:
+        """Index of the report that counts."""
+        if not self.history or not takes_best:
+            return len(self.history) - 1 if self.history else None
+        return self.history.index(max(self.history) if mode == "max" else min(self.history))
 
 
 @dataclass
@@ -53,6 +97,7 @@ class Records:
     Attributes:
         metric: What is optimised, or the first of it.
         others: What else is optimised; then the latest report of a trial counts.
+        fatal: Why the sweep cannot go on, if it cannot.
     """
 
     metric: str
@@ -60,6 +105,7 @@ class Records:
     takes_best: bool
     trials: dict[int, TrialRecord] = field(default_factory=dict)
     others: tuple[Objective, ...] = ()
+    fatal: str | None = None
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -69,6 +115,10 @@ class Records:
     def value(self, record: TrialRecord) -> float | None:
         """Value of a trial by the first objective."""
         return record.value(self.mode, self.takes_best)
+
+    def setting(self, record: TrialRecord) -> Setting:
+        """What a trial had when it reported its value by the first objective."""
+        return record.setting(self.mode, self.takes_best)
 
     def best(self) -> TrialRecord | None:
         """The best trial that did not fail; of equal ones the first."""
@@ -103,6 +153,10 @@ class Records:
             for record, own in valued
             if not any(dominates(other, own, modes) for _, other in valued)
         ]
+
+    def has_results(self) -> bool:
+        """Return whether some trial has reported the metric."""
+        return any(record.history for record in self.trials.values())
 
     def count(self, *statuses: str) -> int:
         """Number of trials with one of these statuses."""

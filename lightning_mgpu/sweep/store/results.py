@@ -15,6 +15,7 @@ from lightning_mgpu.sweep.store.records import Records, TrialRecord
 
 RESULTS = "optimization_results.yaml"
 _RESUME = "hydra.sweeper.resume="
+_OF_THE_SWEEP = ("hydra.sweeper.", "hydra.sweep.", "hydra.launcher.", "hydra.mode.")
 
 
 def write_results(records: Records, directory: Path) -> Path:
@@ -34,12 +35,13 @@ def _best(records: Records) -> dict[str, Any]:
     content = {"metric": records.metric, "mode": records.mode, "best_trial": None}
     if best is None:
         return content
+    setting = records.setting(best)
     return content | {
         "best_trial": best.number,
         "best_value": records.value(best),
-        "best_params": plain(best.values),
-        "best_command": job_command(best.overrides),
-        "best_checkpoint": best.checkpoint,
+        "best_params": plain(setting.values),
+        "best_command": job_command(setting.overrides),
+        "best_checkpoint": setting.checkpoint,
     }
 
 
@@ -47,13 +49,14 @@ def _front(records: Records) -> dict[str, Any]:
     """Pareto front, under the name that Hydra's Optuna sweeper has for it."""
     solutions = [
         {
-            "params": plain(record.values),
+            "params": plain(setting.values),
             "values": list((records.values(record) or {}).values()),
             "trial": record.number,
-            "command": job_command(record.overrides),
-            "checkpoint": record.checkpoint,
+            "command": job_command(setting.overrides),
+            "checkpoint": setting.checkpoint,
         }
         for record in records.front()
+        for setting in (records.setting(record),)
     ]
     return {
         "metric": [objective.name for objective in records.objectives],
@@ -68,7 +71,7 @@ def job_command(overrides: Sequence[str]) -> str:
         # Only the sweep was on a cluster.
         overrides = [override for override in overrides if not of_the_cluster(override)]
     # A search space that starts the sweep by itself would do so again.
-    return shlex.join([*program(), *_flags(), *overrides, "hydra.mode=RUN"])
+    return shlex.join([*program(), *_flags(), *_of_hydra(), *overrides, "hydra.mode=RUN"])
 
 
 def of_the_cluster(override: str) -> bool:
@@ -83,18 +86,19 @@ def resume_command(directory: Path) -> str:
 
 
 def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
+    setting = records.setting(record)
     found: dict[str, Any] = {
         "number": record.number,
         "status": record.status,
         "value": _value(records, record),
-        "params": plain(record.values),
+        "params": plain(setting.values),
         "reports": len(record.history),
         "metrics": record.metrics,
         "seconds": round(record.seconds, 2),
         "directory": record.directory,
     }
-    if record.checkpoint is not None:
-        found["checkpoint"] = record.checkpoint
+    if setting.checkpoint is not None:
+        found["checkpoint"] = setting.checkpoint
     if record.halvings:
         found["batch_halvings"] = record.halvings
         found["overrides"] = record.overrides
@@ -109,6 +113,17 @@ def _value(records: Records, record: TrialRecord) -> Any:
     if values is None or records.others:
         return None if values is None else list(values.values())
     return records.value(record)
+
+
+def _of_hydra() -> list[str]:
+    """Overrides of Hydra's own config that are not about the sweep, such as the search path."""
+    given, _ = command_line_parser().parse_known_args(sys.argv[1:])
+    found = []
+    for override in given.overrides or ():
+        key = override.lstrip("+~").partition("=")[0].replace("/", ".")
+        if key.startswith("hydra.") and not f"{key}.".startswith(_OF_THE_SWEEP):
+            found.append(override)
+    return found
 
 
 def _flags() -> list[str]:

@@ -23,6 +23,10 @@ class TrialOutOfMemoryError(TrialFailedError):
     """A trial failed for lack of memory; a smaller one may not."""
 
 
+class MetricMissingError(TrialFailedError):
+    """A trial ended, and has never logged the metric that the user named."""
+
+
 _OUT_OF_MEMORY = (MemoryError, OutOfMemoryError, TrialOutOfMemoryError)
 
 
@@ -31,6 +35,8 @@ def failures_in_words() -> Iterator[None]:
     """Convert errors of a trial into ones that every process can unpickle."""
     try:
         yield
+    except MetricMissingError:
+        raise  # these are words already
     except Exception as error:
         traceback.print_exc()
         words = f"{type(error).__name__}: {one_line(error)}"
@@ -48,6 +54,11 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
+
+
+def lacks_metric(error: BaseException | None) -> bool:
+    """Return whether a trial failed since it has never logged the metric."""
+    return isinstance(getattr(error, "cause", error), MetricMissingError)
 
 
 def _is_of_torch(error: BaseException) -> bool:
@@ -74,9 +85,11 @@ class SweepTrial(Trial):
 
     Attributes:
         failure: The latest reason.
+        lacks_metric: Whether it has never logged the metric. It is not tried again then.
     """
 
     failure = ""
+    lacks_metric = False
 
     @classmethod
     def take_over(cls, trial: Trial) -> None:
@@ -92,6 +105,9 @@ class SweepTrial(Trial):
     def handle_error(self, exc: Any = None) -> None:
         super().handle_error(exc)
         self.failure = reason(exc)
+        self.lacks_metric = lacks_metric(exc)
+        if self.lacks_metric:
+            self.max_failures = 0
         if not is_out_of_memory(exc):
             return
         config = self.smaller(self.config)

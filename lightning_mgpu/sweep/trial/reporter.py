@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.ckpt"
 _GROUPS = "param_groups.json"
+_OURS = "lightning_mgpu."
 
 
 def callbacks() -> list[Checkpoint]:
@@ -77,6 +78,7 @@ class TrialReportCallback(Checkpoint):
         self._saves = saves
         self._restore_from = restore_from
         self._is_new = False  # a validation was not reported yet
+        self._has_warned = False
         self._before: dict[str, float] = {}
         self._validation_names: set[str] = set()
         self._groups: pbt.Groups = []
@@ -88,6 +90,10 @@ class TrialReportCallback(Checkpoint):
         attributes = vars(trainer)  # `callbacks` is set by a connector, and no declared attribute
         others = [c for c in attributes["callbacks"] if not isinstance(c, TrialReportCallback)]
         attributes["callbacks"] = [*others, self]
+        trial = reporting.current()
+        kind = type(trainer.strategy)
+        if trial is not None and trial.strategy and not kind.__module__.startswith(_OURS):
+            reporting.warn_of_strategy(kind.__qualname__)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,6 +105,7 @@ class TrialReportCallback(Checkpoint):
         _tell(trainer, reporting.note_restored)  # a second fit of the trial starts as the user says
         self._mutations = pbt.compare(json.loads((path / _GROUPS).read_text()), self._groups)
         restore_model_and_callbacks(trainer, path / CHECKPOINT)
+        _take_over_last(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,6 +119,8 @@ class TrialReportCallback(Checkpoint):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not _is_training(trainer):
+            if not trainer.sanity_checking:
+                _tell(trainer, reporting.note, _numbers(trainer), {})
             return
         now = _numbers(trainer)
         self._validation_names |= {n for n, v in now.items() if self._before.get(n) != v}
@@ -124,11 +133,18 @@ class TrialReportCallback(Checkpoint):
         if self._is_new or not self._metrics <= self._validation_names:
             self._report(trainer)
 
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _tell(trainer, reporting.note, _numbers(trainer), {})
+
     def _report(self, trainer: Trainer) -> None:
-        self._is_new = False
+        is_validated, self._is_new = self._is_new or not trainer.enable_validation, False
         metrics = _numbers(trainer)
         best = _best_checkpoint(trainer)
-        _tell(trainer, reporting.note, set(metrics), best)
+        _tell(trainer, reporting.note, metrics, best)
+        if is_validated and not self._has_warned and not self._metrics <= metrics.keys():
+            self._has_warned = True
+            _tell(trainer, reporting.warn_of_missing)
         is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if not is_due or not self._metrics or not self._metrics <= metrics.keys():
             return
@@ -180,8 +196,22 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
+def _take_over_last(trainer: Trainer) -> None:
+    """Let `last.ckpt` of an abandoned run, in the same directory, be written over.
+
+    Or Lightning would keep it, and call the new one `last-v1.ckpt`.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
+            name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            path = Path(callback.dirpath, name)
+            if path.exists():
+                callback.last_model_path = str(path)
+
+
 def _best_checkpoint(trainer: Trainer) -> dict[str, str]:
-    """Best checkpoint of the first callback with a metric, or else the latest."""
+    """Best checkpoint of the first callback with a metric, or else the latest, if one was saved."""
     found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     found.sort(key=lambda callback: callback.monitor is None)
-    return {BEST_CHECKPOINT: found[0].best_model_path} if found else {}
+    paths = (callback.best_model_path for callback in found)
+    return next(({BEST_CHECKPOINT: path} for path in paths if path), {})

@@ -3,13 +3,17 @@
 Imports nothing of Lightning: the trial decides which of its packages it uses.
 """
 
+import difflib
+import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra_plugins.ray_tune_sweeper import _lightning
+
+log = logging.getLogger(__name__)
 
 
 class NotFiniteError(ArithmeticError):
@@ -26,10 +30,13 @@ class Reporting:
         metrics: What the sweep optimises; nothing if that is what the job returns.
         saves: Whether each report comes with a checkpoint.
         restore_from: The directory of a checkpoint from which the first `fit` goes on.
-        seen: Names of all metrics that were logged.
+        strategy: The class of ours that the job's config names at `strategy`, if it does.
+        notify: Takes the kind and the text of a warning that the user of the sweep should see.
+        logged: The latest value of each metric that was logged, by `fit`, `validate` or `test`.
         best_checkpoint: Where it lies, as it is reported.
         sent: How many reports there were.
         stopped: Whether the scheduler has ended the trial.
+        warned: Kinds of warnings that were given.
     """
 
     send: Callable[[dict[str, Any], Path | None], None]
@@ -37,10 +44,13 @@ class Reporting:
     every_n_epochs: int = 1
     saves: bool = False
     restore_from: Path | None = None
-    seen: set[str] = field(default_factory=set)
+    strategy: str | None = None
+    notify: Callable[[str, str], None] | None = None
+    logged: dict[str, float] = field(default_factory=dict)
     best_checkpoint: dict[str, str] = field(default_factory=dict)
     sent: int = 0
     stopped: bool = False
+    warned: set[str] = field(default_factory=set)
 
 
 _current: Reporting | None = None
@@ -97,11 +107,50 @@ def deliver_files(metrics: dict[str, Any], files: dict[str, bytes]) -> bool:
         return deliver(metrics, Path(directory))
 
 
-def note(seen: set[str], best_checkpoint: dict[str, str]) -> None:
+def note(logged: dict[str, float], best_checkpoint: dict[str, str]) -> None:
     """Keep in mind what has been logged so far, and where the best checkpoint lies."""
     if _current is not None:
-        _current.seen |= seen
+        _current.logged |= logged
         _current.best_checkpoint |= best_checkpoint
+
+
+def warn_of_missing() -> None:
+    """Say early which metrics the trial has not logged yet, though it has been validated."""
+    if _current is None:
+        return
+    names = set(_current.metrics) - _current.logged.keys()
+    words = missing(names, _current.logged, "has not been logged by the first validation")
+    text = f"{words} The first trial that ends without it ends the sweep."
+    _warn("metric", text)
+
+
+def warn_of_strategy(kind: str) -> None:
+    """Say that the job's Trainer has a strategy of that kind, and not the one in the config."""
+    assert _current is not None
+    _warn(
+        "strategy",
+        f"The config has strategy._target_={_current.strategy}, but the application's Trainer"
+        f" trains with {kind}: it does not read `cfg.strategy`. Where `cfg.trainer` has the"
+        " Trainer's arguments, write +strategy@trainer.strategy=... instead of +strategy=....",
+    )
+
+
+def _warn(kind: str, text: str) -> None:
+    """Warn once of each kind, here and in the sweep's own process."""
+    if _current is None or kind in _current.warned:
+        return
+    _current.warned.add(kind)
+    log.warning("%s", text)
+    if _current.notify is not None:
+        _current.notify(kind, text)
+
+
+def missing(names: Collection[str], logged: Collection[str], how: str = "was never logged") -> str:
+    """Sentence on metrics that were not logged, and on what was."""
+    words = f"hydra.sweeper.metric={','.join(sorted(names))} {how}; logged were:"
+    words += f" {', '.join(sorted(logged)) or 'nothing'}."
+    near = [n for name in sorted(names) for n in difflib.get_close_matches(name, logged, n=1)]
+    return f"{words} Did you mean {' and '.join(near)}?" if near else words
 
 
 def note_restored() -> None:

@@ -2,29 +2,33 @@
 
 import contextlib
 import logging
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from ray import tune
 
 from lightning_mgpu._compat.namespace import choose, named
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import compose
 from lightning_mgpu.sweep.settings.prepared import holds_sweep
-from lightning_mgpu.sweep.trial.failures import TrialFailedError, failures_in_words
+from lightning_mgpu.sweep.store.notices import notify
+from lightning_mgpu.sweep.trial.failures import (
+    MetricMissingError,
+    TrialFailedError,
+    failures_in_words,
+)
 from lightning_mgpu.sweep.trial.output import output_to
-from lightning_mgpu.sweep.trial.reporting import NotFiniteError, Reporting, begin, end
+from lightning_mgpu.sweep.trial.reporting import NotFiniteError, Reporting, begin, end, missing
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 log = logging.getLogger(__name__)
 
 LOG_FILE = "trial.log"
-
-
-class MetricMissingError(RuntimeError):
-    """A trial ended without reporting the metric."""
 
 
 def run_trial(
@@ -43,23 +47,25 @@ def run_trial(
     """
     check_storage(plan.sweep_dir)
     restored = tune.get_checkpoint()
+    with failures_in_words():
+        _, cfg = compose(plan.job, plan.space, config, number, plan.sweep_dir)
+        directory = plan.job.output_dir(cfg)
     reporting = Reporting(
         send=_send,
         metrics=plan.objectives if plan.are_logged else (),
         every_n_epochs=plan.every_n_epochs,
         saves=plan.saves,
         restore_from=Path(restored.path) if restored is not None else None,
+        strategy=_strategy(cfg),
+        notify=partial(notify, plan.sweep_dir),
     )
-    with failures_in_words():
-        _, cfg = compose(plan.job, plan.space, config, number, plan.sweep_dir)
-        directory = plan.job.output_dir(cfg)
     with output_to(directory / LOG_FILE), _reporting(reporting), failures_in_words():
         value = _run(plan.job, cfg, reporting)
         if reporting.stopped:
             raise SystemExit(0)
         # One that went on from the last epoch of another has nothing to add.
         if reporting.sent or restored is None:
-            _report_end(plan, reporting, value)
+            report_end(plan, reporting, value)
         if threads := threads_left():
             log.warning(
                 "The trial left threads running that cannot be stopped: %s. With"
@@ -82,6 +88,13 @@ def check_storage(sweep_dir: Path) -> None:
         )
 
 
+def _strategy(cfg: DictConfig) -> str | None:
+    """Our class that a config names at its top level, where our group `strategy` puts it."""
+    node = cfg.get("strategy")
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    return target if str(target).startswith("lightning_mgpu.") else None
+
+
 def _run(job: Job, cfg: Any, reporting: Reporting) -> Any:
     try:
         return job.run(cfg)
@@ -96,34 +109,65 @@ def _send(metrics: dict[str, Any], directory: Path | None) -> None:
     tune.report(metrics, checkpoint=checkpoint)
 
 
-def _report_end(plan: TrialPlan, reporting: Reporting, value: Any) -> None:
-    """Report the job's return value, if that is its result."""
+def report_end(plan: TrialPlan, reporting: Reporting, value: Any) -> None:
+    """Report the result of a job that has not reported while it trained.
+
+    Raises:
+        MetricMissingError: The metric that the user named was neither logged nor returned by name.
+        TrialFailedError: None was named, and the job returned no number.
+        NotFiniteError: The result is NaN.
+    """
     if plan.are_logged and reporting.sent:
         return
+    values = _logged(plan, reporting, value) if plan.are_logged else _returned(plan, value)
+    if values is None:
+        if plan.are_logged:
+            names = set(plan.objectives) - reporting.logged.keys()
+            raise MetricMissingError(_missing(names, reporting, value))
+        logged = ", ".join(sorted(reporting.logged)) or "nothing"
+        raise TrialFailedError(
+            f"the job returned {value!r} and named no metric; set hydra.sweeper.metric to one of"
+            f" those it logs ({logged})"
+        )
+    reporting.send({**values, **reporting.best_checkpoint}, None)
+
+
+def _logged(plan: TrialPlan, reporting: Reporting, value: Any) -> dict[str, float] | None:
+    """Metrics logged, as by `test` after training, or returned by name; `None` if one lacks."""
+    named = value if isinstance(value, Mapping) else {}
+    found = {**named, **reporting.logged}
     try:
-        values = _by_objective(plan, value)
+        values = {name: float(found[name]) for name in plan.objectives}
     except (KeyError, TypeError, ValueError):
-        logged = ", ".join(sorted(reporting.seen)) or "nothing"
-        names = ", ".join(plan.objectives)
-        raise MetricMissingError(
-            f"hydra.sweeper.metric={names} was never logged; logged were: {logged}"
-            if plan.are_logged
-            else f"the job returned {value!r} and named no metric; set hydra.sweeper.metric to one"
-            f" of those it logs ({logged})"
-        ) from None
-    for number in values.values():
-        if number != number:
-            raise NotFiniteError(f"the job returned {number}")
-    _send({**values, **reporting.best_checkpoint}, None)
+        return None
+    for name, number in values.items():
+        if not math.isfinite(number):
+            raise NotFiniteError(f"{name} is {number}")
+    return values
 
 
-def _by_objective(plan: TrialPlan, value: Any) -> dict[str, float]:
+def _missing(names: set[str], reporting: Reporting, value: Any) -> str:
+    words = missing(names, reporting.logged)
+    if isinstance(value, (int, float)):
+        words += f" The job returned {value!r}, which counts if hydra.sweeper.metric is left out."
+    return words
+
+
+def _returned(plan: TrialPlan, value: Any) -> dict[str, float] | None:
     """A job's return value by objective: a number, or several by name or in order."""
     names = plan.objectives
-    if isinstance(value, dict):
-        return {name: float(value[name]) for name in names}
-    values = [value] if len(names) == 1 else value
-    return {name: float(item) for name, item in zip(names, values, strict=True)}
+    try:
+        if isinstance(value, dict):
+            found = {name: float(value[name]) for name in names}
+        else:
+            values = [value] if len(names) == 1 else value
+            found = {name: float(item) for name, item in zip(names, values, strict=True)}
+    except (KeyError, TypeError, ValueError):
+        return None
+    for number in found.values():
+        if math.isnan(number):
+            raise NotFiniteError(f"the job returned {number}")
+    return found
 
 
 @contextlib.contextmanager

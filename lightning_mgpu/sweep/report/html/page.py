@@ -92,7 +92,7 @@ def _of_results(sweep: SweepHistory, importance: Importance | None) -> Iterator[
     yield _Section(
         "parallel",
         "Parallel coordinates",
-        f"A line for each trial with a result; the brighter, the {_better(sweep)}. Drag along an"
+        f"A line for each trial with a result; the darker, the {_better(sweep)}. Drag along an"
         " axis to choose some, and its name to move it.",
         parallel(sweep),
         "At least two trials must have a result.",
@@ -131,7 +131,9 @@ def _of_time(sweep: SweepHistory) -> Iterator[_Section]:
         "Epochs saved by early stopping",
         saving(sweep),
         epochs(sweep),
-        "Trials did not train for more than an epoch, so there was nothing to save.",
+        "No trial has reported a second time, so there was nothing to save."
+        if any(trial.reports for trial in sweep.trials)
+        else "No trial has reported the metric, so it is not known how long they have trained.",
     )
 
 
@@ -155,7 +157,10 @@ def _html(section: _Section) -> str:
 
 
 def _trials(sweep: SweepHistory) -> str:
-    note = "Click on a column to sort by it."
+    note = (
+        "The best first; click on a column to sort by it. The number of a trial leads to its"
+        " directory, where trial.log is."
+    )
     return (
         f'<section id="all-trials">\n<h2>Trials</h2>\n<p class="note">{note}</p>'
         f'\n<div class="scroll rows" tabindex="0">{table(sweep)}</div>\n</section>'

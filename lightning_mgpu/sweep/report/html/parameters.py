@@ -7,11 +7,19 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lightning_mgpu.sweep.report.axes import Axis, axis_of, jitter, metric_axis, shorten
+from lightning_mgpu.sweep.report.axes import (
+    Axis,
+    axis_of,
+    jitter,
+    log_ticks,
+    metric_axis,
+    shorten,
+    text,
+)
 from lightning_mgpu.sweep.report.html.style import about, described, styled
 from lightning_mgpu.sweep.report.importance import Importance
 from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory, Trial
-from lightning_mgpu.sweep.report.views import BEST, COLOURS, complete
+from lightning_mgpu.sweep.report.views import BEST, COLOURS, RANKS, complete, goodness
 
 _COLUMNS = 3
 
@@ -26,17 +34,15 @@ def parallel(sweep: SweepHistory) -> go.Figure | None:
     values = [metric.linear(value) for _, value in found]
     columns = [_column(axis, [trial.params[axis.name] for trial, _ in found]) for axis in axes]
     columns.append(_column(metric, [value for _, value in found]))
-    ordered = sorted(values)
-    low, high = ordered[len(ordered) // 20], ordered[-1 - len(ordered) // 20]
+    colours, (low, high) = goodness(sweep, values)  # plotly draws what has the largest on top
     figure = go.Figure(
         go.Parcoords(
             dimensions=columns,
             line={
-                "color": values,
-                "colorscale": "Viridis",
-                "reversescale": sweep.mode == "min",
+                "color": colours,
+                "colorscale": [[at / (len(RANKS) - 1), one] for at, one in enumerate(RANKS)],
                 "cmin": low,
-                "cmax": high if high > low else low + 1,
+                "cmax": high,
             },
             labelfont={"size": 12},
             tickfont={"size": 11},
@@ -54,8 +60,15 @@ def _column(axis: Axis, values: list[Any]) -> dict[str, Any]:
     if axis.categories is not None:
         column["range"] = [-0.3, len(axis.categories) - 0.7]
     if axis.log:
-        column["tickvals"] = [math.log10(at) for at, _ in axis.ticks]
-        column["ticktext"] = [words for _, words in axis.ticks]
+        # Trials may cover a part of the axis only, and plotly draws a mark wherever one is given.
+        margin = 0.02 * (max(places) - min(places)) or 0.1
+        low, high = min(places) - margin, max(places) + margin
+        marks = [(math.log10(at), words) for at, words in log_ticks(10**low, 10**high)]
+        marks = [(at, words) for at, words in marks if low <= at <= high]
+        if len(marks) < 2:
+            marks = [(at, text(10**at)) for at in sorted({min(places), max(places)})]
+        column |= {"range": [low, high], "tickvals": [at for at, _ in marks]}
+        column["ticktext"] = [words for _, words in marks]
     elif marks := axis.marks():
         column["tickvals"] = [at for at, _ in marks]
         column["ticktext"] = [escape(shorten(words, 13)) for _, words in marks]

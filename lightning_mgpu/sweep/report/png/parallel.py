@@ -5,14 +5,14 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_mgpu.sweep.report.axes import Axis, axis_of, metric_axis, shorten
 from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.png.style import WIDTH, figure, written
-from lightning_mgpu.sweep.report.views import complete
+from lightning_mgpu.sweep.report.views import RANKS, complete, goodness
 
 Scale = Callable[[float], float]
 
@@ -31,10 +31,13 @@ def parallel(sweep: SweepHistory) -> Figure | None:
     scales = [_scale(axis, column) for axis, column in columns]
     drawn = figure(4.8, max(WIDTH, 1.25 * len(columns)))
     axes = drawn.add_subplot()
-    palette = ScalarMappable(Normalize(*_limits(results)), _palette(sweep))
-    colours = palette.to_rgba(np.asarray(results))
+    good, limits = goodness(sweep, results)
+    palette = ScalarMappable(
+        Normalize(*limits), LinearSegmentedColormap.from_list("ranks", list(RANKS))
+    )
+    colours = palette.to_rgba(np.asarray(good))
     # The best are drawn last.
-    for number in sorted(range(len(found)), key=results.__getitem__, reverse=sweep.mode == "min"):
+    for number in sorted(range(len(found)), key=good.__getitem__):
         heights = [scale(one[number]) for scale, (_, one) in zip(scales, columns, strict=True)]
         axes.plot(range(len(columns)), heights, color=colours[number], linewidth=1.4, alpha=0.8)
     for place, ((axis, column), scale) in enumerate(zip(columns, scales, strict=True)):
@@ -42,16 +45,6 @@ def parallel(sweep: SweepHistory) -> Figure | None:
         _marks(axes, place, axis, column, scale)
     _names(axes, [axis.label for axis, _ in columns])
     return drawn
-
-
-def _palette(sweep: SweepHistory) -> str:
-    return "viridis" if sweep.mode == "max" else "viridis_r"
-
-
-def _limits(values: list[float]) -> tuple[float, float]:
-    """Limits of the colours, without the outermost twentieths of the values."""
-    ordered, cut = sorted(values), len(values) // 20
-    return ordered[cut], ordered[-1 - cut]
 
 
 def _scale(axis: Axis, column: list[float]) -> Scale:
