@@ -16,6 +16,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu._compat.ray_tune import trial_number
 from lightning_mgpu.sweep.driver.progress import Progress
+from lightning_mgpu.sweep.driver.saving import results_saved
 from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
 from lightning_mgpu.sweep.driver.tune_callback import RecordingCallback
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
@@ -55,7 +56,12 @@ class Ended(NamedTuple):
 
 
 def tune(sweep: "PreparedSweep") -> Ended:
-    """Run the trials that are left."""
+    """Run the trials that are left, and write the results.
+
+    Raises:
+        ConfigError: The options do not fit the cluster.
+        SweepFailedError: The search itself has failed.
+    """
     options = sweep.options
     if options.metric is None and stops_early(options):
         log.info(
@@ -69,6 +75,7 @@ def tune(sweep: "PreparedSweep") -> Ended:
         _quiet_tune(),
         Progress(sweep.records, sweep.num_samples) as show,
         requests_of(sweep),
+        results_saved(sweep),
     ):
         retries = options.on_oom == "retry_smaller"
         kind = retrying(sweep.smaller) if retries else SweepTrial

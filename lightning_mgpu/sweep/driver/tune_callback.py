@@ -68,6 +68,8 @@ class RecordingCallback(Callback):
         """
 
         def added(controller: ray_tune.Controller, trial: Trial) -> None:
+            if self._controller is None:
+                controller.survive_lost_actors()
             self._controller = controller
             self._set_patience(patience)
             if trial.status == Trial.TERMINATED and not self._has_ended(trial):
