@@ -1,7 +1,6 @@
 """Run a sweep and show its results."""
 
 import logging
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning_mgpu.ray.address import (
     is_connected_as_client,
     source_of,
 )
+from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.submitted import receive
 from lightning_mgpu.sweep.settings.prepared import PreparedSweep
@@ -80,17 +80,17 @@ def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
 
 def _search(sweep: PreparedSweep) -> None:
     options = sweep.options
-    from lightning_mgpu.sweep.driver.ray_tune import tune  # Ray, now that there is something to run
+    # Ray, now that there is something to run
+    from lightning_mgpu.sweep.driver.ray_tune import tune
+    from lightning_mgpu.sweep.driver.saving import tell_if_interrupted
 
-    was_interrupted, why_early = tune(sweep)
+    why_early = None
+    with Interrupts() as interrupts:
+        why_early = tune(sweep, interrupts)
+    tell_if_interrupted(sweep, interrupts)
+    if interrupts.signum is not None:
+        sys.exit(128 + interrupts.signum)
     path = sweep.directory / RESULTS
-    if was_interrupted:
-        log.warning(
-            "Interrupted. Results so far: %s\nResume with: %s",
-            relative(path),
-            resume_command(sweep.directory),
-        )
-        sys.exit(128 + signal.SIGINT)
     page = _draw(sweep) if options.report is not False else None
     if why_early is not None:
         _say_that_early(sweep, why_early)

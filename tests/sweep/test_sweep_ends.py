@@ -10,6 +10,7 @@ import yaml
 from sweeps import sweep
 
 from lightning_mgpu.errors import ConfigError, SweepFailedError
+from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.driver.saving import results_saved
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
 
@@ -27,21 +28,24 @@ def done() -> TrialRecord:
 
 def test_results_are_saved_before_an_error_is_shown() -> None:
     expected = rf"error, KeyError: 'x'\nResults so far: {RESULTS}\nResume with: .*sweeper.resume="
-    with pytest.raises(SweepFailedError, match=expected) as raised, results_saved(prepared(done())):
+    with (
+        pytest.raises(SweepFailedError, match=expected) as raised,
+        results_saved(prepared(done()), Interrupts()),
+    ):
         raise KeyError("x")
     assert isinstance(raised.value.__cause__, KeyError)
     assert yaml.safe_load(Path(RESULTS).read_text())["best_value"] == 0.5
 
 
 def test_options_that_do_not_fit_are_no_failed_search() -> None:
-    with pytest.raises(ConfigError, match="too little"), results_saved(prepared()):
+    with pytest.raises(ConfigError, match="too little"), results_saved(prepared(), Interrupts()):
         raise ConfigError("too little")
     assert not Path(RESULTS).exists()
 
 
 def test_sweep_that_cannot_be_resumed_keeps_its_results() -> None:
     Path(RESULTS).write_text("of before")
-    with pytest.raises(SweepFailedError, match="OSError"), results_saved(prepared()):
+    with pytest.raises(SweepFailedError, match="OSError"), results_saved(prepared(), Interrupts()):
         raise OSError("state.tar")
     assert Path(RESULTS).read_text() == "of before"
 
