@@ -52,7 +52,9 @@ class HydraTrial(TrialActor):
             threads, state, plan = pickle.loads(self.payload)
             preload(state.namespace)  # its loggers are then there before the first trial
             from lightning_mgpu.sweep.trial.actor_reset import ActorReset, adopt
+            from lightning_mgpu.sweep.trial.launchers import take_over_launches
 
+            take_over_launches()
             state = adopt(state, threads)
             state.apply()
             self._plan: TrialPlan = pickle.loads(plan)
