@@ -17,6 +17,7 @@ from lightning_mgpu.ray.address import (
 )
 from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.job.job import Job
+from lightning_mgpu.sweep.job.nested import refuse_nested
 from lightning_mgpu.sweep.job.submitted import receive
 from lightning_mgpu.sweep.settings.prepared import PreparedSweep
 from lightning_mgpu.sweep.store.lock import locked
@@ -54,6 +55,7 @@ def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> No
 
 
 def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
+    refuse_nested()
     sent = receive()
     if sent is not None:
         options.ray, options.resume = sent.adopt(job, options.ray, options.resume)
