@@ -69,9 +69,9 @@ def _column(axis: Axis, values: list[Any]) -> dict[str, Any]:
             marks = [(at, text(10**at)) for at in sorted({min(places), max(places)})]
         column |= {"range": [low, high], "tickvals": [at for at, _ in marks]}
         column["ticktext"] = [words for _, words in marks]
-    elif marks := axis.marks():
-        column["tickvals"] = [at for at, _ in marks]
-        column["ticktext"] = [escape(shorten(words, 13)) for _, words in marks]
+    elif plain := axis.marks():
+        column["tickvals"] = [at for at, _ in plain]
+        column["ticktext"] = [escape(shorten(words, 13)) for _, words in plain]
     return column
 
 
