@@ -1,7 +1,7 @@
-"""The pipeline on two CPU stages beside its limit, other pipelines and one device.
+"""The pipeline on two CPU devices beside its ideal, other pipelines and one device.
 
-The limit is the time of the same micro-batches one after another in one thread, times
-(m + s - 1) / (m s): what two even stages could do without any overhead. `torchgpipe`
+The ideal is the time of the same micro-batches one after another in one thread, over the number of
+devices: no schedule without a bubble or overhead could do better. `torchgpipe`
 (pip install torchgpipe==0.0.7) is left out where it is not installed.
 """
 
@@ -20,12 +20,22 @@ from steps import gloo
 
 STAGES, CHUNKS, WARM_UP = 2, 8, 2
 CUT = "net.4"
-# The same pipeline with two stages on each device.
-FINER, FINER_CUT = "pipeline, 2 a device", ["net.2", "net.4", "net.6"]
 MODELS = ("mlp", "encoder")
 # Of `torch.distributed.pipelining`, in two processes over gloo.
-SCHEDULES = {"gloo gpipe": "GPipe", "gloo 1f1b": "1F1B"}
-WAYS = ("pipeline", FINER, "limit", "torchgpipe", *SCHEDULES, "one thread", "all cores")
+SCHEDULES = {
+    "gloo gpipe": "GPipe",
+    "gloo 1f1b": "1F1B",
+    "gloo looped bfs": "LoopedBFS",
+    "gloo interleaved 1f1b": "Interleaved1F1B",
+    "gloo interleaved zb": "InterleavedZeroBubble",
+    "gloo zbv": "ZBVZeroBubble",
+}
+PIPELINES: dict[str, dict[str, Any]] = {
+    "pipeline": {},
+    "pipeline, whole": {"defer_weight_gradients": False},
+    "pipeline, 2 a device": {"stages_per_device": 2, "split_at": ["net.2", "net.4", "net.6"]},
+}
+WAYS = (*PIPELINES, "ideal", "torchgpipe", *SCHEDULES, "one thread", "all cores")
 
 
 def compare(
@@ -49,19 +59,17 @@ def measure(way: str, model: str, steps: int) -> float:
 
     if way != "all cores":
         torch.set_num_threads(1)
-    if way == "limit":
+    if way == "ideal":
         stamps = by_hand(*serial(model), steps)
     elif way == "torchgpipe":
         stamps = by_hand(*gpipe(model), steps)
     elif way in SCHEDULES:
         stamps = gloo.stamps(SCHEDULES[way], model, CHUNKS, WARM_UP + steps + 1)
     else:
-        chunks = CHUNKS if way in ("pipeline", FINER) else None
-        finer = {"stages_per_device": 2, "split_at": FINER_CUT} if way == FINER else {}
-        stamps = with_trainer(model, steps, chunks, **finer)
+        chunks = CHUNKS if way in PIPELINES else None
+        stamps = with_trainer(model, steps, chunks, **PIPELINES.get(way, {}))
     each = [after - before for before, after in itertools.pairwise(stamps[WARM_UP:])]
-    factor = (CHUNKS + STAGES - 1) / (CHUNKS * STAGES) if way == "limit" else 1.0
-    return median(each) * factor
+    return median(each) / (STAGES if way == "ideal" else 1)
 
 
 def serial(model: str) -> tuple[Any, Callable[[], None]]:

@@ -207,7 +207,6 @@ def _load(
     if not deferred:
         return Load(forward, backward, links)
     weights = _by_stage([of_chunk.weights for of_chunk in costs])
-    weights[0] = [0.0] * chunks  # nobody waits for the first stage
     for second, later in zip(backward, weights, strict=True):
         second[:] = [both - own for both, own in zip(second, later, strict=True)]
     return Load(forward, backward, links, weights)

@@ -115,9 +115,8 @@ def test_trace_has_every_task_once_and_in_order(
             assert forward[stage - 1, chunk].end <= forward[stage, chunk].start + rounding
             assert backward[stage, chunk].end <= backward[stage - 1, chunk].start + rounding
         assert forward[stages - 1, 3].end <= backward[stage, chunk].start + rounding
-    # Nobody waits for gradients of weights; those of the first stage are part of its backward.
     weights = of("weights", found)
-    assert weights.keys() == {(stage, chunk) for stage, chunk in everything if stage > 0}
+    assert weights.keys() == everything
     for task, span in weights.items():
         assert backward[task].end <= span.start + rounding
     for stage, chunk in again:

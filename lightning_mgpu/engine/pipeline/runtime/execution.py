@@ -306,13 +306,13 @@ class Execution:
                 stay.deferred.collecting(),
             ):
                 stay.backward(keep, partial(self._timed, stage, chunk))
+            later.append((stage, chunk, stay.deferred.take()))
             stays = self.travellers[chunk].stays
             before = stays.index(stay) - 1
             if before >= 0:
                 ready[id(stays[before])].put(None)
-            later.append((stage, chunk, stay.deferred.take()))
-            while len(later) > schedule.DEFERRED_VISITS:
-                work_off()
+            while len(later) > (schedule.DEFERRED_VISITS if before >= 0 else 0):
+                work_off()  # nobody waits for a first visit
         while work_off():
             pass
 

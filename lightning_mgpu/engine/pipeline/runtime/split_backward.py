@@ -70,18 +70,28 @@ class SplitBackward(TorchFunctionMode):
         operation, x, w, b = found
         if type(w) is not Leaf or not w.requires_grad or not (b is None or type(b) is Leaf):
             return None
-        if type(x) is not Tensor or not x.requires_grad or not _is_plain(x):
+        if type(x) is not Tensor or not _is_plain(x):
             return None
-        return _apply(x, w, b, operation, self.into)
+        return _apply(x, w, b, operation, autocast_dtype(x.device), self.into)
 
 
 class _SplitNode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, operation: Operation, into: Deferred
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        operation: Operation,
+        dtype: torch.dtype | None,
+        into: Deferred,
     ) -> Tensor:
+        ctx.leaves, ctx.dtype_of_x = (w, b), x.dtype
+        if dtype is not None:
+            # As autocast does, but for its cache, which is for tensors with a graph.
+            x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
         ctx.save_for_backward(x, w)
-        ctx.leaves, ctx.operation, ctx.into = (w, b), operation, into
+        ctx.operation, ctx.into = operation, into
         return operation.output(x, w, b)
 
     @staticmethod
@@ -90,27 +100,27 @@ class _SplitNode(torch.autograd.Function):
         x, w = ctx.saved_tensors
         operation: Operation = ctx.operation
         wants_x, wants_w, wants_b, *_ = ctx.needs_input_grad
-        of_x = operation.input_gradient(g, x, w) if wants_x else None
+        of_x = operation.input_gradient(g, x, w).to(ctx.dtype_of_x) if wants_x else None
         if ctx.into.is_open:
-            leaf, bias = ctx.leaves
-            left = WeightGradient(operation, g, x, leaf, bias if wants_b else None)
+            weight, bias = ctx.leaves
+            left = WeightGradient(operation, g, x, w, weight, bias if wants_b else None)
             ctx.into.add(left)
-            return of_x, None, None, None, None
+            return of_x, None, None, None, None, None
         of_w = operation.weight_gradient(g, x, w) if wants_w else None
         of_b = operation.bias_gradient(g) if wants_b else None
-        return of_x, of_w, of_b, None, None
+        return of_x, of_w, of_b, None, None, None
 
 
 _apply: Callable[..., Tensor] = _SplitNode.apply
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Return whether an input's operation computes nothing but what it says."""
+    """Return whether an operation on an input computes what it says, and autograd saves it."""
     return (
         torch.is_grad_enabled()
         and x.layout is torch.strided
         and x.is_floating_point()
-        and autocast_dtype(x.device) is None
+        and (x.dtype != torch.float64 or autocast_dtype(x.device) is None)
         and not is_functorch_wrapped(x)
         and not saves_are_hooked()
     )

@@ -86,8 +86,7 @@ class Traveller:
     @property
     def deferred(self) -> Deferred | None:
         """Where the current stay leaves gradients of weights, if it does."""
-        # Nobody waits for the first.
-        return self.stays[-1].deferred if self._split is not None and self.stays[1:] else None
+        return self.stays[-1].deferred if self._split is not None else None
 
     def settle(self) -> None:
         """Discard what only forward needs."""

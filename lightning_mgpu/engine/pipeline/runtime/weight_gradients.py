@@ -1,6 +1,5 @@
 """Gradients of weights, apart from those of inputs."""
 
-import operator
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from lightning_mgpu.engine.device import autocast_dtype
 
 
 class Operation(Protocol):
@@ -140,15 +141,17 @@ class WeightGradient:
         operation: Where they were used.
         g: Gradient of its output.
         x: Its input.
-        w: The weight, a leaf.
-        b: The bias, a leaf with a gradient, if there is one.
+        w: The weight it was computed with.
+        weight: The leaf that has the gradient; under autocast of another dtype than `w`.
+        bias: The bias, a leaf, if it has a gradient.
     """
 
     operation: Operation
     g: Tensor
     x: Tensor
     w: Tensor
-    b: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
 
 
 class Deferred:
@@ -196,18 +199,22 @@ class WeightGradients:
     @torch.no_grad()
     def compute(self, gradient: WeightGradient) -> None:
         """Compute a gradient, and add it to its leaf's sum."""
-        operation, g, x, w, b = operator.attrgetter("operation", "g", "x", "w", "b")(gradient)
-        known = self._sums.get(id(w))
-        if known is None:
-            self._sums[id(w)] = w, operation.weight_gradient(g, x, w)
-        else:
+        operation, g, x, w = gradient.operation, gradient.g, gradient.x, gradient.w
+        known = self._sums.get(id(gradient.weight))
+        # Within autocast, as backward should not be, products have another dtype.
+        is_same = gradient.weight.dtype == g.dtype and autocast_dtype(g.device) is None
+        if known is not None and is_same:
             operation.add_weight_gradient(known[1], g, x, w)
-        if b is not None:
-            known = self._sums.get(id(b))
-            if known is None:
-                self._sums[id(b)] = b, operation.bias_gradient(g)
-            else:
-                known[1].add_(operation.bias_gradient(g))
+        else:
+            self._add(gradient.weight, operation.weight_gradient(g, x, w))
+        if gradient.bias is not None:
+            self._add(gradient.bias, operation.bias_gradient(g))
+
+    def _add(self, leaf: Tensor, gradient: Tensor) -> None:
+        if id(leaf) in self._sums:
+            self._sums[id(leaf)][1].add_(gradient)
+        else:
+            self._sums[id(leaf)] = leaf, gradient.to(leaf.dtype)
 
     def deliver(self) -> None:
         """Add the sums to the gradients of the leaves, and forget them."""
