@@ -2,7 +2,6 @@
 
 import queue
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -26,7 +25,7 @@ from lightning_mgpu.engine.pipeline.runtime.segments import Stay
 from lightning_mgpu.engine.pipeline.runtime.traveller import Traveller, current
 from lightning_mgpu.engine.pipeline.runtime.turns import Turns
 from lightning_mgpu.engine.pipeline.runtime.units import Units
-from lightning_mgpu.engine.pipeline.runtime.weight_gradients import WeightGradient, WeightGradients
+from lightning_mgpu.engine.pipeline.runtime.weight_gradients import WeightGradients
 from lightning_mgpu.engine.randomness import Stream
 from lightning_mgpu.engine.workers import Workers
 
@@ -165,14 +164,14 @@ class Execution:
             ready[id(traveller.stays[-1])].put(None)
         try:
             with self._units.attached(), self._counted():
-                sums = [WeightGradients() for _ in self._log]
+                later = [WeightGradients(self._at_weights) for _ in self._log]
                 workers.run(
                     [
                         partial(self._backward, door, ready, keep, of_door)
-                        for door, of_door in enumerate(sums)
+                        for door, of_door in enumerate(later)
                     ]
                 )
-                for of_door in sums:
+                for of_door in later:
                     of_door.deliver()
         except BaseException:
             self.forget()
@@ -280,23 +279,10 @@ class Execution:
         door: int,
         ready: Mapping[int, "queue.SimpleQueue[None]"],
         keep: bool,
-        sums: WeightGradients,
+        later: WeightGradients,
     ) -> None:
-        later: deque[tuple[int, int, deque[WeightGradient]]] = deque()
-
-        def work_off() -> bool:
-            """Compute the oldest gradient of a weight; return whether there are more."""
-            if later:
-                stage, chunk, gradients = later[0]
-                if gradients:
-                    with on_device(self._devices[stage]), self._timed(stage, chunk, "weights"):
-                        sums.compute(gradients.popleft())
-                if not gradients:
-                    later.popleft()
-            return bool(later)
-
         for chunk, stay in reversed(self._log[door]):
-            _wait(ready[id(stay)], work_off)
+            _wait(ready[id(stay)], later.work)
             stage = stay.stage
             where = self.describe(stage, chunk) + ", in backward"
             with (
@@ -306,15 +292,22 @@ class Execution:
                 stay.deferred.collecting(),
             ):
                 stay.backward(keep, partial(self._timed, stage, chunk))
-            later.append((stage, chunk, stay.deferred.take()))
+            later.leave(stage, chunk, stay.deferred.take())
             stays = self.travellers[chunk].stays
             before = stays.index(stay) - 1
             if before >= 0:
                 ready[id(stays[before])].put(None)
-            while len(later) > (schedule.DEFERRED_VISITS if before >= 0 else 0):
-                work_off()  # nobody waits for a first visit
-        while work_off():
+            # Nobody waits for a first visit.
+            while later.visits > (schedule.DEFERRED_VISITS if before >= 0 else 0):
+                later.work()
+        while later.work():
             pass
+
+    @contextmanager
+    def _at_weights(self, stage: int, chunk: int) -> Iterator[None]:
+        where = self.describe(stage, chunk) + ", in backward"
+        with on_device(self._devices[stage]), noted(where), self._timed(stage, chunk, "weights"):
+            yield
 
 
 def _wait(signal: "queue.SimpleQueue[None]", meanwhile: Callable[[], bool]) -> None:

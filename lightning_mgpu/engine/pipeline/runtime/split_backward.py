@@ -21,12 +21,11 @@ from lightning_mgpu._compat.torch import (
 )
 from lightning_mgpu.engine.device import autocast_dtype
 from lightning_mgpu.engine.parameter_leaves import Leaf
-from lightning_mgpu.engine.pipeline.runtime.weight_gradients import (
+from lightning_mgpu.engine.pipeline.runtime.weight_gradients import Deferred, WeightGradient
+from lightning_mgpu.engine.pipeline.runtime.weighted_operations import (
     Convolution,
-    Deferred,
     Operation,
     Product,
-    WeightGradient,
 )
 
 _Found = tuple[Operation, Tensor, Tensor, Tensor | None]
