@@ -63,7 +63,7 @@ def pipelined(
     split_at: str = "second",
     parity_check: Any = "error",
     checkpoint: Any = "never",
-    defer_weight_gradients: bool = True,
+    defer_weight_gradients: Any = True,
     **options: Any,
 ) -> Iterator[Pipeline]:
     """A pipeline in place of the module's `forward`, which is called in a step with `batch`."""

@@ -66,7 +66,7 @@ def arranged(cfg: DictConfig) -> DictConfig:
             f"strategy.stages_per_device={strategy.stages_per_device}: say which numbers mode=plan"
             " is to compare instead, as `+plan.stages_per_device=[1,2]`."
         )
-    if not strategy.get("defer_weight_gradients", True):
+    if not strategy.get("defer_weight_gradients", "auto"):
         raise ConfigError(
             "strategy.defer_weight_gradients=False: say what mode=plan is to compare instead, as"
             " `+plan.defer_weight_gradients=[true,false]`."

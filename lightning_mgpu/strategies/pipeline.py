@@ -38,8 +38,8 @@ class PipelineStrategy(PipelineMixin, SingleProcessStrategy):
             device `k % s`. More stages make devices wait less for the first micro-batch, and hand
             over more often.
         defer_weight_gradients: Whether devices compute gradients of weights when they have nothing
-            else to do (default), so that the others get gradients of inputs sooner. Done for matrix
-            products and convolutions.
+            else to do, so that the others get gradients of inputs sooner. Done for matrix products
+            and convolutions; with ``"auto"`` (default) for those that are large enough.
         checkpoint: Which micro-batches keep only the inputs of units (submodules that lie with one
             stage), which are computed again in backward: ``"never"`` (default), ``"except_last"``
             or ``"always"``.

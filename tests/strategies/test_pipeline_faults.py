@@ -294,6 +294,10 @@ def test_writing_in_place_to_what_others_use_is_right_or_refused(shared_with: st
     ("options", "message"),
     [
         ({"checkpoint": "sometimes"}, "use one of 'never', 'except_last', 'always'"),
+        (
+            {"defer_weight_gradients": "late"},
+            r"`PipelineStrategy\(defer_weight_gradients='late'\)`: use one of True, False, 'auto'",
+        ),
         ({"stages_per_device": 0}, r"`PipelineStrategy\(stages_per_device=0\)`: give a number"),
         ({"chunks": 0}, r"`PipelineStrategy\(chunks=0\)`: give a number"),
         ({"chunks": "many"}, r"`PipelineStrategy\(chunks='many'\)`: give a number"),

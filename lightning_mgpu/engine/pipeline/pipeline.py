@@ -30,6 +30,7 @@ from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint, Executi
 from lightning_mgpu.engine.pipeline.runtime.microbatch_arguments import MicrobatchArguments
 from lightning_mgpu.engine.pipeline.runtime.parameter_swap import ParameterSwap
 from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
+from lightning_mgpu.engine.pipeline.runtime.split_backward import Defer, least_worth_it
 from lightning_mgpu.engine.pipeline.runtime.units import Units
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.workers import Workers, available_cores
@@ -62,7 +63,8 @@ class Pipeline:
         threads: Intra-op threads of each device; default: the machine's cores shared out evenly.
         stages_per_device: How many of the stages lie on each of the devices.
         defer_weight_gradients: Whether gradients of weights are computed when a device has nothing
-            else to do, at the latest at the end of backward.
+            else to do, at the latest at the end of backward; ``"auto"``: of operations that are
+            large enough.
         one_at_a_time: Whether a stage works only while no other does, as for measuring it.
     """
 
@@ -80,7 +82,7 @@ class Pipeline:
         on_cut: Callable[[Cut], None] = lambda _: None,
         threads: int | None = None,
         stages_per_device: int = 1,
-        defer_weight_gradients: bool = True,
+        defer_weight_gradients: Defer = "auto",
         one_at_a_time: bool = False,
     ) -> None:
         self.cutter, self.devices = cutter, list(devices)
@@ -90,7 +92,9 @@ class Pipeline:
         self._doors = [0 if one_at_a_time else stage % count for stage in range(len(self.devices))]
         self._splitter = splitter
         self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
-        self.defer_weight_gradients = defer_weight_gradients
+        least = least_worth_it(devices) if defer_weight_gradients == "auto" else 0
+        self._defer = None if defer_weight_gradients is False else least
+        self._defers: dict[Hashable, bool] = {}
         self._step_batch, self._on_cut, self._parity = step_batch, on_cut, parity
         self._check = parity or Parity("off", type(cutter.module).__name__, devices)
         self._threads = threads or max(1, available_cores() // count)
@@ -173,7 +177,7 @@ class Pipeline:
         if cut is None:
             cut = self._observed(call, splitting)
         if cut is not self._cut:
-            self._cut, self._swap, self._ways = cut, None, {}
+            self._cut, self._swap, self._ways, self._defers = cut, None, {}, {}
             self._units = Units(cut.units, self.devices)
             self._on_cut(cut)
         return cut
@@ -276,12 +280,13 @@ class Pipeline:
             swap,
             self.recording,
             self._doors,
-            self.defer_weight_gradients,
+            self._defer if self._defers.get((key, tuple(counts)), True) else None,
         )
         inside: AbstractContextManager[None] = swap.entered() if swap else nullcontext()
         with inside:
             execution.forward(self._crew(execution.at_once))
         self._ways[key] = execution.way
+        self._defers[key, tuple(counts)] = execution.defers
         if self._deferred:
             batch_norm.commit(cut.normalised, execution.statistics)
         given.count_writing()

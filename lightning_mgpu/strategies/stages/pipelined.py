@@ -21,6 +21,7 @@ from lightning_mgpu.engine.pipeline.partition.cutter import Balance, Cut, Cutter
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
 from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint
+from lightning_mgpu.engine.pipeline.runtime.split_backward import Defer
 from lightning_mgpu.strategies.base.loader_hint import loader_hint
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
@@ -38,6 +39,7 @@ from lightning_mgpu.strategies.stages.uncalled import Uncalled
 
 _BALANCES = ("parameters", "time", "memory")
 _CHECKPOINTS = ("never", "except_last", "always")
+_DEFER = (True, False, "auto")
 _PARITY_CHECKS = ("error", "warn", "off")
 
 
@@ -56,7 +58,7 @@ class PipelineMixin(MultiDeviceStrategy):
         balance: Sequence[int] | Literal["parameters", "time", "memory"] | None = None,
         chunks: int | Literal["auto"] | None = None,
         stages_per_device: int = 1,
-        defer_weight_gradients: bool = True,
+        defer_weight_gradients: Defer = "auto",
         checkpoint: Checkpoint = "never",
         split_args: str | int | Sequence[str | int] | Mapping[str | int, int] | None = (),
         broadcast_args: str | int | Sequence[str | int] | None = (),
@@ -72,6 +74,7 @@ class PipelineMixin(MultiDeviceStrategy):
                 f"`{type(self).__name__}(stages_per_device={stages_per_device!r})`: give a number"
                 " of stages, at least 1."
             )
+        _check_choice(type(self).__name__, "defer_weight_gradients", defer_weight_gradients, _DEFER)
         _check_choice(type(self).__name__, "checkpoint", checkpoint, _CHECKPOINTS)
         _check_choice(type(self).__name__, "parity_check", parity_check, _PARITY_CHECKS)
         self._module = module
@@ -259,7 +262,7 @@ class PipelineMixin(MultiDeviceStrategy):
                 chunks,
                 costs,
                 self._stages_per_device,
-                self._defer_weight_gradients,
+                self._defer_weight_gradients is True,
             )
         self._placed.append(cut)
 
@@ -282,7 +285,7 @@ def _plain(given: Any) -> Any:
     return dict(given) if isinstance(given, Mapping) else list(given)
 
 
-def _check_choice(strategy: str, option: str, given: Any, choices: Sequence[str]) -> None:
+def _check_choice(strategy: str, option: str, given: Any, choices: Sequence[Any]) -> None:
     if given not in choices:
         raise ValueError(
             f"`{strategy}({option}={given!r})`: use one of {', '.join(map(repr, choices))}."

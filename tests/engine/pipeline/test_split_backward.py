@@ -140,6 +140,24 @@ def test_nothing_comes_later_if_so_wanted() -> None:
     assert not _deferred(Two(nn.Linear(8, 5)), defer_weight_gradients=False)
 
 
+@pytest.mark.parametrize(("features", "is_deferred"), [(8, False), (2**12, True)])
+def test_small_products_are_left_alone(features: int, is_deferred: bool) -> None:
+    # 2 samples in each micro-batch, of 4096 features each.
+    module = Two(nn.Linear(features, features), features)
+    for _ in range(2):
+        spans = _deferred(module, defer_weight_gradients="auto", parity_check="off")
+        assert {span.stage for span in spans} == ({1} if is_deferred else set())
+
+
+def test_recomputed_units_leave_gradients_in_every_step() -> None:
+    module = Two(nn.Linear(8, 5))
+    with pipelined(module, checkpoint="always") as run:
+        for _ in range(3):
+            run.recording = recording = Recording(DEVICES)
+            run(data(8, 6)).sum().backward()
+            assert "weights" in {span.kind for span in recording.timeline().spans}
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias", "first"])
 def test_frozen_parts_have_no_gradient(frozen: str) -> None:
     module = Two(nn.Linear(8, 5))

@@ -58,8 +58,8 @@ class Execution:
         swap: What stands for parameters, if there is anything.
         recording: Records when stages work.
         doors: Of each stage, what it shares with others: of those, one works at a time.
-        defer: Whether gradients of weights are computed when a door has nothing else to do, at the
-            latest at the end.
+        defer: Of how many multiplications the gradients of weights are computed when a door has
+            nothing else to do, at the latest at the end; `None` for no such.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Execution:
         swap: ParameterSwap | None,
         recording: Recording | None,
         doors: Sequence[int],
-        defer: bool,
+        defer: int | None,
     ) -> None:
         self._units, self._devices, self._way = units, devices, list(way)
         self._calls, self._streams, self._memory_of = list(calls), streams, memory_of
@@ -104,7 +104,7 @@ class Execution:
                 self._entered,
                 self._leave,
                 swap.borrow if swap is not None else _nothing,
-                split=defer and swap is not None,
+                defer if swap is not None else None,
             )
             for chunk in range(self.count)
         ]
@@ -115,6 +115,12 @@ class Execution:
         self.statistics: list[list[Any]] = []
         """For each micro-batch, what batch normalisation has seen."""
         self._is_spent = False
+
+    @property
+    def defers(self) -> bool:
+        """Return whether any gradient of a weight may be computed later."""
+        found = (stay.deferred.is_used for t in self.travellers for stay in t.stays)
+        return bool(self._checkpointed) or any(found)
 
     @property
     def way(self) -> list[int]:
@@ -298,10 +304,8 @@ class Execution:
             if before >= 0:
                 ready[id(stays[before])].put(None)
             # Nobody waits for a first visit.
-            while later.visits > (schedule.DEFERRED_VISITS if before >= 0 else 0):
-                later.work()
-        while later.work():
-            pass
+            later.work_off(schedule.DEFERRED_VISITS if before >= 0 else 0)
+        later.work_off(0)
 
     @contextmanager
     def _at_weights(self, stage: int, chunk: int) -> Iterator[None]:

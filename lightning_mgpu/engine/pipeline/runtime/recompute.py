@@ -13,7 +13,6 @@ from lightning_mgpu.engine.context import ThreadContext
 from lightning_mgpu.engine.pipeline import stage_values
 from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
 from lightning_mgpu.engine.pipeline.runtime.segments import Crossing, Timed
-from lightning_mgpu.engine.pipeline.runtime.split_backward import SplitBackward
 from lightning_mgpu.engine.pipeline.runtime.traveller import Traveller
 from lightning_mgpu.engine.randomness import Stream
 
@@ -39,7 +38,7 @@ class Recomputed:
 
     def begin(self, traveller: Traveller, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Keep the unit's arguments; return the arguments to call it with."""
-        self._device, self._deferred = traveller.device, traveller.deferred
+        self._device, self._split = traveller.device, traveller.split_again()
         self._context = ThreadContext.capture()
         self._numbers = self._stream.state(self._device)
         self._before = self._memory.before()
@@ -104,7 +103,7 @@ class Recomputed:
             self._memory.rewound(self._moment),
             self._stream.at(self._numbers, self._device),
             torch.enable_grad(),
-            nullcontext() if self._deferred is None else SplitBackward(self._deferred),
+            self._split or nullcontext(),
         ):
             args, kwargs = stage_values.map_tensors(stage_values.enter, inputs)
             output = self._module(*args, **kwargs)

@@ -6,8 +6,8 @@ arXiv 2401.10241). Whatever runs within a pipeline is watched for products and c
 parameter; those are computed by a node of our own. Everything else keeps its whole backward.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from lightning_mgpu._compat.torch import (
     is_functorch_wrapped,
     saves_are_hooked,
 )
-from lightning_mgpu.engine.device import autocast_dtype
+from lightning_mgpu.engine.device import autocast_dtype, is_accelerator
 from lightning_mgpu.engine.parameter_leaves import Leaf
 from lightning_mgpu.engine.pipeline.runtime.weight_gradients import Deferred, WeightGradient
 from lightning_mgpu.engine.pipeline.runtime.weighted_operations import (
@@ -28,6 +28,11 @@ from lightning_mgpu.engine.pipeline.runtime.weighted_operations import (
     Product,
 )
 
+# Multiplications that take about as long as a node in Python takes, and ten times that, on a CPU's
+# core and on a large accelerator.
+_WORTH_IT, _WORTH_IT_ON_ACCELERATOR = 2**24, 2**31
+
+Defer = bool | Literal["auto"]
 _Found = tuple[Operation, Tensor, Tensor, Tensor | None]
 
 
@@ -35,30 +40,32 @@ class SplitBackward(TorchFunctionMode):
     """Mode in which products with weights leave the weights' gradients for later.
 
     Args:
+        least: How many multiplications are worth it.
         into: Where gradients are left; `None` to leave none.
     """
 
-    def __init__(self, into: Deferred | None = None) -> None:
+    def __init__(self, least: int, into: Deferred | None = None) -> None:
         super().__init__()
-        self.into = into
+        self.least, self.into = least, into
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if self.into is not None:
-            if func is functional.multi_head_attention_forward:
-                with self:  # which is off in here
-                    return attention_with_modes(*args, **kwargs)
-            parse = _PARSERS.get(func)
-            if parse is not None and not torch.compiler.is_compiling():
-                found = self._split(parse, args, kwargs)
-                if found is not None:
-                    return found
-        return func(*args, **kwargs)
+        parse = _PARSERS.get(func)
+        if parse is None or self.into is None or torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        if parse is _attention:
+            with self:  # which is off in here
+                return attention_with_modes(*args, **(kwargs or {}))
+        found = self._split(parse, self.into, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if found is None else found
 
     def _split(
-        self, parse: Callable[..., _Found | None], args: Any, kwargs: dict[str, Any]
+        self,
+        parse: Callable[..., _Found | None],
+        into: Deferred,
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> Tensor | None:
         try:
             found = parse(*args, **kwargs)
@@ -69,9 +76,13 @@ class SplitBackward(TorchFunctionMode):
         operation, x, w, b = found
         if type(w) is not Leaf or not w.requires_grad or not (b is None or type(b) is Leaf):
             return None
-        if type(x) is not Tensor or not _is_plain(x):
+        if type(x) is not Tensor or operation.multiplications(x, w) < self.least:
             return None
-        return _apply(x, w, b, operation, autocast_dtype(x.device), self.into)
+        dtype = autocast_dtype(x.device)
+        if not _is_plain(x) or (x.dtype == torch.float64 and dtype is not None):
+            return None
+        into.is_used = True
+        return _apply(x, w, b, operation, dtype, into)
 
 
 class _SplitNode(torch.autograd.Function):
@@ -119,10 +130,13 @@ def _is_plain(x: Tensor) -> bool:
         torch.is_grad_enabled()
         and x.layout is torch.strided
         and x.is_floating_point()
-        and (x.dtype != torch.float64 or autocast_dtype(x.device) is None)
         and not is_functorch_wrapped(x)
         and not saves_are_hooked()
     )
+
+
+def _attention(*args: Any, **kwargs: Any) -> None:
+    """What `SplitBackward` looks into."""
 
 
 # The arguments have the names of those of the functions.
@@ -192,6 +206,7 @@ def _each(size: Any, dimensions: int) -> list[int]:
 
 
 _PARSERS: dict[Any, Callable[..., _Found | None]] = {
+    functional.multi_head_attention_forward: _attention,
     functional.linear: _linear,
     torch.addmm: _addmm,
     **dict.fromkeys((torch.mm, Tensor.mm), _mm),
@@ -203,3 +218,9 @@ _PARSERS: dict[Any, Callable[..., _Found | None]] = {
     torch.conv_transpose2d: _transposed(2),
     torch.conv_transpose3d: _transposed(3),
 }
+
+
+def least_worth_it(devices: Iterable[torch.device]) -> int:
+    """How many multiplications an operation on these devices is to have to be worth splitting."""
+    fast = any(map(is_accelerator, devices))
+    return _WORTH_IT_ON_ACCELERATOR if fast else _WORTH_IT

@@ -28,7 +28,6 @@ from lightning_mgpu.engine.pipeline.runtime.glue import Glue
 from lightning_mgpu.engine.pipeline.runtime.segments import Graph, Segment, Stay
 from lightning_mgpu.engine.pipeline.runtime.split_backward import SplitBackward
 from lightning_mgpu.engine.pipeline.runtime.stand_ins import StandIns
-from lightning_mgpu.engine.pipeline.runtime.weight_gradients import Deferred
 
 
 class Traveller:
@@ -41,7 +40,8 @@ class Traveller:
         entered: Called when it has it.
         leave: Gives it up.
         borrow: Finds what stands for a parameter's leaf in a stage.
-        split: Whether gradients of weights may be computed later than those of inputs.
+        defer: Of how many multiplications gradients of weights may be computed later than those of
+            inputs; `None` for no such.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Traveller:
         entered: "Callable[[Traveller], None]",
         leave: "Callable[[Traveller], None]",
         borrow: Callable[[Tensor, int], Tensor | None],
-        split: bool = False,
+        defer: int | None = None,
     ) -> None:
         self.chunk, self._devices = chunk, list(devices)
         self._enter, self._entered, self._leave = enter, entered, leave
@@ -66,7 +66,7 @@ class Traveller:
         self.recomputing: list[Any] = []
         """Of each unit that is being computed, what keeps its inputs, if anything."""
         self._glue = Glue(self.stand_ins.fit, self.stand_ins.fit_written)
-        self._split = SplitBackward() if split else None
+        self._split = None if defer is None else SplitBackward(defer)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -83,10 +83,11 @@ class Traveller:
             self.rest()
             self.stand_ins.end()
 
-    @property
-    def deferred(self) -> Deferred | None:
-        """Where the current stay leaves gradients of weights, if it does."""
-        return self.stays[-1].deferred if self._split is not None else None
+    def split_again(self) -> SplitBackward | None:
+        """A mode as that of the current stay, for what is computed again."""
+        if self._split is None:
+            return None
+        return SplitBackward(self._split.least, self._split.into)
 
     def settle(self) -> None:
         """Discard what only forward needs."""
@@ -112,7 +113,7 @@ class Traveller:
         self.stage = stage
         self.stays.append(Stay(stage))
         if self._split is not None:
-            self._split.into = self.deferred
+            self._split.into = self.stays[-1].deferred
         self._entered(self)
         make_current(self.device)
         self.begin_segment()

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from lightning_mgpu.engine.device import autocast_dtype
 from lightning_mgpu.engine.pipeline.runtime.weighted_operations import Operation
 
 
-@dataclass(frozen=True, eq=False)
-class WeightGradient:
+class WeightGradient(NamedTuple):
     """The gradient of a weight, and of a bias, that is still to be computed.
 
     Attributes:
@@ -43,6 +42,8 @@ class Deferred:
 
     def __init__(self) -> None:
         self._found: deque[WeightGradient] = deque()
+        self.is_used = False
+        """Whether there is anything that leaves gradients here."""
         self.is_open = False
         """Whether gradients are to be left."""
 
@@ -80,32 +81,35 @@ class WeightGradients:
         self._left: deque[tuple[int, int, deque[WeightGradient]]] = deque()
         self._sums: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def visits(self) -> int:
-        """Of how many visits there is something left."""
-        return len(self._left)
-
     def leave(self, stage: int, chunk: int, gradients: deque[WeightGradient]) -> None:
         """Leave gradients of a visit for later."""
         if gradients:
             self._left.append((stage, chunk, gradients))
 
-    @torch.no_grad()
     def work(self) -> bool:
         """Compute the oldest gradient, if there is one; return whether there are more."""
         if self._left:
-            stage, chunk, gradients = self._left[0]
-            with self._at(stage, chunk):
-                self._compute(gradients.popleft())
-            if not gradients:
-                self._left.popleft()
+            self._of_oldest(1)
         return bool(self._left)
+
+    def work_off(self, visits: int) -> None:
+        """Compute gradients, the oldest first, until there are at most so many visits left."""
+        while len(self._left) > visits:
+            self._of_oldest(len(self._left[0][2]))
 
     def deliver(self) -> None:
         """Add the sums to the gradients of the leaves, and forget them."""
         for leaf, total in self._sums.values():
             leaf.grad = total if leaf.grad is None else leaf.grad + total
         self._sums.clear()
+
+    def _of_oldest(self, count: int) -> None:
+        stage, chunk, gradients = self._left[0]
+        with torch.no_grad(), self._at(stage, chunk):
+            for _ in range(count):
+                self._compute(gradients.popleft())
+        if not gradients:
+            self._left.popleft()
 
     def _compute(self, gradient: WeightGradient) -> None:
         operation, g, x, w = gradient.operation, gradient.g, gradient.x, gradient.w

@@ -1,5 +1,6 @@
 """Operations with a weight, and each of their gradients by itself."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,9 @@ class Operation(Protocol):
     In all of it `x` is the input, `w` the weight and `g` the gradient of the output. The bias, if
     there is one, is added along the output's dimension of features.
     """
+
+    def multiplications(self, x: Tensor, w: Tensor) -> float:
+        """How many it takes, about."""
 
     def output(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """The operation itself."""
@@ -38,6 +42,9 @@ class Product:
     """
 
     inputs_first: bool = False
+
+    def multiplications(self, x: Tensor, w: Tensor) -> float:
+        return x.numel() / x.shape[-1] * w.numel()
 
     def output(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, w.t() if self.inputs_first else w, b)
@@ -78,6 +85,10 @@ class Convolution:
     transposed: bool
     output_padding: list[int]
     groups: int
+
+    def multiplications(self, x: Tensor, w: Tensor) -> float:
+        places = x.numel() / x.shape[1] / (1 if self.transposed else math.prod(self.stride))
+        return places * w.numel()
 
     def output(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         output: Tensor = torch.ops.aten.convolution(
@@ -125,4 +136,4 @@ class Convolution:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
