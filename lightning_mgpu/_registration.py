@@ -6,14 +6,10 @@ gets the same names; the classes behind them are imported when one is asked for.
 """
 
 import importlib
-import sys
-from collections.abc import Sequence
 from functools import partial
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, NoReturn
 
+from lightning_mgpu._compat.after_import import when_imported
 from lightning_mgpu._compat.namespace import BOTH, Namespace, choose
 
 _STRATEGIES = {
@@ -34,12 +30,8 @@ _ON_RAY = {
 
 def register() -> None:
     """Register the strategies with each namespace now, or as soon as it has been imported."""
-    listening = {f.namespace for f in sys.meta_path if isinstance(f, _AfterImport)}
     for namespace in BOTH:
-        if namespace.is_imported():
-            _register(namespace)
-        elif namespace not in listening:
-            sys.meta_path.insert(0, _AfterImport(namespace))
+        when_imported(namespace, _register)
 
 
 def _register(namespace: Namespace) -> None:
@@ -69,32 +61,3 @@ def _refuse(namespace: Namespace, name: str, class_name: str) -> NoReturn:
         f" `Trainer(strategy={class_name}(num_workers=...))` with `from lightning_mgpu.ray import"
         f" {class_name}`."
     )
-
-
-class _AfterImport(MetaPathFinder):
-    """Import hook that calls us after one of Lightning's packages has been imported."""
-
-    def __init__(self, namespace: Namespace) -> None:
-        self.namespace = namespace
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != self.namespace.pytorch:
-            return None
-        others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
-        found = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        load = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            load(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            if self.namespace.is_imported():
-                _register(self.namespace)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec

@@ -63,6 +63,7 @@ def pipelined(
     split_at: str = "second",
     parity_check: Any = "error",
     checkpoint: Any = "never",
+    defer_weight_gradients: bool = True,
     **options: Any,
 ) -> Iterator[Pipeline]:
     """A pipeline in place of the module's `forward`, which is called in a step with `batch`."""
@@ -72,6 +73,7 @@ def pipelined(
         DEVICES,
         chunks=Chunks(2, chunks),
         checkpoint=checkpoint,
+        defer_weight_gradients=defer_weight_gradients,
         step_batch=lambda: StepBatch(batch),
         parity=Parity(parity_check, type(module).__name__, DEVICES),
     )

@@ -41,6 +41,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
         "variables",
         "format",
         "launch",
+        "strategies",
         "config",
         "ray",
         _ENTRY,

@@ -1,10 +1,12 @@
 """Private names of Ray; those of Ray Tune are in `ray_tune`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.util.client
+from ray.exceptions import OutOfMemoryError
 
 from lightning_mgpu._compat.release import missing
 
@@ -12,6 +14,8 @@ HEAD = "node:__internal_head__"
 """A resource that the cluster's first node has, and no other one."""
 
 _OF_GROUP = "_group_"
+_OF_MACHINE = re.compile(r"was ([\d.]+ ?GB) used / ([\d.]+ ?GB) limit")
+_OF_PROCESS = re.compile(r"actual memory used=([\d.]+ ?GB)")
 
 
 def of_group(resource: str, group: str) -> str:
@@ -91,3 +95,17 @@ def report_directory(callback: Any) -> str:
         callback: The callback.
     """
     return str(callback.tmpdir_prefix)
+
+
+def memory_of(error: OutOfMemoryError) -> str | None:
+    """What was used when Ray's memory monitor killed a process; `None` if its error does not tell.
+
+    Args:
+        error: Ray's, with a screenful of text.
+    """
+    text = str(error)
+    machine, processes = _OF_MACHINE.search(text), _OF_PROCESS.findall(text)
+    if machine is None:
+        return None
+    own = f", {processes[0]} of it by this trial" if len(processes) == 1 else ""
+    return f"{machine[1]} of {machine[2]} used{own}"

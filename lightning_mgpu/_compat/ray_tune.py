@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.train._internal.session import get_session
 from ray.tune import report
 from ray.tune.experiment import Trial
@@ -53,6 +54,18 @@ class TrialActor(FunctionTrainable):
         report({RESULT_DUPLICATE: True})  # it is over, and has nothing more to say
 
 
+class ActorLostError(RayActorError):
+    """The actor of a trial is gone, and Ray has given an error that Ray Tune does not expect.
+
+    Args:
+        cause: Ray's error.
+    """
+
+    def __init__(self, cause: RayError) -> None:
+        super().__init__(error_msg=str(cause))
+        self.cause = cause
+
+
 class Controller:
     """The object of Ray's that runs the trials of a sweep.
 
@@ -66,6 +79,24 @@ class Controller:
     def set_patience(self, seconds: float) -> None:
         """Set the seconds that trials may take to stop with the sweep; Ray's default is ten."""
         assign(self._its, "_actor_force_cleanup_timeout", seconds, "ray")
+
+    def survive_lost_actors(self) -> None:
+        """Have a trial fail whose actor is lost for whatever reason.
+
+        Ray Tune expects actors that die and tasks that raise. Any other error, as where Ray's
+        memory monitor kills a process, would end the sweep.
+        """
+        manager = self._its._actor_manager
+        failed = manager._actor_task_failed
+
+        def actor_task_failed(tracked_actor_task: Any, exception: Exception) -> None:
+            if isinstance(exception, RayError) and not isinstance(
+                exception, (RayActorError, RayTaskError)
+            ):
+                exception = ActorLostError(exception)
+            failed(tracked_actor_task, exception)
+
+        assign(manager, "_actor_task_failed", actor_task_failed, "ray")
 
     def run_again(self, trial: Trial) -> None:
         """Have a trial that has ended run once more."""

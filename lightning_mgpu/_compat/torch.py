@@ -5,6 +5,7 @@ errors in `torch_messages`.
 """
 
 import operator
+import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -66,6 +67,26 @@ dispatch_modes: Callable[[], list[TorchDispatchMode]] = _get_current_dispatch_mo
 
 innermost_function_mode: Callable[[], Any] = torch.overrides._get_current_function_mode
 """The `TorchFunctionMode` that the calling thread has entered last; `None` if it has none."""
+
+
+def saves_are_hooked() -> bool:
+    """Whether what operations save for backward is packed, as by activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch that does not hand its whole call to function modes."""
+    return types.FunctionType(
+        function.__code__,
+        {**function.__globals__, "has_torch_function": lambda _: False},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+attention_with_modes = _without_dispatch(torch.nn.functional.multi_head_attention_forward)
+"""`torch.nn.functional.multi_head_attention_forward`, of which modes see each operation."""
 
 is_functorch_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether it is a tensor within a transformation of `torch.func`."""

@@ -71,6 +71,8 @@ def main() -> None:
             raise
         _refuse(error)
     except SweepFailedError as error:
+        if wants_traceback:
+            raise
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
     except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:

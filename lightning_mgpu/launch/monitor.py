@@ -26,6 +26,9 @@ _NOTICE_SECONDS = 1.0
 # What it then gets for its own `finally` blocks, before it is interrupted once more.
 _CLEANUP_SECONDS = 30.0
 _STACK_SECONDS = 1.0
+# A rank that waits when another gives up finds the connection closed at once, one that comes later
+# when it comes.
+_AT_ONCE_SECONDS = 0.5
 # A handler of somebody's own may well let the current batch come to its end.
 _PATIENCE_SECONDS = 10.0
 
@@ -60,6 +63,7 @@ class LaunchMonitor:
         self._answers: dict[type[Any], dict[int, int | None]] = {}
         self._files: list[int] = []
         self._failures: dict[int, RemoteFailure | BaseException] = {}
+        self._failed_at: dict[int, float] = {}
         self._stacks: dict[int, str] = {}
         self._missing: tuple[int, ...] = ()
         self._conclusion: BaseException | None = None
@@ -217,6 +221,7 @@ class LaunchMonitor:
         self, rank: int, failure: RemoteFailure | BaseException, facts: RemoteFailure
     ) -> None:
         self._failures[rank] = failure
+        self._failed_at[rank] = time.monotonic()
         if not facts.is_collective:
             self._conclude(self._error_of(rank))
         elif self._conclusion is None and self._show_missing_stacks not in self._deadlines:
@@ -244,13 +249,21 @@ class LaunchMonitor:
                 # Somebody's connection broke, and everybody is still there: not a hang.
                 self._conclude(error)
                 return
-            # Who came when the others had given up finds closed connections.
-            late = tuple(rank for rank, failure in facts.items() if not failure.is_timeout)
-            ranks = self._missing or late
+            ranks = self._missing or self._late(facts)
             stacks = {rank: failure.traceback for rank, failure in facts.items()} | self._stacks
             hung = RankHungError.of(ranks, stacks, self._timeout)
             hung.__cause__ = error
             self._conclude(hung)
+
+    def _late(self, facts: dict[int, RemoteFailure]) -> tuple[int, ...]:
+        """The ranks that came when others had given up, and found the connections closed."""
+        timed_out = [self._failed_at[rank] for rank, failure in facts.items() if failure.is_timeout]
+        gave_up = min(timed_out, default=0.0)
+        return tuple(
+            rank
+            for rank, failure in facts.items()
+            if not failure.is_timeout and self._failed_at[rank] > gave_up + _AT_ONCE_SECONDS
+        )
 
     def _conclude(self, error: BaseException) -> None:
         if self._conclusion is not None:

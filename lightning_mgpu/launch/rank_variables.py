@@ -17,6 +17,7 @@ RANK_VARIABLES = frozenset(
     {
         *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
         *("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "JSM_NAMESPACE_RANK"),
+        "SLURM_NTASKS",  # by which Lightning knows that SLURM has started the ranks
         _MARK,
     }
 )

@@ -219,6 +219,7 @@ class Bench:
             chunks=Chunks(cutter.stages, 1),
             step_batch=self._step_batch,
             threads=self._threads,
+            defer_weight_gradients=True,  # so that they are measured apart
             one_at_a_time=True,
         )
 

@@ -66,6 +66,11 @@ def arranged(cfg: DictConfig) -> DictConfig:
             f"strategy.stages_per_device={strategy.stages_per_device}: say which numbers mode=plan"
             " is to compare instead, as `+plan.stages_per_device=[1,2]`."
         )
+    if not strategy.get("defer_weight_gradients", True):
+        raise ConfigError(
+            "strategy.defer_weight_gradients=False: say what mode=plan is to compare instead, as"
+            " `+plan.defer_weight_gradients=[true,false]`."
+        )
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.strategy = {**strategy, "_target_": f"{Rehearsal.__module__}.Rehearsal"}

@@ -19,6 +19,8 @@ class Options:
     """Stages per pipeline."""
     stages_per_device: Sequence[int] = (1,)
     """Stages per device."""
+    defer_weight_gradients: Sequence[bool] = (True,)
+    """Whether gradients of weights come later than those of inputs."""
     chunks: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
     """Micro-batches per batch."""
     replicas: Sequence[int] = (1, 2, 4, 8)
@@ -38,8 +40,9 @@ class Options:
         for name in ("stages", "stages_per_device", "chunks", "replicas"):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"{name}={list(getattr(self, name))}: give numbers of at least 1.")
-        if not self.checkpoint:
-            raise ValueError("checkpoint=[]: give at least one.")
+        for name in ("checkpoint", "defer_weight_gradients"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=[]: give at least one.")
         for name in ("bandwidth", "memory", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:

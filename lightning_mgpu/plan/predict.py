@@ -23,6 +23,7 @@ class Row:
     chunks: int
     """Micro-batches per batch."""
     checkpoint: Checkpoint
+    defer_weight_gradients: bool
     seconds: float
     """Seconds per training step."""
     samples_per_second: float
@@ -77,7 +78,8 @@ def predict(profile: Profile, options: Options) -> Plan:
         if not len(cut) % per_device
         for count in chunks
         for checkpoint in options.checkpoint
-        for row in _rows(cut, options, per_device, count, checkpoint)
+        for deferred in options.defer_weight_gradients
+        for row in _rows(cut, options, per_device, count, checkpoint, deferred)
     ]
     small = f"a batch of {profile.batch} samples"
     if profile.least > 1:
@@ -133,10 +135,16 @@ def memory(
 
 
 def _rows(
-    stages: Stages, options: Options, per_device: int, chunks: int, checkpoint: Checkpoint
+    stages: Stages,
+    options: Options,
+    per_device: int,
+    chunks: int,
+    checkpoint: Checkpoint,
+    deferred: bool,
 ) -> Iterator[Row]:
     profile, devices = stages.profile, len(stages) // per_device
-    passed = simulate.passage(_load(stages, devices, chunks, checkpoint, options), devices)
+    load = _load(stages, devices, chunks, checkpoint, options, deferred)
+    passed = simulate.passage(load, devices)
     alone = profile.own(chunks) + passed.seconds
     taken = memory(stages, chunks, checkpoint, devices)
     gradients = max(
@@ -152,6 +160,7 @@ def _rows(
             replicas=replicas,
             chunks=chunks,
             checkpoint=checkpoint,
+            defer_weight_gradients=deferred,
             seconds=alone + summing,
             samples_per_second=replicas * profile.batch / (alone + summing),
             bubble=passed.waiting,
@@ -176,7 +185,12 @@ def _cut(profile: Profile, stages: int) -> list[LayerRange]:
 
 
 def _load(
-    stages: Stages, devices: int, chunks: int, checkpoint: Checkpoint, options: Options
+    stages: Stages,
+    devices: int,
+    chunks: int,
+    checkpoint: Checkpoint,
+    options: Options,
+    deferred: bool,
 ) -> Load:
     costs = [stages.costs(size) for size in stages.profile.sizes(chunks)]
     forward = _by_stage([of_chunk.forward for of_chunk in costs])
@@ -190,7 +204,13 @@ def _load(
         for link in costs[0].sent
         if (link.receiver - link.sender) % devices  # else it stays on the device
     }
-    return Load(forward, backward, links)
+    if not deferred:
+        return Load(forward, backward, links)
+    weights = _by_stage([of_chunk.weights for of_chunk in costs])
+    weights[0] = [0.0] * chunks  # nobody waits for the first stage
+    for second, later in zip(backward, weights, strict=True):
+        second[:] = [both - own for both, own in zip(second, later, strict=True)]
+    return Load(forward, backward, links, weights)
 
 
 def _by_stage(chunks: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -65,6 +65,7 @@ class Sample:
         size: Samples in a micro-batch.
         forward: Seconds of each layer for one micro-batch.
         backward: The same of backward.
+        weights: Of backward, the seconds for gradients of weights that can come later.
         overhead: What a stage takes for a micro-batch beside its layers, forward and backward.
         own: Seconds that the step takes beside the module: loss, optimizer, data, hooks.
         values: Bytes of what layers make from a micro-batch, by who holds them.
@@ -74,6 +75,7 @@ class Sample:
     size: float
     forward: Sequence[float]
     backward: Sequence[float]
+    weights: Sequence[float]
     overhead: tuple[float, float]
     own: float
     values: Mapping[Holders, float]

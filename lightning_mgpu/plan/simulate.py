@@ -5,12 +5,17 @@ before and what it needs has arrived. Links between stages send one micro-batch 
 stages compute.
 """
 
+import itertools
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lightning_mgpu.engine.pipeline.runtime import schedule
 from lightning_mgpu.engine.pipeline.runtime.schedule import Task
+
+# How many weights a stage has, about.
+_PIECES = 4
 
 
 class TimeSpan(NamedTuple):
@@ -33,14 +38,17 @@ class Load:
 
     Attributes:
         forward: Of each stage, the seconds it takes for each micro-batch.
-        backward: The same for backward.
+        backward: The same for backward, but for what comes later.
         links: Of each link, the seconds that each micro-batch is on its way; gradients go back over
             the same links.
+        weights: Of each stage, the seconds of each micro-batch for gradients of weights, which come
+            when its device has nothing else to do; none: they are part of `backward`.
     """
 
     forward: Sequence[Sequence[float]]
     backward: Sequence[Sequence[float]]
     links: Mapping[Link, Sequence[float]]
+    weights: Sequence[Sequence[float]] = ()
 
 
 @dataclass
@@ -50,19 +58,22 @@ class SimulatedTimes:
     Attributes:
         tasks: Of each task, its time.
         transfers: For each link and micro-batch, the time.
+        later: For each task, when what it has left for later is done, piece by piece.
         seconds: Until all stages are done.
         devices: How many there are.
     """
 
     tasks: dict[Task, TimeSpan] = field(default_factory=dict)
     transfers: dict[tuple[Link, int], TimeSpan] = field(default_factory=dict)
+    later: dict[Task, list[TimeSpan]] = field(default_factory=dict)
     seconds: float = 0.0
     devices: int = 0
 
     @property
     def busy(self) -> float:
         """Seconds that stages work, all together."""
-        return sum(span.end - span.start for span in self.tasks.values())
+        spans = itertools.chain(self.tasks.values(), *self.later.values())
+        return sum(span.end - span.start for span in spans)
 
 
 class BatchTimes(NamedTuple):
@@ -100,7 +111,7 @@ def passage(load: Load, devices: int | None = None) -> BatchTimes:
     back = {Link(link.receiver, link.sender): times for link, times in load.links.items()}
     return BatchTimes(
         run(ticks, load.forward, load.links, count),
-        run(reversed(ticks), load.backward, back, count),
+        run(reversed(ticks), load.backward, back, count, load.weights),
     )
 
 
@@ -109,6 +120,7 @@ def run(
     seconds: Sequence[Sequence[float]],
     links: Mapping[Link, Sequence[float]],
     devices: int,
+    weights: Sequence[Sequence[float]] = (),
 ) -> SimulatedTimes:
     """Simulate one direction.
 
@@ -117,24 +129,66 @@ def run(
         seconds: Of each stage, for each micro-batch.
         links: Of each link, the seconds on the way for each micro-batch.
         devices: How many there are.
+        weights: Of each stage, the seconds for each micro-batch of what comes later.
     """
     incoming = _by(links, "receiver")
     outgoing = _by(links, "sender")
     free = [0.0] * devices
     line_free = dict.fromkeys(links, 0.0)
     made = SimulatedTimes(devices=devices)
+    left = [_Later(made) for _ in range(devices)]
     for task in (task for tick in ticks for task in tick):
         stage, chunk = task
+        device = stage % devices
         arrived = (made.transfers[link, chunk].end for link in incoming.get(stage, ()))
-        start = max(free[stage % devices], *arrived, 0.0)
-        end = free[stage % devices] = start + seconds[stage][chunk]
+        needs = max(arrived, default=0.0)
+        free[device] = left[device].until(needs, free[device])
+        start = max(free[device], needs)
+        end = free[device] = start + seconds[stage][chunk]
+        if weights:
+            free[device] = left[device].add(task, weights[stage][chunk], end)
         made.tasks[task] = TimeSpan(start, end)
         for link in outgoing.get(stage, ()):
             sent = max(end, line_free[link])
             line_free[link] = sent + links[link][chunk]
             made.transfers[link, chunk] = TimeSpan(sent, line_free[link])
-    made.seconds = max(free)
+    made.seconds = max(later.rest(at) for later, at in zip(left, free, strict=True))
     return made
+
+
+class _Later:
+    """What a device has left for later; the oldest comes first, in pieces."""
+
+    def __init__(self, made: SimulatedTimes) -> None:
+        self._made = made
+        self._tasks: deque[tuple[Task, deque[float]]] = deque()
+
+    def add(self, task: Task, seconds: float, now: float) -> float:
+        """Leave work for later; returns when the device is free, which may have had too much."""
+        self._tasks.append((task, deque([seconds / _PIECES] * _PIECES)))
+        while len(self._tasks) > schedule.DEFERRED_VISITS:
+            now = self._piece(now)
+        return now
+
+    def until(self, needs: float, now: float) -> float:
+        """Work while there is time; returns when the device is free."""
+        while self._tasks and now < needs:
+            now = self._piece(now)
+        return now
+
+    def rest(self, now: float) -> float:
+        """Do all that is left; returns when it is done."""
+        while self._tasks:
+            now = self._piece(now)
+        return now
+
+    def _piece(self, now: float) -> float:
+        task, pieces = self._tasks[0]
+        end = now + pieces.popleft()
+        self._made.later.setdefault(task, []).append(TimeSpan(now, end))
+        if not pieces:
+            self._tasks.popleft()
+        return end
 
 
 def all_reduce(size: float, replicas: int, bandwidth: float, latency: float) -> float:

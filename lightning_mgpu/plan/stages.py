@@ -16,6 +16,7 @@ class Costs:
     Attributes:
         forward: Seconds.
         backward: Seconds, without computing anything again.
+        weights: Of these, the seconds for gradients of weights that can come later.
         held: Bytes that a stage keeps until its backward.
         received: Bytes that come to a stage.
         sent: Bytes that go over each link.
@@ -23,6 +24,7 @@ class Costs:
 
     forward: list[float]
     backward: list[float]
+    weights: list[float]
     held: list[float]
     received: list[float]
     sent: dict[Link, float] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Stages:
             self._known[size] = Costs(
                 self._each(size, lambda costs: costs.forward),
                 self._each(size, lambda costs: costs.backward),
+                self._each(size, lambda costs: costs.weights),
                 self._each(size, lambda costs: costs.held),
                 self._each(size, lambda costs: costs.received),
                 self._sent(size),
@@ -81,7 +84,8 @@ def _costs(sample: Sample, spans: Sequence[LayerRange]) -> Costs:
             strict=True,
         )
     )
-    costs = Costs(forward, backward, [0.0] * len(spans), [0.0] * len(spans))
+    weights = [sum(sample.weights[span.first : span.end]) for span in spans]
+    costs = Costs(forward, backward, weights, [0.0] * len(spans), [0.0] * len(spans))
     _count(costs, sample.values, [stage for stage, span in enumerate(spans) for _ in range(*span)])
     return costs
 

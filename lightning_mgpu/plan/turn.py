@@ -39,6 +39,7 @@ class Turn:
         seconds: Of each step that counts, from its begin to that of the next.
         forward: Of each step, what each stage has taken.
         backward: The same of backward.
+        weights: Of backward, what is for gradients of weights that come later.
         ledger: The bytes.
     """
 
@@ -48,6 +49,7 @@ class Turn:
     seconds: list[float] = field(default_factory=list)
     forward: list[list[float]] = field(default_factory=list)
     backward: list[list[float]] = field(default_factory=list)
+    weights: list[list[float]] = field(default_factory=list)
     ledger: Ledger | None = None
     _is_warm: bool = False
     _counted: _Counted | None = None
@@ -79,7 +81,9 @@ class Turn:
             timeline = recording.timeline()
             self.seconds.append(seconds)
             self.forward.append(_seconds(timeline, "forward"))
-            self.backward.append(_seconds(timeline, "backward"))
+            self.weights.append(_seconds(timeline, "weights"))
+            inputs = _seconds(timeline, "backward")
+            self.backward.append([sum(pair) for pair in zip(inputs, self.weights[-1], strict=True)])
         return True
 
     def _begin(self) -> None:
@@ -109,6 +113,12 @@ def sample_of(apart: Turn, whole: Turn, batch: int) -> Sample:
         layer_seconds, overhead = _shared_out(_medians(of_layers, apart.chunks), together)
         costs.append(layer_seconds)
         overheads.append(overhead)
+    shares = [
+        of_weights / seconds if seconds else 0.0
+        for of_weights, seconds in zip(
+            _medians(apart.weights, 1), _medians(apart.backward, 1), strict=True
+        )
+    ]
     steps = zip(whole.seconds, whole.forward, whole.backward, strict=True)
     assert apart.ledger is not None
     return Sample(
@@ -116,6 +126,7 @@ def sample_of(apart: Turn, whole: Turn, batch: int) -> Sample:
         size=batch / whole.chunks,
         forward=costs[0],
         backward=costs[1],
+        weights=[share * seconds for share, seconds in zip(shares, costs[1], strict=True)],
         overhead=(overheads[0], overheads[1]),
         own=median(seconds - sum(f) - sum(b) for seconds, f, b in steps),
         values={who: size / apart.chunks for who, size in apart.ledger.total().items()},

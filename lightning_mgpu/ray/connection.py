@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -42,6 +44,7 @@ class _Made:
 
 
 _made: _Made | None = None
+_files: Path | None = None  # of a cluster of our own, for as long as `connected` lasts
 
 
 def connection() -> str | None:
@@ -97,6 +100,7 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    global _files
     where = tempfile.gettempdir()
     with (
         _environment(),
@@ -107,11 +111,19 @@ def connected(options: Mapping[str, Any]) -> Iterator[None]:
         ) as directory,
     ):
         own = files_in(directory) if address_of(options) == LOCAL else {}
+        _files = Path(directory)
         try:
             _init({**_QUIET, **own, **given(options)})
             yield
         finally:
             ray.shutdown()
+            _files = None
+
+
+def remove_files() -> None:
+    """Remove the files of `connected` before the process ends without leaving its block."""
+    if _files is not None:
+        shutil.rmtree(_files, ignore_errors=True)
 
 
 def _init(options: dict[str, Any]) -> None:

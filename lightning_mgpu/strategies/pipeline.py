@@ -37,6 +37,9 @@ class PipelineStrategy(PipelineMixin, SingleProcessStrategy):
         stages_per_device: Stages on each device (default 1): with `s` devices stage `k` lies on
             device `k % s`. More stages make devices wait less for the first micro-batch, and hand
             over more often.
+        defer_weight_gradients: Whether devices compute gradients of weights when they have nothing
+            else to do (default), so that the others get gradients of inputs sooner. Done for matrix
+            products and convolutions.
         checkpoint: Which micro-batches keep only the inputs of units (submodules that lie with one
             stage), which are computed again in backward: ``"never"`` (default), ``"except_last"``
             or ``"always"``.

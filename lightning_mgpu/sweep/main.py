@@ -1,8 +1,6 @@
 """Run a sweep and show its results."""
 
 import logging
-import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +15,14 @@ from lightning_mgpu.ray.address import (
     is_connected_as_client,
     source_of,
 )
+from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.job.job import Job
+from lightning_mgpu.sweep.job.nested import refuse_nested
 from lightning_mgpu.sweep.job.submitted import receive
 from lightning_mgpu.sweep.settings.prepared import PreparedSweep
 from lightning_mgpu.sweep.store.lock import locked
 from lightning_mgpu.sweep.store.records import Records, TrialRecord
-from lightning_mgpu.sweep.store.results import job_command, resume_command, write_results
+from lightning_mgpu.sweep.store.results import RESULTS, job_command, relative, resume_command
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
@@ -43,7 +43,8 @@ def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> No
 
     Raises:
         RefusedError: The options ask for what cannot be; nothing was started.
-        FailedError: Not one trial has a result, the metric is not logged, or the cluster was lost.
+        FailedError: Not one trial has a result, the metric is not logged, the search failed, or the
+            cluster was lost.
     """
     try:
         _run(job, options, arguments)
@@ -54,6 +55,7 @@ def run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> No
 
 
 def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> None:
+    refuse_nested()
     sent = receive()
     if sent is not None:
         options.ray, options.resume = sent.adopt(job, options.ray, options.resume)
@@ -81,21 +83,21 @@ def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
 
 def _search(sweep: PreparedSweep) -> None:
     options = sweep.options
-    from lightning_mgpu.sweep.driver.ray_tune import tune  # Ray, now that there is something to run
+    # Ray, now that there is something to run
+    from lightning_mgpu.sweep.driver.ray_tune import tune
+    from lightning_mgpu.sweep.driver.saving import tell_if_interrupted
 
-    was_interrupted, why_early = tune(sweep)
-    path = write_results(sweep.records, sweep.directory)
-    if was_interrupted:
-        log.warning(
-            "Interrupted. Results so far: %s\nResume with: %s",
-            _relative(path),
-            resume_command(sweep.directory),
-        )
-        sys.exit(128 + signal.SIGINT)
+    why_early = None
+    with Interrupts() as interrupts:
+        why_early = tune(sweep, interrupts)
+    tell_if_interrupted(sweep, interrupts)
+    if interrupts.signum is not None:
+        sys.exit(128 + interrupts.signum)
     if sweep.records.fatal is not None:
         raise SweepFailedError(
             f"The sweep has ended at the first trial without its metric: {sweep.records.fatal}"
         )
+    path = sweep.directory / RESULTS
     page = _draw(sweep) if options.report is not False else None
     if why_early is not None:
         _say_that_early(sweep, why_early)
@@ -148,9 +150,9 @@ def _conclude(records: Records, path: Path, page: Path | None) -> None:
             len(records.trials),
             failed[0].number,
             failed[0].reason,
-            _relative(Path(failed[0].directory)),
+            relative(Path(failed[0].directory)),
         )
-    files = " and ".join(_relative(file) for file in (path, page) if file is not None)
+    files = " and ".join(relative(file) for file in (path, page) if file is not None)
     best = records.front()
     if not best:
         raise SweepFailedError(
@@ -158,9 +160,9 @@ def _conclude(records: Records, path: Path, page: Path | None) -> None:
             f" reason: {failed[0].reason if failed else 'none was run'}. See {files}."
         )
     lines = [line for record in best for line in _praise(records, record)]
-    lines.append(f"  all results: {_relative(path)}")
+    lines.append(f"  all results: {relative(path)}")
     if page is not None:
-        lines.append(f"  report: {_relative(page)}")
+        lines.append(f"  report: {relative(page)}")
     log.info("\n".join(lines))
 
 
@@ -170,9 +172,5 @@ def _praise(records: Records, record: TrialRecord) -> list[str]:
     lines = [f"Best: trial {record.number}, {worth}"]
     lines.append(f"  run it alone: {job_command(setting.overrides)}")
     if setting.checkpoint is not None:
-        lines.append(f"  checkpoint: {_relative(Path(setting.checkpoint))}")
+        lines.append(f"  checkpoint: {relative(Path(setting.checkpoint))}")
     return lines
-
-
-def _relative(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -67,5 +67,5 @@ def _title(about: dict[str, Any]) -> tuple[str, str]:
         f"Training step {about['step']}: {about['stages']} stages × {sum(chunks)} micro-batches"
         f"{calls}, {duration(seconds)}",
         f"measured efficiency {efficiency:.1%}, bubble {1 - efficiency:.1%}"
-        f" (even stages without overhead: m / (m + s - 1) = {about['ideal']:.1%})",
+        f" (even stages without overhead: {about['ideal']:.1%})",
     )

@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass
 
-KINDS = {"forward": "#2f6fa7", "recompute": "#9cc3e2", "backward": "#f0a23c"}
+KINDS = {
+    "forward": "#2f6fa7",
+    "recompute": "#9cc3e2",
+    "backward": "#f0a23c",
+    "weights": "#f7d78b",
+}
 """What stages do, and in which colour."""
 
-TEXT = {"forward": "white", "recompute": "black", "backward": "black"}
+TEXT = {"forward": "white", "recompute": "black", "backward": "black", "weights": "black"}
 """The colour of what is written on them."""
 
 

@@ -1,4 +1,4 @@
-"""A Hydra application that trains with our strategy on two ranks."""
+"""A Hydra application that trains on two ranks."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
         def configure_optimizers(self) -> boring.torch.optim.Optimizer:
             return boring.torch.optim.SGD(self.parameters(), lr=cfg.lr)
 
-    boring.trainer("mgpu_ddp", 2, max_epochs=4).fit(Mine(), datamodule=boring.Blobs())
+    boring.trainer(cfg.strategy, 2, max_epochs=4).fit(Mine(), datamodule=boring.Blobs())
 
 
 if __name__ == "__main__":

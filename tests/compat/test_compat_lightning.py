@@ -103,4 +103,26 @@ def test_functions_that_strategies_call_take_what_they_give() -> None:
     assert names._PATH is not None
     assert issubclass(names._TunerExitException, Exception)
     assert {"is_interactive_compatible", "launch", "kill"} <= set(dir(names._Launcher))
-    assert hasattr(names._SubprocessScriptLauncher("environment", 1, 1), "cluster_environment")
+
+
+@pytest.mark.parametrize("each", namespace.BOTH, ids=lambda each: each.name)
+@pytest.mark.parametrize("part", ["pytorch", "fabric"])
+def test_launcher_of_scripts_knows_how_many_processes_it_starts(
+    part: str, each: namespace.Namespace
+) -> None:
+    module = importlib.import_module(each.module(f"{part}.strategies.launchers"))
+    launcher = module._SubprocessScriptLauncher("environment", 2, 3)
+    assert (launcher.num_processes, launcher.num_nodes) == (2, 3)
+    assert launcher.cluster_environment == "environment"
+    inspect.signature(launcher.launch).bind(print, 1, trainer=None)
+
+
+@pytest.mark.parametrize("each", namespace.BOTH, ids=lambda each: each.name)
+def test_other_launchers_can_be_told_from_those_of_ddp(each: namespace.Namespace) -> None:
+    """All strategies that start processes start them by a launcher that we replace."""
+    strategies = importlib.import_module(each.module("pytorch.strategies"))
+    assert issubclass(strategies.DeepSpeedStrategy, strategies.DDPStrategy)
+    configure = strategies.DDPStrategy._configure_launcher
+    assert strategies.DeepSpeedStrategy._configure_launcher is configure
+    for kind in (strategies.FSDPStrategy, strategies.ModelParallelStrategy):
+        assert "_SubprocessScriptLauncher" in inspect.getsource(kind._configure_launcher)

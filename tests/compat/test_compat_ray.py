@@ -12,6 +12,7 @@ import pytest
 import ray
 import ray.train
 from ray.actor import ActorHandle
+from ray.exceptions import OutOfMemoryError
 from ray.train.lightning import RayTrainReportCallback
 
 from lightning_mgpu._compat import ray as compat
@@ -110,3 +111,18 @@ def test_report_directory_is_where_the_callback_puts_checkpoints(
     monkeypatch.setattr(callback, "tmpdir_prefix", "/dev/null/nowhere")
     with pytest.raises(NotADirectoryError, match="/dev/null/nowhere"):
         callback.on_train_epoch_end(MagicMock(), MagicMock())
+
+
+_KILLED = """1 worker(s) were killed due to the node running low on memory. Memory on the node \
+(IP: 192.0.2.2, ID: c68f9bd8) was 1.25GB used / 23.54GB limit (0.052962)
+OOM kill reason: Memory usage 1338683392B exceeded threshold of 252765104B
+Selected to kill: (Actor(2ba8): pid=5132, actual memory used=0.47GB, worker ID=bca2)%s
+5132	0.47	ray::HydraJob.train"""
+
+
+def test_memory_is_read_from_the_error_of_ray() -> None:
+    """`test_sweep_outlives_trials_that_fill_the_machine` has the error as Ray makes it today."""
+    one, two = OutOfMemoryError(_KILLED % ""), OutOfMemoryError(_KILLED % ("\n" + _KILLED % ""))
+    assert compat.memory_of(one) == "1.25GB of 23.54GB used, 0.47GB of it by this trial"
+    assert compat.memory_of(two) == "1.25GB of 23.54GB used"
+    assert compat.memory_of(OutOfMemoryError("other words")) is None

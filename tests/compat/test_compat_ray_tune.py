@@ -1,11 +1,14 @@
 """What is used of Ray Tune beside its documentation, as far as it shows without a cluster."""
 
+import pickle
 import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from ray.air.execution._internal import RayActorManager, TrackedActor, event_manager
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError
 from ray.train._internal import storage
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
@@ -93,6 +96,39 @@ def test_patience_is_how_long_actors_may_take(controller: TuneController) -> Non
     controller._cleanup_stopping_actors(force_all=True)
     assert waits == [1]
     controller._actor_manager.remove_actor.assert_called_once()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OutOfMemoryError("low on memory"), ray_tune.ActorLostError),
+        (NodeDiedError("gone"), ray_tune.ActorLostError),
+        (ActorDiedError(), ActorDiedError),
+        (RayTaskError("train", "Traceback", ValueError()), RayTaskError),
+    ],
+)
+def test_actor_that_is_lost_fails_its_trial(
+    error: Exception,
+    expected: type[Exception],
+    controller: TuneController,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manager = controller._actor_manager = RayActorManager(resource_manager=MagicMock())
+    ray_tune.Controller(controller._wrapped()).survive_lost_actors()
+    failed = []
+    actor = TrackedActor(0)
+    manager._live_actors_to_ray_actors_resources[actor] = (MagicMock(), MagicMock())
+    manager.schedule_actor_task(actor, "train", on_error=lambda _, given: failed.append(given))
+    monkeypatch.setattr(event_manager.ray, "get", MagicMock(side_effect=error))
+    (future,) = manager._actor_task_events.get_futures()
+    manager._actor_task_events.resolve_future(future)
+    assert [type(given) for given in failed] == [expected]
+
+
+def test_error_of_a_lost_actor_is_pickled() -> None:
+    """Ray keeps it with the trial."""
+    error = pickle.loads(pickle.dumps(ray_tune.ActorLostError(OutOfMemoryError("low"))))
+    assert (str(error), str(error.cause)) == ("low", "low")
 
 
 def test_run_again_makes_a_trial_one_of_those_that_live(

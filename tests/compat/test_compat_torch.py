@@ -39,6 +39,40 @@ def test_version_is_kept() -> None:
     assert tensor.data_ptr() == other.data_ptr()
 
 
+def test_hooks_of_what_is_saved_are_seen() -> None:
+    assert not compat.saves_are_hooked()
+    with torch.autograd.graph.save_on_cpu():
+        assert compat.saves_are_hooked()
+    assert not compat.saves_are_hooked()
+
+
+def test_modes_see_the_products_within_attention() -> None:
+    seen = []
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    attention = torch.nn.MultiheadAttention(4, 2)
+    x = torch.rand(3, 1, 4)
+    own = attention.out_proj
+    given = (x, x, x, 4, 2, attention.in_proj_weight, attention.in_proj_bias)
+    rest = (None, None, False, 0.0, own.weight, own.bias)
+    expected = torch.nn.functional.multi_head_attention_forward(*given, *rest)[0]
+    with Seeing():
+        found = compat.attention_with_modes(*given, *rest)[0]
+    assert seen.count(torch.nn.functional.linear) == 2
+    assert torch.equal(found, expected)
+    with Seeing():
+        attention(x, x, x)
+    assert torch.nn.functional.multi_head_attention_forward in seen, (
+        "what the whole call is known by"
+    )
+
+
 def test_nodes_are_numbered_in_the_order_they_are_made() -> None:
     tensor = torch.ones(2, requires_grad=True)
     number = compat.next_node_number()

@@ -35,12 +35,14 @@ def loads(draw: st.DrawFn) -> Load:
         [times() for _ in range(stages)],
         [times() for _ in range(stages)],
         {link: times() for link in links},
+        [times() for _ in range(stages)] if draw(st.booleans()) else (),
     )
 
 
-def _even(stages: int, chunks: int, seconds: float) -> Load:
+def _even(stages: int, chunks: int, seconds: float, deferred: bool = False) -> Load:
     times = [[seconds] * chunks for _ in range(stages)]
-    return Load(times, times, {Link(s, s + 1): [0.0] * chunks for s in range(stages - 1)})
+    links = {Link(s, s + 1): [0.0] * chunks for s in range(stages - 1)}
+    return Load(times, times, links, times if deferred else ())
 
 
 def _back(links: Sequence[Link]) -> list[Link]:
@@ -52,7 +54,7 @@ def _back(links: Sequence[Link]) -> list[Link]:
 def test_no_stage_and_no_link_does_two_things_at_once(load: Load) -> None:
     for made in simulate.passage(load):
         for stage in range(len(load.forward)):
-            _assert_apart([span for task, span in made.tasks.items() if task.stage == stage])
+            _assert_apart([span for task, span in _work(made) if task.stage == stage])
         for link in {link for link, _ in made.transfers}:
             _assert_apart([span for (other, _), span in made.transfers.items() if other == link])
 
@@ -75,7 +77,18 @@ def test_tasks_last_as_long_as_they_are_said_to(load: Load) -> None:
         assert len(made.tasks) == len(seconds) * len(seconds[0])
         for task, span in made.tasks.items():
             assert span.end - span.start == pytest.approx(seconds[task.stage][task.chunk])
-        assert made.seconds == max(span.end for span in made.tasks.values())
+        assert made.seconds == max(span.end for _, span in _work(made))
+
+
+@settings(deadline=None)
+@given(load=loads())
+def test_gradients_of_weights_come_after_those_of_inputs_and_in_full(load: Load) -> None:
+    made = simulate.passage(load).backward
+    assert made.later.keys() == (made.tasks.keys() if load.weights else set())
+    for task, spans in made.later.items():
+        assert all(span.start >= made.tasks[task].end for span in spans)
+        wanted = load.weights[task.stage][task.chunk]
+        assert sum(span.end - span.start for span in spans) == pytest.approx(wanted, abs=1e-9)
 
 
 @settings(deadline=None)
@@ -85,7 +98,8 @@ def test_a_passage_is_no_shorter_than_its_busiest_stage_or_any_chunk_s_way(load:
         least = max(sum(of_stage) for of_stage in seconds)
         way = max(sum(of_chunk) for of_chunk in zip(*seconds, strict=True))
         assert made.seconds >= max(least, way) - 1e-9
-    assert 0 <= simulate.passage(load).waiting < 1 or simulate.passage(load).seconds == 0
+    passed = simulate.passage(load)
+    assert -1e-9 <= passed.waiting < 1 or passed.seconds == 0
 
 
 @settings(deadline=None)
@@ -120,8 +134,8 @@ def test_no_device_with_several_stages_does_two_things_at_once(load: Load, devic
     for made in simulate.passage(load, devices):
         assert len(made.tasks) == len(load.forward) * len(load.forward[0])
         for device in range(devices):
-            tasks = [(task, span) for task, span in made.tasks.items()]
-            _assert_apart([span for task, span in tasks if task.stage % devices == device])
+            work = [span for task, span in _work(made) if task.stage % devices == device]
+            _assert_apart(work)
 
 
 @given(per_device=st.integers(1, 4), rounds=st.integers(1, 4), devices=st.integers(1, 4))
@@ -135,6 +149,19 @@ def test_several_even_stages_on_a_device_take_what_the_formula_says(
     assert made.backward.seconds == pytest.approx(expected)
     bubble = (devices - 1) / per_device
     assert made.waiting == pytest.approx(bubble / (chunks + bubble))
+
+
+@given(per_device=st.integers(1, 4), rounds=st.integers(1, 4), devices=st.integers(1, 4))
+def test_even_stages_with_deferred_gradients_take_what_the_formula_says(
+    per_device: int, rounds: int, devices: int
+) -> None:
+    chunks = rounds * devices
+    made = simulate.passage(_even(devices * per_device, chunks, 2.0, deferred=True), devices)
+    # Nobody waits for gradients of weights: a third of the work.
+    expected = 2.0 * (2 * (per_device * chunks + devices - 1) + per_device * chunks)
+    assert made.seconds == pytest.approx(expected)
+    seconds = [1.0] * devices * per_device
+    assert made.waiting == pytest.approx(schedule.waiting(seconds, chunks, devices, deferred=True))
 
 
 def test_slow_link_sends_one_chunk_after_another() -> None:
@@ -174,6 +201,7 @@ def _profile(batch: int = 64) -> Profile:
                 size=batch / chunks,
                 forward=[batch / chunks + 1] * 3,
                 backward=[2 * (batch / chunks + 1)] * 3,
+                weights=[batch / chunks + 1] * 3,
                 overhead=(0.5, 0.25),
                 own=100.0 + chunks,
                 values={who: size * batch / chunks for who, size in _VALUES.items()},
@@ -251,6 +279,15 @@ def test_several_stages_on_a_device_are_compared() -> None:
     assert one.seconds == pytest.approx(found[1, 1, 1].seconds + 4 * 0.75)
 
 
+def test_deferred_gradients_shorten_a_step_by_what_others_wait_for() -> None:
+    options = Options(stages=[3], chunks=[4], replicas=[1], checkpoint=["never"], latency=0.0)
+    options = replace(options, bandwidth=1e30, defer_weight_gradients=[False, True])
+    whole, deferred = predict(_profile(), options).rows
+    # Two stages need not wait for the gradients of the weights behind them: 17 seconds each.
+    assert deferred.seconds == pytest.approx(whole.seconds - 2 * 17)
+    assert (whole.defer_weight_gradients, deferred.defer_weight_gradients) == (False, True)
+
+
 def test_checkpointing_takes_longer_and_less_memory() -> None:
     options = Options(
         stages=[3], chunks=[8], replicas=[1], checkpoint=["never", "except_last", "always"]
@@ -317,6 +354,7 @@ def test_stages_begin_where_the_user_wants() -> None:
         ({"stages": []}, r"stages=\[\]: give numbers of at least 1"),
         ({"stages_per_device": [0]}, r"stages_per_device=\[0\]: give numbers of at least 1"),
         ({"chunks": [4, 0]}, r"chunks=\[4, 0\]: give numbers of at least 1"),
+        ({"defer_weight_gradients": []}, r"defer_weight_gradients=\[\]: give at least one"),
         ({"checkpoint": []}, r"checkpoint=\[\]: give at least one"),
         ({"bandwidth": 0.0}, r"bandwidth=0.0: give more than 0"),
         ({"latency": -1.0}, r"latency=-1.0: give 0 or more"),
@@ -325,6 +363,11 @@ def test_stages_begin_where_the_user_wants() -> None:
 def test_options_that_make_no_sense(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Options(**arguments)  # type: ignore[arg-type]
+
+
+def _work(made: simulate.SimulatedTimes) -> list[tuple[Task, simulate.TimeSpan]]:
+    later = ((task, span) for task, spans in made.later.items() for span in spans)
+    return [*made.tasks.items(), *later]
 
 
 def _assert_apart(spans: list[simulate.TimeSpan]) -> None:

@@ -55,6 +55,7 @@ def _fit(model: pl.LightningModule, devices: int = 2, **kwargs: Any) -> pl.Train
 
 _OPTIONS = {
     *("module", "split_at", "balance", "chunks", "checkpoint", "split_args", "stages_per_device"),
+    "defer_weight_gradients",
 }
 
 
@@ -450,7 +451,7 @@ def test_table_of_stages_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     # (6 + 1) x 8 and (8 + 1) x 8 parameters of 8 bytes.
     assert lines[2].split() == ["0", "cpu", "0", "..", "1", "(2)", "1.02", "kB"]
     assert lines[3].split() == ["1", "cpu", "2", "..", "5", "(4)", "1.94", "kB"]
-    assert lines[4] == "4 micro-batches; devices wait 20% of the time if all take equally long."
+    assert lines[4] == "4 micro-batches; devices wait 14% of the time if all take equally long."
 
 
 def test_table_of_several_stages_on_a_device(caplog: pytest.LogCaptureFixture) -> None:
@@ -458,7 +459,13 @@ def test_table_of_several_stages_on_a_device(caplog: pytest.LogCaptureFixture) -
     _fit(Deep(), split_at=["net.2", "net.3", "net.4"], stages_per_device=2, chunks=4)
     lines = _table(caplog)
     assert [line.split()[2] for line in lines[2:6]] == ["0", "2", "3", "4"]
-    assert lines[6] == "4 micro-batches; devices wait 11% of the time if all take equally long."
+    assert lines[6] == "4 micro-batches; devices wait 8% of the time if all take equally long."
+
+
+def test_table_without_deferred_gradients(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    _fit(Deep(), split_at="net.2", chunks=4, defer_weight_gradients=False)
+    assert _table(caplog)[4].startswith("4 micro-batches; devices wait 20% of the time")
 
 
 @pytest.mark.parametrize("kind", [ModelSummary, RichModelSummary])

@@ -54,6 +54,39 @@ class Partly(parity_models.Model):
         return loss
 
 
+class Contrastive(parity_models.Model):
+    """Two towers whose outputs are held against those of all other samples, as in CLIP."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.images = nn.Sequential(
+                nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 4)
+            )
+            self.texts = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 4))
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+            seen, read = self.images(images), self.texts(texts)
+            seen = nn.functional.normalize(seen, dim=-1) * self.scale.exp()
+            return seen, nn.functional.normalize(read, dim=-1)
+
+    build = Towers
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        seen, read = self.net(batch[0][:, :3], batch[0][:, 3:])
+        similar = seen @ read.t()
+        pairs = torch.arange(len(similar))
+        each = (nn.functional.cross_entropy(s, pairs) for s in (similar, similar.t()))
+        loss = sum(each, torch.zeros((), dtype=torch.float64)) / 2
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        seen, read = self.net(batch[0][:, :3], batch[0][:, 3:])
+        self.log("val_similar", (seen * read).sum(1).mean())
+
+
 class InPlace(parity_models.Model):
     """Stages that begin with, and outputs that are changed by, operations in place."""
 
@@ -102,6 +135,8 @@ class Manual(parity_models.Model):
 
 
 MODELS: list[tuple[Callable[[], pl.LightningModule], dict[str, Any]]] = [
+    (Contrastive, {"split_at": "net.texts"}),
+    (Contrastive, {"checkpoint": "always"}),
     (UNet, {"split_at": "net.up.1"}),
     (NormedRecurrent, {}),
     (UNet, {"split_at": ["net.down.1"], "checkpoint": "always"}),
@@ -121,8 +156,11 @@ MODELS: list[tuple[Callable[[], pl.LightningModule], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("build", "options"), MODELS)
-def test_parity_of_models(build: Callable[[], pl.LightningModule], options: dict[str, Any]) -> None:
-    _compare(build, PipelineStrategy(**options))
+@pytest.mark.parametrize("deferred", [True, False])
+def test_parity_of_models(
+    build: Callable[[], pl.LightningModule], options: dict[str, Any], deferred: bool
+) -> None:
+    _compare(build, PipelineStrategy(defer_weight_gradients=deferred, **options))
 
 
 def test_parity_manual_optimisation() -> None:
@@ -144,11 +182,13 @@ def test_modes_of_checkpointing_give_the_same(checkpoint: Any) -> None:
 
 @pytest.mark.parametrize(("devices", "stages_per_device"), [(1, 2), (1, 3), (2, 2), (2, 3), (3, 2)])
 @pytest.mark.parametrize("checkpoint", ["never", "except_last", "always"])
+@pytest.mark.parametrize("deferred", [True, False])
 def test_several_stages_on_a_device_give_the_same(
-    devices: int, stages_per_device: int, checkpoint: Any
+    devices: int, stages_per_device: int, checkpoint: Any, deferred: bool
 ) -> None:
     options: Any = {"stages_per_device": stages_per_device, "checkpoint": checkpoint}
-    _compare(UNet, PipelineStrategy(chunks=5, **options), devices)
+    strategy = PipelineStrategy(chunks=5, defer_weight_gradients=deferred, **options)
+    _compare(UNet, strategy, devices)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +199,7 @@ def test_several_stages_on_a_device_give_the_same(
             {"split_at": ["lstm", "second", "third"], "split_args": ["inputs"]},
         ),
         (Partly, {"balance": [1, 1, 1, 1]}),
+        (Contrastive, {}),
         (InPlace, {"devices": 1, "split_at": "net.1"}),
         (Penalised, {"devices": 1}),
         (parity_models.HalfFrozen, {"devices": 1, "checkpoint": "always"}),

@@ -352,10 +352,14 @@ _SHORT = {
 }
 
 
-def test_ranks_of_a_trial_train_the_same_trial_and_stop_together(ray_address: str) -> None:
+@pytest.mark.parametrize("strategy", ["mgpu_ddp", "auto"])
+def test_ranks_of_a_trial_train_the_same_trial_and_stop_together(
+    ray_address: str, strategy: str
+) -> None:
     done = sweep(
         "ddp_app.py",
         ray_address,
+        f"strategy={strategy}",
         *("lr=choice(0.1,0.01,0.001)", "hydra/sweeper/search_alg=grid"),
         *("hydra.sweeper.metric=val_loss", "hydra.sweeper.resources_per_trial.cpu=2"),
         "hydra.sweeper.scheduler.reduction_factor=2",

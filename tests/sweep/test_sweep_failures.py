@@ -6,10 +6,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 from omegaconf import OmegaConf
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.trainable.function_trainable import FunctionTrainable
 
+from lightning_mgpu._compat.ray_tune import ActorLostError
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.sweep.job.oom_retry import check_shrinkable, shrink
@@ -43,6 +44,8 @@ def of_an_actor(cause: Exception) -> RayTaskError:
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), True),
         (MemoryError(), True),
         (OutOfMemoryError("Task was killed due to the node running low on memory."), True),
+        (ActorLostError(OutOfMemoryError("Task was killed due to the node.")), True),
+        (ActorLostError(NodeDiedError("gone")), False),
         (caused(MemoryError()), True),
         (of_an_actor(TrialOutOfMemoryError("out of memory, MemoryError: no")), True),
         (of_an_actor(TrialFailedError("ValueError: no")), False),
@@ -69,7 +72,15 @@ def test_error_in_words_says_that_memory_was_short() -> None:
     [
         (of_an_actor(TrialFailedError("ValueError: no")), "ValueError: no"),
         (ActorDiedError(), "its process died"),
-        (OutOfMemoryError("Ray\nsays much"), "out of memory on the machine"),
+        (
+            OutOfMemoryError("Ray\nsays much"),
+            "out of memory on the machine: Ray killed its process",
+        ),
+        (
+            ActorLostError(OutOfMemoryError("was 2GB used / 3GB limit")),
+            "out of memory on the machine (2GB of 3GB used): Ray killed its process",
+        ),
+        (ActorLostError(NodeDiedError("off")), "its process was lost (NodeDiedError: off)"),
     ],
 )
 def test_reason_is_a_line(error: Any, expected: str) -> None:

@@ -17,7 +17,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra_plugins.ray_tune_sweeper.ray_tune_sweeper import RayTuneSweeper
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray import connection
+from lightning_mgpu.sweep.job.nested import VARIABLE, mark
 from lightning_mgpu.sweep.store.lock import locked
+from lightning_mgpu.variables import restored
 
 SWEEP = ("-m", "hydra/sweeper=ray_tune", "hydra.sweep.dir=sweep", "model.lr=interval(0.1,1)")
 
@@ -142,6 +144,21 @@ def test_any_application_shows_what_is_wrong_without_a_traceback() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("hydra.sweeper.mode=most: expected one of min, max")
     assert "Traceback" not in done.stderr
+
+
+def test_sweep_within_a_trial_is_refused() -> None:
+    app = Path(__file__).parents[1] / "apps" / "slow_app.py"
+    arguments = ("-m", "hydra/sweeper=ray_tune", "x=1,2", "hydra.sweep.dir=inner")
+    with restored(VARIABLE):
+        mark(3, Path("/data/outer"))  # as in a process that a trial has started
+        done = subprocess.run([sys.executable, app, *arguments], capture_output=True, text=True)
+        ours = run(*SWEEP)
+    assert (done.returncode, ours.code) == (1, 2)
+    for text in (done.stderr, ours.err):
+        assert "started by trial 3 of /data/outer" in text
+        assert "use trainer.strategy=mgpu_ddp" in text
+        assert "Traceback" not in text
+    assert list(Path.cwd().glob("[is]*")) == []  # neither `inner` nor `sweep`
 
 
 def test_sweep_with_nothing_to_search_is_refused() -> None:

@@ -61,6 +61,8 @@ class Pipeline:
         on_cut: Called after the module has been cut, before anything is computed.
         threads: Intra-op threads of each device; default: the machine's cores shared out evenly.
         stages_per_device: How many of the stages lie on each of the devices.
+        defer_weight_gradients: Whether gradients of weights are computed when a device has nothing
+            else to do, at the latest at the end of backward.
         one_at_a_time: Whether a stage works only while no other does, as for measuring it.
     """
 
@@ -78,6 +80,7 @@ class Pipeline:
         on_cut: Callable[[Cut], None] = lambda _: None,
         threads: int | None = None,
         stages_per_device: int = 1,
+        defer_weight_gradients: bool = True,
         one_at_a_time: bool = False,
     ) -> None:
         self.cutter, self.devices = cutter, list(devices)
@@ -87,6 +90,7 @@ class Pipeline:
         self._doors = [0 if one_at_a_time else stage % count for stage in range(len(self.devices))]
         self._splitter = splitter
         self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
+        self.defer_weight_gradients = defer_weight_gradients
         self._step_batch, self._on_cut, self._parity = step_batch, on_cut, parity
         self._check = parity or Parity("off", type(cutter.module).__name__, devices)
         self._threads = threads or max(1, available_cores() // count)
@@ -272,6 +276,7 @@ class Pipeline:
             swap,
             self.recording,
             self._doors,
+            self.defer_weight_gradients,
         )
         inside: AbstractContextManager[None] = swap.entered() if swap else nullcontext()
         with inside:

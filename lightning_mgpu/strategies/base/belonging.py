@@ -2,13 +2,15 @@
 
 from typing_extensions import override
 
+from lightning_mgpu._compat.lightning import Strategy
 from lightning_mgpu._compat.namespace import describe
 
 
-class Belonging:
+class Belonging(Strategy):
     """A strategy that says to which of Lightning's packages it belongs.
 
-    The Trainer of the other package refuses it, and shows it in the message.
+    The Trainer of the other package refuses it, and shows it in the message. (Derived from a class
+    of Lightning's, or its objects could not become ones of ours: see `pooled`.)
     """
 
     @override

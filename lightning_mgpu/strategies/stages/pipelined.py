@@ -56,6 +56,7 @@ class PipelineMixin(MultiDeviceStrategy):
         balance: Sequence[int] | Literal["parameters", "time", "memory"] | None = None,
         chunks: int | Literal["auto"] | None = None,
         stages_per_device: int = 1,
+        defer_weight_gradients: bool = True,
         checkpoint: Checkpoint = "never",
         split_args: str | int | Sequence[str | int] | Mapping[str | int, int] | None = (),
         broadcast_args: str | int | Sequence[str | int] | None = (),
@@ -78,6 +79,7 @@ class PipelineMixin(MultiDeviceStrategy):
         self._balance: Balance = "parameters" if balance is None else balance
         self._chunks = chunks
         self._stages_per_device = stages_per_device
+        self._defer_weight_gradients = defer_weight_gradients
         self._checkpoint: Checkpoint = checkpoint
         self._split_args: SplitArgs = _plain(split_args)
         self._broadcast_args: str | int | Sequence[str | int] | None = _plain(broadcast_args)
@@ -236,6 +238,7 @@ class PipelineMixin(MultiDeviceStrategy):
             on_cut=self._on_cut,
             threads=self.threads_per_device,
             stages_per_device=self._stages_per_device,
+            defer_weight_gradients=self._defer_weight_gradients,
         )
         self._uncalled = Uncalled(model, name, module, self._pipeline)
         self._override.install(self._pipeline)
@@ -250,7 +253,14 @@ class PipelineMixin(MultiDeviceStrategy):
         if not self._placed:
             assert self._pipeline is not None
             costs, chunks = self._pipeline.cutter.costs, self._pipeline.chunks.usual
-            show_stages(cut, self.stage_devices, chunks, costs, self._stages_per_device)
+            show_stages(
+                cut,
+                self.stage_devices,
+                chunks,
+                costs,
+                self._stages_per_device,
+                self._defer_weight_gradients,
+            )
         self._placed.append(cut)
 
     @override

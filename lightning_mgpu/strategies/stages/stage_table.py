@@ -18,6 +18,7 @@ def show_stages(
     chunks: int,
     costs: Mapping[str, Cost],
     stages_per_device: int = 1,
+    deferred: bool = False,
 ) -> None:
     """Log the layers, cost and expected idle time of each stage.
 
@@ -27,6 +28,7 @@ def show_stages(
         chunks: Micro-batches.
         costs: Of each layer, if they have been measured.
         stages_per_device: How many of the stages lie on each device.
+        deferred: Whether gradients of weights come later than those of inputs.
     """
     measured = [stage_cost(layers, costs) for layers in cut.layers]
     header = ["stage", "device", "layers", "parameters"]
@@ -43,7 +45,7 @@ def show_stages(
         for row in rows
     ]
     times = [cost.seconds for cost in measured] if costs else [1.0] * len(devices)
-    waiting = schedule.waiting(times, chunks, len(devices) // stages_per_device)
+    waiting = schedule.waiting(times, chunks, len(devices) // stages_per_device, deferred)
     lines.append(
         f"{chunks} micro-batches; devices wait {waiting:.0%} of the time"
         + (" (activations and time are those of one)." if costs else " if all take equally long.")

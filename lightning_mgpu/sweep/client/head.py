@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import queue
-import signal
 import struct
 import subprocess
 import sys
@@ -96,9 +95,9 @@ class Head:
             written.append(self._output.get())
         return written, code
 
-    def interrupt(self) -> None:
-        """Send SIGINT, like Ctrl-C."""
-        self._process.send_signal(signal.SIGINT)
+    def interrupt(self, signum: int) -> None:
+        """Send a signal, such as SIGINT for Ctrl-C."""
+        self._process.send_signal(signum)
 
     def files(self) -> tuple[str, list[File]]:
         """The sweep's directory, and its files to download."""

@@ -24,6 +24,7 @@ from lightning_mgpu.sweep.job.job import program
 from lightning_mgpu.sweep.settings.prepared import PreparedSweep, holds_sweep
 from lightning_mgpu.sweep.store.results import resume_command
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -59,8 +60,8 @@ def run_on_cluster(sweep: PreparedSweep) -> None:
                 f"{where}: the cluster was lost ({one_line(error, 300)}). The sweep stops"
                 f" there and keeps its files. Resume with: {resume_command(Path(named))}"
             ) from error
-    if code == -signal.SIGINT:  # before it could save anything
-        code = 128 + signal.SIGINT
+    if -code in _SIGNALS:  # before it could save anything
+        code = 128 - code
     if code < 0:
         _show_cursor()
         raise SweepFailedError(
@@ -117,7 +118,7 @@ def _command(named: str, given: Mapping[str, Any]) -> Command:
 
 
 def _follow(head: Any) -> int:
-    """Forward the sweep's output and Ctrl-C; return the exit code."""
+    """Forward the sweep's output, Ctrl-C and SIGTERM; return the exit code."""
     streams = {1: _Echo(sys.stdout), 2: _Echo(sys.stderr)}
     with _interrupts() as interrupts:
         while True:
@@ -127,8 +128,8 @@ def _follow(head: Any) -> int:
             if code is not None:
                 return int(code)
             while interrupts:
-                ray.get(head.interrupt.remote())
-                interrupts.pop()
+                ray.get(head.interrupt.remote(interrupts[0]))
+                interrupts.pop(0)
 
 
 class _Echo:
@@ -152,7 +153,7 @@ class _Echo:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Context in which Ctrl-C adds to a list instead of interrupting a call.
+    """Context in which Ctrl-C and SIGTERM add to a list instead of interrupting a call.
 
     When two have not been seen to, a third does end it: the cluster may be gone.
     """
@@ -166,11 +167,12 @@ def _interrupts() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         seen.append(signum)
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {signum: signal.signal(signum, interrupt) for signum in _SIGNALS}
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _show_cursor() -> None:

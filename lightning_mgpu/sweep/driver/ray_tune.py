@@ -4,18 +4,18 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
 from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu._compat.ray_tune import trial_number
+from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.driver.progress import Progress
+from lightning_mgpu.sweep.driver.saving import results_saved
 from lightning_mgpu.sweep.driver.sweep_connection import connected_to_ray
 from lightning_mgpu.sweep.driver.tune_callback import RecordingCallback
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of Ray Tune: the console is ours, and so are the files of a trial.
+# Of Ray Tune: the console and Ctrl-C are ours, and so are the files of a trial.
 _VARIABLES = {
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -48,15 +49,16 @@ _VARIABLES = {
 _CHECKPOINT_SECONDS = "2"  # what a SIGKILL of the driver may cost
 
 
-class Ended(NamedTuple):
-    """End of a sweep: by Ctrl-C, or early and for which reason."""
+def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
+    """Run the trials that are left, and write the results.
 
-    was_interrupted: bool
-    why_early: str | None
+    Returns:
+        Why the sweep ended early, if it did.
 
-
-def tune(sweep: "PreparedSweep") -> Ended:
-    """Run the trials that are left."""
+    Raises:
+        ConfigError: The options do not fit the cluster.
+        SweepFailedError: The search itself has failed.
+    """
     options = sweep.options
     if options.metric is None and stops_early(options):
         log.info(
@@ -68,17 +70,19 @@ def tune(sweep: "PreparedSweep") -> Ended:
         Journal(sweep.directory) as journal,
         connected_to_ray(options.ray),
         _quiet_tune(),
+        results_saved(sweep, interrupts),
         Progress(sweep.records, sweep.num_samples) as show,
         requests_of(sweep),
         Notices(sweep.directory) as notices,
     ):
+        interrupts.listen()
         retries = options.on_oom == "retry_smaller"
         kind = retrying(sweep.smaller) if retries else SweepTrial
         journal.begin(options, sweep.space, sweep.records)
-        watcher = RecordingCallback(sweep.records, sweep.describe, show, journal, kind)
+        watcher = RecordingCallback(sweep.records, sweep.describe, show, journal, interrupts, kind)
         stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
         _run(sweep, watcher, stopper, notices)
-    return Ended(watcher.interrupted, stopper.why)
+        return stopper.why
 
 
 def _run(
@@ -150,11 +154,8 @@ def _directory_name(trial: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Run Ray Tune without its own output, and restore signal handlers at the end."""
+    """Run Ray Tune without its own output and its own handling of Ctrl-C."""
     variables = {**_VARIABLES, "TUNE_GLOBAL_CHECKPOINT_S": _CHECKPOINT_SECONDS}
-    is_main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGUSR1) if is_main else ()
-    handlers = {signum: signal.getsignal(signum) for signum in signals}
     logger = logging.getLogger("ray.tune")
     level, logger.level = logger.level, logging.CRITICAL
     with restored(*variables):
@@ -163,5 +164,3 @@ def _quiet_tune() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)

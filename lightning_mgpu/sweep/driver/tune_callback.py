@@ -1,11 +1,8 @@
 """Update the records of trials from Ray Tune's events."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -17,6 +14,7 @@ from typing_extensions import override
 from lightning_mgpu._compat import ray_tune
 from lightning_mgpu._compat.ray import actor_id
 from lightning_mgpu._compat.ray_tune import trial_number
+from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS
 from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, Records, TrialRecord
@@ -35,10 +33,8 @@ class RecordingCallback(Callback):
         describe: Overrides and directory of a trial, by its number and values.
         listener: Called with a record when its trial ends, and with `None` now and then.
         journal: Written as it goes, for the report.
+        interrupts: Signals, the first of which ends the search.
         kind: What the trials are made; says which of those that fail run again.
-
-    Attributes:
-        interrupted: Whether Ctrl-C has ended the sweep.
     """
 
     def __init__(
@@ -47,19 +43,25 @@ class RecordingCallback(Callback):
         describe: Callable[[int, dict[str, Any]], tuple[list[str], Path]],
         listener: Listener,
         journal: Journal,
+        interrupts: Interrupts,
         kind: type[SweepTrial] = SweepTrial,
     ) -> None:
         self.records = records
-        self.interrupted = False
         self._describe = describe
         self._listener = listener
         self._journal = journal
+        self._interrupts = interrupts
         self._kind = kind
         self._controller: ray_tune.Controller | None = None
         self._has_ended_any = False  # since the last step
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
         self._started: dict[int, float] = {}
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal has ended the sweep."""
+        return self._interrupts.signum is not None
 
     def watch(self, scheduler: TrialScheduler, patience: float) -> None:
         """Note the trials that the scheduler stops; those cut short by the sweep run again.
@@ -68,6 +70,8 @@ class RecordingCallback(Callback):
         """
 
         def added(controller: ray_tune.Controller, trial: Trial) -> None:
+            if self._controller is None:
+                controller.survive_lost_actors()
             self._controller = controller
             self._set_patience(patience)
             if trial.status == Trial.TERMINATED and not self._has_ended(trial):
@@ -80,17 +84,7 @@ class RecordingCallback(Callback):
 
     @override
     def setup(self, *_: Any, **__: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        handler = signal.getsignal(signal.SIGINT)  # Ray's, which ends the sweep in order
-
-        def interrupt(signum: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-            self._set_patience(0)
-            if callable(handler):
-                handler(signum, frame)
-
-        signal.signal(signal.SIGINT, interrupt)
+        self._interrupts.end_search(lambda: self._set_patience(0))
 
     @override
     def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:

@@ -1,5 +1,6 @@
 """Write the results of a sweep, and the commands to repeat or resume it."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,11 @@ def resume_command(directory: Path) -> str:
     """Command line that resumes the sweep."""
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(_RESUME)]
     return shlex.join([*program(), *arguments, f"{_RESUME}{name_of(directory)}"])
+
+
+def relative(path: Path) -> str:
+    """A path as messages show it: from the working directory if it lies there."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from ray.tune.experiment import Trial
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning_messages import says_out_of_memory
-from lightning_mgpu._compat.ray_tune import make
+from lightning_mgpu._compat.ray import memory_of
+from lightning_mgpu._compat.ray_tune import ActorLostError, make
 from lightning_mgpu.errors import one_line
 
 
@@ -71,8 +72,13 @@ def _is_of_torch(error: BaseException) -> bool:
 
 def reason(error: BaseException | None) -> str:
     """Reason of a trial's failure in one line."""
-    if isinstance(error, OutOfMemoryError):
-        return "out of memory on the machine: Ray killed the process"
+    lost = error.cause if isinstance(error, ActorLostError) else error
+    if isinstance(lost, OutOfMemoryError):
+        memory = memory_of(lost)
+        used = "" if memory is None else f" ({memory})"
+        return f"out of memory on the machine{used}: Ray killed its process"
+    if isinstance(error, ActorLostError):
+        return f"its process was lost ({type(lost).__name__}: {one_line(error, 200)})"
     if isinstance(error, RayActorError):
         return "its process died (killed, or out of memory)"
     cause = getattr(error, "cause", None) or error

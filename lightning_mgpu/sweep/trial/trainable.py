@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_mgpu._compat.namespace import preload
 from lightning_mgpu._compat.ray_tune import TrialActor
+from lightning_mgpu.sweep.job.nested import mark
 from lightning_mgpu.sweep.trial.failures import TrialFailedError
 from lightning_mgpu.sweep.trial.resources import request
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
@@ -51,7 +52,9 @@ class HydraTrial(TrialActor):
             threads, state, plan = pickle.loads(self.payload)
             preload(state.namespace)  # its loggers are then there before the first trial
             from lightning_mgpu.sweep.trial.actor_reset import ActorReset, adopt
+            from lightning_mgpu.sweep.trial.launchers import take_over_launches
 
+            take_over_launches()
             state = adopt(state, threads)
             state.apply()
             self._plan: TrialPlan = pickle.loads(plan)
@@ -86,6 +89,7 @@ class HydraTrial(TrialActor):
 
         number = int(self.directory_name or 0)
         self._scrubber.before()
+        mark(number, self._plan.sweep_dir)
         try:
             run_trial(self._plan, config, number, self._scrubber.threads_left)
         finally:

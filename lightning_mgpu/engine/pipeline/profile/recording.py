@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,9 +55,21 @@ class Recording:
 
     def timeline(self) -> PipelineTimeline:
         """Timeline of the recorded work; waits for devices to finish."""
-        spans = [
-            StageSpan(stage, chunk, call, kind, own.seconds(start), own.seconds(end))
-            for stage, chunk, call, kind, start, end in list(self._taken)
-            for own in [self._clocks[stage]]
-        ]
+        spans: list[StageSpan] = []
+        latest: dict[int, int] = {}
+        for stage, chunk, call, kind, start, end in list(self._taken):
+            own = self._clocks[stage]
+            span = StageSpan(stage, chunk, call, kind, own.seconds(start), own.seconds(end))
+            device = stage % (len(self._clocks) // self._stages_per_device)
+            before = spans[latest[device]] if device in latest else None
+            # Gradients of a stage's weights come one by one.
+            if (
+                before
+                and kind == "weights"
+                and replace(span, start=0, end=0) == replace(before, start=0, end=0)
+            ):
+                spans[latest[device]] = replace(before, end=span.end)
+                continue
+            latest[device] = len(spans)
+            spans.append(span)
         return PipelineTimeline.of(len(self._clocks), self._chunks, spans, self._stages_per_device)

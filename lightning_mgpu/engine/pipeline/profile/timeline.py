@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["forward", "recompute", "backward"]
+Kind = Literal["forward", "recompute", "backward", "weights"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class StageSpan:
         stage: The stage.
         chunk: The micro-batch.
         call: Which of the step's calls of the module this belongs to, from 0.
-        kind: What was computed: outputs, outputs once more (`checkpoint`), or gradients.
+        kind: What was computed: outputs, outputs once more (`checkpoint`), gradients, or gradients
+            of weights that backward has left for later.
         start: In seconds.
         end: In seconds, on the same clock.
     """
@@ -87,7 +88,12 @@ class PipelineTimeline:
 
     @property
     def ideal(self) -> float:
-        """The efficiency if all tasks took equally long and nothing else took time."""
+        """The efficiency if all tasks took equally long and nothing else took time.
+
+        Where gradients of weights come later, nobody waits for them: a third of the work.
+        """
         bubble = (self.devices - 1) / self.stages_per_device
+        if any(span.kind == "weights" for span in self.spans):
+            bubble *= 2 / 3
         takes = sum(chunks + bubble for chunks in self.chunks)
         return sum(self.chunks) / takes if takes else 0.0

@@ -2,6 +2,7 @@
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -25,6 +26,7 @@ from lightning_mgpu.engine.pipeline.runtime.segments import Stay
 from lightning_mgpu.engine.pipeline.runtime.traveller import Traveller, current
 from lightning_mgpu.engine.pipeline.runtime.turns import Turns
 from lightning_mgpu.engine.pipeline.runtime.units import Units
+from lightning_mgpu.engine.pipeline.runtime.weight_gradients import WeightGradient, WeightGradients
 from lightning_mgpu.engine.randomness import Stream
 from lightning_mgpu.engine.workers import Workers
 
@@ -57,6 +59,8 @@ class Execution:
         swap: What stands for parameters, if there is anything.
         recording: Records when stages work.
         doors: Of each stage, what it shares with others: of those, one works at a time.
+        defer: Whether gradients of weights are computed when a door has nothing else to do, at the
+            latest at the end.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Execution:
         swap: ParameterSwap | None,
         recording: Recording | None,
         doors: Sequence[int],
+        defer: bool,
     ) -> None:
         self._units, self._devices, self._way = units, devices, list(way)
         self._calls, self._streams, self._memory_of = list(calls), streams, memory_of
@@ -100,6 +105,7 @@ class Execution:
                 self._entered,
                 self._leave,
                 swap.borrow if swap is not None else _nothing,
+                split=defer and swap is not None,
             )
             for chunk in range(self.count)
         ]
@@ -159,8 +165,15 @@ class Execution:
             ready[id(traveller.stays[-1])].put(None)
         try:
             with self._units.attached(), self._counted():
-                doors = range(len(self._log))
-                workers.run([partial(self._backward, door, ready, keep) for door in doors])
+                sums = [WeightGradients() for _ in self._log]
+                workers.run(
+                    [
+                        partial(self._backward, door, ready, keep, of_door)
+                        for door, of_door in enumerate(sums)
+                    ]
+                )
+                for of_door in sums:
+                    of_door.deliver()
         except BaseException:
             self.forget()
             raise
@@ -263,28 +276,62 @@ class Execution:
         return self._recording.recorded(stage, chunk, self._call, kind)
 
     def _backward(
-        self, door: int, ready: Mapping[int, "queue.SimpleQueue[None]"], keep: bool
+        self,
+        door: int,
+        ready: Mapping[int, "queue.SimpleQueue[None]"],
+        keep: bool,
+        sums: WeightGradients,
     ) -> None:
+        later: deque[tuple[int, int, deque[WeightGradient]]] = deque()
+
+        def work_off() -> bool:
+            """Compute the oldest gradient of a weight; return whether there are more."""
+            if later:
+                stage, chunk, gradients = later[0]
+                if gradients:
+                    with on_device(self._devices[stage]), self._timed(stage, chunk, "weights"):
+                        sums.compute(gradients.popleft())
+                if not gradients:
+                    later.popleft()
+            return bool(later)
+
         for chunk, stay in reversed(self._log[door]):
-            _wait(ready[id(stay)])
+            _wait(ready[id(stay)], work_off)
             stage = stay.stage
             where = self.describe(stage, chunk) + ", in backward"
-            with on_device(self._devices[stage]), noted(where), self._streams[chunk].entered():
+            with (
+                on_device(self._devices[stage]),
+                noted(where),
+                self._streams[chunk].entered(),
+                stay.deferred.collecting(),
+            ):
                 stay.backward(keep, partial(self._timed, stage, chunk))
             stays = self.travellers[chunk].stays
             before = stays.index(stay) - 1
             if before >= 0:
                 ready[id(stays[before])].put(None)
+            later.append((stage, chunk, stay.deferred.take()))
+            while len(later) > schedule.DEFERRED_VISITS:
+                work_off()
+        while work_off():
+            pass
 
 
-def _wait(signal: "queue.SimpleQueue[None]") -> None:
+def _wait(signal: "queue.SimpleQueue[None]", meanwhile: Callable[[], bool]) -> None:
+    """Wait for a signal.
+
+    Args:
+        signal: What is waited for.
+        meanwhile: Does a piece of other work, and tells whether there is more.
+    """
+    has_work = True
     while True:
         try:
             # A thread can only be told to stop between two steps in Python.
-            signal.get(timeout=_POLL_SECONDS)
+            signal.get(timeout=0 if has_work else _POLL_SECONDS)
             return
         except queue.Empty:
-            continue
+            has_work = meanwhile()
 
 
 def _nothing(leaf: Tensor, stage: int) -> None:

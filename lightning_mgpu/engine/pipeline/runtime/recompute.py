@@ -1,5 +1,6 @@
 """Activation checkpointing: run a unit without a graph, and again with one in backward."""
 
+from contextlib import nullcontext
 from enum import Enum
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning_mgpu.engine.context import ThreadContext
 from lightning_mgpu.engine.pipeline import stage_values
 from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
 from lightning_mgpu.engine.pipeline.runtime.segments import Crossing, Timed
+from lightning_mgpu.engine.pipeline.runtime.split_backward import SplitBackward
 from lightning_mgpu.engine.pipeline.runtime.traveller import Traveller
 from lightning_mgpu.engine.randomness import Stream
 
@@ -37,7 +39,7 @@ class Recomputed:
 
     def begin(self, traveller: Traveller, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Keep the unit's arguments; return the arguments to call it with."""
-        self._device = traveller.device
+        self._device, self._deferred = traveller.device, traveller.deferred
         self._context = ThreadContext.capture()
         self._numbers = self._stream.state(self._device)
         self._before = self._memory.before()
@@ -102,6 +104,7 @@ class Recomputed:
             self._memory.rewound(self._moment),
             self._stream.at(self._numbers, self._device),
             torch.enable_grad(),
+            nullcontext() if self._deferred is None else SplitBackward(self._deferred),
         ):
             args, kwargs = stage_values.map_tensors(stage_values.enter, inputs)
             output = self._module(*args, **kwargs)

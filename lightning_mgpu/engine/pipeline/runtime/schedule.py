@@ -24,6 +24,12 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+DEFERRED_VISITS = 4
+"""Of how many visits a door leaves gradients of weights for later.
+
+One would do if stages were even. Each holds on to inputs, and to gradients of outputs.
+"""
+
 
 class Visit(NamedTuple):
     """Visit of a micro-batch to a stage: its `number`-th of all, counted from 0."""
@@ -109,7 +115,9 @@ def _visits(way: Sequence[int], chunks: int, at_once: int, depth_first: bool) ->
     return ticks
 
 
-def waiting(seconds: Sequence[float], chunks: int, devices: int | None = None) -> float:
+def waiting(
+    seconds: Sequence[float], chunks: int, devices: int | None = None, deferred: bool = False
+) -> float:
     """Share of time in which devices wait, if a stage takes equally long for each micro-batch.
 
     The slowest device sets the pace: the others wait for it, beside the bubble.
@@ -119,6 +127,8 @@ def waiting(seconds: Sequence[float], chunks: int, devices: int | None = None) -
         chunks: Micro-batches.
         devices: How many there are; stage `k` lies on device `k` modulo that. Default: one for each
             stage.
+        deferred: Whether gradients of weights come later than those of inputs: a third of the work,
+            for which no device waits.
     """
     count = devices or len(seconds)
     way = tuple(stage % count for stage in range(len(seconds)))
@@ -128,4 +138,7 @@ def waiting(seconds: Sequence[float], chunks: int, devices: int | None = None) -
             end = max(free[way[stage]], arrived[chunk]) + seconds[stage]
             free[way[stage]] = arrived[chunk] = end
     whole = max(free)
+    if deferred:
+        busiest = max(sum(seconds[device::count]) for device in range(count))
+        whole = (2 * whole + chunks * busiest) / 3
     return 1 - chunks * sum(seconds) / (count * whole) if whole else 0.0

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_mgpu.engine.device import copied
 from lightning_mgpu.engine.pipeline.profile.timeline import Kind
 from lightning_mgpu.engine.pipeline.runtime import graph_position
+from lightning_mgpu.engine.pipeline.runtime.weight_gradients import Deferred
 
 Timed = Callable[[Kind], AbstractContextManager[Any]]
 
@@ -103,10 +104,17 @@ class Graph:
 
 @dataclass(eq=False)
 class Stay:
-    """The segments of one visit at a stage."""
+    """The segments of one visit at a stage.
+
+    Attributes:
+        stage: The stage.
+        segments: In order.
+        deferred: What their backward leaves for later.
+    """
 
     stage: int
     segments: list[Any] = field(default_factory=list)
+    deferred: Deferred = field(default_factory=Deferred)
 
     def backward(self, keep: bool, timed: Timed) -> None:
         """Run backward of the segments, last to first."""

@@ -16,7 +16,7 @@ each segment has a backward of its own.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from lightning_mgpu._compat.torch import next_node_number
 from lightning_mgpu.engine.device import make_current
 from lightning_mgpu.engine.pipeline.runtime.glue import Glue
 from lightning_mgpu.engine.pipeline.runtime.segments import Graph, Segment, Stay
+from lightning_mgpu.engine.pipeline.runtime.split_backward import SplitBackward
 from lightning_mgpu.engine.pipeline.runtime.stand_ins import StandIns
+from lightning_mgpu.engine.pipeline.runtime.weight_gradients import Deferred
 
 
 class Traveller:
@@ -39,6 +41,7 @@ class Traveller:
         entered: Called when it has it.
         leave: Gives it up.
         borrow: Finds what stands for a parameter's leaf in a stage.
+        split: Whether gradients of weights may be computed later than those of inputs.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Traveller:
         entered: "Callable[[Traveller], None]",
         leave: "Callable[[Traveller], None]",
         borrow: Callable[[Tensor, int], Tensor | None],
+        split: bool = False,
     ) -> None:
         self.chunk, self._devices = chunk, list(devices)
         self._enter, self._entered, self._leave = enter, entered, leave
@@ -62,13 +66,14 @@ class Traveller:
         self.recomputing: list[Any] = []
         """Of each unit that is being computed, what keeps its inputs, if anything."""
         self._glue = Glue(self.stand_ins.fit, self.stand_ins.fit_written)
+        self._split = SplitBackward() if split else None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Context in which the calling thread computes this micro-batch."""
         _local.traveller = self
         try:
-            with self._glue:
+            with self._split or nullcontext(), self._glue:
                 try:
                     yield
                 finally:
@@ -78,10 +83,16 @@ class Traveller:
             self.rest()
             self.stand_ins.end()
 
+    @property
+    def deferred(self) -> Deferred | None:
+        """Where the current stay leaves gradients of weights, if it does."""
+        # Nobody waits for the first.
+        return self.stays[-1].deferred if self._split is not None and self.stays[1:] else None
+
     def settle(self) -> None:
         """Discard what only forward needs."""
         # Without circles, or activations would wait for the garbage collector.
-        del self._enter, self._entered, self._leave, self._glue, self.stand_ins
+        del self._enter, self._entered, self._leave, self._glue, self._split, self.stand_ins
 
     def forget(self) -> None:
         """Discard what backward needs."""
@@ -101,6 +112,8 @@ class Traveller:
         self._enter(self, stage)
         self.stage = stage
         self.stays.append(Stay(stage))
+        if self._split is not None:
+            self._split.into = self.deferred
         self._entered(self)
         make_current(self.device)
         self.begin_segment()

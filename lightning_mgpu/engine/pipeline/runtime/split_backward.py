@@ -1,0 +1,196 @@
+"""Operations whose backward leaves the gradient of the weight for later.
+
+Backward of a layer computes two gradients that do not need each other: that of its input, which
+the stage before waits for, and that of its weight, which nobody waits for (Qi et al., 2023,
+arXiv 2401.10241). Whatever runs within a pipeline is watched for products and convolutions with a
+parameter; those are computed by a node of our own. Everything else keeps its whole backward.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from lightning_mgpu._compat.torch import (
+    attention_with_modes,
+    is_functorch_wrapped,
+    saves_are_hooked,
+)
+from lightning_mgpu.engine.device import autocast_dtype
+from lightning_mgpu.engine.parameter_leaves import Leaf
+from lightning_mgpu.engine.pipeline.runtime.weight_gradients import (
+    Convolution,
+    Deferred,
+    Operation,
+    Product,
+    WeightGradient,
+)
+
+_Found = tuple[Operation, Tensor, Tensor, Tensor | None]
+
+
+class SplitBackward(TorchFunctionMode):
+    """Mode in which products with weights leave the weights' gradients for later.
+
+    Args:
+        into: Where gradients are left; `None` to leave none.
+    """
+
+    def __init__(self, into: Deferred | None = None) -> None:
+        super().__init__()
+        self.into = into
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.into is not None:
+            if func is functional.multi_head_attention_forward:
+                with self:  # which is off in here
+                    return attention_with_modes(*args, **kwargs)
+            parse = _PARSERS.get(func)
+            if parse is not None and not torch.compiler.is_compiling():
+                found = self._split(parse, args, kwargs)
+                if found is not None:
+                    return found
+        return func(*args, **kwargs)
+
+    def _split(
+        self, parse: Callable[..., _Found | None], args: Any, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        try:
+            found = parse(*args, **kwargs)
+        except (TypeError, AttributeError):  # arguments that the function itself refuses
+            return None
+        if found is None:
+            return None
+        operation, x, w, b = found
+        if type(w) is not Leaf or not w.requires_grad or not (b is None or type(b) is Leaf):
+            return None
+        if type(x) is not Tensor or not x.requires_grad or not _is_plain(x):
+            return None
+        return _apply(x, w, b, operation, self.into)
+
+
+class _SplitNode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, operation: Operation, into: Deferred
+    ) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.leaves, ctx.operation, ctx.into = (w, b), operation, into
+        return operation.output(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,) = gradients
+        x, w = ctx.saved_tensors
+        operation: Operation = ctx.operation
+        wants_x, wants_w, wants_b, *_ = ctx.needs_input_grad
+        of_x = operation.input_gradient(g, x, w) if wants_x else None
+        if ctx.into.is_open:
+            leaf, bias = ctx.leaves
+            left = WeightGradient(operation, g, x, leaf, bias if wants_b else None)
+            ctx.into.add(left)
+            return of_x, None, None, None, None
+        of_w = operation.weight_gradient(g, x, w) if wants_w else None
+        of_b = operation.bias_gradient(g) if wants_b else None
+        return of_x, of_w, of_b, None, None
+
+
+_apply: Callable[..., Tensor] = _SplitNode.apply
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Return whether an input's operation computes nothing but what it says."""
+    return (
+        torch.is_grad_enabled()
+        and x.layout is torch.strided
+        and x.is_floating_point()
+        and autocast_dtype(x.device) is None
+        and not is_functorch_wrapped(x)
+        and not saves_are_hooked()
+    )
+
+
+# The arguments have the names of those of the functions.
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Found | None:
+    is_usual = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+    return (Product(), input, weight, bias) if is_usual else None
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> _Found | None:
+    is_bias = input.shape == mat2.shape[1:]
+    return (Product(inputs_first=True), mat1, mat2, input) if is_bias else None
+
+
+def _matmul(input: Tensor, other: Tensor) -> _Found | None:
+    is_product = input.dim() >= 2 and other.dim() == 2
+    return (Product(inputs_first=True), input, other, None) if is_product else None
+
+
+def _mm(input: Tensor, mat2: Tensor) -> _Found | None:
+    return _matmul(input, mat2)
+
+
+def _convolution(dimensions: int) -> Callable[..., _Found | None]:
+    def parse(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> _Found | None:
+        if input.dim() != dimensions + 2 or isinstance(padding, str):
+            return None
+        stride, padding, dilation = (_each(n, dimensions) for n in (stride, padding, dilation))
+        plain = Convolution(stride, padding, dilation, False, [0] * dimensions, groups)
+        return plain, input, weight, bias
+
+    return parse
+
+
+def _transposed(dimensions: int) -> Callable[..., _Found | None]:
+    def parse(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> _Found | None:
+        if input.dim() != dimensions + 2:
+            return None
+        stride, padding, dilation = (_each(n, dimensions) for n in (stride, padding, dilation))
+        more = _each(output_padding, dimensions)
+        return Convolution(stride, padding, dilation, True, more, groups), input, weight, bias
+
+    return parse
+
+
+def _each(size: Any, dimensions: int) -> list[int]:
+    sizes = [size] if isinstance(size, int) else list(size)
+    return sizes * dimensions if len(sizes) == 1 else sizes
+
+
+_PARSERS: dict[Any, Callable[..., _Found | None]] = {
+    functional.linear: _linear,
+    torch.addmm: _addmm,
+    **dict.fromkeys((torch.mm, Tensor.mm), _mm),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
+    torch.conv1d: _convolution(1),
+    torch.conv2d: _convolution(2),
+    torch.conv3d: _convolution(3),
+    torch.conv_transpose1d: _transposed(1),
+    torch.conv_transpose2d: _transposed(2),
+    torch.conv_transpose3d: _transposed(3),
+}
