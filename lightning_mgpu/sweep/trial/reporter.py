@@ -9,6 +9,7 @@ waits for them.
 import json
 import logging
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -97,6 +98,7 @@ class TrialReportCallback(Checkpoint):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _tell(trainer, reporting.warn_of_places, _places(trainer))
         self._groups = pbt.describe(trainer.optimizers)
         path, self._restore_from = self._restore_from, None
         trial = reporting.current()
@@ -194,6 +196,17 @@ def _is_training(trainer: Trainer) -> bool:
 
 def _numbers(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _places(trainer: Trainer) -> dict[str, list[str]]:
+    """Directories on this machine where loggers and callbacks write."""
+    # Others, such as wandb, have a run of a unique name in a directory for all.
+    logs = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
+    saves = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return {
+        kind: [os.path.abspath(place) for place in found if place and "://" not in str(place)]
+        for kind, found in (("logs", logs), ("checkpoints", saves))
+    }
 
 
 def _take_over_last(trainer: Trainer) -> None:
