@@ -201,7 +201,7 @@ def test_trainer_without_the_strategy_of_the_config_is_told_of(sent: Sent, strat
         return
     ((kind, text),) = told
     assert kind == "strategy"
-    assert "trains with SingleDeviceStrategy" in text
+    assert "strategies.single_device.SingleDeviceStrategy: it does not read" in text
     assert "+strategy@trainer.strategy=" in text
 
 

@@ -94,7 +94,7 @@ class TrialReportCallback(Checkpoint):
         trial = reporting.current()
         kind = type(trainer.strategy)
         if trial is not None and trial.strategy and not kind.__module__.startswith(_OURS):
-            reporting.warn_of_strategy(kind.__qualname__)
+            reporting.warn_of_strategy(f"{kind.__module__}.{kind.__qualname__}")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
