@@ -17,7 +17,7 @@ from sweeps import cluster
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_FILE_NAME = re.compile(r"# ([\w/]+\.\w+)\n")
+_FILE_NAME = re.compile(r"(?:# @package \w+\n)?# ([\w/]+\.\w+)\n")  # Hydra reads that line first
 
 
 class Block(NamedTuple):
@@ -75,7 +75,7 @@ def project(short_directory: Path) -> Path:
     for block in BLOCKS:
         if block.name:
             path = directory / block.name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True, parents=True)
             path.write_text(block.text)
     return directory
 

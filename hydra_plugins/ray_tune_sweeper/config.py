@@ -34,9 +34,11 @@ class GridConf(SearchAlgConf):
 
 @dataclass
 class OptunaConf(SearchAlgConf):
-    """Optuna's tree of Parzen estimators."""
+    """Optuna's tree of Parzen estimators, or any other sampler of Optuna's."""
 
     name: str = "optuna"
+    # With `_target_`, such as optuna.samplers.TPESampler, and its arguments, its seed among them.
+    sampler: Any = None
 
 
 @dataclass

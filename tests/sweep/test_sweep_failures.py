@@ -1,5 +1,6 @@
 """Which failures are about memory, and what a smaller job is; no Ray is started."""
 
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,6 +15,7 @@ from lightning_mgpu._compat.ray_tune import ActorLostError
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.sweep.job.oom_retry import check_shrinkable, shrink
+from lightning_mgpu.sweep.store.tune_state import StateKeeper
 from lightning_mgpu.sweep.trial.actor_reset import adopt
 from lightning_mgpu.sweep.trial.failures import (
     SweepTrial,
@@ -165,6 +167,29 @@ def test_smaller_job_has_less_of_a_batch_and_more_of_them(
 def test_application_without_a_batch_size_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_shrinkable(OmegaConf.create(config))
+
+
+def test_files_of_ray_go_where_a_copy_holds_them(tmp_path: Path) -> None:
+    staging, directory = tmp_path / "staging", tmp_path / "sweep"
+    staging.mkdir()
+    directory.mkdir()
+    for name in ("experiment_state-1.json", "searcher-state-1.pkl"):
+        (staging / name).write_text(name)
+        (directory / name).write_text(name)
+    (directory / "callback-states-1.pkl").write_text("not in the copy")
+    one = Mock()
+    one.storage.experiment_driver_staging_path = str(staging)
+    keeper = StateKeeper(directory)
+    keeper.clear()  # there is no copy
+    assert len(list(directory.iterdir())) == 3
+    keeper.on_step_end(0, [one])
+    keeper.clear()
+    assert {path.name for path in directory.iterdir()} == {"state.tar", "callback-states-1.pkl"}
+    again = StateKeeper(directory)
+    again.put_back()
+    assert (directory / "searcher-state-1.pkl").read_text() == "searcher-state-1.pkl"
+    again.clear()
+    assert {path.name for path in directory.iterdir()} == {"state.tar", "callback-states-1.pkl"}
 
 
 def test_process_has_time_to_end_a_trial_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,3 +123,4 @@ def test_misspelt_metric_ends_the_sweep_at_its_first_trial(ray_address: str) -> 
     assert "Traceback" not in done.err
     assert [trial["status"] for trial in done.trials] in (["failed"], ["failed", "unfinished"])
     assert not (done.directory / ".notices").exists()
+    assert "metric=val_los was never logged" in (done.directory / "0" / "trial.log").read_text()

@@ -47,7 +47,7 @@ def begin(trial: Reporting) -> None:
     reporting.begin(trial, lambda _: [*reporter.callbacks()])
 
 
-_REPORTING = ("every_n_epochs", "saves", "restore_from", "notify", "wanted")
+_REPORTING = ("every_n_epochs", "saves", "restore_from", "notify", "wanted", "directory")
 
 
 def make_trainer(sent: Sent, *, metrics: str = "val_loss", **options: Any) -> Trainer:
@@ -201,8 +201,26 @@ def test_trainer_without_the_strategy_of_the_config_is_told_of(sent: Sent, strat
         return
     ((kind, text),) = told
     assert kind == "strategy"
-    assert "trains with SingleDeviceStrategy" in text
+    assert "strategies.single_device.SingleDeviceStrategy: it does not read" in text
     assert "+strategy@trainer.strategy=" in text
+
+
+def test_files_outside_of_the_directory_of_the_trial_are_told_of(
+    sent: Sent, tmp_path: Path
+) -> None:
+    """Two trials at once may choose the same `version_1`."""
+    told: list[str] = []
+    notify = lambda kind, text: told.append(f"{kind}: {text}")  # noqa: E731
+    own = tmp_path / "3"
+    given = {"directory": own, "notify": notify, "max_epochs": 1}
+    fit(sent, **given, callbacks=[ModelCheckpoint(own / "checkpoints")], logger=CSVLogger(own))
+    assert told == []
+    fit(sent, **given, callbacks=[ModelCheckpoint()], logger=True)
+    (text,) = told
+    assert text.startswith(f"places: A trial writes outside of its directory {own.resolve()}: logs")
+    assert f"logs in {tmp_path}/lightning_logs/version_0" in text
+    assert f"checkpoints in {tmp_path}/lightning_logs/version_0/checkpoints" in text
+    assert "default_root_dir=${hydra:runtime.output_dir}" in text
 
 
 def test_nothing_is_said_of_a_metric_that_is_logged(sent: Sent) -> None:

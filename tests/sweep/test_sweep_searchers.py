@@ -94,6 +94,27 @@ def test_same_seed_suggests_the_same(search: str) -> None:
     assert [first.suggest(str(n)) for n in range(5)] == [second.suggest(str(n)) for n in range(5)]
 
 
+def sampled(sampler: Any, seed: int | None = None) -> RayTuneSweeperConf:
+    return RayTuneSweeperConf(
+        search_alg=sweeper.OptunaConf(sampler=sampler, seed=seed),
+        scheduler=sweeper.AshaConf(),
+        metric="m",
+        mode="max",
+    )
+
+
+def test_optuna_takes_any_of_its_samplers() -> None:
+    grid = {"a": [1, 2], "b": ["x", "y"]}
+    given = sampled({"_target_": "optuna.samplers.GridSampler", "search_space": grid, "seed": 0})
+    check_options(given)
+    searcher = build_searcher(given, GRID, ONE)
+    drawn = set()
+    for number in range(4):
+        drawn.add(tuple(searcher.suggest(str(number)).values()))
+        searcher.on_trial_complete(str(number), {"m": 1.0, "training_iteration": 1})
+    assert drawn == {(1, "x"), (1, "y"), (2, "x"), (2, "y")}
+
+
 def test_random_reaches_both_ends_of_an_integer_interval() -> None:
     searcher = build_searcher(options(), SPACE, ONE)
     drawn = [searcher.suggest(str(number)) for number in range(300)]
@@ -234,6 +255,9 @@ def test_only_schedulers_that_pause_need_checkpoints() -> None:
         (options(max_failures=-1), "max_failures=-1: expected 0 or more"),
         (options(max_failure_rate=2.0), "max_failure_rate=2.0: expected a share"),
         (options(keep_checkpoints=-1), "keep_checkpoints=-1: expected 0 or more"),
+        (sampled(5), "sampler=5: expected _target_"),
+        (sampled({"seed": 1}), r"sampler=\{seed:1\}: expected _target_, such as optuna"),
+        (sampled({"_target_": "a"}, seed=1), r"A seed is one of them, and takes the place of"),
     ],
 )
 def test_what_cannot_work_is_refused(given: RayTuneSweeperConf, message: str) -> None:

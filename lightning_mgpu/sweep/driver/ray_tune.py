@@ -132,6 +132,7 @@ def _run(
         verbose=0,
     )
     keeper.take()
+    keeper.clear()
 
 
 def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from hydra.utils import instantiate
 from ray.tune.search import Searcher, SearchGenerator
 from ray.tune.search.search_algorithm import SearchAlgorithm
 from typing_extensions import override
@@ -34,7 +35,10 @@ def build_searcher(
     if conf.name == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
-        return OptunaSearch(OptunaSearch.convert_search_space(domains), seed=conf.seed, **common)
+        space_of_optuna = OptunaSearch.convert_search_space(domains)
+        node = getattr(conf, "sampler", None)
+        sampler = None if node is None else instantiate(node)  # Hydra has tried it already
+        return OptunaSearch(space_of_optuna, sampler=sampler, seed=conf.seed, **common)
     if conf.name == "hyperopt":
         from ray.tune.search.hyperopt import HyperOptSearch
 

@@ -46,6 +46,14 @@ def check_options(options: "RayTuneSweeperConf") -> None:
     if len(objectives) > 1:
         _check_several(options)
     _check_installed(options)
+    sampler = getattr(options.search_alg, "sampler", None)
+    is_node = isinstance(sampler, dict) and "_target_" in sampler
+    if sampler is not None and not (is_node and options.search_alg.seed is None):
+        raise ConfigError(
+            f"hydra.sweeper.search_alg.sampler={encode(sampler)}: expected _target_, such as"
+            " optuna.samplers.TPESampler, and that class's arguments. A seed is one of them, and"
+            " takes the place of hydra.sweeper.search_alg.seed."
+        )
 
 
 def check_space(options: "RayTuneSweeperConf", space: Space) -> None:

@@ -1,5 +1,6 @@
 """Consistent copy of Ray Tune's state, whenever the driver is killed."""
 
+import contextlib
 import logging
 import os
 import tarfile
@@ -31,6 +32,7 @@ class StateKeeper(Callback):
         self._source: Path | None = None
         self._seen: list[tuple[str, int]] = []
         self._has_warned = False
+        self._put_back: set[str] = set()
 
     def put_back(self) -> None:
         """Restore the copy in the directory from which Ray resumes."""
@@ -40,7 +42,9 @@ class StateKeeper(Callback):
             for member in archive:
                 file = archive.extractfile(member)
                 assert file is not None, "not a file"
-                (self._path.parent / Path(member.name).name).write_bytes(file.read())
+                name = Path(member.name).name
+                (self._path.parent / name).write_bytes(file.read())
+                self._put_back.add(name)
 
     @override
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
@@ -62,6 +66,14 @@ class StateKeeper(Callback):
             if not self._has_warned:
                 log.warning("%s cannot be written: %s", self._path, error)
             self._has_warned = True
+
+    def clear(self) -> None:
+        """Remove Ray's own files from the sweep's directory, as far as the copy holds them."""
+        with contextlib.suppress(OSError, tarfile.TarError):
+            with tarfile.open(self._path) as archive:
+                held = {Path(name).name for name in archive.getnames()}
+            for name in held | self._put_back:  # the latter are older than what the copy holds
+                (self._path.parent / name).unlink(missing_ok=True)
 
     def _write(self, files: list[Path]) -> None:
         unfinished = self._path.with_suffix(".new")

@@ -37,6 +37,7 @@ def failures_in_words() -> Iterator[None]:
     try:
         yield
     except MetricMissingError:
+        traceback.print_exc()
         raise  # these are words already
     except Exception as error:
         traceback.print_exc()

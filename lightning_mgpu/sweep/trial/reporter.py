@@ -9,6 +9,7 @@ waits for them.
 import json
 import logging
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -93,10 +94,11 @@ class TrialReportCallback(Checkpoint):
         trial = reporting.current()
         kind = type(trainer.strategy)
         if trial is not None and trial.strategy and not kind.__module__.startswith(_OURS):
-            reporting.warn_of_strategy(kind.__qualname__)
+            reporting.warn_of_strategy(f"{kind.__module__}.{kind.__qualname__}")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _tell(trainer, reporting.warn_of_places, _places(trainer))
         self._groups = pbt.describe(trainer.optimizers)
         path, self._restore_from = self._restore_from, None
         trial = reporting.current()
@@ -194,6 +196,17 @@ def _is_training(trainer: Trainer) -> bool:
 
 def _numbers(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _places(trainer: Trainer) -> dict[str, list[str]]:
+    """Directories on this machine where loggers and callbacks write."""
+    # Others, such as wandb, have a run of a unique name in a directory for all.
+    logs = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
+    saves = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return {
+        kind: [os.path.abspath(place) for place in found if place and "://" not in str(place)]
+        for kind, found in (("logs", logs), ("checkpoints", saves))
+    }
 
 
 def _take_over_last(trainer: Trainer) -> None:

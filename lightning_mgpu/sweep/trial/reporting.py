@@ -6,7 +6,7 @@ Imports nothing of Lightning: the trial decides which of its packages it uses.
 import difflib
 import logging
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Reporting:
         saves: Whether each report comes with a checkpoint.
         restore_from: The directory of a checkpoint from which the first `fit` goes on.
         strategy: The class of ours that the job's config names at `strategy`, if it does.
+        directory: The job's output directory, where all its files belong.
         notify: Takes the kind and the text of a warning that the user of the sweep should see.
         logged: The latest value of each metric that was logged, by `fit`, `validate` or `test`.
         best_checkpoint: Where it lies, as it is reported.
@@ -45,6 +46,7 @@ class Reporting:
     saves: bool = False
     restore_from: Path | None = None
     strategy: str | None = None
+    directory: Path | None = None
     notify: Callable[[str, str], None] | None = None
     logged: dict[str, float] = field(default_factory=dict)
     best_checkpoint: dict[str, str] = field(default_factory=dict)
@@ -122,6 +124,30 @@ def warn_of_missing() -> None:
     words = missing(names, _current.logged, "has not been logged by the first validation")
     text = f"{words} The first trial that ends without it ends the sweep."
     _warn("metric", text)
+
+
+def warn_of_places(places: Mapping[str, list[str]]) -> None:
+    """Say which files of the trial, by kind, do not go to its directory.
+
+    Args:
+        places: Directories where Lightning writes logs and checkpoints.
+    """
+    if _current is None or _current.directory is None:
+        return
+    home = _current.directory.resolve()
+    outside = [
+        f"{kind} in {place}"
+        for kind, found in places.items()
+        for place in found
+        if not Path(place).resolve().is_relative_to(home)
+    ]
+    if outside:
+        _warn(
+            "places",
+            f"A trial writes outside of its directory {home}: {', '.join(outside)}. Trials that run"
+            " at the same time may write over one another's files there. Give the Trainer"
+            " default_root_dir=${hydra:runtime.output_dir}, and its loggers a directory in there.",
+        )
 
 
 def warn_of_strategy(kind: str) -> None:

@@ -57,6 +57,7 @@ def run_trial(
         saves=plan.saves,
         restore_from=Path(restored.path) if restored is not None else None,
         strategy=_strategy(cfg),
+        directory=directory,
         notify=partial(notify, plan.sweep_dir),
     )
     with output_to(directory / LOG_FILE), _reporting(reporting), failures_in_words():

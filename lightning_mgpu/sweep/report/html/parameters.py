@@ -63,15 +63,15 @@ def _column(axis: Axis, values: list[Any]) -> dict[str, Any]:
         # Trials may cover a part of the axis only, and plotly draws a mark wherever one is given.
         margin = 0.02 * (max(places) - min(places)) or 0.1
         low, high = min(places) - margin, max(places) + margin
-        marks = [(math.log10(at), words) for at, words in log_ticks(10**low, 10**high)]
-        marks = [(at, words) for at, words in marks if low <= at <= high]
-        if len(marks) < 2:
-            marks = [(at, text(10**at)) for at in sorted({min(places), max(places)})]
-        column |= {"range": [low, high], "tickvals": [at for at, _ in marks]}
-        column["ticktext"] = [words for _, words in marks]
-    elif plain := axis.marks():
-        column["tickvals"] = [at for at, _ in plain]
-        column["ticktext"] = [escape(shorten(words, 13)) for _, words in plain]
+        ticks = [(math.log10(at), words) for at, words in log_ticks(10**low, 10**high)]
+        ticks = [(at, words) for at, words in ticks if low <= at <= high]
+        if len(ticks) < 2:
+            ticks = [(at, text(10**at)) for at in sorted({min(places), max(places)})]
+        column |= {"range": [low, high], "tickvals": [at for at, _ in ticks]}
+        column["ticktext"] = [words for _, words in ticks]
+    elif marks := axis.marks():
+        column["tickvals"] = [at for at, _ in marks]
+        column["ticktext"] = [escape(shorten(words, 13)) for _, words in marks]
     return column
 
 
