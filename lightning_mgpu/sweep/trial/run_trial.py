@@ -16,6 +16,7 @@ from lightning_mgpu.sweep.settings.prepared import holds_sweep
 from lightning_mgpu.sweep.trial.failures import TrialFailedError, failures_in_words
 from lightning_mgpu.sweep.trial.output import output_to
 from lightning_mgpu.sweep.trial.reporting import NotFiniteError, Reporting, begin, end
+from lightning_mgpu.sweep.trial.tracking import runs_ended
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,12 @@ def run_trial(
     with failures_in_words():
         _, cfg = compose(plan.job, plan.space, config, number, plan.sweep_dir)
         directory = plan.job.output_dir(cfg)
-    with output_to(directory / LOG_FILE), _reporting(reporting), failures_in_words():
+    with (
+        output_to(directory / LOG_FILE),  # the outermost, as trackers wrap what they find
+        runs_ended(),
+        _reporting(reporting),
+        failures_in_words(),
+    ):
         value = _run(plan.job, cfg, reporting)
         if reporting.stopped:
             raise SystemExit(0)

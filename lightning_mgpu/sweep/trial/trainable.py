@@ -17,6 +17,7 @@ from lightning_mgpu.launch.main_script import MainScriptError
 from lightning_mgpu.sweep.job.nested import marked
 from lightning_mgpu.sweep.trial.failures import TrialFailedError
 from lightning_mgpu.sweep.trial.resources import request
+from lightning_mgpu.sweep.trial.tracking import run_group
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 # How long a trial that was stopped may take to end before its process is given up.
@@ -58,7 +59,9 @@ class HydraTrial(TrialActor):
 
             take_over_launches()
             # Marked before the main script is imported, or one without a guard would sweep.
-            state = adopt(state, threads, marked(self._number, sweep_dir))
+            variables = run_group(sweep_dir, state.environment, state.directory)
+            variables |= marked(self._number, sweep_dir)
+            state = adopt(state, threads, variables)
             state.apply()
             self._plan: TrialPlan = pickle.loads(plan)
             self._scrubber = ActorReset(state)
