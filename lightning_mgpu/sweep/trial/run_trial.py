@@ -28,6 +28,10 @@ class MetricMissingError(RuntimeError):
     """A trial ended without reporting the metric."""
 
 
+class InterruptedTrialError(RuntimeError):
+    """The job was interrupted from within; nobody has stopped the sweep."""
+
+
 def run_trial(
     plan: TrialPlan,
     config: Mapping[str, Any],
@@ -91,9 +95,13 @@ def check_storage(sweep_dir: Path) -> None:
 def _run(job: Job, cfg: Any, reporting: Reporting) -> Any:
     try:
         return job.run(cfg)
+    except KeyboardInterrupt as error:  # no `Exception`: Ray would take it for one of its own
+        raise InterruptedTrialError("the job raised KeyboardInterrupt") from error
     except SystemExit as end:
         if reporting.stopped:
             raise
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with it
+            raise InterruptedTrialError("the job raised KeyboardInterrupt") from end
         raise RuntimeError(f"the job called sys.exit({end.code!r})") from end
 
 

@@ -17,6 +17,7 @@ from lightning_mgpu.launch.main_script import MainScriptError
 from lightning_mgpu.sweep.job.nested import marked
 from lightning_mgpu.sweep.trial.failures import TrialFailedError
 from lightning_mgpu.sweep.trial.resources import request
+from lightning_mgpu.sweep.trial.signals import forget_handlers, ignore_handlers
 from lightning_mgpu.sweep.trial.tracking import run_group
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
@@ -58,6 +59,7 @@ class HydraTrial(TrialActor):
             from lightning_mgpu.sweep.trial.launchers import take_over_launches
 
             take_over_launches()
+            ignore_handlers()
             # Marked before the main script is imported, or one without a guard would sweep.
             variables = run_group(sweep_dir, state.environment, state.directory)
             variables |= marked(self._number, sweep_dir)
@@ -103,6 +105,7 @@ class HydraTrial(TrialActor):
             raise TrialFailedError(self._why_not)
         self._scrubber.before()
         os.environ.update(marked(self._number, self._plan.sweep_dir))
+        forget_handlers()
         try:
             run_trial(self._plan, config, self._number, self._scrubber.threads_left)
         finally:
