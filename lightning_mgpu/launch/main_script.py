@@ -139,7 +139,12 @@ def reduce_by_name(obj: Any) -> tuple[Any, ...] | None:
 def _get(name: str, depth: int) -> Any:
     found = _find(name)
     for _ in range(depth):
-        found = found.__wrapped__
+        found = getattr(found, "__wrapped__", None)
+    if found is None:
+        raise MainScriptError(
+            f"The main script has no `{name}` when it is imported by the trial's process. Define it"
+            ' at the top level, not below `if __name__ == "__main__":`.'
+        )
     return found
 
 

@@ -110,3 +110,11 @@ def test_script_that_would_run_the_program_again_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", _RECEIVER], capture_output=True, text=True)
     assert "app.py cannot be imported by the trial's process (SystemExit: again)." in done.stderr
     assert 'Put what runs the program below `if __name__ == "__main__":`' in done.stderr
+
+
+def test_class_that_only_the_program_defines_is_named() -> None:
+    code = _SCRIPT.replace("    original, local", "    class Late: pass\n    original, local")
+    Path("app.py").write_text(code.replace("Conf(), local))", "Late(), local))"))
+    call("app.py")
+    done = subprocess.run([sys.executable, "-c", _RECEIVER], capture_output=True, text=True)
+    assert "MainScriptError: The main script has no `Late` when it is imported" in done.stderr
