@@ -9,14 +9,16 @@ from typing import Any
 import cloudpickle
 
 from lightning_mgpu._compat.torch_pickling import reduce_loader
+from lightning_mgpu.launch.main_script import reduce_by_name
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickle what `pickle` cannot: lambdas, `__main__`, a `DataLoader` in use."""
 
     def reducer_override(self, obj: Any) -> Any:
-        reduced = reduce_loader(obj)
-        if reduced is not None:  # its persistent workers belong to this process
+        # Persistent workers of a loader belong to this process.
+        reduced = reduce_loader(obj) or reduce_by_name(obj)
+        if reduced is not None:
             return reduced
         if _is_special_module(obj):
             return importlib.import_module, (obj.__name__,)

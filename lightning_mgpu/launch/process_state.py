@@ -1,5 +1,6 @@
 """Process-wide state that workers copy from the launcher for one launch."""
 
+import functools
 import logging
 import os
 import pickle
@@ -10,10 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
-
 from lightning_mgpu._compat import namespace
 from lightning_mgpu._compat.python import set_warning_filters
+from lightning_mgpu.launch.main_script import MainScript, loaded
+from lightning_mgpu.launch.pickler import dumps
 from lightning_mgpu.launch.rank_variables import RANK_VARIABLES
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _FROZEN_PREFIXES = (
     *("TORCH", "PYTORCH", "LD_", "PYTHON"),
 )
 
+_ALLOWED_BY_TORCH = ("torch.distributed.", "torch.nested.", "torch._")
 
 TakeState = Callable[[], Callable[[], None] | None]
 """Takes a copy of a library's state and returns what puts it back; `None` if it is not in use."""
@@ -43,6 +45,7 @@ class ProcessState:
             torch are left out if nobody seeded it: then each rank draws its own from there.
         libraries: Pickled functions that put the state of other libraries back.
         namespace: Which of Lightning's packages is in use; `None` if that is not certain.
+        main: The main script that the receivers import; `None` if they have no use for it.
     """
 
     environment: dict[str, str]
@@ -57,10 +60,16 @@ class ProcessState:
     warning_filters: bytes | None
     libraries: tuple[bytes, ...] = field(repr=False)
     namespace: str | None
+    main: MainScript | None
 
     @classmethod
     def capture(
-        cls, threads: int, *, for_ranks: bool = False, libraries: Iterable[TakeState] = ()
+        cls,
+        threads: int,
+        *,
+        for_ranks: bool = False,
+        libraries: Iterable[TakeState] = (),
+        main: MainScript | None = None,
     ) -> "ProcessState":
         """The state of this process.
 
@@ -70,6 +79,8 @@ class ProcessState:
                 Python and NumPy, whether or not somebody seeded these. Otherwise they do so only
                 where somebody seeded torch.
             libraries: Of libraries that torch does not know of.
+            main: The main script for the receivers to import; default: what this process has
+                imported as that.
         """
         return cls(
             environment={k: v for k, v in os.environ.items() if k not in RANK_VARIABLES},
@@ -82,8 +93,9 @@ class ProcessState:
             random=_random_states(for_ranks),
             log_levels=_log_levels(),
             warning_filters=_dump_or_none(warnings.filters),
-            libraries=_library_states(libraries),
+            libraries=_library_states((*libraries, _take_safe_globals)),
             namespace=namespace.known_name(),
+            main=main or loaded(),
         )
 
     def apply(self) -> None:
@@ -96,6 +108,8 @@ class ProcessState:
         sys.path[:] = self.path
         sys.argv[:] = self.argv
         os.umask(self.umask)
+        if self.main is not None:
+            self.main.load()  # what follows may be of its classes
         if self.torch is not None:
             self.torch.apply(self.threads)
         for name, level in self.log_levels.items():
@@ -217,6 +231,20 @@ def _log_levels() -> dict[str, int]:
     return {logging.root.name: logging.root.level, **levels}
 
 
+def _take_safe_globals() -> Callable[[], None] | None:
+    """Take what the program allows in checkpoints that are loaded with ``weights_only=True``."""
+    if "torch" not in sys.modules:
+        return None
+    serialization = sys.modules["torch"].serialization
+    # Those that torch allows are allowed by whatever imports them, which may take its time.
+    allowed = [
+        each
+        for each in serialization.get_safe_globals()
+        if not str(getattr(each, "__module__", "")).startswith(_ALLOWED_BY_TORCH)
+    ]
+    return functools.partial(serialization.add_safe_globals, allowed) if allowed else None
+
+
 def _library_states(libraries: Iterable[TakeState]) -> tuple[bytes, ...]:
     taken = (take() for take in libraries)
     pickled = (_dump_or_none(put_back) for put_back in taken if put_back is not None)
@@ -226,6 +254,6 @@ def _library_states(libraries: Iterable[TakeState]) -> tuple[bytes, ...]:
 def _dump_or_none(obj: Any) -> bytes | None:
     """Pickle a value; `None` if it cannot be pickled, as that must not stop a launch."""
     try:
-        return bytes(cloudpickle.dumps(obj))
+        return dumps(obj)
     except Exception:
         return None

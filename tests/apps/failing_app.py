@@ -24,6 +24,11 @@ def main(cfg: DictConfig):
         sys.exit(3)
     if cfg.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if cfg.kind == "interrupt":
+        raise KeyboardInterrupt
+    if cfg.kind == "handler":
+        for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, lambda *_: sys.exit(0))
     if cfg.kind == "flaky" and not os.path.exists("tried"):
         open("tried", "w").close()
         raise RuntimeError("only once")

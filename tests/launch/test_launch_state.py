@@ -183,11 +183,25 @@ def test_capture_changes_nothing() -> None:
             assert getattr(first, field.name) == getattr(second, field.name), field.name
 
 
+def test_classes_allowed_in_checkpoints_are_taken_over() -> None:
+    before = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([torch.nn.Softplus]):
+        state = ProcessState.capture(1)
+    assert torch.nn.Softplus not in torch.serialization.get_safe_globals()
+    for put_back in state.libraries:
+        pickle.loads(put_back)()
+    try:
+        assert torch.nn.Softplus in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def test_value_that_does_not_pickle_stays_behind(patch: pytest.MonkeyPatch) -> None:
     def refuse(_obj: Any) -> bytes:
         raise TypeError("cannot pickle")
 
-    patch.setattr(state_module.cloudpickle, "dumps", refuse)
+    patch.setattr(state_module, "dumps", refuse)
     captured = ProcessState.capture(threads=1, libraries=[lambda: int])
     assert captured.warning_filters is None
     assert captured.libraries == ()

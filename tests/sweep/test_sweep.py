@@ -169,7 +169,7 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
     return sweep(
         "failing_app.py",
         ray_address,
-        "kind=ok,raise,exit,kill,diverge,none,huge",
+        "kind=ok,raise,exit,kill,diverge,none,huge,interrupt,handler",
         *("hydra/sweeper/search_alg=grid", "hydra.sweeper.max_concurrent_trials=2"),
         directory=str(directory / "sweep"),
     )
@@ -184,6 +184,7 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
         ("diverge", "NotFiniteError: the job returned nan"),
         ("none", "the job returned None and named no metric; set hydra.sweeper.metric"),
         ("huge", "out of memory, MemoryError: too much"),
+        ("interrupt", "InterruptedTrialError: the job raised KeyboardInterrupt"),
     ],
 )
 def test_failed_trial_says_why_and_the_sweep_goes_on(
@@ -193,7 +194,15 @@ def test_failed_trial_says_why_and_the_sweep_goes_on(
     trial = failing.value("kind")[kind]
     assert trial["status"] == "failed"
     assert reason in trial["reason"]
-    assert "6 of 7 trials failed" in failing.out + failing.err
+    assert "7 of 9 trials failed" in failing.out + failing.err
+
+
+def test_signal_handlers_are_ignored_in_a_line(failing: Swept) -> None:
+    trial = failing.value("kind")["handler"]
+    assert trial["status"] == "done"
+    log = (Path(trial["directory"]) / "trial.log").read_text()
+    assert log.count("The handler for SIGTERM is ignored") == 1
+    assert log.count("The handler for SIGUSR1 is ignored") == 1
 
 
 def test_failed_trial_is_tried_again_as_often_as_asked(ray_address: str) -> None:

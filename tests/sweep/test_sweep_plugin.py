@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra_plugins.ray_tune_sweeper.ray_tune_sweeper import RayTuneSweeper
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray import connection
-from lightning_mgpu.sweep.job.nested import VARIABLE, mark
+from lightning_mgpu.sweep.job.nested import VARIABLE, marked
 from lightning_mgpu.sweep.store.lock import locked
 from lightning_mgpu.variables import restored
 
@@ -149,8 +150,8 @@ def test_any_application_shows_what_is_wrong_without_a_traceback() -> None:
 def test_sweep_within_a_trial_is_refused() -> None:
     app = Path(__file__).parents[1] / "apps" / "slow_app.py"
     arguments = ("-m", "hydra/sweeper=ray_tune", "x=1,2", "hydra.sweep.dir=inner")
-    with restored(VARIABLE):
-        mark(3, Path("/data/outer"))  # as in a process that a trial has started
+    with restored(VARIABLE):  # as in a process that a trial has started
+        os.environ.update(marked(3, Path("/data/outer")))
         done = subprocess.run([sys.executable, app, *arguments], capture_output=True, text=True)
         ours = run(*SWEEP)
     assert (done.returncode, ours.code) == (1, 2)

@@ -9,14 +9,14 @@ VARIABLE = "LIGHTNING_MGPU_TRIAL"
 """Environment variable that says which trial runs; child processes inherit it."""
 
 
-def mark(number: int, sweep_dir: Path) -> None:
-    """Mark this process as that of a trial, until its environment is put back.
+def marked(number: int, sweep_dir: Path) -> dict[str, str]:
+    """The variable for the process of a trial.
 
     Args:
         number: The trial's.
         sweep_dir: Directory of its sweep.
     """
-    os.environ[VARIABLE] = f"trial {number} of {sweep_dir}"
+    return {VARIABLE: f"trial {number} of {sweep_dir}"}
 
 
 def refuse_nested() -> None:

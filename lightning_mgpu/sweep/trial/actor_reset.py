@@ -8,6 +8,7 @@ import pickle
 import sys
 import threading
 import warnings
+from collections.abc import Mapping
 
 import cloudpickle
 import torch.distributed
@@ -24,10 +25,19 @@ _OF_THE_ACTOR = (
 _LASTING_THREADS = ("tqdm_monitor", "mgpu-", "ray")
 
 
-def adopt(state: ProcessState, threads: int) -> ProcessState:
-    """State of the program that started the sweep, as far as valid in this process."""
+def adopt(
+    state: ProcessState, threads: int, variables: Mapping[str, str] | None = None
+) -> ProcessState:
+    """State of the program that started the sweep, as far as valid in this process.
+
+    Args:
+        state: The program's.
+        threads: Intra-op threads of a trial.
+        variables: Environment variables of trials.
+    """
     kept = {name: value for name, value in os.environ.items() if name.startswith(_OF_THE_ACTOR)}
     environment = {**state.environment, **kept, "OMP_NUM_THREADS": str(threads)}
+    environment.update(variables or {})
     # On another machine there may be no such directory.
     directory = state.directory if os.path.isdir(state.directory) else os.getcwd()
     state = dataclasses.replace(

@@ -24,11 +24,16 @@ from lightning_mgpu.sweep.trial.failures import (
 )
 from lightning_mgpu.sweep.trial.output import output_to
 from lightning_mgpu.sweep.trial.reporting import NotFiniteError, Reporting, begin, end, missing
+from lightning_mgpu.sweep.trial.tracking import runs_ended
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 log = logging.getLogger(__name__)
 
 LOG_FILE = "trial.log"
+
+
+class InterruptedTrialError(RuntimeError):
+    """The job was interrupted from within; nobody has stopped the sweep."""
 
 
 def run_trial(
@@ -60,7 +65,12 @@ def run_trial(
         directory=directory,
         notify=partial(notify, plan.sweep_dir),
     )
-    with output_to(directory / LOG_FILE), _reporting(reporting), failures_in_words():
+    with (
+        output_to(directory / LOG_FILE),  # the outermost, as trackers wrap what they find
+        runs_ended(),
+        _reporting(reporting),
+        failures_in_words(),
+    ):
         value = _run(plan.job, cfg, reporting)
         if reporting.stopped:
             raise SystemExit(0)
@@ -99,9 +109,13 @@ def _strategy(cfg: DictConfig) -> str | None:
 def _run(job: Job, cfg: Any, reporting: Reporting) -> Any:
     try:
         return job.run(cfg)
+    except KeyboardInterrupt as error:  # no `Exception`: Ray would take it for one of its own
+        raise InterruptedTrialError("the job raised KeyboardInterrupt") from error
     except SystemExit as end:
         if reporting.stopped:
             raise
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with it
+            raise InterruptedTrialError("the job raised KeyboardInterrupt") from end
         raise RuntimeError(f"the job called sys.exit({end.code!r})") from end
 
 

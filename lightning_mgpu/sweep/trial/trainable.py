@@ -13,9 +13,12 @@ from typing_extensions import override
 
 from lightning_mgpu._compat.namespace import preload
 from lightning_mgpu._compat.ray_tune import TrialActor
-from lightning_mgpu.sweep.job.nested import mark
+from lightning_mgpu.launch.main_script import MainScriptError
+from lightning_mgpu.sweep.job.nested import marked
 from lightning_mgpu.sweep.trial.failures import TrialFailedError
 from lightning_mgpu.sweep.trial.resources import request
+from lightning_mgpu.sweep.trial.signals import forget_handlers, ignore_handlers
+from lightning_mgpu.sweep.trial.tracking import run_group
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 # How long a trial that was stopped may take to end before its process is given up.
@@ -32,6 +35,7 @@ class HydraTrial(TrialActor):
     """
 
     payload = b""
+    _why_not: str | None = None
 
     @classmethod
     def of(cls, plan: TrialPlan) -> type["HydraTrial"]:
@@ -49,19 +53,29 @@ class HydraTrial(TrialActor):
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         gc.disable()  # collecting garbage while importing costs a third of the time
         try:
-            threads, state, plan = pickle.loads(self.payload)
+            threads, sweep_dir, state, plan = pickle.loads(self.payload)
             preload(state.namespace)  # its loggers are then there before the first trial
             from lightning_mgpu.sweep.trial.actor_reset import ActorReset, adopt
             from lightning_mgpu.sweep.trial.launchers import take_over_launches
 
             take_over_launches()
-            state = adopt(state, threads)
+            ignore_handlers()
+            # Marked before the main script is imported, or one without a guard would sweep.
+            variables = run_group(sweep_dir, state.environment, state.directory)
+            variables |= marked(self._number, sweep_dir)
+            state = adopt(state, threads, variables)
             state.apply()
             self._plan: TrialPlan = pickle.loads(plan)
             self._scrubber = ActorReset(state)
+        except MainScriptError as error:
+            self._why_not = str(error)  # an error here would look as if the process had died
         finally:
             gc.enable()
         super().setup(config)  # type: ignore[no-untyped-call]
+
+    @property
+    def _number(self) -> int:
+        return int(self.directory_name or 0)
 
     @override
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -87,10 +101,12 @@ class HydraTrial(TrialActor):
     def run(self, config: dict[str, Any]) -> None:
         from lightning_mgpu.sweep.trial.run_trial import run_trial
 
-        number = int(self.directory_name or 0)
+        if self._why_not is not None:
+            raise TrialFailedError(self._why_not)
         self._scrubber.before()
-        mark(number, self._plan.sweep_dir)
+        os.environ.update(marked(self._number, self._plan.sweep_dir))
+        forget_handlers()
         try:
-            run_trial(self._plan, config, number, self._scrubber.threads_left)
+            run_trial(self._plan, config, self._number, self._scrubber.threads_left)
         finally:
             self._scrubber.after()

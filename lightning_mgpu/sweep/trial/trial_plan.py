@@ -1,10 +1,12 @@
 """Settings common to all trials of a sweep, sent to the actors."""
 
+import contextlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_mgpu._compat import hydra
+from lightning_mgpu.launch.main_script import MainScript, pickled_by_name
 from lightning_mgpu.launch.pickler import dumps
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.sweep.job.job import Job
@@ -31,5 +33,7 @@ class TrialPlan:
 
     def dumps(self) -> bytes:
         """Pickle with the state of this process, which comes first: it says where modules are."""
-        state = ProcessState.capture(self.threads, libraries=[hydra.take_state])
-        return pickle.dumps((self.threads, state, dumps(self)))
+        main = MainScript.of_this_process()
+        with contextlib.nullcontext() if main is None else pickled_by_name():
+            state = ProcessState.capture(self.threads, libraries=[hydra.take_state], main=main)
+            return pickle.dumps((self.threads, self.sweep_dir, state, dumps(self)))
