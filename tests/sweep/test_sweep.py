@@ -61,6 +61,7 @@ def test_application_without_a_word_of_us_is_searched(plain: Swept) -> None:
         assert 1e-4 <= trial["params"]["model.lr"] <= 1e-1
         assert trial["params"]["model.l1"] in (16, 32)
         assert (trial["reports"] == 8) == (trial["status"] == "done")
+        assert trial["ended_by"] == ("itself" if trial["status"] == "done" else "asha")
         assert "val_loss" in trial["metrics"]
         assert not list(Path(trial["directory"]).glob("checkpoint_*"))  # nobody needs them
 

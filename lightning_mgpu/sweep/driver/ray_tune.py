@@ -13,6 +13,7 @@ from ray.tune import CheckpointConfig, ResumeConfig
 from ray.tune.search import ConcurrencyLimiter
 
 from lightning_mgpu._compat.ray_tune import trial_number
+from lightning_mgpu.sweep.driver.endings import Endings
 from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.driver.progress import Progress
 from lightning_mgpu.sweep.driver.saving import results_saved
@@ -91,13 +92,13 @@ def _run(
     options, objectives = sweep.options, sweep.records.objectives
     # Ray itself compares by one metric only, and has nothing to compare for several.
     metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
-    scheduler = build_scheduler(options, sweep.space)
+    scheduler = build_scheduler(options, sweep.space, sweep.reports)
     searcher = build_searcher(options, sweep.space, objectives)
     if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
         options.max_concurrent_trials
     ):
         searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
-    watcher.watch(scheduler, END_SECONDS)
+    watcher.watch(scheduler, END_SECONDS, Endings(options.scheduler, stopper))
     plan = TrialPlan(
         job=sweep.job,
         space=sweep.space,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.job.job import Job
@@ -39,6 +40,7 @@ class PreparedSweep:
     Attributes:
         directory: ``hydra.sweep.dir``, or that of the sweep which is resumed.
         num_samples: How many trials there are in all.
+        reports: How many reports a whole trial makes, as far as the config tells.
     """
 
     job: Job
@@ -47,6 +49,7 @@ class PreparedSweep:
     directory: Path
     num_samples: int
     records: Records
+    reports: int | None = None
 
     @classmethod
     def prepare(
@@ -68,6 +71,7 @@ class PreparedSweep:
         cfg = job.compose(space.example(), 0, directory)  # raises what Hydra has against it
         if options.on_oom == "retry_smaller":
             check_shrinkable(cfg)
+        sweep.reports = _reports(cfg, options.every_n_epochs)
         return sweep
 
     def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
@@ -129,3 +133,12 @@ def _num_samples(options: "RayTuneSweeperConf", space: Space) -> int:
         return options.num_samples or _SAMPLES
     points = len(enumerate_grid(space))
     return min(options.num_samples or points, points)
+
+
+def _reports(cfg: DictConfig, every_n_epochs: int) -> int | None:
+    """Reports of a trial that trains all of ``trainer.max_epochs``."""
+    try:
+        epochs = OmegaConf.select(cfg, "trainer.max_epochs")
+    except OmegaConfBaseException:  # of the job's own, which it may never read
+        return None
+    return max(1, epochs // every_n_epochs) if isinstance(epochs, int) and epochs > 0 else None
