@@ -138,7 +138,7 @@ class ResourcesConf:
     """Resources reserved for each trial; fractions let trials share a device."""
 
     cpu: float = 1
-    gpu: float = 0
+    gpu: float | None = None  # null: 1 where there are GPUs, else 0; with 0 a trial sees none
 
 
 @dataclass

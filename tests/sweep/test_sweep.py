@@ -262,7 +262,7 @@ def dirty(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 @pytest.mark.parametrize(
     "item",
     [
-        *("environment", "argv", "cwd", "path", "umask", "log handlers", "log level"),
+        *("environment", "gpus", "argv", "cwd", "path", "umask", "log handlers", "log level"),
         *("warning filters", "default dtype", "deterministic", "matmul precision", "threads"),
         *("process group", "resolver", "memory", "stdout", "cudnn"),
         *("random", "torch random", "numpy random"),
@@ -274,6 +274,7 @@ def test_next_trial_finds_its_process_as_the_first_did(dirty: Swept, item: str) 
     assert first["pid"] == after_dirt["pid"]
     assert after_dirt[item] == first[item]
     assert first["threads"] == 1
+    assert first["gpus"] == ""  # it has reserved none
 
 
 def test_thread_left_running_is_named_in_the_log(dirty: Swept) -> None:

@@ -73,7 +73,7 @@ def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
         _quiet_tune(),
         results_saved(sweep, interrupts),
         Progress(sweep.records, sweep.num_samples) as show,
-        requests_of(sweep),
+        requests_of(sweep) as requests,
         Notices(sweep.directory) as notices,
     ):
         interrupts.listen()
@@ -82,12 +82,16 @@ def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
         journal.begin(options, sweep.space, sweep.records)
         watcher = RecordingCallback(sweep.records, sweep.describe, show, journal, interrupts, kind)
         stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
-        _run(sweep, watcher, stopper, notices)
+        _run(sweep, watcher, stopper, notices, requests.hides_gpus)
         return stopper.why
 
 
 def _run(
-    sweep: "PreparedSweep", watcher: RecordingCallback, stopper: SweepStopper, notices: Notices
+    sweep: "PreparedSweep",
+    watcher: RecordingCallback,
+    stopper: SweepStopper,
+    notices: Notices,
+    hides_gpus: bool,
 ) -> None:
     options, objectives = sweep.options, sweep.records.objectives
     # Ray itself compares by one metric only, and has nothing to compare for several.
@@ -113,7 +117,7 @@ def _run(
     if options.resume is not None:
         keeper.put_back()
     ray.tune.run(
-        HydraTrial.of(plan),
+        HydraTrial.of(plan, hides_gpus),
         name=sweep.directory.name,
         storage_path=str(sweep.directory.parent),
         metric=metric,
