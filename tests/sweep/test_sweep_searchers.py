@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -301,6 +302,19 @@ def test_missing_package_is_named(search: str, scheduler: str, package: str, ext
         pytest.raises(ConfigError, match=rf"pip install 'lightning_mgpu\[{extra}\]'"),
     ):
         check_options(options(search, scheduler))
+
+
+@pytest.mark.parametrize(
+    ("release", "is_old"), [("2.10.1", True), ("3.6.0", True), ("4.0.0", False)]
+)
+def test_optuna_of_another_age_is_refused(release: str, is_old: bool) -> None:
+    """As hydra-optuna-sweeper needs it."""
+    message = r"hydra/sweeper/search_alg=optuna: needs optuna>=4, and [23]\.[0-9.]* is installed"
+    with (
+        patch.object(options_module, "version", lambda package: release),
+        pytest.raises(ConfigError, match=message) if is_old else nullcontext(),
+    ):
+        check_options(options("optuna"))
 
 
 def test_lists_among_choices_are_refused_where_they_cannot_be() -> None:

@@ -1,5 +1,6 @@
 """Refuse options that cannot work, before anything starts."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 _WORDS = {"report": ("best", "last", False), "on_oom": ("fail", "retry_smaller")}
 _POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_epochs")
 _NOT_NEGATIVE = ("max_failures", "keep_checkpoints")
+_OLDEST = {"optuna": 4}  # as in pyproject.toml
 _NEEDS = {  # each search, the package it is made of and the extra with it
     "optuna": ("optuna", "search"),
     "hyperopt": ("hyperopt", "search"),
@@ -122,14 +124,27 @@ def _check_installed(options: "RayTuneSweeperConf") -> None:
     if search in _NEEDS:
         package, extra = _NEEDS[search]
         if find_spec(package) is None:
-            missing.append((f"search_alg={search}", package, extra))
+            missing.append((f"sweeper/search_alg={search}", package, extra))
+        elif package in _OLDEST:
+            _check_release(package, extra, f"hydra/sweeper/search_alg={search}")
     if options.scheduler.name == "pb2" and find_spec("sklearn") is None:
-        missing.append(("scheduler=pb2", "scikit-learn", "search"))
+        missing.append(("sweeper/scheduler=pb2", "scikit-learn", "search"))
     if find_spec("ray") is None:
         missing.append(("sweeper=ray_tune", "ray", "ray"))
     for choice, package, extra in missing:
         raise ConfigError(
-            f"hydra.{choice}: needs {package}: pip install 'lightning_mgpu[{extra}]'."
+            f"hydra/{choice}: needs {package}: pip install 'lightning_mgpu[{extra}]'."
+        )
+
+
+def _check_release(package: str, extra: str, choice: str) -> None:
+    """Check that a package which is installed is not too old."""
+    installed, oldest = version(package), _OLDEST[package]
+    if int(installed.partition(".")[0]) < oldest:
+        raise ConfigError(
+            f"{choice}: needs {package}>={oldest}, and {installed} is installed: pip install"
+            f" 'lightning_mgpu[{extra}]'. What needs the old one, such as hydra-optuna-sweeper,"
+            " cannot be installed beside it."
         )
 
 
