@@ -320,7 +320,7 @@ def test_optuna_of_another_age_is_refused(release: str, is_old: bool) -> None:
 def test_lists_among_choices_are_refused_where_they_cannot_be() -> None:
     space = parse_space({}, ["sizes=choice([1,2],[3])"])
     check_space(options("random"), space)
-    with pytest.raises(ConfigError, match=r"sizes=\[1,2\]: search_alg=optuna"):
+    with pytest.raises(ConfigError, match=r"sizes=\[1,2\]: hydra/sweeper/search_alg=optuna"):
         check_space(options("optuna"), space)
 
 

@@ -4,6 +4,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from omegaconf import DictConfig
+
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.space.objectives import read_objectives
 from lightning_mgpu.sweep.space.space import Choice, Interval, Space, encode
@@ -50,6 +52,22 @@ def check_options(options: "RayTuneSweeperConf") -> None:
     _check_installed(options)
 
 
+def check_launcher(config: DictConfig) -> None:
+    """Check that no launcher is asked for: trials are started by Ray.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    if str(config.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher"):
+        return
+    name = config.hydra.runtime.choices.get("hydra/launcher")
+    raise ConfigError(
+        f"hydra/launcher={name}: the trials of hydra/sweeper=ray_tune are started by Ray, not by a"
+        " launcher. Set hydra/launcher=basic; hydra.sweeper.max_concurrent_trials says how many run"
+        " at once, and hydra.sweeper.ray.address on which cluster."
+    )
+
+
 def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
     """Check that search algorithm and scheduler support the search space."""
     search, scheduler = options.search_alg.name, options.scheduler
@@ -58,9 +76,9 @@ def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
             nested = [value for value in dimension.values if isinstance(value, (list, dict))]
             if nested:
                 raise ConfigError(
-                    f"{space.keys[name]}={encode(nested[0])}: search_alg={search} chooses among"
-                    " plain values only. Use search_alg=random or grid, or compute the list from a"
-                    " plain value by hydra.sweeper.custom_search_space."
+                    f"{space.keys[name]}={encode(nested[0])}: hydra/sweeper/search_alg={search}"
+                    " chooses among plain values only. Use hydra/sweeper/search_alg=random or grid,"
+                    " or compute the list from a plain value by hydra.sweeper.custom_search_space."
                 )
     if scheduler.name not in _POPULATION:
         return
@@ -90,11 +108,13 @@ def _check_pair(options: "RayTuneSweeperConf") -> None:
     search, scheduler = options.search_alg.name, options.scheduler.name
     pair = f"hydra/sweeper/search_alg={search} hydra/sweeper/scheduler={scheduler}"
     if (search == "bohb") != (scheduler == "bohb"):
-        raise ConfigError(f"{pair}: BOHB needs both search_alg=bohb and scheduler=bohb.")
+        raise ConfigError(
+            f"{pair}: BOHB needs both, hydra/sweeper/search_alg=bohb hydra/sweeper/scheduler=bohb."
+        )
     if scheduler in _POPULATION and search not in ("random", "grid"):
         raise ConfigError(
-            f"{pair}: the scheduler itself changes the values. Set search_alg=random for the first"
-            " ones."
+            f"{pair}: the scheduler itself changes the values. Set"
+            " hydra/sweeper/search_alg=random for the first ones."
         )
     if scheduler in _PAUSING and options.metric is None:
         raise ConfigError(
@@ -109,7 +129,7 @@ def _check_several(options: "RayTuneSweeperConf") -> None:
     if search not in _SEVERAL:
         raise ConfigError(
             f"hydra/sweeper/search_alg={search}: optimises one metric, not several. Use"
-            f" search_alg={', '.join(_SEVERAL)}, or name one hydra.sweeper.metric."
+            f" hydra/sweeper/search_alg={', '.join(_SEVERAL)}, or name one hydra.sweeper.metric."
         )
     if stops_early(options):
         raise ConfigError(

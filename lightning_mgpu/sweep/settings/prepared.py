@@ -13,7 +13,7 @@ from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS, batch_size, check_shrinkable, compose
 from lightning_mgpu.sweep.job.submitted import name_of
-from lightning_mgpu.sweep.settings.options import check_options, check_space
+from lightning_mgpu.sweep.settings.options import check_launcher, check_options, check_space
 from lightning_mgpu.sweep.space.custom import add_custom
 from lightning_mgpu.sweep.space.objectives import read_objectives
 from lightning_mgpu.sweep.space.space import (
@@ -57,6 +57,7 @@ class PreparedSweep:
     ) -> "PreparedSweep":
         """Read the search space, and check that a trial can be composed."""
         check_options(options)
+        check_launcher(job.config)
         space = parse_space(options.params, arguments, job.config_loader)
         if options.custom_search_space is not None:
             add_custom(space, options.custom_search_space, job.config)
