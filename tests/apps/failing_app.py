@@ -24,6 +24,8 @@ def main(cfg: DictConfig):
         sys.exit(3)
     if cfg.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if cfg.kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     if cfg.kind == "flaky" and not os.path.exists("tried"):
         open("tried", "w").close()
         raise RuntimeError("only once")

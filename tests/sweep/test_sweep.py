@@ -170,7 +170,7 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
     return sweep(
         "failing_app.py",
         ray_address,
-        "kind=ok,raise,exit,kill,diverge,none,huge",
+        "kind=ok,raise,exit,kill,crash,diverge,none,huge",
         *("hydra/sweeper/search_alg=grid", "hydra.sweeper.max_concurrent_trials=2"),
         directory=str(directory / "sweep"),
     )
@@ -181,7 +181,8 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
     [
         ("raise", "StubbornError: one and two"),
         ("exit", "the job called sys.exit(3)"),
-        ("kill", "its process died"),
+        ("kill", "its process died, perhaps killed for lack of memory"),
+        ("crash", "its process died: Segmentation fault"),
         ("diverge", "NotFiniteError: the job returned nan"),
         ("none", "the job returned None and named no metric; set hydra.sweeper.metric"),
         ("huge", "out of memory, MemoryError: too much"),
@@ -194,7 +195,8 @@ def test_failed_trial_says_why_and_the_sweep_goes_on(
     trial = failing.value("kind")[kind]
     assert trial["status"] == "failed"
     assert reason in trial["reason"]
-    assert "6 of 7 trials failed" in failing.out + failing.err
+    assert "7 of 8 trials failed" in failing.out + failing.err
+    assert "(raylet)" not in failing.out + failing.err
 
 
 def test_failed_trial_is_tried_again_as_often_as_asked(ray_address: str) -> None:

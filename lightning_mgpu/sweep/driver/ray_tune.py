@@ -12,6 +12,7 @@ import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
 from ray.tune.search import ConcurrencyLimiter
 
+from lightning_mgpu._compat.ray import deaths_unprinted
 from lightning_mgpu._compat.ray_tune import trial_number
 from lightning_mgpu.sweep.driver.endings import Endings
 from lightning_mgpu.sweep.driver.interrupts import Interrupts
@@ -69,6 +70,7 @@ def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
         )
     with (
         Journal(sweep.directory) as journal,
+        deaths_unprinted(),
         connected_to_ray(options.ray),
         _quiet_tune(),
         results_saved(sweep, interrupts),

@@ -19,7 +19,8 @@ from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS
 from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, Records, TrialRecord
-from lightning_mgpu.sweep.trial.failures import SweepTrial
+from lightning_mgpu.sweep.trial.failures import SweepTrial, explain
+from lightning_mgpu.sweep.trial.output import LOG_FILE
 
 _OF_RAY = {"time_this_iter_s", "time_total_s", "time_since_restore"}
 
@@ -152,7 +153,7 @@ class RecordingCallback(Callback):
             return
         record = self._record(trial)
         record.failures += 1
-        record.reason = trial.failure
+        record.reason = explain(trial, Path(record.directory) / LOG_FILE)
         record.restart()
         self._journal.retry(record)
 
@@ -162,7 +163,7 @@ class RecordingCallback(Callback):
             return
         record = self._record(trial)
         record.failures += 1
-        record.reason = trial.failure
+        record.reason = explain(trial, Path(record.directory) / LOG_FILE)
         if trial.lacks_metric and not self.records.has_results():
             self.records.fatal = f"trial {record.number}: {record.reason}"
             self._set_patience(0)  # the others would have no result either
