@@ -23,6 +23,7 @@ from lightning_mgpu.sweep.driver.tune_callback import RecordingCallback
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
 from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
 from lightning_mgpu.sweep.search.stopper import SweepStopper
+from lightning_mgpu.sweep.settings.extent import extent
 from lightning_mgpu.sweep.settings.options import needs_checkpoints, stops_early
 from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.notices import Notices
@@ -62,6 +63,7 @@ def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
         SweepFailedError: The search itself has failed.
     """
     options = sweep.options
+    log.info("%s", extent(options, sweep.space, sweep.num_samples))
     if options.metric is None and stops_early(options):
         log.info(
             "hydra.sweeper.metric is not set, so trials run to their end and the job's return"
