@@ -75,7 +75,7 @@ class AshaConf(SchedulerConf):
 
     name: str = "asha"
     time_attr: str = "training_iteration"  # counts reports: epochs, unless validation is oftener
-    max_t: int = 100
+    max_t: int | None = None  # null: a trial that is good enough ends when its Trainer does
     grace_period: int = 1
     reduction_factor: float = 4
     brackets: int = 1
@@ -87,7 +87,7 @@ class HyperbandConf(SchedulerConf):
 
     name: str = "hyperband"
     time_attr: str = "training_iteration"
-    max_t: int = 81
+    max_t: int | None = None  # null: trainer.max_epochs, or 81; the best go on to their own end
     reduction_factor: float = 3
 
 
@@ -140,7 +140,7 @@ class ResourcesConf:
     """Resources reserved for each trial; fractions let trials share a device."""
 
     cpu: float = 1
-    gpu: float = 0
+    gpu: float | None = None  # null: 1 where there are GPUs, else 0; with 0 a trial sees none
 
 
 @dataclass

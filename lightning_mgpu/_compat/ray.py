@@ -1,6 +1,8 @@
 """Private names of Ray; those of Ray Tune are in `ray_tune`."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,12 @@ import ray
 import ray.util.client
 from ray.exceptions import OutOfMemoryError
 
-from lightning_mgpu._compat.release import missing
+from lightning_mgpu._compat.release import assign, missing
 
 HEAD = "node:__internal_head__"
 """A resource that the cluster's first node has, and no other one."""
 
+_DEATHS = re.compile(r"A worker died or was killed|worker\(s\) were killed due to")
 _OF_GROUP = "_group_"
 _OF_MACHINE = re.compile(r"was ([\d.]+ ?GB) used / ([\d.]+ ?GB) limit")
 _OF_PROCESS = re.compile(r"actual memory used=([\d.]+ ?GB)")
@@ -109,3 +112,20 @@ def memory_of(error: OutOfMemoryError) -> str | None:
         return None
     own = f", {processes[0]} of it by this trial" if len(processes) == 1 else ""
     return f"{machine[1]} of {machine[2]} used{own}"
+
+
+@contextmanager
+def deaths_unprinted() -> Iterator[None]:
+    """Keep Ray from printing a screenful for each process that dies, of which errors tell, too."""
+    worker: Any = vars(ray)["_private"].worker
+    show = worker.print_to_stdstream
+
+    def show_others(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if data["pid"] != "raylet" or not any(map(_DEATHS.search, data["lines"])):
+            show(data, ignore_prefix)
+
+    assign(worker, "print_to_stdstream", show_others, "ray")
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = show

@@ -29,6 +29,7 @@ def find() -> dict:
     """The state of the process, in plain values."""
     return {
         "environment": os.environ.get("DIRT"),
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "argv": sys.argv[1:],
         "cwd": os.getcwd(),
         "path": "/dirt" in sys.path,
@@ -68,6 +69,7 @@ np.random.seed()
 def soil() -> None:
     """Change everything."""
     os.environ["DIRT"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = "7"
     sys.argv[1:] = ["dirt"]
     os.chdir("/")
     sys.path.insert(0, "/dirt")

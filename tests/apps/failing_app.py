@@ -29,6 +29,8 @@ def main(cfg: DictConfig):
     if cfg.kind == "handler":
         for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(signum, lambda *_: sys.exit(0))
+    if cfg.kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     if cfg.kind == "flaky" and not os.path.exists("tried"):
         open("tried", "w").close()
         raise RuntimeError("only once")

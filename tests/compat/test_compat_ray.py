@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -111,6 +112,26 @@ def test_report_directory_is_where_the_callback_puts_checkpoints(
     monkeypatch.setattr(callback, "tmpdir_prefix", "/dev/null/nowhere")
     with pytest.raises(NotADirectoryError, match="/dev/null/nowhere"):
         callback.on_train_epoch_end(MagicMock(), MagicMock())
+
+
+def test_deaths_are_not_printed_and_everything_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = vars(ray)["_private"].worker
+    assert "print_to_stdstream(" in inspect.getsource(worker.listen_error_messages)
+    printed: list[str] = []
+
+    def show(data: dict[str, Any], ignore_prefix: bool) -> None:
+        printed.extend(data["lines"])
+
+    assert list(inspect.signature(worker.print_to_stdstream).parameters) == [
+        "data",
+        "ignore_prefix",
+    ]
+    monkeypatch.setattr(worker, "print_to_stdstream", show)
+    with compat.deaths_unprinted():
+        for line in ("A worker died or was killed while executing a task by", "No such resource"):
+            worker.print_to_stdstream({"lines": [line], "pid": "raylet"}, ignore_prefix=False)
+    assert printed == ["No such resource"]
+    assert worker.print_to_stdstream is show
 
 
 _KILLED = """1 worker(s) were killed due to the node running low on memory. Memory on the node \

@@ -61,6 +61,7 @@ def test_application_without_a_word_of_us_is_searched(plain: Swept) -> None:
         assert 1e-4 <= trial["params"]["model.lr"] <= 1e-1
         assert trial["params"]["model.l1"] in (16, 32)
         assert (trial["reports"] == 8) == (trial["status"] == "done")
+        assert trial["ended_by"] == ("itself" if trial["status"] == "done" else "asha")
         assert "val_loss" in trial["metrics"]
         assert not list(Path(trial["directory"]).glob("checkpoint_*"))  # nobody needs them
 
@@ -169,7 +170,7 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
     return sweep(
         "failing_app.py",
         ray_address,
-        "kind=ok,raise,exit,kill,diverge,none,huge,interrupt,handler",
+        "kind=ok,raise,exit,kill,crash,diverge,none,huge,interrupt,handler",
         *("hydra/sweeper/search_alg=grid", "hydra.sweeper.max_concurrent_trials=2"),
         directory=str(directory / "sweep"),
     )
@@ -180,7 +181,8 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
     [
         ("raise", "StubbornError: one and two"),
         ("exit", "the job called sys.exit(3)"),
-        ("kill", "its process died"),
+        ("kill", "its process died, perhaps killed for lack of memory"),
+        ("crash", "its process died: Segmentation fault"),
         ("diverge", "NotFiniteError: the job returned nan"),
         ("none", "the job returned None and named no metric; set hydra.sweeper.metric"),
         ("huge", "out of memory, MemoryError: too much"),
@@ -194,7 +196,8 @@ def test_failed_trial_says_why_and_the_sweep_goes_on(
     trial = failing.value("kind")[kind]
     assert trial["status"] == "failed"
     assert reason in trial["reason"]
-    assert "7 of 9 trials failed" in failing.out + failing.err
+    assert "8 of 10 trials failed" in failing.out + failing.err
+    assert "(raylet)" not in failing.out + failing.err
 
 
 def test_signal_handlers_are_ignored_in_a_line(failing: Swept) -> None:
@@ -270,7 +273,7 @@ def dirty(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 @pytest.mark.parametrize(
     "item",
     [
-        *("environment", "argv", "cwd", "path", "umask", "log handlers", "log level"),
+        *("environment", "gpus", "argv", "cwd", "path", "umask", "log handlers", "log level"),
         *("warning filters", "default dtype", "deterministic", "matmul precision", "threads"),
         *("process group", "resolver", "memory", "stdout", "cudnn"),
         *("random", "torch random", "numpy random"),
@@ -282,6 +285,7 @@ def test_next_trial_finds_its_process_as_the_first_did(dirty: Swept, item: str) 
     assert first["pid"] == after_dirt["pid"]
     assert after_dirt[item] == first[item]
     assert first["threads"] == 1
+    assert first["gpus"] == ""  # it has reserved none
 
 
 def test_thread_left_running_is_named_in_the_log(dirty: Swept) -> None:

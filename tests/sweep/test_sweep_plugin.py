@@ -110,6 +110,7 @@ def test_any_hydra_application_knows_the_strategies_by_name(
         (("hydra.sweeper.search_alg.sed=1",), "Could not override 'hydra.sweeper.search_alg.sed'"),
         (("hydra/sweeper/scheduler=bohb",), "BOHB needs both"),
         (("hydra/sweeper/search_alg=grid",), "model.lr: an interval of real numbers has no grid"),
+        (("hydra.launcher._target_=of.Joblib",), "are started by Ray, not by a launcher"),
         (("model.lrr=1,2",), "Could not override 'model.lrr'"),
         (("hydra.sweeper.resume=nowhere",), "hydra.sweeper.resume=nowhere: holds no sweep"),
         (("hydra.sweeper.ray.address='127.0.0.1:1'",), "There is no Ray cluster at 127.0.0.1:1 "),

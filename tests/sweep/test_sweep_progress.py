@@ -14,6 +14,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from hydra_plugins.ray_tune_sweeper.config import AshaConf
+from lightning_mgpu.sweep.driver.endings import Endings
 from lightning_mgpu.sweep.driver.progress import Progress
 from lightning_mgpu.sweep.search.stopper import SweepStopper
 from lightning_mgpu.sweep.space.objectives import Objective
@@ -115,6 +117,26 @@ def test_line_of_a_trial_says_what_became_of_it() -> None:
         == "Trial 0 done: acc=0.9 (best so far) (lr=0.001 act=relu). 2 of 4."
     )
     assert "Trial 1 failed: ValueError: no (lr=0.002" in progress.line(all_trials.trials[1])
+
+
+def test_what_ended_a_trial_is_said() -> None:
+    all_trials = records(record(0, "done", 0.9), record(1, "stopped", 0.5, ended_by="asha"))
+    out = io.StringIO()
+    with Progress(all_trials, 4, Console(file=out, force_terminal=True, width=90)) as progress:
+        progress(None)
+    assert "stopped (asha)" in out.getvalue()
+    assert progress.line(all_trials.trials[1]).startswith("Trial 1 stopped (asha): acc=0.5 (")
+
+
+def test_trial_is_ended_by_the_scheduler_its_limit_or_the_sweep() -> None:
+    stopper = SweepStopper(records(), 1.0, seconds=1.0)
+    endings = Endings(AshaConf(max_t=9), stopper)
+    assert endings.stopped({"training_iteration": 8}) == "asha"
+    assert endings.stopped({"training_iteration": 9}) == "asha, max_t=9"
+    assert Endings(AshaConf(), stopper).stopped({"training_iteration": 900}) == "asha"
+    assert endings.cut_short() is None
+    stopper.option = "time_budget_s"
+    assert endings.cut_short() == "time_budget_s"
 
 
 def test_elsewhere_than_in_a_terminal_there_is_a_line_for_each_trial(

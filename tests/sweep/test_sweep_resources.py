@@ -16,10 +16,14 @@ _RAY = {"_target_": "lightning_mgpu.ray.RayStrategy", "num_workers": 2, "num_cpu
 
 
 def _requests(
-    monkeypatch: pytest.MonkeyPatch, scheduler: str = "asha", **searched: list[Any]
+    monkeypatch: pytest.MonkeyPatch,
+    scheduler: str = "asha",
+    gpu: float | None = 0,
+    gpus: float = 0,
+    **searched: list[Any],
 ) -> Requests:
     """Those of a sweep whose job has the searched values as its config, on four CPUs."""
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": gpus})
     space = Space()
     for name, values in searched.items():
         space.add(name, Choice(tuple(values)))
@@ -32,7 +36,7 @@ def _requests(
         job=SimpleNamespace(compose_ahead=compose),
         directory=Path(),
         options=SimpleNamespace(
-            resources_per_trial=SimpleNamespace(cpu=3, gpu=0),
+            resources_per_trial=SimpleNamespace(cpu=3, gpu=gpu),
             scheduler=SimpleNamespace(name=scheduler),
         ),
     )
@@ -46,6 +50,24 @@ def test_workers_on_ray_are_all_that_a_trial_reserves(monkeypatch: pytest.Monkey
     assert (on_ray.head_bundle_is_empty, on_ray.bundles) == (True, [{"CPU": 2.0}] * 2)
     for other in ({"_target_": "builtins.dict"}, {"_target_": "nowhere.at.all"}, "auto"):
         assert requests.of({"strategy": other}).required_resources == {"CPU": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "own"), [(None, 0, 0), (None, 2, 1), (0, 2, 0), (0.5, 2, 0.5), (2, 2, 2)]
+)
+def test_trial_has_a_gpu_where_there_are_any_and_sees_none_without(
+    gpu: float | None, gpus: float, own: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = _requests(monkeypatch, gpu=gpu, gpus=gpus, x=[1])
+    requests.check()
+    assert requests.of({"x": 1}).required_resources.get("GPU", 0) == own
+    assert requests.hides_gpus == (own == 0)
+
+
+def test_trial_that_waits_for_workers_sees_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = _requests(monkeypatch, strategy=[_RAY])
+    requests.check()
+    assert not requests.hides_gpus
 
 
 def test_trials_reserve_as_many_workers_as_each_of_them_has(

@@ -35,7 +35,7 @@ def test_trial_that_was_stopped_may_take_its_time_to_end(ray_address: str, reuse
     )
     assert done.code == 0, done.err
     for trial in done.trials:
-        assert trial["status"] == "stopped"
+        assert (trial["status"], trial["ended_by"]) == ("stopped", "asha, max_t=1")
         assert (Path(trial["directory"]) / "ended").read_text() == "0"
 
 
@@ -124,7 +124,7 @@ def test_sweep_whose_time_is_over_ends_in_order_and_goes_on(ray_address: str) ->
     assert done.code == 0, done.err
     assert "time_budget_s=30.0 is over: 1 trials unfinished, 2 not started" in done.out
     (trial,) = done.trials
-    assert trial["status"] == "unfinished"
+    assert (trial["status"], trial["ended_by"]) == ("unfinished", "time_budget_s")
     assert trial["reports"] > 0
     assert done.results["best_trial"] == 0
     assert (Path(trial["directory"]) / "ended").exists()

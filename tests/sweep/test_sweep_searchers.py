@@ -1,14 +1,18 @@
 """Searchers and schedulers, asked as Ray asks them; no Ray is started."""
 
+import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import hyperopt  # noqa: F401  (these set variables of the environment; no test's leak)
 import optuna
 import pytest
 import sklearn.gaussian_process  # noqa: F401
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from hydra_plugins.ray_tune_sweeper import config as sweeper
@@ -212,6 +216,44 @@ def test_scheduler_is_built_with_its_defaults(scheduler: str) -> None:
     assert scheduler == "fifo" or built.set_search_properties("m", "max")
 
 
+def _decisions(scheduler: TrialScheduler, reports: int) -> list[str]:
+    """Of a trial that nobody else is better than."""
+    scheduler.set_search_properties("m", "max")
+    controller, trial = MagicMock(), Trial("trainable", stub=True)
+    trial.set_status(Trial.RUNNING)
+    scheduler.on_trial_add(controller, trial)
+    return [
+        scheduler.on_trial_result(controller, trial, {"training_iteration": number, "m": 1.0})
+        for number in range(1, reports + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reports"), [("asha", None), ("hyperband", None), ("hyperband", 9)]
+)
+def test_scheduler_leaves_the_end_of_the_best_trial_to_its_trainer(
+    name: str, reports: int | None
+) -> None:
+    decisions = _decisions(build_scheduler(options("random", name), SPACE, reports), 300)
+    assert TrialScheduler.STOP not in decisions
+    assert decisions[-1] == TrialScheduler.CONTINUE
+
+
+@pytest.mark.parametrize("kind", [sweeper.AshaConf, sweeper.HyperbandConf])
+def test_trial_ends_where_it_is_told_to(kind: type) -> None:
+    given = options("random", kind().name)
+    given.scheduler = kind(max_t=9)
+    assert _decisions(build_scheduler(given, SPACE, 300), 9)[-1] == TrialScheduler.STOP
+
+
+def test_hyperband_says_how_far_it_compares(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    build_scheduler(options("random", "hyperband"), SPACE, 20)
+    assert not caplog.records
+    build_scheduler(options("random", "hyperband"), SPACE)
+    assert "hyperband compares trials up to report 81" in caplog.text
+
+
 def test_options_reach_the_scheduler() -> None:
     given = options()
     given.scheduler = sweeper.AshaConf(max_t=9, grace_period=2, reduction_factor=3)
@@ -286,10 +328,23 @@ def test_missing_package_is_named(search: str, scheduler: str, package: str, ext
         check_options(options(search, scheduler))
 
 
+@pytest.mark.parametrize(
+    ("release", "is_old"), [("2.10.1", True), ("3.6.0", True), ("4.0.0", False)]
+)
+def test_optuna_of_another_age_is_refused(release: str, is_old: bool) -> None:
+    """As hydra-optuna-sweeper needs it."""
+    message = r"hydra/sweeper/search_alg=optuna: needs optuna>=4, and [23]\.[0-9.]* is installed"
+    with (
+        patch.object(options_module, "version", lambda package: release),
+        pytest.raises(ConfigError, match=message) if is_old else nullcontext(),
+    ):
+        check_options(options("optuna"))
+
+
 def test_lists_among_choices_are_refused_where_they_cannot_be() -> None:
     space = parse_space({}, ["sizes=choice([1,2],[3])"])
     check_space(options("random"), space)
-    with pytest.raises(ConfigError, match=r"sizes=\[1,2\]: search_alg=optuna"):
+    with pytest.raises(ConfigError, match=r"sizes=\[1,2\]: hydra/sweeper/search_alg=optuna"):
         check_space(options("optuna"), space)
 
 

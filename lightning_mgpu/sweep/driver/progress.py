@@ -79,7 +79,7 @@ class Progress:
         ended = f"{self._ended()} of {self._total}"
         if record.halvings:
             values += f", batch halved {record.halvings} times"
-        return f"Trial {record.number} {record.status}: {result} ({values}). {ended}{about}."
+        return f"Trial {record.number} {_status(record)}: {result} ({values}). {ended}{about}."
 
     def table(self) -> Table:
         """Table of the running and latest trials, the best one and the work left."""
@@ -111,7 +111,7 @@ class Progress:
         return [
             str(record.number),
             *(_short(searched[name]) if name in searched else "" for name in names),
-            record.status,
+            _status(record),
             str(len(record.history)),
             *(f"{values[name]:.4g}" if name in values else "" for name in metrics),
         ]
@@ -162,6 +162,11 @@ def _heads(
         if sum(max(map(len, column)) + _EDGE for column in columns) < width:
             break
     return heads
+
+
+def _status(record: TrialRecord) -> str:
+    by = f" ({record.ended_by})" if record.ended_by is not None else ""
+    return f"{record.status}{by}"
 
 
 def _short(value: object) -> str:

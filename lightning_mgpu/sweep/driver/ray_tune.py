@@ -12,7 +12,9 @@ import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
 from ray.tune.search import ConcurrencyLimiter
 
+from lightning_mgpu._compat.ray import deaths_unprinted
 from lightning_mgpu._compat.ray_tune import trial_number
+from lightning_mgpu.sweep.driver.endings import Endings
 from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.driver.progress import Progress
 from lightning_mgpu.sweep.driver.saving import results_saved
@@ -21,6 +23,7 @@ from lightning_mgpu.sweep.driver.tune_callback import RecordingCallback
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
 from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
 from lightning_mgpu.sweep.search.stopper import SweepStopper
+from lightning_mgpu.sweep.settings.extent import extent
 from lightning_mgpu.sweep.settings.options import needs_checkpoints, stops_early
 from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.notices import Notices
@@ -60,6 +63,7 @@ def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
         SweepFailedError: The search itself has failed.
     """
     options = sweep.options
+    log.info("%s", extent(options, sweep.space, sweep.num_samples))
     if options.metric is None and stops_early(options):
         log.info(
             "hydra.sweeper.metric is not set, so trials run to their end and the job's return"
@@ -68,11 +72,12 @@ def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
         )
     with (
         Journal(sweep.directory) as journal,
+        deaths_unprinted(),
         connected_to_ray(options.ray),
         _quiet_tune(),
         results_saved(sweep, interrupts),
         Progress(sweep.records, sweep.num_samples) as show,
-        requests_of(sweep),
+        requests_of(sweep) as requests,
         Notices(sweep.directory) as notices,
     ):
         interrupts.listen()
@@ -81,23 +86,27 @@ def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
         journal.begin(options, sweep.space, sweep.records)
         watcher = RecordingCallback(sweep.records, sweep.describe, show, journal, interrupts, kind)
         stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
-        _run(sweep, watcher, stopper, notices)
+        _run(sweep, watcher, stopper, notices, requests.hides_gpus)
         return stopper.why
 
 
 def _run(
-    sweep: "PreparedSweep", watcher: RecordingCallback, stopper: SweepStopper, notices: Notices
+    sweep: "PreparedSweep",
+    watcher: RecordingCallback,
+    stopper: SweepStopper,
+    notices: Notices,
+    hides_gpus: bool,
 ) -> None:
     options, objectives = sweep.options, sweep.records.objectives
     # Ray itself compares by one metric only, and has nothing to compare for several.
     metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
-    scheduler = build_scheduler(options, sweep.space)
+    scheduler = build_scheduler(options, sweep.space, sweep.reports)
     searcher = build_searcher(options, sweep.space, objectives)
     if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
         options.max_concurrent_trials
     ):
         searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
-    watcher.watch(scheduler, END_SECONDS)
+    watcher.watch(scheduler, END_SECONDS, Endings(options.scheduler, stopper))
     plan = TrialPlan(
         job=sweep.job,
         space=sweep.space,
@@ -112,7 +121,7 @@ def _run(
     if options.resume is not None:
         keeper.put_back()
     ray.tune.run(
-        HydraTrial.of(plan),
+        HydraTrial.of(plan, hides_gpus),
         name=sweep.directory.name,
         storage_path=str(sweep.directory.parent),
         metric=metric,

@@ -14,11 +14,13 @@ from typing_extensions import override
 from lightning_mgpu._compat import ray_tune
 from lightning_mgpu._compat.ray import actor_id
 from lightning_mgpu._compat.ray_tune import trial_number
+from lightning_mgpu.sweep.driver.endings import Endings
 from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS
 from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, Records, TrialRecord
-from lightning_mgpu.sweep.trial.failures import SweepTrial
+from lightning_mgpu.sweep.trial.failures import SweepTrial, explain
+from lightning_mgpu.sweep.trial.output import LOG_FILE
 
 _OF_RAY = {"time_this_iter_s", "time_total_s", "time_since_restore"}
 
@@ -52,6 +54,7 @@ class RecordingCallback(Callback):
         self._journal = journal
         self._interrupts = interrupts
         self._kind = kind
+        self._endings: Endings | None = None
         self._controller: ray_tune.Controller | None = None
         self._has_ended_any = False  # since the last step
         self._stopped: set[str] = set()
@@ -63,11 +66,12 @@ class RecordingCallback(Callback):
         """Whether a signal has ended the sweep."""
         return self._interrupts.signum is not None
 
-    def watch(self, scheduler: TrialScheduler, patience: float) -> None:
+    def watch(self, scheduler: TrialScheduler, patience: float, endings: Endings) -> None:
         """Note the trials that the scheduler stops; those cut short by the sweep run again.
 
         The last ones have `patience` seconds to end when the sweep does.
         """
+        self._endings = endings
 
         def added(controller: ray_tune.Controller, trial: Trial) -> None:
             if self._controller is None:
@@ -113,7 +117,7 @@ class RecordingCallback(Callback):
     @override
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         record = self._record(trial)
-        record.status = "running"
+        record.status, record.ended_by = "running", None
         if not trial.has_checkpoint():  # it starts, perhaps once more
             record.restart()
         self._paused.discard(trial.trial_id)
@@ -135,8 +139,13 @@ class RecordingCallback(Callback):
     @override
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         is_stopped = trial.trial_id in self._stopped | self._paused
-        if not self.interrupted:
-            self._end(self._record(trial), "stopped" if is_stopped else "done")
+        if self.interrupted:
+            return
+        record = self._record(trial)
+        if is_stopped:
+            assert self._endings is not None, "a search without `watch`"
+            record.ended_by = self._endings.stopped(trial.last_result)
+        self._end(record, "stopped" if is_stopped else "done")
 
     @override
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -144,7 +153,7 @@ class RecordingCallback(Callback):
             return
         record = self._record(trial)
         record.failures += 1
-        record.reason = trial.failure
+        record.reason = explain(trial, Path(record.directory) / LOG_FILE)
         record.restart()
         self._journal.retry(record)
 
@@ -154,7 +163,7 @@ class RecordingCallback(Callback):
             return
         record = self._record(trial)
         record.failures += 1
-        record.reason = trial.failure
+        record.reason = explain(trial, Path(record.directory) / LOG_FILE)
         if trial.lacks_metric and not self.records.has_results():
             self.records.fatal = f"trial {record.number}: {record.reason}"
             self._set_patience(0)  # the others would have no result either
@@ -184,6 +193,7 @@ class RecordingCallback(Callback):
         """Record trials that end because the sweep does, for which Ray sends no event."""
         record = self.records.trials.get(trial_number(trial))
         if record is not None and record.status in ("running", "waiting"):
+            record.ended_by = None if self._endings is None else self._endings.cut_short()
             self._end(record, "unfinished")
 
     def _end(self, record: TrialRecord, status: str) -> None:

@@ -24,6 +24,7 @@ class SweepStopper(Stopper):
 
     Attributes:
         why: Why the sweep ended early, if it did.
+        option: The option that says so.
     """
 
     def __init__(self, records: Records, rate: float, seconds: float | None) -> None:
@@ -31,6 +32,7 @@ class SweepStopper(Stopper):
         self._records, self._rate, self._seconds = records, rate, seconds
         self._started: float | None = None
         self.why: str | None = None
+        self.option: str | None = None
         _latest = self
 
     @override
@@ -45,8 +47,10 @@ class SweepStopper(Stopper):
         if self._records.fatal is not None:
             self.why = "no trial could have a result"
         elif self._records.too_many_failed(self._rate):
+            self.option = "max_failure_rate"
             self.why = f"more than hydra.sweeper.max_failure_rate={self._rate} have failed"
         elif self._seconds is not None and now - self._started >= self._seconds:
+            self.option = "time_budget_s"
             self.why = f"hydra.sweeper.time_budget_s={self._seconds} is over"
         return self.why is not None
 

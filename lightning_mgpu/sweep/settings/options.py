@@ -1,7 +1,10 @@
 """Refuse options that cannot work, before anything starts."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
 
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.space.objectives import read_objectives
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 _WORDS = {"report": ("best", "last", False), "on_oom": ("fail", "retry_smaller")}
 _POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_epochs")
 _NOT_NEGATIVE = ("max_failures", "keep_checkpoints")
+_OLDEST = {"optuna": 4}  # as in pyproject.toml
 _NEEDS = {  # each search, the package it is made of and the extra with it
     "optuna": ("optuna", "search"),
     "hyperopt": ("hyperopt", "search"),
@@ -56,6 +60,22 @@ def check_options(options: "RayTuneSweeperConf") -> None:
         )
 
 
+def check_launcher(config: DictConfig) -> None:
+    """Check that no launcher is asked for: trials are started by Ray.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    if str(config.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher"):
+        return
+    name = config.hydra.runtime.choices.get("hydra/launcher")
+    raise ConfigError(
+        f"hydra/launcher={name}: the trials of hydra/sweeper=ray_tune are started by Ray, not by a"
+        " launcher. Set hydra/launcher=basic; hydra.sweeper.max_concurrent_trials says how many run"
+        " at once, and hydra.sweeper.ray.address on which cluster."
+    )
+
+
 def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
     """Check that search algorithm and scheduler support the search space."""
     search, scheduler = options.search_alg.name, options.scheduler
@@ -64,9 +84,9 @@ def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
             nested = [value for value in dimension.values if isinstance(value, (list, dict))]
             if nested:
                 raise ConfigError(
-                    f"{space.keys[name]}={encode(nested[0])}: search_alg={search} chooses among"
-                    " plain values only. Use search_alg=random or grid, or compute the list from a"
-                    " plain value by hydra.sweeper.custom_search_space."
+                    f"{space.keys[name]}={encode(nested[0])}: hydra/sweeper/search_alg={search}"
+                    " chooses among plain values only. Use hydra/sweeper/search_alg=random or grid,"
+                    " or compute the list from a plain value by hydra.sweeper.custom_search_space."
                 )
     if scheduler.name not in _POPULATION:
         return
@@ -96,11 +116,13 @@ def _check_pair(options: "RayTuneSweeperConf") -> None:
     search, scheduler = options.search_alg.name, options.scheduler.name
     pair = f"hydra/sweeper/search_alg={search} hydra/sweeper/scheduler={scheduler}"
     if (search == "bohb") != (scheduler == "bohb"):
-        raise ConfigError(f"{pair}: BOHB needs both search_alg=bohb and scheduler=bohb.")
+        raise ConfigError(
+            f"{pair}: BOHB needs both, hydra/sweeper/search_alg=bohb hydra/sweeper/scheduler=bohb."
+        )
     if scheduler in _POPULATION and search not in ("random", "grid"):
         raise ConfigError(
-            f"{pair}: the scheduler itself changes the values. Set search_alg=random for the first"
-            " ones."
+            f"{pair}: the scheduler itself changes the values. Set"
+            " hydra/sweeper/search_alg=random for the first ones."
         )
     if scheduler in _PAUSING and options.metric is None:
         raise ConfigError(
@@ -115,7 +137,7 @@ def _check_several(options: "RayTuneSweeperConf") -> None:
     if search not in _SEVERAL:
         raise ConfigError(
             f"hydra/sweeper/search_alg={search}: optimises one metric, not several. Use"
-            f" search_alg={', '.join(_SEVERAL)}, or name one hydra.sweeper.metric."
+            f" hydra/sweeper/search_alg={', '.join(_SEVERAL)}, or name one hydra.sweeper.metric."
         )
     if stops_early(options):
         raise ConfigError(
@@ -130,14 +152,27 @@ def _check_installed(options: "RayTuneSweeperConf") -> None:
     if search in _NEEDS:
         package, extra = _NEEDS[search]
         if find_spec(package) is None:
-            missing.append((f"search_alg={search}", package, extra))
+            missing.append((f"sweeper/search_alg={search}", package, extra))
+        elif package in _OLDEST:
+            _check_release(package, extra, f"hydra/sweeper/search_alg={search}")
     if options.scheduler.name == "pb2" and find_spec("sklearn") is None:
-        missing.append(("scheduler=pb2", "scikit-learn", "search"))
+        missing.append(("sweeper/scheduler=pb2", "scikit-learn", "search"))
     if find_spec("ray") is None:
         missing.append(("sweeper=ray_tune", "ray", "ray"))
     for choice, package, extra in missing:
         raise ConfigError(
-            f"hydra.{choice}: needs {package}: pip install 'lightning_mgpu[{extra}]'."
+            f"hydra/{choice}: needs {package}: pip install 'lightning_mgpu[{extra}]'."
+        )
+
+
+def _check_release(package: str, extra: str, choice: str) -> None:
+    """Check that a package which is installed is not too old."""
+    installed, oldest = version(package), _OLDEST[package]
+    if int(installed.partition(".")[0]) < oldest:
+        raise ConfigError(
+            f"{choice}: needs {package}>={oldest}, and {installed} is installed: pip install"
+            f" 'lightning_mgpu[{extra}]'. What needs the old one, such as hydra-optuna-sweeper,"
+            " cannot be installed beside it."
         )
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS, batch_size, check_shrinkable, compose
 from lightning_mgpu.sweep.job.submitted import name_of
-from lightning_mgpu.sweep.settings.options import check_options, check_space
+from lightning_mgpu.sweep.settings.options import check_launcher, check_options, check_space
 from lightning_mgpu.sweep.space.custom import add_custom
 from lightning_mgpu.sweep.space.objectives import read_objectives
 from lightning_mgpu.sweep.space.space import (
@@ -39,6 +40,7 @@ class PreparedSweep:
     Attributes:
         directory: ``hydra.sweep.dir``, or that of the sweep which is resumed.
         num_samples: How many trials there are in all.
+        reports: How many reports a whole trial makes, as far as the config tells.
     """
 
     job: Job
@@ -47,6 +49,7 @@ class PreparedSweep:
     directory: Path
     num_samples: int
     records: Records
+    reports: int | None = None
 
     @classmethod
     def prepare(
@@ -54,6 +57,7 @@ class PreparedSweep:
     ) -> "PreparedSweep":
         """Read the search space, and check that a trial can be composed."""
         check_options(options)
+        check_launcher(job.config)
         space = parse_space(options.params, arguments, job.config_loader)
         if options.custom_search_space is not None:
             add_custom(space, options.custom_search_space, job.config)
@@ -68,6 +72,7 @@ class PreparedSweep:
         cfg = job.compose(space.example(), 0, directory)  # raises what Hydra has against it
         if options.on_oom == "retry_smaller":
             check_shrinkable(cfg)
+        sweep.reports = _reports(cfg, options.every_n_epochs)
         return sweep
 
     def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
@@ -129,3 +134,12 @@ def _num_samples(options: "RayTuneSweeperConf", space: Space) -> int:
         return options.num_samples or _SAMPLES
     points = len(enumerate_grid(space))
     return min(options.num_samples or points, points)
+
+
+def _reports(cfg: DictConfig, every_n_epochs: int) -> int | None:
+    """Reports of a trial that trains all of ``trainer.max_epochs``."""
+    try:
+        epochs = OmegaConf.select(cfg, "trainer.max_epochs")
+    except OmegaConfBaseException:  # of the job's own, which it may never read
+        return None
+    return max(1, epochs // every_n_epochs) if isinstance(epochs, int) and epochs > 0 else None

@@ -188,6 +188,13 @@ def enumerate_grid(space: Space) -> list[dict[str, Any]]:
     return [dict(zip(space.dimensions, point, strict=True)) for point in itertools.product(*axes)]
 
 
+def count(dimension: Dimension) -> int | None:
+    """Number of values of a dimension; `None` for an interval of real numbers."""
+    if isinstance(dimension, Choice):
+        return len(dimension.values)
+    return int(dimension.high) - int(dimension.low) + 1 if dimension.integer else None
+
+
 def _points(key: str, dimension: Dimension) -> list[Any]:
     if isinstance(dimension, Choice):
         return list(dimension.values)

@@ -36,6 +36,7 @@ class TrialRecord:
         metrics: All metrics of the latest report.
         checkpoint: The best one that the job itself has saved.
         reason: Why it failed.
+        ended_by: What ended it, if not the trial itself: the scheduler, or an option of the sweep.
         halvings: How often its batch was halved, since it ran out of memory.
         past: What it had before its present values, and how many reports there were by then;
             population-based training changes values.
@@ -53,6 +54,7 @@ class TrialRecord:
     failures: int = 0
     halvings: int = 0
     seconds: float = 0.0
+    ended_by: str | None = None
     past: tuple[tuple[int, Setting], ...] = ()
 
     def value(self, mode: str, takes_best: bool) -> float | None:

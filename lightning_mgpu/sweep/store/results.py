@@ -96,6 +96,7 @@ def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
     found: dict[str, Any] = {
         "number": record.number,
         "status": record.status,
+        "ended_by": "itself" if record.status == "done" else record.ended_by,
         "value": _value(records, record),
         "params": plain(setting.values),
         "reports": len(record.history),

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -14,6 +15,7 @@ from lightning_mgpu._compat.lightning_messages import says_out_of_memory
 from lightning_mgpu._compat.ray import memory_of
 from lightning_mgpu._compat.ray_tune import ActorLostError, make
 from lightning_mgpu.errors import one_line
+from lightning_mgpu.sweep.trial.crashes import crash_in
 
 
 class TrialFailedError(RuntimeError):
@@ -81,10 +83,16 @@ def reason(error: BaseException | None) -> str:
     if isinstance(error, ActorLostError):
         return f"its process was lost ({type(lost).__name__}: {one_line(error, 200)})"
     if isinstance(error, RayActorError):
-        return "its process died (killed, or out of memory)"
+        return "its process died, perhaps killed for lack of memory"
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[-1] if lines else type(cause).__name__
+
+
+def explain(trial: "SweepTrial", log: Path) -> str:
+    """Reason of a trial's latest failure; its log tells a crash, of which Ray knows nothing."""
+    crash = crash_in(log) if trial.has_died else None
+    return trial.failure if crash is None else f"its process died: {crash} (see {log.name})"
 
 
 class SweepTrial(Trial):
@@ -92,10 +100,12 @@ class SweepTrial(Trial):
 
     Attributes:
         failure: The latest reason.
+        has_died: Whether its process has.
         lacks_metric: Whether it has never logged the metric. It is not tried again then.
     """
 
     failure = ""
+    has_died = False
     lacks_metric = False
 
     @classmethod
@@ -112,6 +122,7 @@ class SweepTrial(Trial):
     def handle_error(self, exc: Any = None) -> None:
         super().handle_error(exc)
         self.failure = reason(exc)
+        self.has_died = isinstance(exc, RayActorError) and not isinstance(exc, ActorLostError)
         self.lacks_metric = lacks_metric(exc)
         if self.lacks_metric:
             self.max_failures = 0

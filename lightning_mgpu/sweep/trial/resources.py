@@ -25,12 +25,19 @@ class Requests:
 
     Args:
         sweep: The sweep.
+
+    Attributes:
+        hides_gpus: Whether no trial has a GPU of its own, so that none may be seen.
     """
 
     def __init__(self, sweep: "PreparedSweep") -> None:
         self._sweep = sweep
         options = sweep.options.resources_per_trial
-        self._own = {"CPU": options.cpu, "GPU": options.gpu}
+        gpu = options.gpu
+        if gpu is None:
+            gpu = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        self._own = {"CPU": options.cpu, "GPU": gpu}
+        self.hides_gpus = gpu == 0
 
     def of(self, values: Mapping[str, Any]) -> PlacementGroupFactory:
         """Resources of the trial with these values."""
@@ -63,6 +70,7 @@ class Requests:
                     " hydra.sweeper.ray.address."
                 )
         if on_ray:
+            self.hides_gpus = False  # it asks Lightning for the GPUs that its workers have
             self._refuse_changes()
 
     def _refuse_changes(self) -> None:
@@ -110,7 +118,7 @@ _requests: Requests | None = None
 
 
 @contextlib.contextmanager
-def requests_of(sweep: "PreparedSweep") -> Iterator[None]:
+def requests_of(sweep: "PreparedSweep") -> Iterator[Requests]:
     """Make the trials of a sweep reserve their resources while the block lasts.
 
     Raises:
@@ -121,7 +129,7 @@ def requests_of(sweep: "PreparedSweep") -> Iterator[None]:
     requests.check()
     _requests = requests
     try:
-        yield
+        yield requests
     finally:
         _requests = None
 

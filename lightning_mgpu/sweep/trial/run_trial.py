@@ -22,14 +22,12 @@ from lightning_mgpu.sweep.trial.failures import (
     TrialFailedError,
     failures_in_words,
 )
-from lightning_mgpu.sweep.trial.output import output_to
+from lightning_mgpu.sweep.trial.output import LOG_FILE, output_to
 from lightning_mgpu.sweep.trial.reporting import NotFiniteError, Reporting, begin, end, missing
 from lightning_mgpu.sweep.trial.tracking import runs_ended
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
 log = logging.getLogger(__name__)
-
-LOG_FILE = "trial.log"
 
 
 class InterruptedTrialError(RuntimeError):

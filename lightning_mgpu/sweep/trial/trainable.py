@@ -25,6 +25,7 @@ from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 END_SECONDS = 600
 # How long one may train on to its next report, which tells it to stop, when the sweep ends.
 _REPORT_SECONDS = 60
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 class HydraTrial(TrialActor):
@@ -32,15 +33,17 @@ class HydraTrial(TrialActor):
 
     Attributes:
         payload: The pickled `TrialPlan` of the sweep.
+        hides_gpus: Whether trials see no GPU. Ray itself shows all of them to actors without one.
     """
 
     payload = b""
+    hides_gpus = False
     _why_not: str | None = None
 
     @classmethod
-    def of(cls, plan: TrialPlan) -> type["HydraTrial"]:
+    def of(cls, plan: TrialPlan, hides_gpus: bool) -> type["HydraTrial"]:
         """Make the trainable of a sweep."""
-        return cls.named("HydraJob", "hydra", payload=plan.dumps())
+        return cls.named("HydraJob", "hydra", payload=plan.dumps(), hides_gpus=hides_gpus)
 
     @classmethod
     @override
@@ -51,6 +54,8 @@ class HydraTrial(TrialActor):
     def setup(self, config: dict[str, Any]) -> None:
         os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_SECONDS)
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+        if self.hides_gpus:
+            os.environ.update(dict.fromkeys(_VISIBLE, ""))
         gc.disable()  # collecting garbage while importing costs a third of the time
         try:
             threads, sweep_dir, state, plan = pickle.loads(self.payload)
