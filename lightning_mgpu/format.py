@@ -11,7 +11,7 @@ def readable_bytes(count: float) -> str:
 def duration(seconds: float) -> str:
     """A time such as ``12.5 ms``, ``8.52 s``, ``3 min 05 s`` or ``2 h 10 min``."""
     if seconds < 0.9995:
-        return f"{seconds * 1e3:#.3g} ms"
+        return f"{seconds * 1e3:#.3g} ms".replace(". ", " ")
     if seconds < 59.95:
         return f"{seconds:#.3g} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -345,6 +345,7 @@ def test_marks_of_logarithmic_axes_are_few_and_round(
 def test_words_are_shortened_in_the_middle_and_times_are_readable() -> None:
     assert shorten("short") == "short"
     assert shorten("a_very_long_name_of_a_value", 11) == "a_ver…value"
+    assert [duration(at) for at in (0.0125, 0.312)] == ["12.5 ms", "312 ms"]
     assert [duration(at) for at in (1.25, 42.4, 61, 3725)] == [
         "1.25 s",
         "42.4 s",

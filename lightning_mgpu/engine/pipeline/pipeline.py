@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,11 +26,11 @@ from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
+from lightning_mgpu.engine.pipeline.runtime.deferral import Defer, Deferral
 from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint, Execution, part_at_hand
 from lightning_mgpu.engine.pipeline.runtime.microbatch_arguments import MicrobatchArguments
 from lightning_mgpu.engine.pipeline.runtime.parameter_swap import ParameterSwap
 from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
-from lightning_mgpu.engine.pipeline.runtime.split_backward import Defer, least_worth_it
 from lightning_mgpu.engine.pipeline.runtime.units import Units
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.workers import Workers, available_cores
@@ -57,14 +57,12 @@ class Pipeline:
         deferred_batch_norm: Whether running statistics are updated once, with those of the whole
             batch, or with each micro-batch.
         step_batch: Tells the batch of the step that calls; default: it is not known.
-        parity: Compares the output for a few samples with that of the same in two micro-batches;
-            default: no check of any kind.
+        parity: Compares a few samples whole and in two micro-batches; default: no check at all.
         on_cut: Called after the module has been cut, before anything is computed.
         threads: Intra-op threads of each device; default: the machine's cores shared out evenly.
         stages_per_device: How many of the stages lie on each of the devices.
         defer_weight_gradients: Whether gradients of weights are computed when a device has nothing
-            else to do, at the latest at the end of backward; ``"auto"``: of operations that are
-            large enough.
+            else to do, at the latest at the end of backward; ``"auto"``: of large operations.
         one_at_a_time: Whether a stage works only while no other does, as for measuring it.
     """
 
@@ -92,9 +90,7 @@ class Pipeline:
         self._doors = [0 if one_at_a_time else stage % count for stage in range(len(self.devices))]
         self._splitter = splitter
         self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
-        least = least_worth_it(devices) if defer_weight_gradients == "auto" else 0
-        self._defer = None if defer_weight_gradients is False else least
-        self._defers: dict[Hashable, bool] = {}
+        self._deferral = Deferral(defer_weight_gradients, devices)
         self._step_batch, self._on_cut, self._parity = step_batch, on_cut, parity
         self._check = parity or Parity("off", type(cutter.module).__name__, devices)
         self._threads = threads or max(1, available_cores() // count)
@@ -177,7 +173,7 @@ class Pipeline:
         if cut is None:
             cut = self._observed(call, splitting)
         if cut is not self._cut:
-            self._cut, self._swap, self._ways, self._defers = cut, None, {}, {}
+            self._cut, self._swap, self._ways = cut, None, {}
             self._units = Units(cut.units, self.devices)
             self._on_cut(cut)
         return cut
@@ -280,13 +276,12 @@ class Pipeline:
             swap,
             self.recording,
             self._doors,
-            self._defer if self._defers.get((key, tuple(counts)), True) else None,
+            self._deferral.least((key, *counts)),
         )
-        inside: AbstractContextManager[None] = swap.entered() if swap else nullcontext()
-        with inside:
+        with swap.entered() if swap else nullcontext():
             execution.forward(self._crew(execution.at_once))
         self._ways[key] = execution.way
-        self._defers[key, tuple(counts)] = execution.defers
+        self._deferral.saw((key, *counts), execution.defers)
         if self._deferred:
             batch_norm.commit(cut.normalised, execution.statistics)
         given.count_writing()

@@ -20,8 +20,8 @@ from lightning_mgpu.engine.pipeline.inputs.splitter import SplitArgs, Splitter
 from lightning_mgpu.engine.pipeline.partition.cutter import Balance, Cut, Cutter
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
+from lightning_mgpu.engine.pipeline.runtime.deferral import Defer
 from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint
-from lightning_mgpu.engine.pipeline.runtime.split_backward import Defer
 from lightning_mgpu.strategies.base.loader_hint import loader_hint
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of

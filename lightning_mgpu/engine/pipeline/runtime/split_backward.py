@@ -6,8 +6,8 @@ arXiv 2401.10241). Whatever runs within a pipeline is watched for products and c
 parameter; those are computed by a node of our own. Everything else keeps its whole backward.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from lightning_mgpu._compat.torch import (
     is_functorch_wrapped,
     saves_are_hooked,
 )
-from lightning_mgpu.engine.device import autocast_dtype, is_accelerator
+from lightning_mgpu.engine.device import autocast_dtype
 from lightning_mgpu.engine.parameter_leaves import Leaf
 from lightning_mgpu.engine.pipeline.runtime.weight_gradients import Deferred, WeightGradient
 from lightning_mgpu.engine.pipeline.runtime.weighted_operations import (
@@ -28,11 +28,6 @@ from lightning_mgpu.engine.pipeline.runtime.weighted_operations import (
     Product,
 )
 
-# Multiplications that take about as long as a node in Python takes, and ten times that, on a CPU's
-# core and on a large accelerator.
-_WORTH_IT, _WORTH_IT_ON_ACCELERATOR = 2**24, 2**31
-
-Defer = bool | Literal["auto"]
 _Found = tuple[Operation, Tensor, Tensor, Tensor | None]
 
 
@@ -218,9 +213,3 @@ _PARSERS: dict[Any, Callable[..., _Found | None]] = {
     torch.conv_transpose2d: _transposed(2),
     torch.conv_transpose3d: _transposed(3),
 }
-
-
-def least_worth_it(devices: Iterable[torch.device]) -> int:
-    """How many multiplications an operation on these devices is to have to be worth splitting."""
-    fast = any(map(is_accelerator, devices))
-    return _WORTH_IT_ON_ACCELERATOR if fast else _WORTH_IT
