@@ -334,6 +334,24 @@ def test_backward_within_autocast_gives_the_same() -> None:
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+def no_features(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.linear(x[:, :0], w[:, :0], b) + F.linear(x[:0], w, b).sum() + F.linear(x, w, b)
+
+
+def test_empty_products_have_gradients() -> None:
+    assert_same(Two(Weighted(no_features)), data(10, 6))
+    assert_same(Two(nn.Sequential(nn.Linear(8, 0), nn.Linear(0, 5))), data(10, 6))
+
+
+def test_wrong_arguments_are_told_as_without_a_pipeline() -> None:
+    module = Two(Weighted(lambda x, w, b: F.linear(x.sum(), w, b)))
+    with pytest.raises(RuntimeError) as expected:
+        module(data(8, 6))
+    with pipelined(module) as run, pytest.raises(RuntimeError) as raised:
+        run(data(8, 6))
+    assert str(expected.value) in str(raised.value)
+
+
 AUTOCAST = ("linear", "no bias", "normalised", "addmm", "conv2d", "transposed conv1d", "encoder")
 
 
@@ -364,6 +382,15 @@ def test_autocast_leaves_float64_alone() -> None:
     with pipelined(module) as run, torch.autocast("cpu", torch.bfloat16):
         output = run(data(8, 6))
     assert output.dtype == module(data(8, 6)).dtype == torch.float64
+
+
+def test_autocast_refuses_a_mix_as_without_a_pipeline() -> None:
+    module = Two(nn.Linear(8, 5))
+    module.first.float()
+    with torch.autocast("cpu", torch.bfloat16), pipelined(module) as run:
+        for forward in (module, run):
+            with pytest.raises(RuntimeError, match="dtype"):
+                forward(data(8, 6).float())
 
 
 def _deferred(module: nn.Module, **options: Any) -> list[StageSpan]:

@@ -74,7 +74,9 @@ class SplitBackward(TorchFunctionMode):
         if type(x) is not Tensor or operation.multiplications(x, w) < self.least:
             return None
         dtype = autocast_dtype(x.device)
-        if not _is_plain(x) or (x.dtype == torch.float64 and dtype is not None):
+        if dtype is not None and torch.float64 in (x.dtype, w.dtype):
+            return None  # which autocast leaves alone
+        if not _is_plain(x):
             return None
         into.is_used = True
         return _apply(x, w, b, operation, dtype, into)
@@ -138,7 +140,9 @@ def _attention(*args: Any, **kwargs: Any) -> None:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Found | None:
-    is_usual = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+    is_usual = (
+        input.dim() > 0 and weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+    )
     return (Product(), input, weight, bias) if is_usual else None
 
 

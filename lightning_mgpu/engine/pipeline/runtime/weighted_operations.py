@@ -44,7 +44,7 @@ class Product:
     inputs_first: bool = False
 
     def multiplications(self, x: Tensor, w: Tensor) -> float:
-        return x.numel() / x.shape[-1] * w.numel()
+        return x.shape[:-1].numel() * w.numel()
 
     def output(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, w.t() if self.inputs_first else w, b)
@@ -87,8 +87,8 @@ class Convolution:
     groups: int
 
     def multiplications(self, x: Tensor, w: Tensor) -> float:
-        places = x.numel() / x.shape[1] / (1 if self.transposed else math.prod(self.stride))
-        return places * w.numel()
+        places = x.shape[:1].numel() * x.shape[2:].numel()
+        return places * w.numel() / (1 if self.transposed else math.prod(self.stride))
 
     def output(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         output: Tensor = torch.ops.aten.convolution(
