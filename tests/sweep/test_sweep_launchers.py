@@ -79,7 +79,7 @@ def trainer(**given: Any) -> Trainer:
         *("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_notebook"),
         *(Own(start_method="fork"), lightning_mgpu.DDPStrategy()),
     ],
-    ids=str,
+    ids=lambda strategy: strategy if isinstance(strategy, str) else type(strategy).__name__,
 )
 def test_two_devices_train_one_trial_that_reports_and_stops(strategy: Any) -> None:
     before = dict(os.environ)
