@@ -1,17 +1,21 @@
 """Peak bytes of activations that each of two stages keeps for backward, by mode of checkpointing.
 
 Counted where autograd saves and releases tensors, each memory once, parameters apart; with the
-inputs that checkpointed micro-batches keep instead. The model is the MLP of `strategies.py`.
+inputs that checkpointed micro-batches keep instead. The model is the MLP of `strategies.py`. With
+`--resident`: by how much the resident memory of a process grows at most in four steps, with whole
+backward and with gradients of weights that come later.
 """
 
 import argparse
+import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from models.rows import build
-from rounds import QUIET
+from rounds import QUIET, interleaved, spread
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -26,7 +30,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunks", type=int, nargs="+", default=[8], help="(default 8)")
     parser.add_argument("--model", default="mlp", help="mlp (default) or encoder")
+    parser.add_argument("--resident", action="store_true", help="resident memory instead")
+    parser.add_argument("--rounds", type=int, default=3, help="of that (default 3)")
+    parser.add_argument("--child", nargs=2, metavar=("WAY", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child:
+        way, model = arguments.child
+        print(json.dumps(resident(model, arguments.chunks[0], way == "deferred")))
+        return
+    if arguments.resident:
+        found = interleaved(__file__, ["whole", "deferred"], arguments.rounds, arguments.model)
+        print(f"{arguments.model}: MB by which resident memory grows at most")
+        for way, grown in found.items():
+            print(f"  {way:10}{spread(grown)}")
+        return
     for chunks in arguments.chunks:
         print(f"{arguments.model}, {chunks} micro-batches: peak MB of activations in each stage")
         for mode in MODES:
@@ -103,7 +120,7 @@ class Counted(nn.Module):
 
 
 class Lit(pl.LightningModule):
-    """The counted layers, trained by plain SGD."""
+    """The layers, trained by plain SGD."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -133,6 +150,27 @@ def measure(model: str, mode: Any, chunks: int) -> list[int]:
     )
     trainer.fit(Lit(layers), torch.utils.data.DataLoader([batch] * 2, batch_size=None))
     return [ledger.peak for ledger in ledgers]
+
+
+def resident(model: str, chunks: int, deferred: bool) -> float:
+    """MB by which the process grows at most, over four steps with a batch four times as large."""
+    torch.set_num_threads(1)
+    net, batch = build(model)
+    strategy = PipelineStrategy(
+        split_at=f"net.{len(net) // STAGES}", chunks=chunks, defer_weight_gradients=deferred
+    )
+    trainer = pl.Trainer(devices=STAGES, strategy=strategy, max_steps=4, **QUIET)
+    batches = [torch.cat([batch] * 4)] * 4
+    before = _most_resident()
+    trainer.fit(Lit(list(net)), torch.utils.data.DataLoader(batches, batch_size=None))
+    return _most_resident() - before
+
+
+def _most_resident() -> float:
+    """MB that this process has had in memory at most (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1e3
 
 
 if __name__ == "__main__":
