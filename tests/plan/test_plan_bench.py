@@ -105,6 +105,17 @@ class Costly(nn.Module):
         self.clock.now += 2 * self.seconds * len(gradient)
 
 
+def test_seconds_of_gradients_of_weights_are_told_apart() -> None:
+    module = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256), nn.LayerNorm(256))
+    for sample in _measured(module, torch.rand(64, 256), [2, 4]).samples():
+        first, tanh, second, norm = sample.weights
+        assert first > 0
+        assert second > 0
+        assert (tanh, norm) == (0, 0)
+        for layer, seconds in enumerate(sample.weights):
+            assert seconds <= sample.backward[layer]
+
+
 def test_seconds_are_those_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)

@@ -35,5 +35,6 @@ class Deferral:
 
     def saw(self, call: Hashable, defers: bool) -> None:
         """Record whether a call has had such operations."""
-        if not defers:
+        # Sizes recur with each batch of a call; what else stands in the way may not.
+        if not defers and self._least:
             self._without.add(call)
