@@ -26,6 +26,9 @@ PIPELINES: dict[str, tuple[tuple[torch.device, ...], dict[str, Any]]] = {
     "cpu-gpu-always": ((CPU, GPU), {"checkpoint": "always"}),
     "gpu-cpu": ((GPU, CPU), {}),
     "gpu-2-stages": ((GPU,), {"stages_per_device": 2}),
+    # Which products are large enough depends on the GPU.
+    "gpu-gpu-deferred": ((GPU, GPU), {"defer_weight_gradients": True}),
+    "cpu-gpu-deferred": ((CPU, GPU), {"defer_weight_gradients": True}),
 }
 CASES: dict[str, tuple[Callable[[], LightningModule], dict[str, Any]]] = {
     "adam": (lambda: boring.Classifier("adam", scheduler=True), {}),
