@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,8 +66,7 @@ class Product:
         return (x.t(), g) if self.inputs_first else (g.t(), x)
 
 
-@dataclass(frozen=True)
-class Convolution:
+class Convolution(NamedTuple):
     """Convolution or its transpose. `x` has shape (samples, channels, ...).
 
     Attributes:
@@ -79,6 +78,7 @@ class Convolution:
         groups: Of channels, each of which sees its own input only.
     """
 
+    # In the order in which torch's operations take them.
     stride: list[int]
     padding: list[int]
     dilation: list[int]
@@ -91,17 +91,7 @@ class Convolution:
         return places * w.numel() / (1 if self.transposed else math.prod(self.stride))
 
     def output(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        output: Tensor = torch.ops.aten.convolution(
-            x,
-            w,
-            b,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-        )
+        output: Tensor = torch.ops.aten.convolution(x, w, b, *self)
         return output
 
     def input_gradient(self, g: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -118,19 +108,7 @@ class Convolution:
 
     def _gradients(self, g: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
         wanted = [index == which for index in range(3)]
-        found = torch.ops.aten.convolution_backward(
-            g,
-            x,
-            w,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-            wanted,
-        )
+        found = torch.ops.aten.convolution_backward(g, x, w, None, *self, wanted)
         gradient: Tensor = found[which]
         return gradient
 
