@@ -5,6 +5,7 @@ stage that computes next. Each has one stand-in a segment, so that `x is x` stay
 written to a stand-in is what the tensor is from then on.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -87,13 +88,11 @@ class StandIns:
             return value
         if type(value) is tuple:
             made = [self.bring(part) for part in value]
-            changed = any(new is not old for new, old in zip(made, value, strict=True))
-            return tuple(made) if changed else value
+            return value if all(map(operator.is_, made, value)) else tuple(made)
         if is_container(value):
             old = [part for _, part in parts(value)]
             made = [self.bring(part) for part in old]
-            changed = any(new is not part for new, part in zip(made, old, strict=True))
-            return rebuild(value, made) if changed else value
+            return value if all(map(operator.is_, made, old)) else rebuild(value, made)
         return value
 
     def latest(self, tensor: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ class StandIns:
 
     def fit(self, tensor: Tensor) -> Tensor:
         """Return a tensor for use in the current segment."""
-        if not self._last and not self._rebased and not self._is_foreign(tensor):
+        if self._is_plainly_own(tensor):
             return tensor
         # (What was made without a graph must not stand for it where there is one.)
         key = id(tensor) if torch.is_grad_enabled() else ~id(tensor)
@@ -127,6 +126,13 @@ class StandIns:
             # (The tensor itself may have been replaced by the source before.)
             self._last[id(source)] = _StandIn(source, made, version)
         return made
+
+    def _is_plainly_own(self, tensor: Tensor) -> bool:
+        """Return whether a tensor was made in the current segment, and nothing stands for it."""
+        if self._rebased or id(tensor) in self._last:
+            return False
+        # (A view may have been made anew, of memory that has been written to.)
+        return not (self._last and is_view(tensor)) and not self._is_foreign(tensor)
 
     def _is_foreign(self, tensor: Tensor) -> bool:
         """Return whether a tensor may belong to another stage or an earlier segment."""

@@ -142,7 +142,7 @@ class Traveller:
         self._glue.pause()
         self.unit = name
         self.go(stage)
-        return self.stand_ins.bring(args), self.stand_ins.bring(kwargs)
+        return self.stand_ins.bring(args), self.stand_ins.bring(kwargs) if kwargs else kwargs
 
     def abandon_unit(self) -> None:
         """Clean up after the submodule has failed."""
