@@ -20,6 +20,7 @@ from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter, Splitting
 from lightning_mgpu.engine.pipeline.microbatch import SplitError
+from lightning_mgpu.engine.pipeline.named_modules import named_once
 from lightning_mgpu.engine.pipeline.outputs.joining import Layouts, Undecided
 from lightning_mgpu.engine.pipeline.outputs.output import Output
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
@@ -230,15 +231,8 @@ class Pipeline:
         return SampleRun(self.cutter.forward, call, splitting, self.devices, self._units)
 
     def _modules(self) -> dict[str, nn.Module]:
-        """All modules that stages run, by name, each once; the split module first."""
-        found: dict[int, tuple[str, nn.Module]] = {}
-        for root in self.cutter.roots:
-            for name, module in root.named_modules():
-                found.setdefault(id(module), (name, module))
-        unique: dict[str, nn.Module] = {}
-        for name, module in found.values():
-            unique[name if name not in unique else f"{name} #{len(unique)}"] = module
-        return unique
+        """All modules that stages run, by name; the split module first."""
+        return named_once(self.cutter.roots)
 
     def _kind(self) -> str:
         module = self.cutter.module

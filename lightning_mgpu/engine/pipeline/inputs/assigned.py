@@ -49,13 +49,14 @@ class Assigned:
         new = [found for found in _attributes(modules) if not self._knows(found.tensor)]
         if not new:
             return
-        for title, holder, key, tensor in new:
+        for found in new:
+            tensor, is_buffer = found.tensor, found.place is None
             of_batch = tensor.dim() and batch.has(tensor)
             # A buffer may have another tensor since it was moved.
-            by_length = tensor.dim() and tensor.shape[0] == size and not title.startswith("buffer")
-            if (of_batch or by_length) and is_used(holder, key):
+            by_length = tensor.dim() and tensor.shape[0] == size and not is_buffer
+            if (of_batch or by_length) and is_used(found.holder, found.key):
                 raise SplitError(
-                    f"{title} of shape {tuple(tensor.shape)} was set before the call and has"
+                    f"{found.title} of shape {tuple(tensor.shape)} was set before the call and has"
                     f" an entry per sample (the batch has {size}), but every micro-batch would"
                     " see all of it. Pass it as an argument of the split module's `forward`."
                 )
@@ -66,30 +67,54 @@ class Assigned:
 
 
 class _Attribute(NamedTuple):
-    title: str
+    """A tensor that a module holds.
+
+    Attributes:
+        path: Name of the module.
+        module: The module.
+        holder: Where it has the entry.
+        key: The entry's name.
+        place: Where in the entry the tensor is, such as ``[0]``; `None` of a buffer.
+        tensor: The tensor.
+    """
+
+    path: str
+    module: nn.Module
     holder: dict[str, Any]
     key: str
+    place: str | None
     tensor: Tensor
+
+    @property
+    def title(self) -> str:
+        where = f" (in `{self.path}`)" if self.path else ""
+        kind = "buffer " if self.place is None else ""
+        return f"{kind}`{type(self.module).__name__}.{self.key}{self.place or ''}`{where}"
 
 
 def _attributes(modules: Mapping[str, nn.Module]) -> Iterator[_Attribute]:
+    # Done twice a call for all modules, so that what is no tensor has to be passed over quickly.
     for path, module in modules.items():
-        kind, where = type(module).__name__, f" (in `{path}`)" if path else ""
         state = vars(module)
-        for name in [name for name in state if name not in _OWN]:
-            value = state[name]
-            if isinstance(value, Tensor):
-                # (Parameters are no plain attributes, and `isinstance` of them takes long.)
-                yield _Attribute(f"`{kind}.{name}`{where}", state, name, value)
-            elif type(value) in _CONTAINERS:
-                for place, leaf in leaves(value, f"{kind}.{name}"):
+        for name, value in list(state.items()):
+            kind = type(value)
+            if name in _OWN or kind in _PLAIN:
+                continue
+            if kind in _CONTAINERS:
+                if _PLAIN.issuperset(map(type, value)) and kind is not dict:
+                    continue
+                for place, leaf in leaves(value, ""):
                     if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                        yield _Attribute(f"`{place}`{where}", state, name, leaf)
-        buffers = buffers_of(module)
+                        yield _Attribute(path, module, state, name, place, leaf)
+            elif isinstance(value, Tensor):
+                # (Parameters are no plain attributes, and `isinstance` of them takes long.)
+                yield _Attribute(path, module, state, name, "", value)
+        buffers: dict[str, Any] = buffers_of(module)
         for name, buffer in buffers.items():
             if buffer is not None:
-                yield _Attribute(f"buffer `{kind}.{name}`{where}", buffers, name, buffer)
+                yield _Attribute(path, module, buffers, name, None, buffer)
 
 
 _CONTAINERS = (list, tuple, dict)
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 _OWN = BLANK | {WEIGHTS}
