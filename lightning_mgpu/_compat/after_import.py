@@ -55,5 +55,5 @@ class _AfterImport(MetaPathFinder):
                 for function in self.functions:
                     function(self.namespace)
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        vars(spec.loader)["exec_module"] = exec_module
         return spec

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import boring
 import lightning.fabric.strategies.launchers as fabric_launchers
 import pytest
 import torch
@@ -61,16 +62,9 @@ class Own(DDPStrategy):
     given = "by the user"
 
 
-def trainer(**given: Any) -> Trainer:
-    """A Trainer as an application makes it."""
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(max_epochs=9, devices=2, **quiet, **given)
+def trainer(strategy: Any) -> Trainer:
+    """A Trainer of two devices, which ends only when it is stopped."""
+    return boring.trainer(strategy, 2, max_epochs=9)
 
 
 @pytest.mark.parametrize(

@@ -210,8 +210,11 @@ def test_files_outside_of_the_directory_of_the_trial_are_told_of(
 ) -> None:
     """Two trials at once may choose the same `version_1`."""
     told: list[str] = []
-    notify = lambda kind, text: told.append(f"{kind}: {text}")  # noqa: E731
     own = tmp_path / "3"
+
+    def notify(kind: str, text: str) -> None:
+        told.append(f"{kind}: {text}")
+
     given = {"directory": own, "notify": notify, "max_epochs": 1}
     fit(sent, **given, callbacks=[ModelCheckpoint(own / "checkpoints")], logger=CSVLogger(own))
     assert told == []

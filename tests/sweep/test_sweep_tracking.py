@@ -148,7 +148,7 @@ def test_tracker_that_fails_is_named_and_the_trial_is_none_the_worse(
 @pytest.mark.parametrize(
     ("sweep_dir", "environment", "expected"),
     [
-        ("/work/multirun/2026-01-01/10-00-00", {}, {GROUP: "multirun-2026-01-01-10-00-00"}),
+        ("/runs/multirun/2026-01-01/10-00-00", {}, {GROUP: "multirun-2026-01-01-10-00-00"}),
         ("/data/first", {GROUP: ""}, {GROUP: "first"}),
         ("/data/first", {GROUP: "mine"}, {}),
     ],
@@ -156,4 +156,4 @@ def test_tracker_that_fails_is_named_and_the_trial_is_none_the_worse(
 def test_runs_are_grouped_by_sweep(
     sweep_dir: str, environment: dict[str, str], expected: dict[str, str]
 ) -> None:
-    assert run_group(Path(sweep_dir), environment, "/work") == expected
+    assert run_group(Path(sweep_dir), environment, "/runs") == expected

@@ -16,19 +16,22 @@ from lightning_mgpu.engine.pipeline.profile.timeline import StageSpan
 
 
 class Two(nn.Module):
-    """A layer for the first stage, and anything for the second."""
+    """A layer for the first stage, and anything for the second; maybe a module between them."""
 
-    def __init__(self, second: nn.Module, features: int = 8) -> None:
+    def __init__(
+        self, second: nn.Module, features: int = 8, between: nn.Module | None = None
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.first, self.second = nn.Linear(6, features), second
+            self.between = between or nn.Identity()
             for parameter in second.parameters():
                 nn.init.uniform_(parameter, -0.3, 0.3)
         self.double()
 
     def forward(self, x: Tensor) -> Any:
-        return self.second(self.first(x).tanh())
+        return self.second(self.between(self.first(x)).tanh())
 
 
 class Reshaped(nn.Module):
@@ -280,8 +283,8 @@ class Slow(nn.Module):
 def test_who_waits_for_whom_changes_no_bit() -> None:
     found = []
     for seconds in ([], [0.02] * 4, [0.0, 0.05, 0.0, 0.05]):
-        module = Two(nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))).float()
-        module.first = nn.Sequential(module.first, Slow())  # type: ignore[assignment]
+        second = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+        module = Two(second, between=Slow()).float()
         Slow.seconds = list(seconds)
         with pipelined(module, parity_check="off") as run:
             run(data(64, 6).float()).square().sum().backward()
@@ -305,9 +308,8 @@ class Failing(nn.Module):
 
 
 def test_error_between_the_halves_leaves_nothing_behind() -> None:
-    module = Two(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5)))
     failing = Failing()
-    module.first = nn.Sequential(module.first, failing)  # type: ignore[assignment]
+    module = Two(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5)), between=failing)
     with pipelined(module) as run:
         with pytest.raises(RuntimeError, match="no more"):
             run(data(8, 6)).square().sum().backward()

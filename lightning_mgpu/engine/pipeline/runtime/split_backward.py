@@ -170,11 +170,8 @@ def _convolution(dimensions: int) -> Callable[..., _Found | None]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> _Found | None:
-        if input.dim() != dimensions + 2 or isinstance(padding, str):
-            return None
-        stride, padding, dilation = (_each(n, dimensions) for n in (stride, padding, dilation))
-        plain = Convolution(stride, padding, dilation, False, [0] * dimensions, groups)
-        return plain, input, weight, bias
+        sizes = stride, padding, dilation
+        return _convolved(dimensions, input, weight, bias, sizes, groups)
 
     return parse
 
@@ -190,13 +187,29 @@ def _transposed(dimensions: int) -> Callable[..., _Found | None]:
         groups: int = 1,
         dilation: Any = 1,
     ) -> _Found | None:
-        if input.dim() != dimensions + 2:
-            return None
-        stride, padding, dilation = (_each(n, dimensions) for n in (stride, padding, dilation))
-        more = _each(output_padding, dimensions)
-        return Convolution(stride, padding, dilation, True, more, groups), input, weight, bias
+        sizes = stride, padding, dilation
+        return _convolved(dimensions, input, weight, bias, sizes, groups, output_padding)
 
     return parse
+
+
+def _convolved(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: tuple[Any, Any, Any],
+    groups: int,
+    output_padding: Any = None,
+) -> _Found | None:
+    """A convolution with a stride, padding and dilation, or its transpose if `output_padding`."""
+    if input.dim() != dimensions + 2 or isinstance(sizes[1], str):
+        return None
+    stride, padding, dilation, more = (
+        _each(size, dimensions) for size in (*sizes, output_padding or 0)
+    )
+    transposed = output_padding is not None
+    return Convolution(stride, padding, dilation, transposed, more, groups), input, weight, bias
 
 
 def _each(size: Any, dimensions: int) -> list[int]:
