@@ -32,6 +32,7 @@ with suppress(ImportError):
     import ray  # sets a variable and `sys.excepthook`, once and for all
 
 ROOT = Path(__file__).parent.parent
+SITE = str(ROOT / "tests" / "site")
 
 # No files in the repository, and nothing that depends on how fast the machine is.
 hypothesis.settings.register_profile("here", database=None, deadline=None, max_examples=60)
@@ -102,8 +103,9 @@ def ray_cluster() -> Iterator[None]:
         # Else Ray takes its node for dead on a machine that is busy, and ends this process.
         patched.setenv("RAY_health_check_failure_threshold", "100")
         patched.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
-        # Trials pickle what the tests define by its name.
-        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        # Trials pickle what the tests define by its name. (Some Pythons have a `sitecustomize` of
+        # their own in their library, which must not come before the tests'.)
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, (SITE, *sys.path))))
         with connection.signal_handlers_kept():
             ray.init("local", num_cpus=4, resources={"tape": 2}, include_dashboard=False)
         yield

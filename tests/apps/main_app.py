@@ -70,7 +70,8 @@ def main(cfg: Any) -> None:
     trainer = boring.trainer(cfg.strategy, cfg.devices, **options)
     trainer.fit(model, datamodule=boring.Blobs())
     best = trainer.checkpoint_callback.best_model_path
-    torch.serialization.add_safe_globals([Act])
+    # (Pythons until 3.11.3 pickle members of enums by `getattr`.)
+    torch.serialization.add_safe_globals([Act, getattr])
     trainer.test(model, datamodule=boring.Blobs(), ckpt_path=best, weights_only=True)
     Path(output, "loaded.txt").write_text(str(Net.load_from_checkpoint(best).hparams["act"]))
 
