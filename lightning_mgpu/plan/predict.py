@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
+from lightning_mgpu.engine.pipeline.partition import simulate
 from lightning_mgpu.engine.pipeline.partition.balance import balance
-from lightning_mgpu.plan import simulate
+from lightning_mgpu.engine.pipeline.partition.simulate import Load
 from lightning_mgpu.plan.options import Checkpoint, Options
 from lightning_mgpu.plan.profile import LayerRange, Profile
-from lightning_mgpu.plan.simulate import Load
 from lightning_mgpu.plan.stages import Stages
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from lightning_mgpu.engine.pipeline.partition.simulate import Link
 from lightning_mgpu.plan.ledger import CALLER, Holders
 from lightning_mgpu.plan.profile import LayerRange, Profile, Sample, on_line
-from lightning_mgpu.plan.simulate import Link
 
 
 @dataclass

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_mgpu.engine.pipeline.partition import simulate
+from lightning_mgpu.engine.pipeline.partition.simulate import Link, Load
 from lightning_mgpu.engine.pipeline.runtime import schedule
 from lightning_mgpu.engine.pipeline.runtime.schedule import Task
-from lightning_mgpu.plan import simulate
 from lightning_mgpu.plan.ledger import CALLER, Holders
 from lightning_mgpu.plan.options import Checkpoint, Options
 from lightning_mgpu.plan.predict import memory, predict
 from lightning_mgpu.plan.profile import LayerRange, Profile, Sample, Weights
-from lightning_mgpu.plan.simulate import Link, Load
 from lightning_mgpu.plan.stages import Stages
 
 _SECONDS = st.floats(0, 10, allow_subnormal=False)
