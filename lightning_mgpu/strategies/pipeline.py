@@ -31,12 +31,14 @@ class PipelineStrategy(PipelineMixin, SingleProcessStrategy):
             ``named_modules()`` of the LightningModule, or of `module`.
         balance: Without `split_at`: layers in each stage, or what stages are to have about as much
             of: ``"parameters"`` (bytes of them, default), ``"time"`` or ``"memory"``, which are
-            measured on the first batch. Measured times vary, and with them the cut.
+            measured on the first batch, or ``"auto"``: the cut with the shortest step, as simulated
+            from measured times. Measured times vary, and with them the cut.
         chunks: Micro-batches; default: 4 for each device. ``"auto"`` tries 1, 2, 4 and 8 for each
             device on the first batches, three times each, and keeps the fastest.
         stages_per_device: Stages on each device (default 1): with `s` devices stage `k` lies on
             device `k % s`. More stages make devices wait less for the first micro-batch, and hand
-            over more often.
+            over more often. ``"auto"`` simulates a step with 1 to 4 from times measured on the
+            first batch, and takes the quickest, with ``balance="auto"`` unless `balance` is given.
         defer_weight_gradients: Whether devices compute gradients of weights when they have nothing
             else to do, so that the others get gradients of inputs sooner. Done for matrix products
             and convolutions; with ``"auto"`` (default) for those that are large enough.

@@ -23,10 +23,14 @@ from torch import Tensor, nn
 
 from lightning_mgpu import PipelineStrategy
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter
+from lightning_mgpu.engine.pipeline.partition import cutter as cutting
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 from lightning_mgpu.engine.pipeline.partition.cutter import Cutter
+from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
+from lightning_mgpu.engine.pipeline.partition.observation import registered
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
+from lightning_mgpu.strategies.stages import pipelined
 from lightning_mgpu.strategies.stages.placement import place, state_to_parameters
 
 
@@ -522,6 +526,56 @@ def test_measured_balance(balance: Any, caplog: pytest.LogCaptureFixture) -> Non
     assert first == ("0 .. 5 (6)" if balance == "time" else "0 .. 1 (2)") or (
         balance == "time" and first == "0 .. 6 (7)"
     )
+
+
+@pytest.mark.parametrize("hand_over", [0.0, 1.0])
+def test_stages_per_device_are_chosen_once(
+    hand_over: float, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With layers of which each takes a second, and validation on the cut before training is."""
+    measured, around = [], 1 if hand_over else 3
+
+    def costs(module: nn.Module, *_: Any) -> Any:
+        measured.append(module)
+        called = registered(module)
+        return called, {call.name: Cost(1.0, 1, 2, 0.5) for call in called.walk()}
+
+    monkeypatch.setattr(cutting, "measured", costs)
+    monkeypatch.setattr(pipelined, "hand_over_seconds", lambda *_: hand_over)
+    caplog.set_level("INFO")
+    alone, split = Deep("adam"), Deep("adam")
+    strategy = PipelineStrategy(stages_per_device="auto", chunks=4)
+    trainer, reference = (boring.trainer(s, d) for s, d in ((strategy, 2), ("auto", 1)))
+    trainer.validate(split, datamodule=boring.Blobs(10), verbose=False)
+    for epochs in (1, 2):
+        for model, run in ((split, trainer), (alone, reference)):
+            run.fit_loop.max_epochs = epochs
+            run.fit(model, datamodule=boring.Blobs(10))
+        assert strategy.stage_devices == [torch.device("cpu")] * 2  # not any more
+    boring.assert_same_weights(split, alone)
+    assert len(measured) == 2, "once without training, and once for both times of training"
+    validated, first, second = (
+        record.message.splitlines() for record in caplog.records if "Pipeline:" in record.message
+    )
+    assert first == validated
+    assert len(first) == len(second) == 4 + 2 * around
+    assert first[-1] == second[-1]
+    assert re.fullmatch(
+        rf"{around} per device, the quickest of the simulated steps"
+        r" \(1: \S+ s, 2: \S+ s, 3: \S+ s, 4: \S+ s\)\.",
+        first[-1],
+    )
+
+
+def test_stages_of_the_models_own_say_how_many_there_are() -> None:
+    class Own(Deep):
+        def configure_pipeline(self) -> list[nn.Module]:
+            return [self.net[:2], self.net[2], self.net[3], self.net[4:]]
+
+    alone, split = Deep(), Own()
+    boring.trainer("auto", 1).fit(alone, datamodule=boring.Blobs(10))
+    _fit(split, stages_per_device="auto")
+    boring.assert_same_weights(split, alone)
 
 
 def test_measured_balance_begins_on_the_first_device() -> None:

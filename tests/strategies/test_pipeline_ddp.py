@@ -1,7 +1,9 @@
 """Processes with a pipeline each. (`test_parity` compares them with one device.)"""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import boring
 import parity_models
@@ -11,7 +13,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_mgpu import PipelineDDPStrategy
+from lightning_mgpu.engine.pipeline.partition import cutter
+from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
+from lightning_mgpu.engine.pipeline.partition.observation import registered
 from lightning_mgpu.engine.workers import available_cores
+from lightning_mgpu.strategies.stages import pipelined
 
 FAR = 60.0  # seconds; a hang would last half an hour
 
@@ -88,6 +94,40 @@ def test_several_stages_on_a_device_give_the_same() -> None:
         use_distributed_sampler=False,
     ).fit(split, datamodule=boring.Blobs(6, world_size=2))
     boring.assert_same_weights(split, alone)
+
+
+def test_processes_take_the_same_choice_of_stages() -> None:
+    class ToldApart(Deep):
+        """Handing over takes no time on the first process, and very long on the other."""
+
+        def setup(self, stage: str) -> None:
+            called = registered(self.net)
+            costs = {call.name: Cost(1.0, 1, 2, 0.5) for call in called.walk()}
+            hand_over = float(self.global_rank)
+            self.patches = ExitStack()
+            for module, name, value in (
+                (cutter, "measured", (called, costs)),
+                (pipelined, "hand_over_seconds", hand_over),
+            ):
+                self.patches.enter_context(patch.object(module, name, lambda *_, v=value: v))
+
+        def on_train_end(self) -> None:
+            stages = torch.tensor(len(self.trainer.strategy.stage_devices))
+            self.found = self.all_gather(stages).tolist()
+
+        def teardown(self, stage: str) -> None:
+            self.patches.close()
+            del self.patches
+
+    alone, split = Deep(), ToldApart()
+    boring.trainer("auto", 1).fit(alone, datamodule=boring.Blobs(12))
+    boring.trainer(
+        PipelineDDPStrategy(stages=2, stages_per_device="auto", chunks=4),
+        devices=4,
+        use_distributed_sampler=False,
+    ).fit(split, datamodule=boring.Blobs(6, world_size=2))
+    boring.assert_same_weights(split, alone)
+    assert split.found == [4, 4]
 
 
 @pytest.mark.parametrize("find_unused_parameters", [False, True])

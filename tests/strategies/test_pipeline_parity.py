@@ -213,6 +213,19 @@ def test_parity_of_models_with_several_stages_on_a_device(
     _compare(build, PipelineStrategy(stages_per_device=2, **options), devices)
 
 
+@pytest.mark.parametrize("checkpoint", ["never", "always"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stages_per_device": "auto"},
+        {"stages_per_device": "auto", "balance": "memory", "chunks": "auto"},
+        {"stages_per_device": 2, "balance": "auto"},
+    ],
+)
+def test_parity_of_chosen_stages(options: dict[str, Any], checkpoint: Any) -> None:
+    _compare(UNet, PipelineStrategy(checkpoint=checkpoint, **options))
+
+
 def test_parity_of_manual_optimisation_with_several_stages_on_a_device() -> None:
     alone, split = Manual(), Manual()
     strategy = PipelineStrategy(stages_per_device=2)

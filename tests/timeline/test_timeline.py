@@ -418,7 +418,7 @@ def test_times_on_a_gpu_are_the_devices(monkeypatch: pytest.MonkeyPatch) -> None
     device = torch.device("cuda", 1)
     taken = recording.Recording([device])
     assert set(entered) == {device}
-    call = taken.begin_call(1)
+    call = taken.begin_call(1, 1)
     for kind in ("forward", "backward"):
         with taken.recorded(0, 0, call, kind):
             pass
@@ -432,7 +432,7 @@ def test_time_on_a_gpu_includes_what_has_only_been_started() -> None:
     device = torch.device("cuda", 0)
     taken = recording.Recording([device])
     matrix = torch.randn(4096, 4096, device=device)
-    call = taken.begin_call(1)
+    call = taken.begin_call(1, 1)
     with torch.cuda.device(device), taken.recorded(0, 0, call, "forward"):
         for _ in range(20):
             matrix = matrix @ matrix

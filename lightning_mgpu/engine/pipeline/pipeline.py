@@ -61,7 +61,7 @@ class Pipeline:
         parity: Compares a few samples whole and in two micro-batches; default: no check at all.
         on_cut: Called after the module has been cut, before anything is computed.
         threads: Intra-op threads of each device; default: the machine's cores shared out evenly.
-        stages_per_device: How many of the stages lie on each of the devices.
+        stages_per_device: How many of the stages lie on each device, until the cutter changes it.
         defer_weight_gradients: Whether gradients of weights are computed when a device has nothing
             else to do, at the latest at the end of backward; ``"auto"``: of large operations.
         one_at_a_time: Whether a stage works only while no other does, as for measuring it.
@@ -84,23 +84,20 @@ class Pipeline:
         defer_weight_gradients: Defer = "auto",
         one_at_a_time: bool = False,
     ) -> None:
-        self.cutter, self.devices = cutter, list(devices)
-        self.stages_per_device = stages_per_device
-        count = len(self.devices) // stages_per_device
-        # Of stages on the same device, one works at a time.
-        self._doors = [0 if one_at_a_time else stage % count for stage in range(len(self.devices))]
-        self._splitter = splitter
+        self.cutter, self._own = cutter, list(devices)[: len(devices) // stages_per_device]
+        self._splitter, count = splitter, len(self._own)
+        self._turns = 1 if one_at_a_time else count  # of a device's stages, one works at a time
         self.chunks, self._checkpoint, self._deferred = chunks, checkpoint, deferred_batch_norm
         self._deferral = Deferral(defer_weight_gradients, devices)
         self._step_batch, self._on_cut, self._parity = step_batch, on_cut, parity
         self._check = parity or Parity("off", type(cutter.module).__name__, devices)
         self._threads = threads or max(1, available_cores() // count)
-        self._workers = Workers(self.devices[:count], self._threads)
-        self._streams = RandomStreams([] if one_at_a_time else self.devices[:count])
+        self._workers = Workers(self._own, self._threads)
+        self._streams = RandomStreams([] if one_at_a_time else self._own)
         self._streams.restart()
         self._cut: Cut | None = None
         expected = cutter.expected()
-        self._units = None if expected is None else Units(expected.units, devices)
+        self._units = None if expected is None else Units(expected.units, self.devices)
         self._swap: ParameterSwap | None = None
         self._ways: dict[Hashable, list[int]] = {}
         self._memories: dict[int, Memory] = {}
@@ -110,6 +107,15 @@ class Pipeline:
         """How often the module has been called."""
         splitter.check(cutter.forward)
         self._assigned = Assigned(self._modules())
+
+    @property
+    def stages_per_device(self) -> int:
+        return self.cutter.stages // len(self._own)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The device of each stage."""
+        return self._own * self.stages_per_device
 
     def close(self) -> None:
         """Stop the threads."""
@@ -181,8 +187,8 @@ class Pipeline:
 
     def _observed(self, call: CallArguments, splitting: Splitting) -> Cut:
         trial = self._trial(call, splitting)
-        count = self.chunks.usual
-        part = mb.sizes(splitting.size, count, 2)[0]
+        sizes = mb.sizes(splitting.size, self.chunks.usual, 2)
+        part, count = sizes[0], len(sizes)
 
         def observed(samples: int) -> Cut:
             graph = self.cutter.wants_costs
@@ -269,7 +275,7 @@ class Pipeline:
             self._deferred,
             swap,
             self.recording,
-            self._doors,
+            [stage % self._turns for stage in range(self.cutter.stages)],
             self._deferral.least((key, *counts)),
         )
         with swap.entered() if swap else nullcontext():

@@ -8,24 +8,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import Trainer, TrainerFn
 from lightning_mgpu.engine.batch import BatchLayout
 from lightning_mgpu.engine.pipeline.check.parity import Parity, ParityCheck
 from lightning_mgpu.engine.pipeline.error_hints import hinted
+from lightning_mgpu.engine.pipeline.hand_over import hand_over_seconds
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.inputs.splitter import SplitArgs, Splitter
 from lightning_mgpu.engine.pipeline.partition.cutter import Balance, Cut, Cutter
+from lightning_mgpu.engine.pipeline.partition.stage_planner import NUMBERS, Chosen, StagePlanner
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
-from lightning_mgpu.engine.pipeline.runtime.deferral import Defer
+from lightning_mgpu.engine.pipeline.runtime.deferral import Defer, Deferral
 from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint
 from lightning_mgpu.strategies.base.loader_hint import loader_hint
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 from lightning_mgpu.strategies.stages.model_summary import StagesInSummary
+from lightning_mgpu.strategies.stages.option_checks import (
+    check_choice,
+    check_choices,
+    check_stages_per_device,
+)
 from lightning_mgpu.strategies.stages.placement import (
     ForwardOverride,
     muted,
@@ -37,7 +44,6 @@ from lightning_mgpu.strategies.stages.stage_table import show_stages
 from lightning_mgpu.strategies.stages.step_trace import StepTrace
 from lightning_mgpu.strategies.stages.uncalled import Uncalled
 
-_BALANCES = ("parameters", "time", "memory")
 _CHECKPOINTS = ("never", "except_last", "always")
 _DEFER = (True, False, "auto")
 _PARITY_CHECKS = ("error", "warn", "off")
@@ -55,9 +61,9 @@ class PipelineMixin(MultiDeviceStrategy):
         *args: Any,
         module: str | None = None,
         split_at: str | Sequence[str] | None = None,
-        balance: Sequence[int] | Literal["parameters", "time", "memory"] | None = None,
+        balance: Sequence[int] | Literal["parameters", "time", "memory", "auto"] | None = None,
         chunks: int | Literal["auto"] | None = None,
-        stages_per_device: int = 1,
+        stages_per_device: int | Literal["auto"] = 1,
         defer_weight_gradients: Defer = "auto",
         checkpoint: Checkpoint = "never",
         split_args: str | int | Sequence[str | int] | Mapping[str | int, int] | None = (),
@@ -68,20 +74,20 @@ class PipelineMixin(MultiDeviceStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _check_choices(type(self).__name__, split_at, balance, chunks)
-        if not isinstance(stages_per_device, int) or stages_per_device < 1:
-            raise ValueError(
-                f"`{type(self).__name__}(stages_per_device={stages_per_device!r})`: give a number"
-                " of stages, at least 1."
-            )
-        _check_choice(type(self).__name__, "defer_weight_gradients", defer_weight_gradients, _DEFER)
-        _check_choice(type(self).__name__, "checkpoint", checkpoint, _CHECKPOINTS)
-        _check_choice(type(self).__name__, "parity_check", parity_check, _PARITY_CHECKS)
+        check_choices(type(self).__name__, split_at, balance, chunks)
+        check_stages_per_device(type(self).__name__, stages_per_device, split_at, balance)
+        check_choice(type(self).__name__, "defer_weight_gradients", defer_weight_gradients, _DEFER)
+        check_choice(type(self).__name__, "checkpoint", checkpoint, _CHECKPOINTS)
+        check_choice(type(self).__name__, "parity_check", parity_check, _PARITY_CHECKS)
         self._module = module
         self._split_at = [split_at] if isinstance(split_at, str) else split_at
-        self._balance: Balance = "parameters" if balance is None else balance
+        usual: Balance = "auto" if stages_per_device == "auto" else "parameters"
+        self._balance: Balance = usual if balance is None else balance
         self._chunks = chunks
-        self._stages_per_device = stages_per_device
+        self._stages_per_device: int | None = (
+            None if stages_per_device == "auto" else stages_per_device
+        )
+        self._chosen: dict[tuple[str, int], Chosen] = {}
         self._defer_weight_gradients = defer_weight_gradients
         self._checkpoint: Checkpoint = checkpoint
         self._split_args: SplitArgs = _plain(split_args)
@@ -108,7 +114,9 @@ class PipelineMixin(MultiDeviceStrategy):
     @property
     def stage_devices(self) -> list[torch.device]:
         """The device of each stage."""
-        return self.own_devices * self._stages_per_device
+        if self._pipeline is not None:
+            return self._pipeline.devices
+        return self.own_devices * (self._stages_per_device or 1)
 
     @property
     def threads_per_device(self) -> int | None:
@@ -216,7 +224,7 @@ class PipelineMixin(MultiDeviceStrategy):
 
     def _install(self) -> None:
         """Replace the chosen submodule's `forward` by the pipeline."""
-        model, devices = self.lightning_module, self.stage_devices
+        model, devices = self.lightning_module, self.own_devices * (self._stages_per_device or 1)
         assert model is not None
         self._layouts = {}
         name, module = find_module(model, self._module)
@@ -228,7 +236,10 @@ class PipelineMixin(MultiDeviceStrategy):
         count = len(self.own_devices)
         chunks = Chunks(count, None if self._chunks == "auto" else self._chunks or 4 * count)
         self._pipeline = Pipeline(
-            Cutter(module, self._override.plain, len(devices), split_at, self._balance, made),
+            Cutter(
+                *(module, self._override.plain, len(devices), split_at, self._balance, made),
+                *(self._planner(module), self._chosen.get(self._kind(module))),
+            ),
             Splitter(self._split_args, self._broadcast_args),
             devices,
             chunks=chunks,
@@ -240,11 +251,37 @@ class PipelineMixin(MultiDeviceStrategy):
             ),
             on_cut=self._on_cut,
             threads=self.threads_per_device,
-            stages_per_device=self._stages_per_device,
+            stages_per_device=self._stages_per_device or 1,
             defer_weight_gradients=self._defer_weight_gradients,
         )
         self._uncalled = Uncalled(model, name, module, self._pipeline)
         self._override.install(self._pipeline)
+
+    def _planner(self, module: nn.Module) -> StagePlanner | None:
+        """What chooses the stages; `None` if they need not be simulated."""
+        if self._stages_per_device is not None and self._balance != "auto":
+            return None
+        devices = self.own_devices
+        numbers = [1] if len(devices) == 1 else NUMBERS  # of which none waits for another
+        return StagePlanner(
+            devices=len(devices),
+            numbers=numbers if self._stages_per_device is None else [self._stages_per_device],
+            hand_over=partial(hand_over_seconds, devices, self.threads_per_device),
+            least=Deferral(self._defer_weight_gradients, devices).least(None),
+            checkpoint=self._checkpoint,
+            share=partial(self._shared, module),
+        )
+
+    def _kind(self, module: nn.Module) -> tuple[str, int]:
+        return type(module).__qualname__, len(self.own_devices)
+
+    def _shared(self, module: nn.Module, chosen: Chosen) -> Chosen:
+        """Take what the first process has chosen, in this run and in later ones."""
+        assert self.lightning_module is not None
+        # In evaluation processes do without each other, and some may have no batch.
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            chosen = self._chosen[self._kind(module)] = self.broadcast(chosen)
+        return chosen
 
     def _on_cut(self, cut: Cut) -> None:
         """Place a cut's stages on their devices, if they are not there yet."""
@@ -255,14 +292,15 @@ class PipelineMixin(MultiDeviceStrategy):
         state_to_parameters(self.optimizers)
         if not self._placed:
             assert self._pipeline is not None
-            costs, chunks = self._pipeline.cutter.costs, self._pipeline.chunks.usual
+            pipeline = self._pipeline
             show_stages(
                 cut,
-                self.stage_devices,
-                chunks,
-                costs,
-                self._stages_per_device,
+                pipeline.devices,
+                pipeline.chunks.usual,
+                pipeline.cutter.costs,
+                pipeline.stages_per_device,
                 self._defer_weight_gradients is True,
+                pipeline.cutter.chosen,
             )
         self._placed.append(cut)
 
@@ -283,32 +321,3 @@ def _plain(given: Any) -> Any:
     if given is None or isinstance(given, (str, int)):
         return given
     return dict(given) if isinstance(given, Mapping) else list(given)
-
-
-def _check_choice(strategy: str, option: str, given: Any, choices: Sequence[Any]) -> None:
-    if given not in choices:
-        raise ValueError(
-            f"`{strategy}({option}={given!r})`: use one of {', '.join(map(repr, choices))}."
-        )
-
-
-def _check_choices(strategy: str, split_at: Any, balance: Any, chunks: Any) -> None:
-    if chunks not in (None, "auto") and (not isinstance(chunks, int) or chunks < 1):
-        raise ValueError(
-            f"`{strategy}(chunks={chunks!r})`: give a number of micro-batches, at least 1, or"
-            " 'auto'."
-        )
-    if split_at is not None and balance is not None:
-        raise ValueError(
-            f"`{strategy}(split_at={split_at!r}, balance={balance!r})`: both say where to"
-            " cut; leave one out."
-        )
-    if isinstance(balance, str) and balance not in _BALANCES:
-        raise ValueError(
-            f"`{strategy}(balance={balance!r})`: use one of"
-            f" {', '.join(map(repr, _BALANCES))}, or a list of the number of layers in each stage."
-        )
-    if balance is not None and not isinstance(balance, str) and min(balance, default=0) < 1:
-        raise ValueError(
-            f"`{strategy}(balance={list(balance)})`: each stage needs at least one layer."
-        )

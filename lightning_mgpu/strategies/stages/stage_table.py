@@ -8,6 +8,7 @@ from torch import nn
 from lightning_mgpu._compat.lightning import rank_zero_info
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
+from lightning_mgpu.engine.pipeline.partition.stage_planner import Chosen
 from lightning_mgpu.engine.pipeline.runtime import schedule
 from lightning_mgpu.format import duration, readable_bytes
 
@@ -19,6 +20,7 @@ def show_stages(
     costs: Mapping[str, Cost],
     stages_per_device: int = 1,
     deferred: bool = False,
+    chosen: Chosen | None = None,
 ) -> None:
     """Log the layers, cost and expected idle time of each stage.
 
@@ -29,6 +31,7 @@ def show_stages(
         costs: Of each layer, if they have been measured.
         stages_per_device: How many of the stages lie on each device.
         deferred: Whether gradients of weights come later than those of inputs.
+        chosen: The simulated alternatives, if it has been chosen from some.
     """
     measured = [stage_cost(layers, costs) for layers in cut.layers]
     header = ["stage", "device", "layers", "parameters"]
@@ -50,7 +53,20 @@ def show_stages(
         f"{chunks} micro-batches; devices wait {waiting:.0%} of the time"
         + (" (activations and time are those of one)." if costs else " if all take equally long.")
     )
+    if chosen is not None:
+        lines.append(_reason(chosen))
     rank_zero_info("\n".join(["Pipeline:", *lines]))
+
+
+def _reason(chosen: Chosen) -> str:
+    """Describe what was chosen, from what, and why."""
+    best, others = chosen.best, chosen.candidates
+    if len(others) == 1:
+        return f"{best.stages_per_device} per device; simulated step {duration(best.seconds)}."
+    compared = ", ".join(f"{c.stages_per_device}: {duration(c.seconds)}" for c in others)
+    quickest = min(others, key=lambda candidate: candidate.seconds)
+    why = "quickest" if best == quickest else "fewest that are about as quick as the quickest"
+    return f"{best.stages_per_device} per device, the {why} of the simulated steps ({compared})."
 
 
 def stage_cost(modules: Sequence[str], costs: Mapping[str, Cost]) -> Cost:

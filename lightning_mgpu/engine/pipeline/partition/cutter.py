@@ -13,8 +13,9 @@ from lightning_mgpu.engine.pipeline.partition import choice
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, canonical
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, measured
 from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall, observe, registered
+from lightning_mgpu.engine.pipeline.partition.stage_planner import Chosen, StagePlanner
 
-Balance = Sequence[int] | Literal["parameters", "time", "memory"]
+Balance = Sequence[int] | Literal["parameters", "time", "memory", "auto"]
 
 # What a parameter takes beside itself: its gradient, and two moments in the optimizer.
 _COPIES_OF_PARAMETERS = 4
@@ -55,6 +56,8 @@ class Cutter:
         split_at: Names of the submodules at which the second and later stages begin.
         balanced: Without `split_at`: layers in each stage, or what to balance.
         made: Stages that the user has made; nothing is cut then.
+        planner: Chooses how many stages there are, and where they begin with ``balanced="auto"``.
+        chosen: What it has chosen before.
 
     Raises:
         PartitionError: A name is unknown, or there are too few or too many.
@@ -68,18 +71,26 @@ class Cutter:
         split_at: Sequence[str] | None = None,
         balanced: Balance = "parameters",
         made: Sequence[nn.Module] | None = None,
+        planner: StagePlanner | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
         self.module, self.forward, self.stages = module, forward, stages
-        self._balanced, self._made = balanced, made
+        self._balanced, self._made, self._planner = balanced, made, planner
         self._starts: list[str] | None = None
         self.costs: dict[str, Cost] = {}
         """Of each layer, if they have been measured."""
         self.cut: Cut | None = None
         """The cut, once it is known."""
-        if split_at is not None:
+        self.chosen: Chosen | None = None
+        """What the planner has chosen, if there is one."""
+        if chosen is not None and {*chosen.best.starts} <= {*dict(module.named_modules())}:
+            self._take(chosen)
+        elif split_at is not None:
             _check_count("split_at", len(split_at) + 1, stages, f"{stages - 1} names")
             self._starts = [canonical(module, name) for name in split_at]
         elif made is not None:
+            if planner is not None and not len(made) % stages:
+                self.stages = stages = len(made)  # as many as there are
             _check_count("configure_pipeline", len(made), stages, f"{stages} modules")
             self.forward = _Chain(made)
             self.cut = self._of_made(made)
@@ -92,6 +103,8 @@ class Cutter:
             for name, (module, _) in self.cut.units.items():
                 if _at(self.module, name) is not module:
                     self.cut = None
+                    if self._planner is not None:
+                        self.chosen = self._starts = None
                     break
         return self.cut
 
@@ -103,7 +116,7 @@ class Cutter:
     @property
     def wants_costs(self) -> bool:
         """Return whether layers have to be measured before the module can be cut."""
-        measured = self._balanced in ("time", "memory")
+        measured = self._planner is not None or self._balanced in ("time", "memory")
         return measured and self._starts is None and self._made is None
 
     def expected(self) -> Cut | None:
@@ -128,7 +141,11 @@ class Cutter:
             PartitionError: The module cannot be cut as asked.
         """
         if self.wants_costs:
-            called, self.costs = measured(self.module, run)
+            least = None if self._planner is None else self._planner.least
+            called, self.costs = measured(self.module, run, least)
+            if self._planner is not None:
+                price = None if self._balanced == "auto" else self._price(chunks)
+                self._take(self._planner.chosen(called, self.costs, chunks, price))
         else:
             called, _ = observe(self.module, run)
         layers, counts = self._chosen(called, chunks)
@@ -161,15 +178,7 @@ class Cutter:
                 )
             return layers, counts
 
-        def price(name: str) -> float:
-            if not self.costs:
-                return self._size(name)
-            cost = self.costs[name]
-            if self._balanced == "time":
-                return cost.seconds
-            return _COPIES_OF_PARAMETERS * cost.parameters + chunks * cost.activations
-
-        found = choice.choose(called, self.stages, price)
+        found = choice.choose(called, self.stages, self._price(chunks))
         if found is None:
             names = choice.opened_until(called, self.stages, self._size).names()
             raise PartitionError(
@@ -178,6 +187,25 @@ class Cutter:
                 ' devices, or choose another `module` (`module=""` is the LightningModule itself).'
             )
         return found
+
+    def _take(self, chosen: Chosen | None) -> None:
+        """Cut as has been chosen."""
+        if chosen is not None:  # else there are too few layers, which is found out later
+            self.chosen, self._starts = chosen, list(chosen.best.starts)
+            self.stages = len(self._starts) + 1
+
+    def _price(self, chunks: int) -> Callable[[str], float]:
+        """What stages are to have about as much of."""
+
+        def price(name: str) -> float:
+            if not self.costs or self._balanced == "parameters":
+                return self._size(name)
+            cost = self.costs[name]
+            if self._balanced == "memory":
+                return _COPIES_OF_PARAMETERS * cost.parameters + chunks * cost.activations
+            return cost.seconds
+
+        return price
 
     def _size(self, name: str) -> float:
         return sum(p.nbytes for p in self.module.get_submodule(name).parameters())

@@ -26,6 +26,7 @@ class ModuleCall:
         children: The calls that it makes.
         seconds: What it took, calls it made included.
         kept: The bytes that autograd kept of it, if that was counted.
+        received: The bytes of the tensors that it was called with.
         writes: Whether it has written to what it was called with, or would in training.
     """
 
@@ -34,6 +35,7 @@ class ModuleCall:
     children: list["ModuleCall"] = field(default_factory=list)
     seconds: float = 0.0
     kept: int = 0
+    received: int = 0
     writes: bool = False
     given: list[tuple[Tensor, int]] = field(default_factory=list)
     """Tensors among the arguments, with their version counters at the call."""
@@ -78,7 +80,9 @@ def observe(
         given = [t for t in stage_values.tensors((args, kwargs)) if not t.is_inference()]
         if isinstance(called, Dropout) and called.inplace:
             _mark(open_calls, given)  # (which drops nothing while it is watched)
-        made = ModuleCall(name, called, seconds=-now(), given=[(t, version_of(t)) for t in given])
+        made = ModuleCall(name, called, given=[(t, version_of(t)) for t in given])
+        made.received = sum(tensor.nbytes for tensor in given)
+        made.seconds = -now()
         open_calls[-1].children.append(made)
         open_calls.append(made)
 

@@ -22,8 +22,8 @@ class Recording:
     """
 
     def __init__(self, devices: Sequence[torch.device], stages_per_device: int = 1) -> None:
-        self._stages_per_device = stages_per_device
-        self._clocks = [clock(device) for device in devices]
+        self._clocks = [clock(device) for device in devices[: len(devices) // stages_per_device]]
+        self._stages = len(devices)
         self._chunks: list[int] = []
         # What each stage's thread records, with the stamps of its clock.
         self._taken: list[tuple[int, int, int, Kind, Any, Any]] = []
@@ -33,8 +33,9 @@ class Recording:
         """Number of calls of the module."""
         return len(self._chunks)
 
-    def begin_call(self, chunks: int) -> int:
-        """The number of a call that is about to begin."""
+    def begin_call(self, chunks: int, stages: int) -> int:
+        """The number of a call that is about to begin, with that many stages."""
+        self._stages = stages
         self._chunks.append(chunks)
         return self.calls - 1
 
@@ -47,7 +48,7 @@ class Recording:
 
     def now(self, stage: int) -> Any:
         """A stamp of the stage's clock."""
-        return self._clocks[stage].now()
+        return self._clocks[stage % len(self._clocks)].now()
 
     def add(self, stage: int, chunk: int, call: int, kind: Kind, start: Any) -> None:
         """Record a stage's work since a stamp."""
@@ -58,9 +59,9 @@ class Recording:
         spans: list[StageSpan] = []
         latest: dict[int, int] = {}
         for stage, chunk, call, kind, start, end in list(self._taken):
-            own = self._clocks[stage]
+            device = stage % len(self._clocks)
+            own = self._clocks[device]
             span = StageSpan(stage, chunk, call, kind, own.seconds(start), own.seconds(end))
-            device = stage % (len(self._clocks) // self._stages_per_device)
             before = spans[latest[device]] if device in latest else None
             # Gradients of a stage's weights come one by one.
             if (
@@ -72,4 +73,5 @@ class Recording:
                 continue
             latest[device] = len(spans)
             spans.append(span)
-        return PipelineTimeline.of(len(self._clocks), self._chunks, spans, self._stages_per_device)
+        around = self._stages // len(self._clocks)
+        return PipelineTimeline.of(self._stages, self._chunks, spans, around)

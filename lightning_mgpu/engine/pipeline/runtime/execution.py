@@ -94,7 +94,7 @@ class Execution:
         self._door_of, self._turns = doors, Turns(plan.orders, doors)
         self._log: list[list[tuple[int, Stay]]] = [[] for _ in plan.orders]
         self._recording = recording
-        self._call = recording.begin_call(self.count) if recording is not None else 0
+        self._call = recording.begin_call(self.count, len(devices)) if recording else 0
         self._since: dict[int, Any] = {}
         self.travellers = [
             Traveller(

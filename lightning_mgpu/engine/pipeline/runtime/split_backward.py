@@ -7,10 +7,11 @@ parameter; those are computed by a node of our own. Everything else keeps its wh
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -80,6 +81,42 @@ class SplitBackward(TorchFunctionMode):
             return None
         into.is_used = True
         return _apply(x, w, b, operation, dtype, into)
+
+
+class Multiplications(TorchFunctionMode):
+    """Mode that counts the multiplications of products with parameters.
+
+    Args:
+        least: How many make a product a large one; `None`: none is.
+    """
+
+    def __init__(self, least: int | None) -> None:
+        super().__init__()
+        self._least, self._all, self._large = least, 0.0, 0.0
+
+    @property
+    def large_share(self) -> float:
+        """Share of the multiplications that are in large products."""
+        return self._large / self._all if self._all else 0.0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        parse, kwargs = _PARSERS.get(func), kwargs or {}
+        if parse is _attention and not torch.compiler.is_compiling():
+            with self:  # which is off in here
+                return attention_with_modes(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if parse is not None and not torch.compiler.is_compiling():
+            with suppress(TypeError, AttributeError):  # other arguments than those of products
+                self._count(parse(*args, **kwargs))
+        return output
+
+    def _count(self, found: _Found | None) -> None:
+        if found is not None and isinstance(found[2], nn.Parameter):
+            count = found[0].multiplications(found[1], found[2])
+            self._all += count
+            self._large += count if self._least is not None and count >= self._least else 0.0
 
 
 class _SplitNode(torch.autograd.Function):
