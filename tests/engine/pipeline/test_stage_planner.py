@@ -1,6 +1,7 @@
 """Stages per device chosen by simulation, from costs that are given."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mgpu.engine.pipeline.hand_over import hand_over_seconds
+from lightning_mgpu.engine.pipeline.partition import observation
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, measured
 from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall, registered
 from lightning_mgpu.engine.pipeline.partition.stage_planner import Chosen, StagePlanner
@@ -138,6 +140,37 @@ def test_gradients_of_large_weights_are_half_of_backward(least: int | None, shar
     assert costs["last"].weights == pytest.approx(backward * share / 2)
     # The caller's tensor counts once for each argument that it is.
     assert [costs[name].received for name in ("attention", "last")] == [3 * 6 * 8 * 4, 6 * 8 * 4]
+
+
+def test_layers_cost_together_what_calls_them_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Works(nn.Module):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal now
+            now += self.seconds
+            return x
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Sequential(Works(1), Works(2)), Works(3)
+            self.between = [Works(0.5), Works(0.25), Works(1)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            before, between, after = (work.forward for work in self.between)
+            return after(self.last(between(self.first(before(x)))))
+
+    monkeypatch.setattr(observation, "time", SimpleNamespace(perf_counter=lambda: now))
+    module = Net()
+    _, costs = measured(module, lambda: module(torch.ones(1)))
+    # What is computed before the first layer counts as its own, as what comes after a layer does.
+    expected = {"": 7.75, "first": 3.75, "first.0": 1.5, "first.1": 2.25, "last": 4}
+    assert {name: cost.seconds for name, cost in costs.items()} == expected
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 10])

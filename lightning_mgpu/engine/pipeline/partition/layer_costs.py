@@ -1,10 +1,11 @@
 """Measure the time and memory of each layer for one micro-batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,9 +59,10 @@ def measured(
         least: Of how many multiplications gradients of weights come later; `None`: of none.
 
     Returns:
-        The calls, and what each submodule costs in all its calls, by name. Backward is taken to be
-        shared out like forward, and half of it to be for weights as far as products with them are
-        large enough.
+        The calls, and what each submodule costs in all its calls, by name, with what is computed
+        between it and the next; so layers cost together what the module that calls them does.
+        Backward is taken to be shared out like forward, and half of it to be for weights as far as
+        products with them are large enough.
     """
     found: list[tuple[ModuleCall, float]] = []
     products = Multiplications(least)
@@ -69,27 +71,60 @@ def measured(
             called, output = observe(module, run, count_kept=True)
         whole, _ = observe(module, partial(_backward, module, output))
         found.append((called, whole.seconds))
-    costs: dict[str, Cost] = {}
-    rounds = [_totals(called) for called, _ in found[1:]]
-    for name, first in rounds[0].items():
-        forward = min(totals.get(name, first).seconds for totals in rounds)
-        share = min(back / called.seconds if called.seconds else 0.0 for called, back in found[1:])
+    costs = _sizes(found[1][0])
+    rounds = [_Span(called, called.began, called.began + called.seconds) for called, _ in found[1:]]
+    _add_quickest(costs, rounds)
+    share = min(back / called.seconds if called.seconds else 0.0 for called, back in found[1:])
+    for name, cost in costs.items():
+        backward = cost.forward * share
         costs[name] = replace(
-            first,
-            seconds=forward * (1 + share),
-            forward=forward,
-            weights=forward * share * products.large_share / 2,
+            cost,
+            seconds=cost.forward + backward,
+            weights=backward * products.large_share / 2,
         )
     return found[0][0], costs
 
 
-def _totals(called: ModuleCall) -> Mapping[str, Cost]:
+class _Span(NamedTuple):
+    """A call, and from when to when time counts as its own."""
+
+    call: ModuleCall
+    start: float
+    end: float
+
+    def inside(self) -> list["_Span"]:
+        """The calls that it makes, which share out its time."""
+        calls = self.call.children
+        bounds = [self.start, *(call.began for call in calls[1:]), self.end]
+        return [_Span(call, *pair) for call, pair in zip(calls, pairwise(bounds), strict=False)]
+
+
+def _add_quickest(costs: dict[str, Cost], rounds: Sequence[_Span]) -> float:
+    """Add the seconds of forward of a call, and of those that it makes, to their costs.
+
+    Args:
+        costs: By name.
+        rounds: The same call, several times.
+    """
+    inside = [span.inside() for span in rounds]
+    if len({tuple(span.call.name for span in spans) for spans in inside}) > 1:
+        inside = inside[:1]  # it does not always make the same ones
+    if inside[0]:
+        seconds = sum(_add_quickest(costs, spans) for spans in zip(*inside, strict=True))
+    else:
+        seconds = min(span.end - span.start for span in rounds)
+    name = rounds[0].call.name
+    costs[name] = replace(costs[name], forward=costs[name].forward + seconds)
+    return seconds
+
+
+def _sizes(called: ModuleCall) -> dict[str, Cost]:
     totals: dict[str, Cost] = {}
     for call in called.walk():
         known = totals.get(call.name)
         if known is None:
             known = Cost(parameters=sum(p.nbytes for p in call.module.parameters()))
-        totals[call.name] = known + Cost(call.seconds, 0, call.kept, received=call.received)
+        totals[call.name] = known + Cost(activations=call.kept, received=call.received)
     return totals
 
 

@@ -24,6 +24,7 @@ class ModuleCall:
         name: The module's first name; that of the split module itself is empty.
         module: The module.
         children: The calls that it makes.
+        began: When.
         seconds: What it took, calls it made included.
         kept: The bytes that autograd kept of it, if that was counted.
         received: The bytes of the tensors that it was called with.
@@ -33,6 +34,7 @@ class ModuleCall:
     name: str
     module: nn.Module
     children: list["ModuleCall"] = field(default_factory=list)
+    began: float = 0.0
     seconds: float = 0.0
     kept: int = 0
     received: int = 0
@@ -82,14 +84,14 @@ def observe(
             _mark(open_calls, given)  # (which drops nothing while it is watched)
         made = ModuleCall(name, called, given=[(t, version_of(t)) for t in given])
         made.received = sum(tensor.nbytes for tensor in given)
-        made.seconds = -now()
+        made.began = now()
         open_calls[-1].children.append(made)
         open_calls.append(made)
 
     def after(called: nn.Module, args: Any, output: Any) -> None:
         if len(open_calls) > 1 and open_calls[-1].module is called:
             made = open_calls.pop()
-            made.seconds += now()
+            made.seconds = now() - made.began
             made.writes |= any(version_of(tensor) != version for tensor, version in made.given)
             made.given = []
 
@@ -119,9 +121,9 @@ def observe(
             stack.callback(inner.register_forward_hook(after, always_call=True).remove)
         if count_kept:
             stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
-        started = now()
+        root.began = now()
         output = run()
-        root.seconds = now() - started
+        root.seconds = now() - root.began
     return root, output
 
 
