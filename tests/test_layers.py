@@ -32,6 +32,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"_compat", "variables"},
     "timeline": {"format"},
     "strategies": {"_compat", "format", "engine", "launch", "timeline"},
+    "callbacks": {"_compat", "engine", "strategies"},
     "config": {"_compat", "errors", "strategies"},
     "plan": {*_TOOLS, "engine", "strategies", "config"},
     "ray": {*_TOOLS, "engine", "launch", "strategies", "config"},

@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.tuner.lr_finder import _determine_lr_attr_name as _determine_lr_attr_name
     from lightning.pytorch.utilities import rank_zero_info as rank_zero_info
     from lightning.pytorch.utilities import rank_zero_warn as rank_zero_warn
+    from lightning.pytorch.utilities.combined_loader import _SUPPORTED_MODES as _SUPPORTED_MODES
+    from lightning.pytorch.utilities.combined_loader import CombinedLoader as CombinedLoader
     from lightning.pytorch.utilities.exceptions import SIGTERMException as SIGTERMException
     from lightning.pytorch.utilities.exceptions import _TunerExitException as _TunerExitException
     from lightning.pytorch.utilities.model_helpers import is_overridden as is_overridden
@@ -128,6 +130,7 @@ _NAMES = {
     "pytorch.trainer.states": ("TrainerFn", "TrainerState", "TrainerStatus"),
     "pytorch.tuner.lr_finder": ("_determine_lr_attr_name",),
     "pytorch.utilities": ("rank_zero_info", "rank_zero_warn"),
+    "pytorch.utilities.combined_loader": ("_SUPPORTED_MODES", "CombinedLoader"),
     "pytorch.utilities.exceptions": ("SIGTERMException", "_TunerExitException"),
     "pytorch.utilities.model_helpers": ("is_overridden",),
     "pytorch.utilities.parsing": ("lightning_getattr", "lightning_setattr"),

@@ -16,6 +16,9 @@ KNOWN_WARNINGS = (
 )
 """How warnings begin that tell nobody anything who uses the command."""
 
+NOT_RESUMABLE = "You're resuming from a checkpoint that ended before the epoch ended"
+"""How the warning begins that a DataLoader does not keep its place."""
+
 # How `ModelCheckpoint` and `EarlyStopping` say that what they monitor is not there.
 _NOT_LOGGED = ("could not find the monitored key", "Early stopping conditioned on metric")
 _NO_DEVICE = ("No supported gpu backend", "accelerator is not available")

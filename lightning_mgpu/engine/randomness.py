@@ -9,7 +9,7 @@ import hashlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -57,6 +57,15 @@ class RandomStreams:
         self._base = hashlib.blake2b(state, digest_size=16).digest()
         self._count = 0
         self._draws = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the streams of coming steps depend on."""
+        return {"base": self._base.hex(), "count": self._count, "draws": dict(self._draws)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the streams of another run."""
+        self._base = bytes.fromhex(state["base"])
+        self._count, self._draws = state["count"], dict(state["draws"])
 
     def finish(self) -> None:
         """Let torch's generator move on if the streams were used, so that a next run differs."""

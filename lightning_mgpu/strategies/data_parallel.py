@@ -182,6 +182,11 @@ class DataParallelStrategy(SingleProcessStrategy):
             self._streams.restart()
         return self._replicas, self._workers
 
+    @override
+    def random_streams(self) -> RandomStreams:
+        self._prepared()
+        return self._streams
+
     def _step(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a step of the LightningModule on every replica and join the outputs."""
         model = self.lightning_module

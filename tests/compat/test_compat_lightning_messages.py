@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from lightning_models import Model, Validated, quiet
+from lightning_models import Calls, Model, Validated, quiet
 
 from lightning_mgpu._compat import (
     lightning_messages,
@@ -20,6 +20,7 @@ from lightning_mgpu._compat import (
 from lightning_mgpu._compat.lightning import (
     MisconfigurationException,
     ModelCheckpoint,
+    Trainer,
 )
 
 
@@ -32,6 +33,18 @@ def test_message_of_a_metric_that_is_not_there(kind: str, tmp_path: Path) -> Non
     with pytest.raises((MisconfigurationException, RuntimeError), match="accuracy") as caught:
         trainer.fit(Validated())
     assert lightning_messages.names_missing_metric(caught.value)
+
+
+def test_warning_of_a_loader_that_does_not_keep_its_place(tmp_path: Path) -> None:
+    path, model = tmp_path / "step.ckpt", Model()
+
+    def save(trainer: Trainer) -> None:
+        if not path.exists():
+            trainer.save_checkpoint(path)
+
+    quiet(Calls(on_train_batch_end=save)).fit(model)
+    with pytest.warns(UserWarning, match=lightning_messages.NOT_RESUMABLE):
+        quiet(max_epochs=2).fit(model, ckpt_path=path)
 
 
 @pytest.mark.parametrize("keyword", ["hpc", "best"])

@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_mgpu.callbacks import ExactResume
+
 FILES = sorted(CONF.rglob("*.yaml"))
 CHOICES = [(path.parent.relative_to(CONF).as_posix(), path.stem) for path in FILES]
 CHOICES.remove((".", "config"))
@@ -173,6 +175,12 @@ def test_callbacks_early_stopping_adds_to_the_default() -> None:
     callbacks = config("callbacks=early_stopping").callbacks
     assert list(callbacks) == ["model_checkpoint", "last_checkpoint", "early_stopping"]
     assert isinstance(instantiate(callbacks.early_stopping), EarlyStopping)
+
+
+def test_callbacks_exact_resume_adds_to_the_default() -> None:
+    callbacks = config("callbacks=exact_resume").callbacks
+    assert list(callbacks) == ["model_checkpoint", "last_checkpoint", "exact_resume"]
+    assert isinstance(instantiate(callbacks.exact_resume), ExactResume)
 
 
 @pytest.mark.parametrize("group", ["callbacks", "logger"])

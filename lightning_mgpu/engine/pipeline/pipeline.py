@@ -93,8 +93,9 @@ class Pipeline:
         self._check = parity or Parity("off", type(cutter.module).__name__, devices)
         self._threads = threads or max(1, available_cores() // count)
         self._workers = Workers(self._own, self._threads)
-        self._streams = RandomStreams([] if one_at_a_time else self._own)
-        self._streams.restart()
+        self.streams = RandomStreams([] if one_at_a_time else self._own)
+        """The random numbers of coming calls."""
+        self.streams.restart()
         self._cut: Cut | None = None
         expected = cutter.expected()
         self._units = None if expected is None else Units(expected.units, self.devices)
@@ -119,7 +120,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop the threads."""
-        self._streams.finish()
+        self.streams.finish()
         self._workers.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +168,7 @@ class Pipeline:
         count = self.chunks.next(size) if torch.is_grad_enabled() else self.chunks.usual
         counts = mb.sizes(size, count, least)
         layouts = self._checked(call, cut, splitting, counts) if len(counts) > 1 else None
-        with self._streams.step(
+        with self.streams.step(
             self._kind(),
             len(counts),
             always=self._checkpoint != "never" and torch.is_grad_enabled(),

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import ParallelStrategy, Trainer
+from lightning_mgpu.engine.randomness import RandomStreams
 from lightning_mgpu.strategies.base.belonging import Belonging
 from lightning_mgpu.strategies.base.checks import check_layer_sync, check_module
 
@@ -24,6 +25,10 @@ class MultiDeviceStrategy(Belonging, ParallelStrategy, ABC):
     def teardown(self) -> None:
         self._release()
         super().teardown()
+
+    @abstractmethod
+    def random_streams(self) -> RandomStreams:
+        """The random numbers of the run's steps; made if they have not been needed so far."""
 
     @abstractmethod
     def _release(self) -> None:

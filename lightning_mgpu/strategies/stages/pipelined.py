@@ -24,6 +24,7 @@ from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
 from lightning_mgpu.engine.pipeline.runtime.deferral import Defer, Deferral
 from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint
+from lightning_mgpu.engine.randomness import RandomStreams
 from lightning_mgpu.strategies.base.loader_hint import loader_hint
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
@@ -303,6 +304,11 @@ class PipelineMixin(MultiDeviceStrategy):
                 pipeline.cutter.chosen,
             )
         self._placed.append(cut)
+
+    @override
+    def random_streams(self) -> RandomStreams:
+        assert self._pipeline is not None
+        return self._pipeline.streams
 
     @override
     def _release(self) -> None:

@@ -1,0 +1,319 @@
+"""Checkpoints from which a run goes on as if it had never been interrupted."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from lightning_mgpu._compat import lightning_restart as restart
+from lightning_mgpu._compat.lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    is_overridden,
+    rank_zero_warn,
+)
+from lightning_mgpu._compat.lightning_attributes import assign
+from lightning_mgpu._compat.lightning_loaders import wrap_train_loader
+from lightning_mgpu._compat.lightning_messages import NOT_RESUMABLE
+from lightning_mgpu._compat.lightning_results import (
+    callback_metrics,
+    go_on_logging,
+    logged_so_far,
+    metrics_to_reset,
+    set_callback_metrics,
+)
+from lightning_mgpu.callbacks import rank_state
+from lightning_mgpu.callbacks.generators import generator_states, restore_generators
+from lightning_mgpu.callbacks.resumable_loader import Position, ResumableLoader
+from lightning_mgpu.engine.device import is_accelerator
+from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
+from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
+
+_POSITION = "start", "first", "ahead", "used", "fetched"
+
+# Where a checkpoint is written decides what a Trainer that goes on from it has still to do:
+#
+#     epoch start | batch  batch  batch | validation | epoch end | epoch start ...
+#     ^           ^^                   ^             ^           ^
+#     hooks of    hooks of a batch's   the last      hooks of    hooks of the
+#     the start   end                  batch's end   its end     epoch's end
+#
+# Lightning goes on behind the third, fourth and fifth, but leaves out what belongs to them:
+# validation and the end of the epoch, or a scheduler's step (`_compat/lightning_restart.py`).
+# Random states are put back just before the first thing that draws, since a Trainer calls hooks
+# and asks for iterators before it goes on (`_settle`).
+
+
+class ExactResume(Callback):
+    """Save with each checkpoint all that a run needs to go on with the same bits.
+
+    Beside what Lightning saves: random states of Python, NumPy, torch and the strategy's streams,
+    the position within the epoch, metrics and logged values half-way, gradients of an accumulation
+    that is under way; of each rank. The checkpoint stays one that Lightning loads without this
+    callback.
+
+    A run goes on exactly with the same program, strategy, number of ranks, machine and versions.
+    What cannot be exact is told in a warning. Batches of the epoch that have been trained are
+    fetched once more and left out, unless the loader keeps its place itself (`StatefulDataLoader`
+    of torchdata).
+    """
+
+    def __init__(self) -> None:
+        self._trainer: Trainer | None = None
+        self._loader: ResumableLoader | None = None
+        self._undo: list[Callable[[], Any]] = []
+        self._known: dict[str, Any] | None = None
+        self._resumed = self._begins_validation = False
+        self._silenced: warnings.catch_warnings[None] | None = None
+
+    # --- Saving
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        trainer, loader = self._trainer, self._loader
+        if trainer is None or loader is None:
+            return {}
+        # Whoever calls this may be one rank alone; `_save` asks the others.
+        mine = self._known or self._state(trainer, loader)
+        return {"world_size": trainer.world_size, "ranks": {str(trainer.global_rank): mine}}
+
+    def _state(self, trainer: Trainer, loader: ResumableLoader) -> dict[str, Any]:
+        model, strategy = trainer.lightning_module, trainer.strategy
+        streams = None
+        if isinstance(strategy, MultiDeviceStrategy):
+            streams = strategy.random_streams().state_dict()
+        at_batch_end = restart.is_at_batch_end(trainer)
+        at_epoch_end = restart.is_at_epoch_end(trainer)
+        if at_batch_end:
+            _warn_of_hook(model)
+        return {
+            "now": generator_states(_accelerators(trainer), loader.generators()),
+            "start": loader.start,
+            "first": loader.first,
+            "ahead": loader.ahead,
+            "used": restart.batches_trained(trainer),
+            "fetched": loader.fetched - restart.batches_begun(trainer),
+            "within_batch": restart.is_within_batch(trainer),
+            "at_batch_end": at_batch_end,
+            "at_epoch_start": restart.is_at_epoch_start(trainer),
+            "at_epoch_end": at_epoch_end,
+            "is_last": restart.is_last_batch(trainer),
+            "validates": at_batch_end and restart.is_validation_due(trainer),
+            "steps": 0 if restart.is_accumulating(trainer) else 1,
+            "streams": streams,
+            "metrics": rank_state.metric_states(model, metrics_to_reset(trainer, at_epoch_end)),
+            "logged": None if at_epoch_end else logged_so_far(trainer),
+            "monitored": callback_metrics(trainer),
+            "gradients": rank_state.gradients(trainer, model),
+        }
+
+    def _gather_when_saving(self, trainer: Trainer) -> None:
+        """Have all ranks' states in checkpoints that all ranks write together."""
+        strategy = trainer.strategy
+        save = strategy.save_checkpoint
+
+        def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            state = checkpoint.get("callbacks", {}).get(self.state_key)
+            # After an error there may be nobody to answer.
+            if state and sys.exc_info()[1] is None:
+                for ranks in rank_state.gathered(state["ranks"]):
+                    state["ranks"].update(ranks)
+            save(checkpoint, *args, **kwargs)
+
+        assign(strategy, "save_checkpoint", save_checkpoint)
+        self._undo.append(lambda: vars(strategy).pop("save_checkpoint", None))
+
+    # --- Going on
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+        if stage != "fit":
+            return
+        self._trainer = trainer
+        # First of all, so that others find random states as they were. (A new list, since Lightning
+        # iterates over the old one.)
+        others = [callback for callback in callbacks_of(trainer) if callback is not self]
+        assign(trainer, "callbacks", [self, *others])
+        devices = _accelerators(trainer)
+
+        def wrap(loaders: Any, mode: str) -> ResumableLoader:
+            loader = ResumableLoader(
+                loaders, mode, devices, self._settle, lambda: self._known is None
+            )
+            self._loader = loader
+            self._aim(trainer, loader)
+            return loader
+
+        self._undo.append(wrap_train_loader(trainer, wrap))
+        self._gather_when_saving(trainer)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._trainer is None:
+            return
+        state = checkpoint.get("callbacks", {}).get(self.state_key) or {}
+        known = _of_rank(state, trainer)
+        if known is None:
+            return
+        self._known, self._resumed = known, True
+        if known["within_batch"]:
+            rank_zero_warn(
+                "The checkpoint was written in the middle of a batch, which is computed again, with"
+                " other random numbers if it draws any."
+            )
+        if known["at_batch_end"] and (known["validates"] or known["is_last"]):
+            restart.end_batch(checkpoint, known["validates"], known["steps"])
+        elif known["at_epoch_start"]:
+            restart.begin_epoch(checkpoint)
+
+    def _aim(self, trainer: Trainer, loader: ResumableLoader) -> None:
+        """Have the loader go on where the checkpoint was written, if there is one."""
+        known = self._known
+        if known is None:
+            return
+        if known["is_last"] and not (known["at_epoch_start"] or known["at_epoch_end"]):
+            loader.idle()
+            return
+        loader.wait()
+        if not known["is_last"]:
+            loader.position = Position(**{key: known[key] for key in _POSITION})
+            self._silence()
+        _warn_of_loaders(trainer, loader, known["used"])
+
+    def _silence(self) -> None:
+        """Have Lightning not warn that the loader does not keep its place, until `_settle`."""
+        self._silenced = silenced = warnings.catch_warnings()
+        silenced.__enter__()
+        warnings.filterwarnings("ignore", NOT_RESUMABLE)
+
+    def _be_loud(self) -> None:
+        silenced, self._silenced = self._silenced, None
+        if silenced is not None:
+            silenced.__exit__(None, None, None)
+
+    def _settle(self) -> None:
+        """Put back everything, just before the first thing happens that came next."""
+        known, self._known = self._known, None
+        if known is None:
+            return
+        self._be_loud()
+        trainer, loader = self._trainer, self._loader
+        assert trainer is not None
+        assert loader is not None
+        model, strategy = trainer.lightning_module, trainer.strategy
+        rank_state.restore_metrics(model, known["metrics"])
+        rank_state.restore_gradients(model, known["gradients"])
+        if known["logged"] is not None:
+            go_on_logging(trainer, known["logged"])
+        if known["streams"] is not None and isinstance(strategy, MultiDeviceStrategy):
+            strategy.random_streams().load_state_dict(known["streams"])
+        restore_generators(known["now"], loader.generators())
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        known = self._known
+        if known is None:
+            return
+        set_callback_metrics(trainer, known["monitored"])
+        if known["at_epoch_end"]:
+            restart.step_plateau_schedulers(trainer)
+        elif known["at_batch_end"] and (known["validates"] or known["is_last"]):
+            self._settle()  # there is no hook before what follows
+            self._begins_validation = known["validates"]
+            if not known["validates"]:
+                restart.end_epoch(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._begins_validation:
+            restart.begin_validation(trainer)
+            self._begins_validation = False
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle()
+        if self._resumed:
+            restart.restart_is_over(trainer)
+            self._resumed = False
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._undo_all()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._undo_all()
+
+    def _undo_all(self) -> None:
+        self._be_loud()
+        while self._undo:
+            self._undo.pop()()
+
+    def _release(self) -> None:
+        self._undo_all()
+        self._trainer = self._loader = self._known = None
+        self._resumed = self._begins_validation = False
+
+
+def _accelerators(trainer: Trainer) -> list[torch.device]:
+    strategy = trainer.strategy
+    devices = getattr(strategy, "devices", None) or [strategy.root_device]
+    return [device for device in dict.fromkeys(devices) if is_accelerator(device)]
+
+
+def _of_rank(state: dict[str, Any], trainer: Trainer) -> dict[str, Any] | None:
+    """What a checkpoint has of this rank; `None`, with a warning, if that is not enough."""
+    there = state.get("world_size", 0)
+    if not there:
+        why = "was written without `ExactResume`"
+    elif there != trainer.world_size:
+        why = f"was written by {there} ranks, not {trainer.world_size} (resume with {there})"
+    elif len(state["ranks"]) < there:
+        why = f"was written by one of {there} ranks alone, when it was interrupted"
+    else:
+        known: dict[str, Any] = state["ranks"][str(trainer.global_rank)]
+        return known
+    rank_zero_warn(
+        f"The checkpoint {why}: training goes on from it as Lightning does, with other random"
+        " numbers, and from the first batch of the loader's order."
+    )
+    return None
+
+
+def _warn_of_hook(model: LightningModule) -> None:
+    if is_overridden("on_train_batch_end", model):
+        rank_zero_warn(
+            f"`{type(model).__name__}.on_train_batch_end` runs after a checkpoint of the batch has"
+            " been written, and not when the run is resumed from it: what it changes for that one"
+            " batch is lost. Do it in a callback's `on_train_batch_end`, which runs before."
+        )
+
+
+def _warn_of_loaders(trainer: Trainer, loader: ResumableLoader, used: int) -> None:
+    if trainer.current_epoch > 0 and any(
+        getattr(part, "persistent_workers", False) for part in loader.flattened
+    ):
+        rank_zero_warn(
+            "The DataLoader's workers live on from epoch to epoch (`persistent_workers=True`) and"
+            " their random numbers with them: augmentations in workers will not be the same after"
+            " the resume. Leave `persistent_workers` out."
+        )
+    if used and loader.has_cycles:
+        rank_zero_warn(
+            "The shorter of several DataLoaders begins anew within the epoch: its order will not be"
+            " the same after the resume. Combine them in another mode, or give it a sampler with a"
+            " generator of its own."
+        )
