@@ -94,7 +94,6 @@ class Pipeline:
         self._threads = threads or max(1, available_cores() // count)
         self._workers = Workers(self._own, self._threads)
         self.streams = RandomStreams([] if one_at_a_time else self._own)
-        """The random numbers of coming calls."""
         self.streams.restart()
         self._cut: Cut | None = None
         expected = cutter.expected()
