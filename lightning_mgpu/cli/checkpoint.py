@@ -1,14 +1,23 @@
-"""Check a checkpoint before a run depends on it."""
+"""Check a checkpoint before a run depends on it, and find one."""
 
+import copy
+import logging
 import os
 import pickle
 import zipfile
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_mgpu._compat.torch_messages import NOT_ALLOWED_IN_WEIGHTS
+from lightning_mgpu.cli.cluster import is_laptop
 from lightning_mgpu.errors import ConfigError, one_line
+
+log = logging.getLogger(__name__)
+
+LAST_GOOD = "last_good"
+"""What `ckpt_path` is for the newest checkpoint of the run's directory that loads."""
 
 # Words that the Trainer turns into a path itself.
 _KEYWORDS = ("last", "hpc", "registry")
@@ -72,6 +81,55 @@ def check_checkpoint(ckpt_path: str, *, resume: bool = False) -> None:
             f"ckpt_path={ckpt_path}: holds weights only, from which training cannot resume."
             " Use one that was saved without `save_weights_only`."
         )
+
+
+def last_good(directory: Path, *, resume: bool = False) -> Path | None:
+    """Find the newest checkpoint that `check_checkpoint` lets pass.
+
+    Args:
+        directory: Where to look, in folders within, too.
+        resume: As there.
+
+    Returns:
+        Its path; `None` if there is none. A warning names each newer one that is damaged.
+    """
+    found = [(path.stat().st_mtime_ns, path) for path in directory.rglob("*.ckpt")]
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_checkpoint(str(path), resume=resume)
+        except ConfigError as error:
+            log.warning("ckpt_path=%s goes on without a newer one. %s", LAST_GOOD, error)
+        else:
+            return path
+    return None
+
+
+def with_last_good(cfg: DictConfig, output_dir: Path, *, resume: bool) -> DictConfig:
+    """The config with the newest checkpoint of the run's directory, or without, to train anew.
+
+    Args:
+        cfg: The run's, with `LAST_GOOD` for its `ckpt_path`.
+        output_dir: Of the run.
+        resume: Whether training is to resume from it.
+
+    Raises:
+        ConfigError: There is none, and `mode` needs one.
+    """
+    if is_laptop(cfg):
+        raise ConfigError(f"ckpt_path={LAST_GOOD}: looks on this machine only. Give a path.")
+    found = last_good(output_dir, resume=resume)
+    if found is None and not resume:
+        raise ConfigError(f"ckpt_path={LAST_GOOD}: there is no checkpoint in {output_dir}.")
+    if found is None:
+        log.warning(
+            "ckpt_path=%s: no checkpoint in %s yet, training starts at the beginning.",
+            *(LAST_GOOD, output_dir),
+        )
+    else:
+        log.info("ckpt_path=%s: %s.", LAST_GOOD, found)
+    cfg = copy.deepcopy(cfg)
+    OmegaConf.update(cfg, "ckpt_path", None if found is None else str(found))
+    return cfg
 
 
 def _damaged(ckpt_path: str, reason: str) -> ConfigError:

@@ -25,7 +25,7 @@ from lightning_mgpu._compat.lightning_messages import (
     names_missing_metric,
 )
 from lightning_mgpu._compat.torch_messages import STATE_DICT_IS_ANOTHERS
-from lightning_mgpu.cli.checkpoint import check_checkpoint
+from lightning_mgpu.cli.checkpoint import LAST_GOOD, check_checkpoint, with_last_good
 from lightning_mgpu.cli.cluster import connect, is_laptop
 from lightning_mgpu.cli.signals import StopOnSignal
 from lightning_mgpu.config.build import Parts, build
@@ -88,7 +88,9 @@ def train(cfg: DictConfig) -> RunResult:
     if mode not in _MODES:
         known = ", ".join([*_MODES, "report"])  # the command draws, without a run
         raise ConfigError(f"mode={mode}: unknown. Choose one of {known}.")
-    if cfg.get("ckpt_path") is not None:
+    if cfg.get("ckpt_path") == LAST_GOOD:
+        cfg = with_last_good(cfg, output_dir, resume=mode == "fit")
+    elif cfg.get("ckpt_path") is not None:
         if not is_laptop(cfg):  # else it lies where the workers are
             check_checkpoint(str(cfg.ckpt_path), resume=mode == "fit")
     elif mode not in ("fit", "plan"):

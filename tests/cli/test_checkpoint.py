@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from lightning_mgpu.cli.checkpoint import check_checkpoint
+from lightning_mgpu.cli.checkpoint import check_checkpoint, last_good
 from lightning_mgpu.errors import ConfigError
 
 
@@ -148,3 +148,29 @@ def test_tensors_are_not_read(content: dict[str, Any]) -> None:
     before = psutil.Process().io_counters().read_chars
     check_checkpoint("big.ckpt")
     assert psutil.Process().io_counters().read_chars - before < 2**20
+
+
+def _at(second: int, path: str, data: bytes) -> Path:
+    made = Path(path)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_bytes(data)
+    os.utime(made, (second, second))
+    return made.absolute()
+
+
+@pytest.mark.usefixtures("content")
+def test_last_good_is_the_newest_that_loads(caplog: pytest.LogCaptureFixture) -> None:
+    good = Path("good.ckpt").read_bytes()
+    _at(1, "run/a.ckpt", good)
+    newest = _at(2, "run/checkpoints/b.ckpt", good)
+    _at(3, "run/checkpoints/cut.ckpt", good[:-100])
+    _at(4, "run/other.txt", good)
+    assert last_good(Path("run").absolute(), resume=True) == newest
+    (told,) = boring.told(caplog)
+    assert "cut.ckpt: damaged, or not a checkpoint" in told
+
+
+def test_no_good_checkpoint() -> None:
+    _at(1, "run/a.ckpt", b"")
+    assert last_good(Path("run")) is None
+    assert last_good(Path("nowhere")) is None

@@ -278,6 +278,19 @@ def test_checkpoint_that_is_none(kind: str, expected: str, trained: Path) -> Non
     assert expected in _refused("ckpt_path=broken.ckpt", f"mode={mode}")
 
 
+def test_last_good_checkpoint_of_a_run() -> None:
+    """The same command begins, and goes on."""
+    begun = run_tiny("ckpt_path=last_good")
+    assert begun.code == 0, begun.err
+    assert "training starts at the beginning" in begun.out
+    Path("run/checkpoints/later.ckpt").write_bytes(b"cut")
+    resumed = run_tiny("ckpt_path=last_good", "trainer.max_epochs=2")
+    assert resumed.code == 0, resumed.err
+    assert "later.ckpt: damaged" in resumed.out
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    assert "no checkpoint in" in _refused("ckpt_path=last_good", "mode=test", "output_dir=new")
+
+
 @pytest.mark.parametrize("mode", ["fit", "validate", "test", "predict"])
 def test_checkpoint_of_another_model(mode: str, trained: Path) -> None:
     message = _refused(f"ckpt_path={trained}", f"mode={mode}", "model.hidden=[5]")
