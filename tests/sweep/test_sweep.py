@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,11 +23,6 @@ from lightning_mgpu.sweep.report.lanes import timeline
 from lightning_mgpu.sweep.report.reader import read
 
 pytestmark = pytest.mark.slow
-
-_NEEDS_BOHB = pytest.mark.skipif(
-    find_spec("hpbandster") is None,
-    reason="needs hpbandster: pip install 'lightning_mgpu[bohb]'",
-)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +329,7 @@ def test_population_goes_on_from_the_better_with_new_values(
 @pytest.mark.parametrize(
     ("search", "scheduler"),
     [
-        pytest.param("bohb", "bohb", marks=_NEEDS_BOHB),
+        ("bohb", "bohb"),
         ("optuna", "median"),
         ("random", "pb2"),
     ],
