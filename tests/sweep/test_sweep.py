@@ -112,6 +112,28 @@ def test_several_metrics_leave_a_front(ray_address: str) -> None:
     assert all(one["command"] in done.out for one in solutions)
 
 
+def test_values_that_a_trial_does_not_have_are_left_out(ray_address: str) -> None:
+    done = sweep(
+        "failing_app.py",
+        ray_address,
+        *("kind=fine,greedy", "data.batch_size=1,2", "hydra/sweeper/search_alg=grid"),
+        "hydra.sweeper.conditions={data.batch_size:{kind:greedy}}",
+    )
+    assert done.code == 0, done.err
+    assert "3 trials." in done.out + done.err
+    params = [trial["params"] for trial in done.trials]
+    assert params == [
+        {"kind": "fine"},
+        {"kind": "greedy", "data.batch_size": 1},
+        {"kind": "greedy", "data.batch_size": 2},
+    ]
+    assert [trial.params for trial in read(done.directory).trials] == params
+    given = (done.directory / "0" / ".hydra" / "overrides.yaml").read_text()
+    assert "kind=fine" in given
+    assert "batch_size" not in given
+    assert "batch_size" not in done.results["best_command"]
+
+
 def test_report_is_drawn_at_the_end_and_knows_what_the_results_know(plain: Swept) -> None:
     assert "report.html" in plain.out
     assert "val_acc" in (plain.directory / "report.html").read_text()
