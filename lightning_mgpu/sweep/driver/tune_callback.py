@@ -148,6 +148,8 @@ class RecordingCallback(Callback):
         if is_stopped:
             assert self._endings is not None, "a search without `watch`"
             record.ended_by = self._endings.stopped(trial.last_result)
+            if self._controller is not None:
+                self._controller.mark_ended(trial)
         self._end(record, "stopped" if is_stopped else "done")
 
     @override
