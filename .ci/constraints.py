@@ -17,7 +17,7 @@ HEAD = """\
 # The exact versions the tests run with, and nothing that ties them to one platform:
 # torch has no local label (`+cpu`, `+cu130`), so pip takes the build its own settings lead to.
 # Made by `make constraints`, which freezes .venv and .venv/zoo. To renew: upgrade there
-# (.venv/bin/python -m pip install --upgrade --upgrade-strategy eager -e '.[all,bohb,dev]'),
+# (.venv/bin/python -m pip install --upgrade --upgrade-strategy eager -e '.[all,dev]'),
 # run `make constraints`, then `make clean test`.
 """
 

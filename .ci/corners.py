@@ -25,7 +25,7 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".venv" / "corners"
-EXTRAS = ("ray", "search", "bohb", "report", "dev")
+EXTRAS = ("ray", "search", "report", "dev")
 SHOWN = ("torch", "lightning", "ray", "hydra-core", "optuna")
 TESTS = (
     "tests/config/test_conf.py",

@@ -140,4 +140,4 @@ def test_every_extra_installs_what_it_says() -> None:
     from importlib.metadata import metadata
 
     extras = set(metadata("lightning_mgpu").get_all("Provides-Extra") or ())
-    assert extras >= {"ray", "search", "bohb", "report", "zoo", "all", "dev"}
+    assert extras >= {"ray", "search", "report", "zoo", "all", "dev"}

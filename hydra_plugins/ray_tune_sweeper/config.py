@@ -154,6 +154,8 @@ class RayTuneSweeperConf:
     params: dict[str, Any] = field(default_factory=dict)
     # module.function(cfg, space) returns more of the space, or values computed from others.
     custom_search_space: str | None = None
+    # Keys that exist only with some values of others: {momentum: {optimizer: [sgd, rmsprop]}}.
+    conditions: Any = None  # no dict, to which the command line could add no key
 
     # What to optimise: a logged metric, or a list of them; null is what the job returns.
     metric: Any = None

@@ -103,6 +103,14 @@ class Controller:
         trial.set_status(Trial.PENDING)
         self._its._live_trials.add(trial)  # as with others, before the scheduler knows of them
 
+    def mark_ended(self, trial: Trial) -> None:
+        """Have what is saved next say that a trial has ended.
+
+        Ray Tune forgets that of trials that the scheduler stops while they wait, and a resumed
+        sweep would run them again.
+        """
+        self._its._mark_trial_to_checkpoint(trial)
+
     def save(self) -> None:
         """Write the state of the sweep down now."""
         self._its.checkpoint(force=True)

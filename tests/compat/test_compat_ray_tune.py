@@ -141,6 +141,24 @@ def test_run_again_makes_a_trial_one_of_those_that_live(
     assert not controller.is_finished()
 
 
+def _saved_status(controller: TuneController, trial: Trial) -> str:
+    saved, _ = controller._get_trial_checkpoints()[trial.trial_id]
+    return str(Trial.from_json_state(saved, stub=True).status)
+
+
+def test_trial_that_is_stopped_while_it_waits_is_marked(
+    controller: TuneController, trial: Trial
+) -> None:
+    given = controller._wrapped()
+    controller.add_trial(trial)
+    controller._set_trial_status(trial, Trial.PAUSED)
+    controller._mark_trial_to_checkpoint(trial)
+    assert _saved_status(controller, trial) == "PAUSED"
+    controller.stop_trial(trial)
+    ray_tune.Controller(given).mark_ended(trial)
+    assert _saved_status(controller, trial) == "TERMINATED"
+
+
 def test_save_writes_the_state_at_once(
     controller: TuneController, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,11 +23,6 @@ from lightning_mgpu.sweep.report.lanes import timeline
 from lightning_mgpu.sweep.report.reader import read
 
 pytestmark = pytest.mark.slow
-
-_NEEDS_BOHB = pytest.mark.skipif(
-    find_spec("hpbandster") is None,
-    reason="needs hpbandster: pip install 'lightning_mgpu[bohb]'",
-)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +110,28 @@ def test_several_metrics_leave_a_front(ray_address: str) -> None:
         trial["params"]["data.batch_size"] for trial in done.trials
     ]
     assert all(one["command"] in done.out for one in solutions)
+
+
+def test_values_that_a_trial_does_not_have_are_left_out(ray_address: str) -> None:
+    done = sweep(
+        "failing_app.py",
+        ray_address,
+        *("kind=fine,greedy", "data.batch_size=1,2", "hydra/sweeper/search_alg=grid"),
+        "hydra.sweeper.conditions={data.batch_size:{kind:greedy}}",
+    )
+    assert done.code == 0, done.err
+    assert "3 trials." in done.out + done.err
+    params = [trial["params"] for trial in done.trials]
+    assert params == [
+        {"kind": "fine"},
+        {"kind": "greedy", "data.batch_size": 1},
+        {"kind": "greedy", "data.batch_size": 2},
+    ]
+    assert [trial.params for trial in read(done.directory).trials] == params
+    given = (done.directory / "0" / ".hydra" / "overrides.yaml").read_text()
+    assert "kind=fine" in given
+    assert "batch_size" not in given
+    assert "batch_size" not in done.results["best_command"]
 
 
 def test_report_is_drawn_at_the_end_and_knows_what_the_results_know(plain: Swept) -> None:
@@ -335,7 +351,7 @@ def test_population_goes_on_from_the_better_with_new_values(
 @pytest.mark.parametrize(
     ("search", "scheduler"),
     [
-        pytest.param("bohb", "bohb", marks=_NEEDS_BOHB),
+        ("bohb", "bohb"),
         ("optuna", "median"),
         ("random", "pb2"),
     ],

@@ -423,6 +423,31 @@ def test_table_begins_with_the_best_and_leads_to_directories(mode: str, numbers:
     assert set(heads) == {order, "none"}
 
 
+def test_values_that_some_trials_do_not_have() -> None:
+    """They are dashes in the table, and no part of what compares all trials."""
+    journal = journals.Journal(HERE, [LR, ACT, DROP])
+    for number in range(6):
+        params = {"model.lr": 0.001 * (number + 1), "model.act": ("relu", "gelu")[number % 2]}
+        if number % 2:
+            params["model.dropout"] = 0.1 * number
+        journal.start(number, number, params)
+        journal.report(number, number + 1, 0, number / 10)
+        journal.end(number, number + 1)
+    sweep = read(HERE)
+    assert table(sweep).count("<td>–</td>") == 3
+    lines = parameters.parallel(sweep)
+    assert lines is not None
+    labels = [column.label for column in lines.data[0].dimensions]
+    assert labels == ["lr", "act", "val_acc"]
+    assert parallel(sweep) is not None
+    found = importance(sweep)
+    assert found is not None
+    assert set(found.shares) == {"model.lr", "model.act"}
+    points = parameters.scatter(sweep)
+    assert points is not None
+    assert [text.text for text in points.layout.annotations] == ["lr", "act", "dropout"]
+
+
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_best_trials_are_the_strongest_lines_of_parallel_coordinates(mode: str) -> None:
     journal = journals.Journal(HERE, [LR], mode=mode)

@@ -166,3 +166,22 @@ def test_sweep_that_has_ended_goes_on_with_more_trials(ray_address: str) -> None
     }
     stretches = [trial.stretches for trial in read(done.directory).trials]
     assert len({stretch.worker for own in stretches for stretch in own}) == 3
+
+
+def test_trials_that_were_stopped_while_they_waited_do_not_run_again(ray_address: str) -> None:
+    given = (
+        *("population_app.py", ray_address, "lr=tag(log,interval(1e-4,1e-1))", "decay=0.1,0.2"),
+        *("hydra/sweeper/search_alg=bohb", "hydra/sweeper/scheduler=bohb"),
+        *("hydra.sweeper.metric=score", "hydra.sweeper.mode=max", "hydra.sweeper.report=last"),
+        *("hydra.sweeper.scheduler.max_t=4", "hydra.sweeper.scheduler.reduction_factor=2"),
+    )
+    before = sweep(*given, "hydra.sweeper.num_samples=4")
+    assert before.code == 0, before.err
+    ended = {trial["number"]: trial for trial in before.trials}
+    assert len(ended) == 4
+    after = sweep(
+        *given, "hydra.sweeper.num_samples=5", f"hydra.sweeper.resume={before.directory.absolute()}"
+    )
+    assert after.code == 0, after.err
+    assert {trial["number"]: trial for trial in after.trials if trial["number"] < 4} == ended
+    assert len(after.trials) == 5

@@ -1,7 +1,6 @@
 """Searchers and schedulers, asked as Ray asks them; no Ray is started."""
 
 import logging
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,11 @@ ONE = [Objective("m", "max")]
 GRID = parse_space({}, ["a=1,2", "b=x,y"])
 
 
-def options(search: str = "random", scheduler: str = "asha", **given: Any) -> RayTuneSweeperConf:
+def options(
+    search: str = "random", scheduler: str | None = None, **given: Any
+) -> RayTuneSweeperConf:
+    if scheduler is None:
+        scheduler = "bohb" if search == "bohb" else "asha"
     return RayTuneSweeperConf(
         search_alg=SEARCHES[search](seed=0),
         scheduler=SCHEDULERS[scheduler](),
@@ -60,7 +63,7 @@ def options(search: str = "random", scheduler: str = "asha", **given: Any) -> Ra
     )
 
 
-@pytest.mark.parametrize("search", ["random", "optuna", "hyperopt"])
+@pytest.mark.parametrize("search", ["random", "optuna", "hyperopt", "bohb"])
 def test_searcher_suggests_values_of_the_space(search: str) -> None:
     searcher = build_searcher(options(search), SPACE, ONE)
     for number in range(30):
@@ -78,21 +81,7 @@ def test_searcher_suggests_values_of_the_space(search: str) -> None:
         searcher.on_trial_complete(str(number), {"m": values["lr"], "training_iteration": 1})
 
 
-def test_bohb_suggests_values_of_the_space() -> None:
-    with patch.dict(os.environ):  # it sets a variable when it is first imported
-        reason = "needs hpbandster: pip install 'lightning_mgpu[bohb]'"
-        pytest.importorskip("hpbandster.optimizers", reason=reason)
-    searcher = build_searcher(options("bohb", "bohb"), SPACE, ONE)
-    for number in range(10):
-        values = searcher.suggest(str(number))
-        overrides = SPACE.overrides(values)
-        assert parse_space({}, overrides).fixed == overrides
-        info = {"hyperband_info": {"budget": 1}}
-        searcher.on_trial_result(str(number), {"m": float(values["lr"]), **info})
-        searcher.on_trial_complete(str(number), {"m": float(values["lr"])})
-
-
-@pytest.mark.parametrize("search", ["random", "optuna", "hyperopt"])
+@pytest.mark.parametrize("search", ["random", "optuna", "hyperopt", "bohb"])
 def test_same_seed_suggests_the_same(search: str) -> None:
     first, second = (build_searcher(options(search), SPACE, ONE) for _ in range(2))
     assert [first.suggest(str(n)) for n in range(5)] == [second.suggest(str(n)) for n in range(5)]
@@ -132,7 +121,7 @@ def test_grid_suggests_every_combination() -> None:
     assert points == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
 
 
-@pytest.mark.parametrize("search", ["random", "grid", "optuna", "hyperopt"])
+@pytest.mark.parametrize("search", ["random", "grid", "optuna", "hyperopt", "bohb"])
 def test_searcher_goes_on_where_it_was_saved(search: str, tmp_path: Path) -> None:
     space = GRID if search == "grid" else SPACE
     first, second = (build_searcher(options(search), space, ONE) for _ in range(2))
@@ -189,28 +178,35 @@ class Listening(Searcher):
         self.told: list[Any] = []
 
     def on_trial_result(self, trial_id: str, result: Any) -> None:
-        pass
+        self.told.append(result["m"])
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         self.told.append(result["m"])
 
 
 @pytest.mark.parametrize(
-    ("mode", "takes_best", "expected"),
-    [("max", True, 3.0), ("min", True, 1.0), ("max", False, 2.0)],
+    ("mode", "takes_best", "last", "expected"),
+    [
+        ("max", True, 2.0, [1.0, 3.0, 3.0, 3.0]),
+        ("min", True, 2.0, [1.0, 1.0, 1.0, 1.0]),
+        ("max", False, 2.0, [1.0, 3.0, 2.0, 2.0]),
+        ("max", True, 4.0, [1.0, 3.0, 3.0, 4.0]),  # with which the scheduler has stopped it
+    ],
 )
-def test_searcher_learns_what_a_run_is_worth(mode: str, takes_best: bool, expected: float) -> None:
+def test_searcher_learns_what_a_run_is_worth(
+    mode: str, takes_best: bool, last: float, expected: list[float]
+) -> None:
     searcher = Listening()
     trials = Trials(searcher, 3, [Objective("m", mode)], takes_best)
     for value in (1.0, 3.0, 2.0):
         trials.on_trial_result("a", {"m": value})
-    trials.on_trial_complete("a", {"m": 2.0})
-    assert searcher.told == [expected]
+    trials.on_trial_complete("a", {"m": last})
+    assert searcher.told == expected
 
 
-@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "bohb"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_scheduler_is_built_with_its_defaults(scheduler: str) -> None:
-    given = options("random", scheduler)
+    given = options("bohb" if scheduler == "bohb" else "random", scheduler)
     check_options(given)
     built = build_scheduler(given, SPACE)
     assert scheduler == "fifo" or built.set_search_properties("m", "max")
@@ -312,7 +308,6 @@ def test_what_cannot_work_is_refused(given: RayTuneSweeperConf, message: str) ->
     [
         ("optuna", "asha", "optuna", "search"),
         ("hyperopt", "asha", "hyperopt", "search"),
-        ("bohb", "bohb", "hpbandster", "bohb"),
         ("random", "pb2", "sklearn", "search"),
         ("random", "asha", "ray", "ray"),
     ],
@@ -343,7 +338,8 @@ def test_optuna_of_another_age_is_refused(release: str, is_old: bool) -> None:
 
 def test_lists_among_choices_are_refused_where_they_cannot_be() -> None:
     space = parse_space({}, ["sizes=choice([1,2],[3])"])
-    check_space(options("random"), space)
+    for search in ("random", "bohb"):
+        check_space(options(search), space)
     with pytest.raises(ConfigError, match=r"sizes=\[1,2\]: hydra/sweeper/search_alg=optuna"):
         check_space(options("optuna"), space)
 

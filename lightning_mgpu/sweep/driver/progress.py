@@ -110,7 +110,7 @@ class Progress:
         searched = (self._records.setting(record) if values else record.present).values
         return [
             str(record.number),
-            *(_short(searched[name]) if name in searched else "" for name in names),
+            *(_short(searched[name]) if name in searched else "–" for name in names),
             _status(record),
             str(len(record.history)),
             *(f"{values[name]:.4g}" if name in values else "" for name in metrics),

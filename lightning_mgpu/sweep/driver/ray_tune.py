@@ -84,7 +84,9 @@ def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
         retries = options.on_oom == "retry_smaller"
         kind = retrying(sweep.smaller) if retries else SweepTrial
         journal.begin(options, sweep.space, sweep.records)
-        watcher = RecordingCallback(sweep.records, sweep.describe, show, journal, interrupts, kind)
+        watcher = RecordingCallback(
+            sweep.records, sweep.space.active, sweep.describe, show, journal, interrupts, kind
+        )
         stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
         _run(sweep, watcher, stopper, notices, requests.hides_gpus)
         return stopper.why

@@ -32,6 +32,7 @@ class RecordingCallback(Callback):
 
     Args:
         records: Those of an earlier run of the sweep, if it is resumed.
+        active: The searched values that a trial has, of those that were drawn.
         describe: Overrides and directory of a trial, by its number and values.
         listener: Called with a record when its trial ends, and with `None` now and then.
         journal: Written as it goes, for the report.
@@ -42,6 +43,7 @@ class RecordingCallback(Callback):
     def __init__(
         self,
         records: Records,
+        active: Callable[[dict[str, Any]], dict[str, Any]],
         describe: Callable[[int, dict[str, Any]], tuple[list[str], Path]],
         listener: Listener,
         journal: Journal,
@@ -49,6 +51,7 @@ class RecordingCallback(Callback):
         kind: type[SweepTrial] = SweepTrial,
     ) -> None:
         self.records = records
+        self._active = active
         self._describe = describe
         self._listener = listener
         self._journal = journal
@@ -145,6 +148,8 @@ class RecordingCallback(Callback):
         if is_stopped:
             assert self._endings is not None, "a search without `watch`"
             record.ended_by = self._endings.stopped(trial.last_result)
+            if self._controller is not None:
+                self._controller.mark_ended(trial)
         self._end(record, "stopped" if is_stopped else "done")
 
     @override
@@ -207,8 +212,7 @@ class RecordingCallback(Callback):
     def _record(self, trial: Any) -> TrialRecord:
         number = trial_number(trial)
         record = self.records.trials.get(number)
-        values = dict(trial.config)
-        halvings = values.pop(HALVINGS, 0)
+        values, halvings = self._active(trial.config), trial.config.get(HALVINGS, 0)
         if record is None or (record.values, record.halvings) != (values, halvings):
             overrides, directory = self._describe(number, trial.config)
             new = TrialRecord(number, values, overrides, str(directory), halvings=halvings)

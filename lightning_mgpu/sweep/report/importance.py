@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_mgpu.sweep.report.axes import Axis, axis_of, metric_axis
 from lightning_mgpu.sweep.report.model import SweepHistory
-from lightning_mgpu.sweep.report.views import complete
+from lightning_mgpu.sweep.report.views import common
 
 if TYPE_CHECKING:
     import optuna
@@ -31,12 +31,12 @@ class Importance:
 
 def importance(sweep: SweepHistory) -> Importance | None:
     """Estimate importances; `None` with too few trials, or if nothing differs."""
-    found = complete(sweep)
+    found = sweep.valued()
     scale = metric_axis(sweep)
     values = [scale.linear(value) for _, value in found]
     columns = {
         axis: [axis.place(trial.params[axis.name]) for trial, _ in found]
-        for axis in (axis_of(sweep, dimension) for dimension in sweep.dimensions)
+        for axis in (axis_of(sweep, dimension) for dimension in common(sweep))
     }
     columns = {axis: column for axis, column in columns.items() if len(set(column)) > 1}
     if len(found) < _AT_LEAST or len(set(values)) < 2 or not columns:

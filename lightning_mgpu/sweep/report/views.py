@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory, Trial
+from lightning_mgpu.sweep.report.model import STATUSES, Dimension, SweepHistory, Trial
 
 COLOURS = {
     "done": "#2f6fa7",
@@ -92,7 +92,7 @@ def goodness(sweep: SweepHistory, values: list[float]) -> tuple[list[float], tup
     return signed, (low, high) if high > low else (low - 1, low)
 
 
-def complete(sweep: SweepHistory) -> list[tuple[Trial, float]]:
-    """Trials that have a result and every searched value."""
-    names = {dimension.name for dimension in sweep.dimensions}
-    return [(trial, value) for trial, value in sweep.valued() if names <= trial.params.keys()]
+def common(sweep: SweepHistory) -> list[Dimension]:
+    """Searched values that all trials with a result have: none that depend on others."""
+    found = [trial for trial, _ in sweep.valued()]
+    return [one for one in sweep.dimensions if all(one.name in trial.params for trial in found)]

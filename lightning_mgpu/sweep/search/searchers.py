@@ -11,6 +11,7 @@ from ray.tune.search.search_algorithm import SearchAlgorithm
 from typing_extensions import override
 
 from lightning_mgpu._compat import ray_tune
+from lightning_mgpu.sweep.search.bohb_searcher import BohbSearcher
 from lightning_mgpu.sweep.space.domains import to_domains
 from lightning_mgpu.sweep.space.objectives import Objective
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Interval, Space, enumerate_grid
@@ -31,6 +32,9 @@ def build_searcher(
         return GridSearcher(first.name, space)
     if conf.name == "random":
         return RandomSearcher(first.name, space, conf.seed)
+    if conf.name == "bohb":
+        time_attr: str = vars(options.scheduler)["time_attr"]
+        return BohbSearcher(first, space, conf.seed, time_attr)
     domains = to_domains(space)
     if conf.name == "optuna":
         from ray.tune.search.optuna import OptunaSearch
@@ -39,19 +43,12 @@ def build_searcher(
         node = getattr(conf, "sampler", None)
         sampler = None if node is None else instantiate(node)  # Hydra has tried it already
         return OptunaSearch(space_of_optuna, sampler=sampler, seed=conf.seed, **common)
-    if conf.name == "hyperopt":
-        from ray.tune.search.hyperopt import HyperOptSearch
+    from ray.tune.search.hyperopt import HyperOptSearch
 
-        given = {name: value for name, value in vars(conf).items() if name not in ("name", "seed")}
-        return HyperOptSearch(
-            HyperOptSearch.convert_search_space(domains),
-            random_state_seed=conf.seed,
-            **given,
-            **common,
-        )
-    from ray.tune.search.bohb import TuneBOHB
-
-    return TuneBOHB(TuneBOHB.convert_search_space(domains), seed=conf.seed, **common)
+    given = {name: value for name, value in vars(conf).items() if name not in ("name", "seed")}
+    return HyperOptSearch(
+        HyperOptSearch.convert_search_space(domains), random_state_seed=conf.seed, **given, **common
+    )
 
 
 class Trials(SearchAlgorithm):
@@ -105,19 +102,25 @@ class Trials(SearchAlgorithm):
 
     @override
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if self._takes_best and self._names[0] in result:
-            value = float(result[self._names[0]])
-            self._best[trial_id] = self._better(value, self._best.get(trial_id, value))
-        self._generator.on_trial_result(trial_id, result)
+        self._generator.on_trial_result(trial_id, self._so_far(trial_id, result))
 
     @override
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        best = self._best.pop(trial_id, None)
-        if self._takes_best and best is not None and result and not error:
-            result = {**result, self._names[0]: best}
+        if result is not None:  # the report with which it was stopped comes here alone
+            result = self._so_far(trial_id, result)
+        self._best.pop(trial_id, None)
         self._generator.on_trial_complete(trial_id, result, error)
+
+    def _so_far(self, trial_id: str, result: dict[str, Any]) -> dict[str, Any]:
+        """The result with what the run is worth up to it."""
+        name = self._names[0]
+        if not self._takes_best or name not in result:
+            return result
+        value = float(result[name])
+        self._best[trial_id] = self._better(value, self._best.get(trial_id, value))
+        return {**result, name: self._best[trial_id]}
 
     @override
     def is_finished(self) -> bool:

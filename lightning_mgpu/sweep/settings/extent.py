@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from lightning_mgpu.sweep.space.space import Space, count
+from lightning_mgpu.sweep.space.space import Space, count, enumerate_grid
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
@@ -20,7 +20,10 @@ def extent(options: "RayTuneSweeperConf", space: Space, num_samples: int) -> str
     sizes = [size for dimension in space.dimensions.values() if (size := count(dimension))]
     is_finite = len(sizes) == len(space.dimensions)
     points, product = math.prod(sizes), " × ".join(map(str, sizes))
-    shape = f" ({product})" if len(sizes) > 1 else ""
+    has_shape = len(sizes) > 1 and not space.conditions
+    if is_finite and space.conditions:
+        points = len(enumerate_grid(space))
+    shape = f" ({product})" if has_shape else ""
     trials = f"{num_samples} trial{'s' if num_samples > 1 else ''}"
     if not sizes and is_finite:
         return f"{trials}: nothing is searched."
@@ -29,7 +32,7 @@ def extent(options: "RayTuneSweeperConf", space: Space, num_samples: int) -> str
             return f"{trials}: the first of {points} combinations{shape}."
         asked = options.num_samples or 0
         more = f"; hydra.sweeper.num_samples={asked} asks for more than there are"
-        made_of = f": {product}" if len(sizes) > 1 else ""
+        made_of = f": {product}" if has_shape else ""
         return f"{trials}{made_of}{more if asked > points else ''}."
     default = "" if options.num_samples else " (hydra.sweeper.num_samples is not set)"
     changes = options.scheduler.name in ("pbt", "pb2")  # the values of trials that began alike

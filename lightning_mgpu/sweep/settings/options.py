@@ -20,7 +20,6 @@ _OLDEST = {"optuna": 4}  # as in pyproject.toml
 _NEEDS = {  # each search, the package it is made of and the extra with it
     "optuna": ("optuna", "search"),
     "hyperopt": ("hyperopt", "search"),
-    "bohb": ("hpbandster", "bohb"),
 }
 _SEVERAL = ("optuna", "random", "grid")
 _PAUSING = ("hyperband", "bohb", "median", "pbt", "pb2")

@@ -14,6 +14,7 @@ from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS, batch_size, check_shrinkable, compose
 from lightning_mgpu.sweep.job.submitted import name_of
 from lightning_mgpu.sweep.settings.options import check_launcher, check_options, check_space
+from lightning_mgpu.sweep.space.conditions import add_conditions
 from lightning_mgpu.sweep.space.custom import add_custom
 from lightning_mgpu.sweep.space.objectives import read_objectives
 from lightning_mgpu.sweep.space.space import (
@@ -61,6 +62,7 @@ class PreparedSweep:
         space = parse_space(options.params, arguments, job.config_loader)
         if options.custom_search_space is not None:
             add_custom(space, options.custom_search_space, job.config)
+        add_conditions(space, options.conditions)
         if options.search_alg.name != "grid":  # a grid of nothing is one job, as in Hydra
             check_searchable(space)
         check_space(options, space)

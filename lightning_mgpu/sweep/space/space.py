@@ -21,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_mgpu._compat.hydra import escape
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.sweep.space.markers import LEAVE_OUT
 
 _PLAIN = re.compile(r"[A-Za-z_][\w./:-]*", re.ASCII)
 _WORDS = {"null", "true", "false", "inf", "nan"}  # mean something else where they are not quoted
@@ -56,12 +57,17 @@ class Space:
         dimensions: What is searched, by the name of the value.
         keys: The override's key of each name: ``+model.depth`` for ``model.depth``.
         computed: Values that follow from the others, by name; in this order.
+        conditions: What names depend on: the others, and their values, encoded, with which there
+            is a value. Trials leave out the rest, though searchers draw it.
+        given: Values of fixed names that others depend on, encoded.
     """
 
     fixed: list[str] = field(default_factory=list)
     dimensions: dict[str, Dimension] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     computed: dict[str, Computed] = field(default_factory=dict)
+    conditions: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
+    given: dict[str, str] = field(default_factory=dict)
 
     def add(self, key: str, dimension: Dimension) -> None:
         """Add a dimension for `key`, which may have a leading `+`."""
@@ -80,8 +86,7 @@ class Space:
 
     def _claim(self, key: str) -> str:
         """Claim the name for `key`, removing its earlier meaning."""
-        plain = key.lstrip("+~")
-        name = plain.replace("/", ":")  # Ray nests what has a slash
+        plain, name = key.lstrip("+~"), name_of(key)
         self.dimensions.pop(name, None)
         self.computed.pop(name, None)
         self.fixed = [o for o in self.fixed if o.lstrip("+~").partition("=")[0] != plain]
@@ -90,11 +95,25 @@ class Space:
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
         """Overrides of the trial with these values."""
-        full = {name: values[name] for name in self.dimensions}
+        full = self.active(values)
         for name, function in self.computed.items():
-            full[name] = function(dict(full))
+            if self._exists(name, values):
+                value = function(dict(full))
+                if value is not LEAVE_OUT:
+                    full[name] = value
         searched = [f"{self.keys[name]}={encode(value)}" for name, value in full.items()]
         return [*self.fixed, *searched]
+
+    def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Searched values without those that are left out."""
+        return {name: values[name] for name in self.dimensions if self._exists(name, values)}
+
+    def _exists(self, name: str, values: Mapping[str, Any]) -> bool:
+        return all(
+            self._exists(other, values)
+            and (self.given[other] if other in self.given else encode(values[other])) in allowed
+            for other, allowed in self.conditions.get(name, {}).items()
+        )
 
     def example(self) -> list[str]:
         """Overrides of an example trial, to check that they compose."""
@@ -112,7 +131,11 @@ class Space:
     def __str__(self) -> str:
         """One line per key, by which a resumed sweep is compared."""
         lines = [f"{self.keys[name]}: {d}" for name, d in self.dimensions.items()]
-        return "\n".join([*lines, *(f"{self.keys[name]}: computed" for name in self.computed)])
+        lines += [f"{self.keys[name]}: computed" for name in self.computed]
+        for name, others in self.conditions.items():
+            on = ", ".join(f"{other}={'|'.join(sorted(some))}" for other, some in others.items())
+            lines.append(f"{self.keys[name]}: only with {on}")
+        return "\n".join(lines)
 
 
 def parse_space(
@@ -145,6 +168,11 @@ def parse_space(
         else:
             space.fix(key, override.input_line or "")
     return space
+
+
+def name_of(key: str) -> str:
+    """Name of the value of an override's key."""
+    return key.lstrip("+~").replace("/", ":")  # Ray nests what has a slash
 
 
 def check_searchable(space: Space) -> None:
@@ -181,11 +209,17 @@ def encode(value: Any) -> str:
 def enumerate_grid(space: Space) -> list[dict[str, Any]]:
     """Every combination, the last dimension varying fastest, as in Hydra.
 
+    Of those that differ only in what trials leave out, the first.
+
     Raises:
         ConfigError: A dimension is continuous.
     """
     axes = [_points(space.keys[name], dimension) for name, dimension in space.dimensions.items()]
-    return [dict(zip(space.dimensions, point, strict=True)) for point in itertools.product(*axes)]
+    points = [dict(zip(space.dimensions, point, strict=True)) for point in itertools.product(*axes)]
+    if not space.conditions:
+        return points
+    first = {encode(space.active(point)): point for point in reversed(points)}
+    return list(reversed(first.values()))
 
 
 def count(dimension: Dimension) -> int | None:

@@ -19,15 +19,15 @@ from lightning_mgpu.sweep.report.axes import (
 from lightning_mgpu.sweep.report.html.style import about, described, styled
 from lightning_mgpu.sweep.report.importance import Importance
 from lightning_mgpu.sweep.report.model import STATUSES, SweepHistory, Trial
-from lightning_mgpu.sweep.report.views import BEST, COLOURS, RANKS, complete, goodness
+from lightning_mgpu.sweep.report.views import BEST, COLOURS, RANKS, common, goodness
 
 _COLUMNS = 3
 
 
 def parallel(sweep: SweepHistory) -> go.Figure | None:
     """A line for each trial through its values to the metric; `None` with fewer than two."""
-    axes = [axis_of(sweep, dimension) for dimension in sweep.dimensions]
-    found = complete(sweep)
+    axes = [axis_of(sweep, dimension) for dimension in common(sweep)]
+    found = sweep.valued()
     if len(found) < 2 or not axes:
         return None
     metric = metric_axis(sweep)

@@ -105,7 +105,7 @@ def _cells(sweep: SweepHistory, trial: Trial, names: list[str], has_reasons: boo
     ]
     for name in names:
         if name not in trial.params:
-            cells.append(_Cell("", None))
+            cells.append(_Cell("–", None))
             continue
         param = trial.params[name]
         key = float(param) if is_number(param) else text(param)

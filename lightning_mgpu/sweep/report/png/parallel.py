@@ -12,20 +12,21 @@ from matplotlib.ticker import MaxNLocator
 from lightning_mgpu.sweep.report.axes import Axis, axis_of, metric_axis, shorten
 from lightning_mgpu.sweep.report.model import SweepHistory
 from lightning_mgpu.sweep.report.png.style import WIDTH, figure, written
-from lightning_mgpu.sweep.report.views import RANKS, complete, goodness
+from lightning_mgpu.sweep.report.views import RANKS, common, goodness
 
 Scale = Callable[[float], float]
 
 
 def parallel(sweep: SweepHistory) -> Figure | None:
     """A line for each trial through its values to the metric; `None` with fewer than two."""
-    found, metric = complete(sweep), metric_axis(sweep)
-    if len(found) < 2 or not sweep.dimensions:
+    found, metric = sweep.valued(), metric_axis(sweep)
+    searched = common(sweep)
+    if len(found) < 2 or not searched:
         return None
     results = [metric.linear(value) for _, value in found]
     columns = [
         (axis, [axis.linear(trial.params[axis.name]) for trial, _ in found])
-        for axis in (axis_of(sweep, dimension) for dimension in sweep.dimensions)
+        for axis in (axis_of(sweep, dimension) for dimension in searched)
     ]
     columns.append((metric, results))
     scales = [_scale(axis, column) for axis, column in columns]
