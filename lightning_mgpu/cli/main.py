@@ -41,7 +41,8 @@ _BAD_INPUT = 2
 def main() -> None:
     """Compose the config, run it, and exit with a code for the outcome.
 
-    0: done. 1: training raised, with its traceback. 2: bad input, said in one line.
+    0: done. 1: training raised, with its traceback, or `mode=doctor` found
+    something that does not work. 2: bad input, said in one line.
     128 + n: ended by signal n.
     """
     wants_traceback = os.environ.get(_FULL_ERROR) == "1"
@@ -94,6 +95,9 @@ def _register_sweeper() -> None:
 def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
     if cfg.get("mode") == "report":
         _draw_sweep(cfg, wants_traceback)
+        return None
+    if cfg.get("mode") == "doctor":
+        _examine(cfg)
         return None
     with _importing():
         follow_model(cfg)
@@ -198,6 +202,14 @@ def _draw_sweep(cfg: DictConfig, wants_traceback: bool) -> None:
     print(f"Report: {_relative(page)}")
     for picture in pictures:
         print(f"  {_relative(picture)}")
+
+
+def _examine(cfg: DictConfig) -> None:
+    """Run `mode=doctor`, which has to work where torch does not load."""
+    from lightning_mgpu.doctor.command import doctor
+
+    if not doctor(cfg):
+        sys.exit(1)
 
 
 def _report(result: "RunResult") -> None:
