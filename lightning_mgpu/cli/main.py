@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: a traceback for everything
 _BAD_INPUT = 2
+_DOCTOR = "mode=doctor"
 
 
 def main() -> None:
@@ -57,7 +58,13 @@ def main() -> None:
                 job_errors.append(error)
                 raise
 
-    _register_sweeper()
+    try:
+        _register_sweeper()
+    except Exception:  # a plugin of others, without which Hydra does not start
+        if _DOCTOR not in sys.argv:
+            raise
+        _examine(DictConfig({"output_dir": "outputs/doctor"}))
+        return
     if os.getcwd() not in sys.path:
         # `model._target_=my_project.LitModel`, with the console script as with `python -m`.
         sys.path.insert(0, os.getcwd())

@@ -105,6 +105,8 @@ def _start(check: Check, findings: Path, output: IO[str]) -> "subprocess.Popen[b
 def _kill(child: "subprocess.Popen[bytes]") -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
+    assert child.stdin is not None
+    child.stdin.close()
     # One that waits for a device's driver cannot be killed, and is not waited for.
     threading.Thread(target=child.wait, daemon=True).start()
 

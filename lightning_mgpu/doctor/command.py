@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +12,7 @@ from lightning_mgpu.doctor import devices, machine, network, ranks, setup, stora
 from lightning_mgpu.doctor.finding import Check, Level
 from lightning_mgpu.doctor.report import line, summary, worst, write
 from lightning_mgpu.doctor.runner import examine
+from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.address import address_of, source_of
 
 _IMPORTING = 16.0  # seconds for checks that import torch; all run side by side
@@ -59,18 +61,29 @@ def doctor(cfg: DictConfig) -> bool:
 
     Returns:
         Whether nothing is bad.
+
+    Raises:
+        ConfigError: No directory is given.
     """
+    if not isinstance(cfg.get("output_dir"), str):
+        raise ConfigError(f"output_dir={cfg.get('output_dir')}: set it to a directory.")
     directory = Path(cfg.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # which a check says
+        directory.mkdir(parents=True, exist_ok=True)
     console = Console()
     findings = []
     for finding in examine(checks_for(cfg)):
         findings.append(finding)
         console.print(line(finding), soft_wrap=True)
     console.print(summary(findings))
-    path = write(findings, directory)
-    shown = os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
-    console.print(f"Report: {shown}", soft_wrap=True, highlight=False)
+    try:
+        path = write(findings, directory)
+    except OSError as error:
+        console.print(f"No report: {error}", soft_wrap=True, highlight=False, markup=False)
+    else:
+        inside = path.absolute().is_relative_to(Path.cwd())
+        shown = os.path.relpath(path) if inside else str(path)
+        console.print(f"Report: {shown}", soft_wrap=True, highlight=False, markup=False)
     return worst(findings) is not Level.BAD
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import permutations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mgpu.doctor.finding import Finding, bad, ok, warn
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 _COPIED = 32 << 20  # bytes: enough to see the speed, and what is lost in parts
 _LITTLE_FREE = 0.5  # of a device's memory; with less, another program is using it
+_WRONG = (
+    "Training over both gives wrong numbers. Switch off the IOMMU in the BIOS or update the driver;"
+    " for `ddp`, set NCCL_P2P_DISABLE=1. Until then use one of them."
+)
+_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"))
 
 
 def installed() -> Iterator[Finding]:
@@ -57,24 +63,24 @@ def compare_copies(devices: "list[torch.device]") -> Iterator[Finding]:
     wrong = 0
     for source, target in permutations(devices, 2):
         name = f"{source} -> {target}"
-        given = expected.to(source)
-        copied(given, target)  # the first one starts the driver and takes memory
-        synchronize([source, target])
-        start = time.perf_counter()
-        arrived = copied(given, target)
-        synchronize([source, target])
-        speeds[name] = _COPIED / (time.perf_counter() - start)
-        differ = int((arrived.to(HOST) != expected).sum())
+        try:
+            given = expected.to(source)
+            copied(given, target)  # the first one starts the driver and takes memory
+            synchronize([source, target])
+            start = time.perf_counter()
+            arrived = copied(given, target)
+            synchronize([source, target])
+            speeds[name] = _COPIED / (time.perf_counter() - start)
+            differ = int((arrived.to(HOST) != expected).sum())
+        except RuntimeError as error:
+            wrong += 1
+            yield bad("copies", f"{name}: {one_line(error, 300)}", "See `nvidia-smi`.")
+            continue
         if differ:
             wrong += 1
-            yield bad(
-                "copies",
-                f"{name}: {differ} of {_COPIED} bytes arrive wrong",
-                "Training on both is wrong. Set NCCL_P2P_DISABLE=1, switch off the IOMMU in the"
-                " BIOS, update the driver; until then use one of these devices.",
-            )
-    slowest = min(speeds, key=lambda name: speeds[name])
+            yield bad("copies", f"{name}: {differ} of {_COPIED} bytes arrive wrong", _WRONG)
     if not wrong:
+        slowest = min(speeds, key=lambda name: speeds[name])
         yield ok(
             "copies",
             f"{len(speeds)} pairs, all bits arrive; slowest {slowest}:"
@@ -98,24 +104,29 @@ def _devices() -> Iterator[Finding]:
 
     built = torch.version.cuda or torch.version.hip
     yield ok("torch loads", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    found = accelerators()
+    try:
+        found = accelerators()
+    except RuntimeError as error:  # a driver that does not fit
+        yield bad("devices", one_line(error, 300), "See `nvidia-smi`, and update the driver.")
+        return
     if not found:
-        advice = "Training is on the CPU. If there is a GPU: see `nvidia-smi`, CUDA_VISIBLE_DEVICES"
-        text = f"none, though torch is built for {built}" if built else "none; torch is for the CPU"
-        # On a machine without any, it is as it should be.
-        yield (
-            warn("devices", text, f"{advice} and the driver.")
-            if built and _has_driver()
-            else ok("devices", text)
-        )
+        text = f"none; torch is built for {'CUDA or ROCm ' + built if built else 'the CPU'}"
+        if _has_driver():
+            advice = (
+                "Training is on the CPU, though there is a GPU's driver. See CUDA_VISIBLE_DEVICES"
+                " and `nvidia-smi`."
+                if built
+                else "There is a GPU's driver: install a torch for it, https://pytorch.org."
+            )
+            yield warn("devices", text, advice)
+        else:
+            yield ok("devices", text)
     for device in found:
         yield _described(device)
 
 
 def _has_driver() -> bool:
-    from pathlib import Path
-
-    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists()
+    return any(file.exists() for file in _DRIVERS)
 
 
 def _described(device: "torch.device") -> Finding:

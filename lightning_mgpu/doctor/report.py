@@ -18,11 +18,10 @@ _WIDTHS = (5, 16)  # of the level and the name
 def line(finding: Finding) -> Text:
     """A finding as a line, and what to do as a second one."""
     level, name = _WIDTHS
-    text = Text(finding.level.value.ljust(level), _COLOURS[finding.level])
-    text.append(f"{finding.name.ljust(name)} {finding.found}", "default")
+    rest = f"{finding.name.ljust(name)} {finding.found}"
     if finding.advice:
-        text.append(f"\n{' ' * sum(_WIDTHS)} -> {finding.advice}", "default")
-    return text
+        rest += f"\n{' ' * sum(_WIDTHS)} -> {finding.advice}"
+    return Text.assemble((finding.level.value.ljust(level), _COLOURS[finding.level]), rest)
 
 
 def summary(findings: Sequence[Finding]) -> Text:

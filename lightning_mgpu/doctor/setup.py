@@ -1,11 +1,13 @@
 """Hydra's plugin, configs, and Ray. These checks run apart."""
 
 import socket
+import traceback
+import warnings
 from collections.abc import Iterator
 from importlib import import_module, resources
 from importlib.util import find_spec
 
-from lightning_mgpu.doctor.finding import Finding, bad, ok
+from lightning_mgpu.doctor.finding import Finding, bad, ok, warn
 from lightning_mgpu.errors import one_line
 from lightning_mgpu.ray.address import LOCAL, is_client
 
@@ -19,7 +21,22 @@ def plugin() -> Iterator[Finding]:
     from hydra.core.plugins import Plugins
     from hydra.plugins.sweeper import Sweeper
 
-    names = sorted(found.__name__ for found in Plugins.instance().discover(Sweeper))
+    try:
+        with warnings.catch_warnings(record=True) as caught:  # of plugins that lack a package
+            warnings.simplefilter("always")
+            names = sorted(found.__name__ for found in Plugins.instance().discover(Sweeper))
+    except Exception as error:
+        file = traceback.extract_tb(error.__traceback__)[-1].filename
+        yield bad(
+            "hydra plugin",
+            f"{type(error).__name__}: {one_line(error, 300)}",
+            f"No Hydra application starts. Mend or uninstall the plugin: {file}",
+        )
+        return
+    for warning in caught:
+        if "hydra_plugins" in str(warning.message):
+            text = " ".join(str(warning.message).split())
+            yield warn("hydra plugin", text, "Install what it lacks, or uninstall it.")
     if _SWEEPER in names:
         yield ok("hydra plugin", f"sweepers: {', '.join(names)}")
     else:

@@ -55,6 +55,9 @@ def disk(name: str, directory: str) -> Iterator[Finding]:
 
 def clock(directory: str) -> Iterator[Finding]:
     """The machine's clock against that of the file system, which may be another machine's."""
+    if _cannot_write(Path(directory)) is not None:
+        yield warn("clock", f"not compared: cannot write in {directory}", "See its disk's line.")
+        return
     with tempfile.NamedTemporaryFile(dir=directory) as file:
         apart = os.stat(file.name).st_mtime - time.time()
     if abs(apart) > _CLOCK:

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import socket
+import warnings
 from collections import namedtuple
 from collections.abc import Iterable
 from importlib import metadata
@@ -203,6 +204,7 @@ def test_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finding = _only(storage.clock(str(tmp_path)))
     assert finding.level is Level.WARN
     assert "behind the file system's" in finding.found
+    assert _only(storage.clock(str(tmp_path / "none"))).level is Level.WARN
 
 
 def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +243,41 @@ def test_copies_that_arrive_and_copies_that_do_not(monkeypatch: pytest.MonkeyPat
     assert finding.found.startswith("cpu -> cpu:0: ")
 
 
+def test_copy_that_raises_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        raise RuntimeError("peer access")
+
+    monkeypatch.setattr(engine_device, "copied", raises)
+    found = devices.compare_copies([torch.device("cpu"), torch.device("cpu", 0)])
+    assert [finding.found for finding in found] == [
+        "cpu -> cpu:0: peer access",
+        "cpu:0 -> cpu: peer access",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "level"),
+    [(False, None, "ok"), (False, "12.8", "ok"), (True, None, "warn"), (True, "12.8", "warn")],
+)
+def test_driver_without_a_device_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: bool, built: str | None, level: str
+) -> None:
+    monkeypatch.setattr(devices, "accelerators", list)
+    monkeypatch.setattr(devices, "_DRIVERS", [tmp_path if driver else tmp_path / "none"])
+    monkeypatch.setattr(torch.version, "cuda", built)
+    found = {finding.name: finding.level for finding in devices.installed()}
+    assert (found["devices"], found["lightning loads"]) == (level, "ok")
+
+
+def test_driver_that_raises_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises() -> None:
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    monkeypatch.setattr(devices, "accelerators", raises)
+    found = {finding.name: finding.level for finding in devices.installed()}
+    assert (found["devices"], found["lightning loads"]) == ("bad", "ok")
+
+
 def test_torch_that_does_not_load_is_bad_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise OSError("libtorch.so: cannot open shared object file")
@@ -271,6 +308,23 @@ def test_plugin_and_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _only(setup.plugin()).level is Level.OK
     monkeypatch.setattr(Plugins, "discover", lambda *_: [])
     assert _only(setup.plugin()).level is Level.BAD
+    monkeypatch.setattr(Plugins, "discover", _refuses)
+    finding = _only(setup.plugin())
+    assert (finding.level, finding.found) == (Level.BAD, "OSError: refused")
+    assert __file__ in finding.advice
+
+
+def test_plugin_that_lacks_a_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hydra.core.plugins import Plugins
+
+    found = Plugins.instance().discover
+
+    def lacks(plugins: Plugins, kind: type) -> list[Any]:
+        warnings.warn("Error importing 'hydra_plugins.theirs'.", stacklevel=1)
+        return list(found(kind))
+
+    monkeypatch.setattr(Plugins, "discover", lacks)
+    assert [finding.level for finding in setup.plugin()] == [Level.WARN, Level.OK]
 
 
 def test_ray(monkeypatch: pytest.MonkeyPatch) -> None:
