@@ -26,7 +26,7 @@ def run_apart(check: Check) -> Iterator[Finding]:
     Args:
         check: One whose function has a name in its module.
     """
-    with tempfile.TemporaryDirectory(prefix="lightning_mgpu_doctor_") as directory:
+    with _directory() as directory:
         # Findings have a file of their own: libraries print to stdout and stderr as they like.
         findings, output = Path(directory, "findings"), Path(directory, "output")
         with output.open("w") as stream:
@@ -49,6 +49,11 @@ def run_apart(check: Check) -> Iterator[Finding]:
                 f"ended with exit code {code}: {last}" if last else f"ended with exit code {code}",
                 "The process was killed or crashed. See the system's log (`dmesg`).",
             )
+
+
+def _directory() -> "tempfile.TemporaryDirectory[str]":
+    # One that was killed may not be gone yet.
+    return tempfile.TemporaryDirectory(prefix="lightning_mgpu_doctor_", ignore_cleanup_errors=True)
 
 
 def late(check: Check) -> Finding:

@@ -1,9 +1,13 @@
 """`mode=doctor`: how checks are run, and what is printed and written."""
 
+import fcntl
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +59,29 @@ def test_check_that_hangs_is_given_up() -> None:
     assert found[1].found == "not finished after 0.2 s, given up"
     assert found[2].found == "not finished after 1 s, given up"
     assert {found[1].level, found[2].level} == {Level.BAD}
+
+
+def test_check_apart_ends_with_the_doctor(tmp_path: Path) -> None:
+    code = (
+        "import sys; from checks_apart import hangs_with; from lightning_mgpu.doctor import runner;"
+        " from lightning_mgpu.doctor.finding import Check;"
+        " list(runner.examine([Check('x', hangs_with, (sys.argv[1],), seconds=99, apart=True)]))"
+    )
+    lock = tmp_path / "lock"
+    paths = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "TMPDIR": str(tmp_path),  # what is killed cannot tidy up
+    }
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], env=paths) as doctor:
+        try:
+            while not lock.exists():
+                assert doctor.poll() is None
+                time.sleep(0.05)
+        finally:
+            doctor.kill()
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits for the check's process to end
 
 
 def test_check_that_kills_its_process_is_bad() -> None:
