@@ -36,12 +36,14 @@ log = logging.getLogger(__name__)
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: a traceback for everything
 _BAD_INPUT = 2
+_DOCTOR = "mode=doctor"
 
 
 def main() -> None:
     """Compose the config, run it, and exit with a code for the outcome.
 
-    0: done. 1: training raised, with its traceback. 2: bad input, said in one line.
+    0: done. 1: training raised, with its traceback, or `mode=doctor` found
+    something that does not work. 2: bad input, said in one line.
     128 + n: ended by signal n.
     """
     wants_traceback = os.environ.get(_FULL_ERROR) == "1"
@@ -56,7 +58,13 @@ def main() -> None:
                 job_errors.append(error)
                 raise
 
-    _register_sweeper()
+    try:
+        _register_sweeper()
+    except Exception:  # a plugin of others, without which Hydra does not start
+        if _DOCTOR not in sys.argv:
+            raise
+        _examine(DictConfig({"output_dir": "outputs/doctor"}))
+        return
     if os.getcwd() not in sys.path:
         # `model._target_=my_project.LitModel`, with the console script as with `python -m`.
         sys.path.insert(0, os.getcwd())
@@ -94,6 +102,9 @@ def _register_sweeper() -> None:
 def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
     if cfg.get("mode") == "report":
         _draw_sweep(cfg, wants_traceback)
+        return None
+    if cfg.get("mode") == "doctor":
+        _examine(cfg)
         return None
     with _importing():
         follow_model(cfg)
@@ -198,6 +209,14 @@ def _draw_sweep(cfg: DictConfig, wants_traceback: bool) -> None:
     print(f"Report: {_relative(page)}")
     for picture in pictures:
         print(f"  {_relative(picture)}")
+
+
+def _examine(cfg: DictConfig) -> None:
+    """Run `mode=doctor`, which has to work where torch does not load."""
+    from lightning_mgpu.doctor.command import doctor
+
+    if not doctor(cfg):
+        sys.exit(1)
 
 
 def _report(result: "RunResult") -> None:

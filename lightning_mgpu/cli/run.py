@@ -85,8 +85,13 @@ def train(cfg: DictConfig) -> RunResult:
             "mode=report: only draws existing results. Use the command, or"
             " lightning_mgpu.sweep.report.draw.draw."
         )
+    if mode == "doctor":
+        raise ConfigError(
+            "mode=doctor: examines the machine, without a run. Use the command, or"
+            " lightning_mgpu.doctor.command.doctor."
+        )
     if mode not in _MODES:
-        known = ", ".join([*_MODES, "report"])  # the command draws, without a run
+        known = ", ".join([*_MODES, "report", "doctor"])  # which the command does, without a run
         raise ConfigError(f"mode={mode}: unknown. Choose one of {known}.")
     if cfg.get("ckpt_path") == LAST_GOOD:
         cfg = with_last_good(cfg, output_dir, resume=mode == "fit")

@@ -119,7 +119,7 @@ _CASES = {
     ),
     "mode": (
         ["mode=train"],
-        "mode=train: unknown. Choose one of fit, validate, test, predict, plan, report.",
+        "mode=train: unknown. Choose one of fit, validate, test, predict, plan, report, doctor.",
     ),
     "mode-list": (["mode=[fit]"], "mode=['fit']: unknown. Choose one of"),
     "seed-word": (["seed=abc"], "seed=abc: expected an integer from 0 to 4294967295, or null."),
