@@ -78,7 +78,7 @@ def ray(source: str, address: str) -> Iterator[Finding]:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        where = "a Ray of our own is started" if address == LOCAL else source
+        where = "`+strategy=ray` starts one of its own" if address == LOCAL else source
         yield ok("ray", f"{version}; {where}")
         return
     try:
