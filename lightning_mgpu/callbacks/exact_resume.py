@@ -27,13 +27,11 @@ from lightning_mgpu._compat.lightning_results import (
     set_callback_metrics,
 )
 from lightning_mgpu.callbacks import rank_state
-from lightning_mgpu.callbacks.generators import generator_states, restore_generators
+from lightning_mgpu.callbacks.generators import States
 from lightning_mgpu.callbacks.resumable_loader import Position, ResumableLoader
 from lightning_mgpu.engine.device import is_accelerator
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
-
-_POSITION = "start", "first", "ahead", "used", "fetched"
 
 # Where a checkpoint is written decides what a Trainer that goes on from it has still to do:
 #
@@ -91,10 +89,10 @@ class ExactResume(Callback):
         if at_batch_end:
             _warn_of_hook(model)
         return {
-            "now": generator_states(_accelerators(trainer), loader.generators()),
-            "start": loader.start,
-            "first": loader.first,
-            "ahead": loader.ahead,
+            "now": States.now(_accelerators(trainer), loader.generators()).plain(),
+            "start": loader.start.plain(),
+            "first": loader.first.plain(),
+            "ahead": None if loader.ahead is None else loader.ahead.plain(),
             "used": restart.batches_trained(trainer),
             "fetched": loader.fetched - restart.batches_begun(trainer),
             "within_batch": restart.is_within_batch(trainer),
@@ -183,7 +181,13 @@ class ExactResume(Callback):
             return
         loader.wait()
         if not known["is_last"]:
-            loader.position = Position(**{key: known[key] for key in _POSITION})
+            loader.position = Position(
+                States.of(known["start"]),
+                States.of(known["first"]),
+                None if known["ahead"] is None else States.of(known["ahead"]),
+                known["used"],
+                known["fetched"],
+            )
             self._silence()
         _warn_of_loaders(trainer, loader, known["used"])
 
@@ -214,7 +218,7 @@ class ExactResume(Callback):
             go_on_logging(trainer, known["logged"])
         if known["streams"] is not None and isinstance(strategy, MultiDeviceStrategy):
             strategy.random_streams().load_state_dict(known["streams"])
-        restore_generators(known["now"], loader.generators())
+        States.of(known["now"]).restore(loader.generators())
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

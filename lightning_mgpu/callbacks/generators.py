@@ -1,63 +1,85 @@
-"""States of all random number generators of a process, as a checkpoint can hold them."""
+"""States of all random number generators of a process, and as a checkpoint can hold them."""
 
 import random
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_mgpu.engine.device import random_state, set_random_state
 
 
-def generator_states(
-    devices: Iterable[torch.device], own: Sequence[torch.Generator] = ()
-) -> dict[str, Any]:
-    """States of the generators that a run may draw from.
+class States(NamedTuple):
+    """States of generators at one time.
 
-    Args:
-        devices: Accelerators whose generators count besides the CPU's.
-        own: Generators that the program has made itself.
-
-    Returns:
-        Numbers, tensors, and lists and dicts of them.
+    Attributes:
+        host: Of torch on the host.
+        devices: Of torch on accelerators, by name.
+        python: Of `random`.
+        numpy: Of NumPy, if it is imported and has its usual generator.
+        own: Of generators that the program has made.
     """
-    version, internal, gauss = random.getstate()
-    states: dict[str, Any] = {
-        "torch": torch.default_generator.get_state(),
-        "devices": {str(device): random_state(device) for device in devices},
-        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
-        "own": [generator.get_state() for generator in own],
-    }
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        state = numpy.random.get_state(legacy=False)
-        if state["bit_generator"] == "MT19937":
-            key = torch.from_numpy(state["state"]["key"].astype("int64"))
-            rest = state["state"]["pos"], state["has_gauss"], state["gauss"]
-            states["numpy"] = [
-                key,
-                *(value.item() if hasattr(value, "item") else value for value in rest),
-            ]
-    return states
 
+    host: torch.Tensor
+    devices: dict[str, torch.Tensor | None]
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...] | None
+    own: list[torch.Tensor]
 
-def restore_generators(states: dict[str, Any], own: Sequence[torch.Generator] = ()) -> None:
-    """Put generators back to where they were.
+    @classmethod
+    def now(cls, devices: Iterable[torch.device], own: Sequence[torch.Generator] = ()) -> "States":
+        """States of the generators that a run may draw from.
 
-    Args:
-        states: What `generator_states` has returned.
-        own: As there, in the same order.
-    """
-    torch.default_generator.set_state(states["torch"])
-    for name, state in states["devices"].items():
-        set_random_state(torch.device(name), state)
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
-    for generator, state in zip(own, states["own"], strict=False):
-        generator.set_state(state)
-    if "numpy" in states:
-        key, position, has_gauss, normal = states["numpy"]
-        sys.modules["numpy"].random.set_state(
-            ("MT19937", key.numpy().astype("uint32"), position, has_gauss, normal)
+        Args:
+            devices: Accelerators whose generators count besides the CPU's.
+            own: Generators that the program has made itself.
+        """
+        numpy = sys.modules.get("numpy")
+        state = None if numpy is None else numpy.random.get_state()
+        return cls(
+            torch.default_generator.get_state(),
+            {str(device): random_state(device) for device in devices},
+            random.getstate(),
+            state if isinstance(state, tuple) and state[0] == "MT19937" else None,
+            [generator.get_state() for generator in own],
+        )
+
+    def restore(self, own: Sequence[torch.Generator] = ()) -> None:
+        """Put the generators back; `own` as in `now`, in the same order."""
+        torch.default_generator.set_state(self.host)
+        for name, state in self.devices.items():
+            set_random_state(torch.device(name), state)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+        for generator, state in zip(own, self.own, strict=False):
+            generator.set_state(state)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the same as numbers, tensors, and lists and dicts of them."""
+        version, internal, gauss = self.python
+        plain: dict[str, Any] = {
+            **self._asdict(),
+            "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+        }
+        if self.numpy is not None:
+            _, key, position, has_gauss, normal = self.numpy
+            words = torch.from_numpy(key.astype("int64"))
+            plain["numpy"] = [words, int(position), int(has_gauss), float(normal)]
+        return plain
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "States":
+        """The states that `plain` has described."""
+        version, internal, gauss = plain["python"]
+        numpy = plain["numpy"]
+        if numpy is not None:
+            numpy = ("MT19937", numpy[0].numpy().astype("uint32"), *numpy[1:])
+        return cls(
+            plain["host"],
+            plain["devices"],
+            (version, tuple(internal.tolist()), gauss),
+            numpy,
+            plain["own"],
         )

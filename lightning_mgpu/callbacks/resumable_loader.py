@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_mgpu._compat.lightning import CombinedLoader
 from lightning_mgpu._compat.lightning_data import samplers_within
 from lightning_mgpu._compat.lightning_loaders import postpone
-from lightning_mgpu.callbacks.generators import generator_states, restore_generators
+from lightning_mgpu.callbacks.generators import States
 
 
 @dataclass
@@ -20,14 +20,14 @@ class Position:
     Attributes:
         start: The states of random number generators before the epoch's batches began.
         first: The same before the first batch was fetched: hooks may have drawn since.
-        ahead: The same before the batch was fetched that is next; empty if that was not yet.
+        ahead: The same before the batch was fetched that is next, if that was done.
         used: How many batches have been trained.
         fetched: How many have been fetched for that, prefetched ones included.
     """
 
-    start: dict[str, Any]
-    first: dict[str, Any]
-    ahead: dict[str, Any]
+    start: States
+    first: States
+    ahead: States | None
     used: int
     fetched: int
 
@@ -62,9 +62,9 @@ class ResumableLoader(CombinedLoader):
         self._idle_iterators = 0
         self.position: Position | None = None
         """Where to go on; set before the first batch is asked for."""
-        self.start: dict[str, Any] = {}
-        self.first: dict[str, Any] = {}
-        self.ahead: dict[str, Any] = {}
+        self._own: list[torch.Generator] = []
+        self.start = self.first = self._now()
+        self.ahead: States | None = None
         """As in `Position`, of the epoch at hand."""
         self.fetched = 0
         """How many batches of the epoch have been fetched."""
@@ -119,20 +119,22 @@ class ResumableLoader(CombinedLoader):
         """Generators that the program has given to its loaders and samplers."""
         return list({id(g): g for loader in self.flattened for g in _generators(loader)}.values())
 
-    def _now(self) -> dict[str, Any]:
-        return generator_states(self._devices, self.generators())
+    def _now(self) -> States:
+        return States.now(self._devices, self._own)
 
     def _begin(self) -> None:
-        self.start = self.first = self._now()
+        self._own = self.generators()
+        self.start, self.ahead = self._now(), None
         self._has_no_end = None in map(_length, self.flattened)
         super().__iter__()
         self.fetched = 0
 
     def _any_batch(self) -> Any:
+        self._own = self.generators()
         now = self._now()
         super().__iter__()
         batch = super().__next__()
-        restore_generators(now, self.generators())
+        now.restore(self._own)
         return batch
 
     def _go_on(self) -> None:
@@ -141,19 +143,20 @@ class ResumableLoader(CombinedLoader):
             self._settle()
             self._begin()
             return
+        self._own = self.generators()
         now = self._now()
-        restore_generators(position.start, self.generators())
+        position.start.restore(self._own)
         self._begin()
-        restore_generators(position.first, self.generators())
+        position.first.restore(self._own)
         self.first = position.first
         if not self.keeps_place:
             for _ in range(position.used):
                 super().__next__()
         self.fetched = position.used
-        if position.ahead and position.fetched > position.used:
-            restore_generators(position.ahead, self.generators())
+        if position.ahead is not None and position.fetched > position.used:
+            position.ahead.restore(self._own)
         if self._is_settled():
-            restore_generators(now, self.generators())
+            now.restore(self._own)
         else:
             self._settles_at = position.fetched
 

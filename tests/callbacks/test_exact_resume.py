@@ -15,7 +15,7 @@ from resuming import Endless, Net, Saver, fit, loader
 from torch.utils.data import DataLoader
 
 from lightning_mgpu.callbacks import ExactResume
-from lightning_mgpu.callbacks.generators import generator_states, restore_generators
+from lightning_mgpu.callbacks.generators import States
 
 
 def pair(mode: Any, **kwargs: Any) -> CombinedLoader:
@@ -241,8 +241,10 @@ def test_generators_go_back() -> None:
         return [*numbers, float(torch.rand((), generator=own[0]))]
 
     drawn()
-    states = generator_states([], own)
+    states = States.now([], own)
+    plain = states.plain()
     first, second = drawn(), drawn()
     assert first != second
-    restore_generators(states, own)
-    assert [drawn(), drawn()] == [first, second]
+    for known in (states, States.of(plain)):
+        known.restore(own)
+        assert [drawn(), drawn()] == [first, second]
