@@ -59,15 +59,18 @@ class States(NamedTuple):
     def plain(self) -> dict[str, Any]:
         """Return the same as numbers, tensors, and lists and dicts of them."""
         version, internal, gauss = self.python
-        plain: dict[str, Any] = {
-            **self._asdict(),
-            "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
-        }
+        numpy: list[Any] | None = None
         if self.numpy is not None:
             _, key, position, has_gauss, normal = self.numpy
             words = torch.from_numpy(key.astype("int64"))
-            plain["numpy"] = [words, int(position), int(has_gauss), float(normal)]
-        return plain
+            numpy = [words, int(position), int(has_gauss), float(normal)]
+        return {
+            "host": self.host,
+            "devices": self.devices,
+            "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+            "numpy": numpy,
+            "own": self.own,
+        }
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "States":
