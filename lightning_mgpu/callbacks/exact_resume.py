@@ -68,6 +68,10 @@ class ExactResume(Callback):
         self._resumed = self._begins_validation = False
         self._silenced: warnings.catch_warnings[None] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker starts anew: the Trainer, loaders and their processes are of this one.
+        return vars(ExactResume())
+
     # --- Saving
 
     @override

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import boring
+import cloudpickle
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -231,6 +232,17 @@ def test_same_trainer_again(tmp_path: Path) -> None:
     trainer.validate(Net(), loader(shuffle=False), verbose=False)
     assert "save_checkpoint" not in vars(trainer.strategy)
     assert trainer.current_epoch == 2
+
+
+def test_same_trainer_again_on_workers() -> None:
+    """What goes to workers is the callback, not the loader of the call before."""
+    callback = ExactResume()
+    trainer = boring.trainer("mgpu_ddp", 2, callbacks=[callback])
+    for _ in range(2):
+        loaders = loader(num_workers=1, persistent_workers=True)
+        trainer.fit(Net(), loaders)
+        assert len(cloudpickle.dumps(callback)) < 1000
+    assert trainer.current_epoch == 1
 
 
 def test_generators_go_back() -> None:
