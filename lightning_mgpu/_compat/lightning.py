@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import LearningRateFinder as LearningRateFinder
     from lightning.pytorch.callbacks import ModelCheckpoint as ModelCheckpoint
     from lightning.pytorch.callbacks import ModelSummary as ModelSummary
+    from lightning.pytorch.callbacks import StochasticWeightAveraging as StochasticWeightAveraging
     from lightning.pytorch.loggers import Logger as Logger
     from lightning.pytorch.loggers.logger import DummyLogger as DummyLogger
     from lightning.pytorch.loops.loop import _Loop as _Loop
@@ -108,7 +109,13 @@ _NAMES = {
     "fabric.utilities.types": ("_PATH",),
     "pytorch": ("Callback", "LightningDataModule", "LightningModule", "Trainer", "seed_everything"),
     "pytorch.accelerators": ("Accelerator", "CPUAccelerator", "CUDAAccelerator"),
-    "pytorch.callbacks": ("Checkpoint", "LearningRateFinder", "ModelCheckpoint", "ModelSummary"),
+    "pytorch.callbacks": (
+        "Checkpoint",
+        "LearningRateFinder",
+        "ModelCheckpoint",
+        "ModelSummary",
+        "StochasticWeightAveraging",
+    ),
     "pytorch.loggers": ("Logger",),
     "pytorch.loggers.logger": ("DummyLogger",),
     "pytorch.loops.loop": ("_Loop",),

@@ -13,8 +13,6 @@ from lightning_mgpu._compat.lightning import (
     Callback,
     LightningModule,
     Trainer,
-    is_overridden,
-    rank_zero_warn,
 )
 from lightning_mgpu._compat.lightning_attributes import assign
 from lightning_mgpu._compat.lightning_loaders import wrap_train_loader
@@ -29,6 +27,14 @@ from lightning_mgpu._compat.lightning_results import (
 from lightning_mgpu.callbacks import rank_state
 from lightning_mgpu.callbacks.generators import States
 from lightning_mgpu.callbacks.resumable_loader import Position, ResumableLoader
+from lightning_mgpu.callbacks.resume_warnings import (
+    of_rank,
+    warn_of_callbacks,
+    warn_of_half_a_batch,
+    warn_of_hook,
+    warn_of_loaders,
+    warn_of_stop,
+)
 from lightning_mgpu.engine.device import is_accelerator
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
@@ -91,7 +97,7 @@ class ExactResume(Callback):
         at_batch_end = restart.is_at_batch_end(trainer)
         at_epoch_end = restart.is_at_epoch_end(trainer)
         if at_batch_end:
-            _warn_of_hook(model)
+            warn_of_hook(model)
         return {
             "now": States.now(_accelerators(trainer), loader.generators()).plain(),
             "start": loader.start.plain(),
@@ -106,6 +112,8 @@ class ExactResume(Callback):
             "is_last": restart.is_last_batch(trainer),
             "validates": at_batch_end and restart.is_validation_due(trainer),
             "steps": 0 if restart.is_accumulating(trainer) else 1,
+            "accumulates": trainer.accumulate_grad_batches,
+            "stops": trainer.should_stop,
             "streams": streams,
             "metrics": rank_state.metric_states(model, metrics_to_reset(trainer, at_epoch_end)),
             "logged": None if at_epoch_end else logged_so_far(trainer),
@@ -153,6 +161,7 @@ class ExactResume(Callback):
 
         self._undo.append(wrap_train_loader(trainer, wrap))
         self._gather_when_saving(trainer)
+        self._start_behind_hooks(trainer)
 
     @override
     def on_load_checkpoint(
@@ -161,15 +170,13 @@ class ExactResume(Callback):
         if self._trainer is None:
             return
         state = checkpoint.get("callbacks", {}).get(self.state_key) or {}
-        known = _of_rank(state, trainer)
+        known = of_rank(state, trainer)
         if known is None:
             return
         self._known, self._resumed = known, True
+        warn_of_callbacks(trainer)
         if known["within_batch"]:
-            rank_zero_warn(
-                "The checkpoint was written in the middle of a batch, which is computed again, with"
-                " other random numbers if it draws any."
-            )
+            warn_of_half_a_batch()
         if known["at_batch_end"] and (known["validates"] or known["is_last"]):
             restart.end_batch(checkpoint, known["validates"], known["steps"])
         elif known["at_epoch_start"]:
@@ -193,7 +200,7 @@ class ExactResume(Callback):
                 known["fetched"],
             )
             self._silence()
-        _warn_of_loaders(trainer, loader, known["used"])
+        warn_of_loaders(trainer, loader, known["used"])
 
     def _silence(self) -> None:
         """Have Lightning not warn that the loader does not keep its place, until `_settle`."""
@@ -218,25 +225,45 @@ class ExactResume(Callback):
         model, strategy = trainer.lightning_module, trainer.strategy
         rank_state.restore_metrics(model, known["metrics"])
         rank_state.restore_gradients(model, known["gradients"])
+        if not known["at_batch_end"]:  # where it is time that was up, or somebody's wish
+            self._stop_if_stopped(trainer, known)
         if known["logged"] is not None:
             go_on_logging(trainer, known["logged"])
         if known["streams"] is not None and isinstance(strategy, MultiDeviceStrategy):
             strategy.random_streams().load_state_dict(known["streams"])
         States.of(known["now"]).restore(loader.generators())
 
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _start_behind_hooks(self, trainer: Trainer) -> None:
+        """Have `_start` called after everybody's `on_train_start`: the strategy's is the last."""
+        strategy = trainer.strategy
+        own = strategy.on_train_start
+
+        def on_train_start() -> None:
+            own()
+            self._start(trainer)
+
+        assign(strategy, "on_train_start", on_train_start)
+        self._undo.append(lambda: vars(strategy).pop("on_train_start", None))
+
+    def _start(self, trainer: Trainer) -> None:
         known = self._known
         if known is None:
             return
         set_callback_metrics(trainer, known["monitored"])
+        trainer.accumulate_grad_batches = known["accumulates"]  # a callback may have set it
         if known["at_epoch_end"]:
+            self._stop_if_stopped(trainer, known)
             restart.step_plateau_schedulers(trainer)
         elif known["at_batch_end"] and (known["validates"] or known["is_last"]):
             self._settle()  # there is no hook before what follows
             self._begins_validation = known["validates"]
             if not known["validates"]:
                 restart.end_epoch(trainer)
+
+    def _stop_if_stopped(self, trainer: Trainer, known: dict[str, Any]) -> None:
+        if known["stops"] and not trainer.should_stop:
+            trainer.should_stop = True
+            warn_of_stop()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,48 +307,3 @@ def _accelerators(trainer: Trainer) -> list[torch.device]:
     strategy = trainer.strategy
     devices = getattr(strategy, "devices", None) or [strategy.root_device]
     return [device for device in dict.fromkeys(devices) if is_accelerator(device)]
-
-
-def _of_rank(state: dict[str, Any], trainer: Trainer) -> dict[str, Any] | None:
-    """What a checkpoint has of this rank; `None`, with a warning, if that is not enough."""
-    there = state.get("world_size", 0)
-    if not there:
-        why = "was written without `ExactResume`"
-    elif there != trainer.world_size:
-        why = f"was written by {there} ranks, not {trainer.world_size} (resume with {there})"
-    elif len(state["ranks"]) < there:
-        why = f"was written by one of {there} ranks alone, when it was interrupted"
-    else:
-        known: dict[str, Any] = state["ranks"][str(trainer.global_rank)]
-        return known
-    rank_zero_warn(
-        f"The checkpoint {why}: training goes on from it as Lightning does, with other random"
-        " numbers, and from the first batch of the loader's order."
-    )
-    return None
-
-
-def _warn_of_hook(model: LightningModule) -> None:
-    if is_overridden("on_train_batch_end", model):
-        rank_zero_warn(
-            f"`{type(model).__name__}.on_train_batch_end` runs after a checkpoint of the batch has"
-            " been written, and not when the run is resumed from it: what it changes for that one"
-            " batch is lost. Do it in a callback's `on_train_batch_end`, which runs before."
-        )
-
-
-def _warn_of_loaders(trainer: Trainer, loader: ResumableLoader, used: int) -> None:
-    if trainer.current_epoch > 0 and any(
-        getattr(part, "persistent_workers", False) for part in loader.flattened
-    ):
-        rank_zero_warn(
-            "The DataLoader's workers live on from epoch to epoch (`persistent_workers=True`) and"
-            " their random numbers with them: augmentations in workers will not be the same after"
-            " the resume. Leave `persistent_workers` out."
-        )
-    if used and loader.has_cycles:
-        rank_zero_warn(
-            "The shorter of several DataLoaders begins anew within the epoch: its order will not be"
-            " the same after the resume. Combine them in another mode, or give it a sampler with a"
-            " generator of its own."
-        )

@@ -68,6 +68,10 @@ class Net(pl.LightningModule):
             return self._loss(batch["a"]) + self._loss(batch["b"])
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
+    def on_train_start(self) -> None:
+        if self.draws:
+            torch.rand(())
+
     def on_train_epoch_start(self) -> None:
         if self.draws:
             torch.rand(())
@@ -170,6 +174,7 @@ def fit(
     exact: bool = True,
     model: pl.LightningModule | dict[str, Any] | None = None,
     validation: bool = True,
+    others: Callable[[], list[pl.Callback]] = list,
     **kwargs: Any,
 ) -> Result:
     """Train from the same seeds."""
@@ -177,7 +182,7 @@ def fit(
     random.seed(3)
     np.random.seed(3)
     net = model if isinstance(model, pl.LightningModule) else Net(**(model or {}))
-    callbacks = [saver, *([ExactResume()] if exact else [])]
+    callbacks = [*others(), saver, *([ExactResume()] if exact else [])]
     options = {"strategy": "auto", "devices": 1, "max_epochs": 3, **kwargs}
     trainer = boring.trainer(callbacks=callbacks, enable_checkpointing=True, **options)
     val = DataLoader(Augmented(), batch_size=11) if validation else None

@@ -11,6 +11,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from resuming import Endless, Net, Saver, fit, loader
 from torch.utils.data import DataLoader
@@ -39,6 +45,15 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "no length": (lambda: DataLoader(Endless(), batch_size=4), {"model": {"draws": False}}),
     "two loaders": (lambda: pair("min_size"), {"validation": False}),
     "limited": (loader, {"limit_train_batches": 4}),
+    "stopped early": (
+        loader,
+        {"others": lambda: [EarlyStopping("val_loss", min_delta=9)], "max_epochs": 9},
+    ),
+    "accumulation that changes": (
+        loader,
+        {"others": lambda: [GradientAccumulationScheduler({0: 1, 1: 3})]},
+    ),
+    "moving average": (loader, {"others": lambda: [EMAWeightAveraging()]}),
     "dp": (loader, {"strategy": "dp", "devices": 2}),
     "pipeline": (loader, {"strategy": "pipeline", "devices": 2}),
 }
@@ -119,6 +134,21 @@ def test_a_loader_that_keeps_its_place_is_not_run_again(tmp_path: Path) -> None:
 
         fit(made, Saver(), path).assert_continues(expected, path.name)
         assert loaders[0].fetched == 18 - (int(path.stem[:3]) - 3)
+
+
+def test_stop_that_was_asked_for(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    kwargs: dict[str, Any] = {
+        "others": lambda: [EarlyStopping("val_loss", min_delta=9, patience=1)],
+        "max_epochs": 9,
+    }
+    whole = Saver(tmp_path)
+    expected = fit(loader, whole, **kwargs)
+    assert expected.steps < 9 * 6
+    assert not warned(recwarn, "had been told to stop")
+    for path in whole.saved[-2:]:  # after the last validation, and at the last epoch's end
+        got = fit(loader, Saver(), path, **kwargs)
+        got.assert_continues(expected, path.name)
+    assert warned(recwarn, "had been told to stop")
 
 
 def test_checkpoint_loads_without_the_callback(tmp_path: Path) -> None:
@@ -208,6 +238,16 @@ def test_loaders_that_cannot_go_on(tmp_path: Path, recwarn: pytest.WarningsRecor
     assert warned(recwarn, "begins anew within the epoch")
 
 
+def test_averaging_that_does_not_save_itself(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    kwargs: dict[str, Any] = {"others": lambda: [StochasticWeightAveraging(0.1)]}
+    whole = Saver(tmp_path)
+    fit(loader, whole, **kwargs)
+    fit(loader, Saver(), whole.saved[8], **kwargs)
+    assert warned(recwarn, "`StochasticWeightAveraging` does not save all")
+
+
 @pytest.mark.slow
 def test_workers_that_live_on(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     def loaders() -> Any:
@@ -227,10 +267,10 @@ def test_same_trainer_again(tmp_path: Path) -> None:
     )
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.fit(Interrupted(), loader())
-    assert "save_checkpoint" not in vars(trainer.strategy)
+    assert not {"save_checkpoint", "on_train_start"} & {*vars(trainer.strategy)}
     trainer.fit(Net(), loader())
     trainer.validate(Net(), loader(shuffle=False), verbose=False)
-    assert "save_checkpoint" not in vars(trainer.strategy)
+    assert not {"save_checkpoint", "on_train_start"} & {*vars(trainer.strategy)}
     assert trainer.current_epoch == 2
 
 
