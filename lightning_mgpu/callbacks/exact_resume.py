@@ -85,7 +85,7 @@ class ExactResume(Callback):
         trainer, loader = self._trainer, self._loader
         if trainer is None or loader is None:
             return {}
-        # Whoever calls this may be one rank alone; `_save` asks the others.
+        # Whoever calls this may be one rank alone; `_gather_when_saving` asks the others.
         mine = self._known or self._state(trainer, loader)
         return {"world_size": trainer.world_size, "ranks": {str(trainer.global_rank): mine}}
 
