@@ -15,6 +15,7 @@ import torch
 from rounds import spread
 from torch import Tensor, nn
 
+from lightning_mgpu.engine.pipeline.hand_over import hand_over_seconds
 from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter
 from lightning_mgpu.engine.pipeline.partition.cutter import Cutter
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
@@ -56,12 +57,11 @@ def _overheads(steps: int) -> dict[str, float]:
     def through(stages: int, layers: int) -> float:
         return 1e6 * _added([_Scaled() for _ in range(layers)], stages, steps)
 
-    call, two = through(1, _FEW), through(2, _FEW)
-    many, more = through(2, _MANY), through(_FEW, _FEW)
+    call, two, many = through(1, _FEW), through(2, _FEW), through(2, _MANY)
     unit = (many - two) / (_MANY - _FEW)
     return {
         "call of the module, us": call - _FEW * unit,
-        "hand-over to another stage, us": (more - two) / (_FEW - 2),
+        "hand-over to another stage, us": 1e6 * hand_over_seconds([_CPU], 1, 0.0),
         "unit, us": unit,
     }
 

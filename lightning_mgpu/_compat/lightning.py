@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning.fabric.strategies.fsdp import (
         _get_full_state_dict_context as _get_full_state_dict_context,
     )
+    from lightning.fabric.utilities.data import sized_len as sized_len
     from lightning.fabric.utilities.device_dtype_mixin import (
         _DeviceDtypeModuleMixin as _DeviceDtypeModuleMixin,
     )
@@ -99,6 +100,7 @@ _NAMES = {
     "fabric.plugins.environments.lightning": ("LightningEnvironment",),
     "fabric.strategies.fsdp": ("_get_full_state_dict_context",),
     "fabric.utilities.device_dtype_mixin": ("_DeviceDtypeModuleMixin",),
+    "fabric.utilities.data": ("sized_len",),
     "fabric.utilities.distributed": (
         "DistributedSamplerWrapper",
         "_DatasetSamplerWrapper",

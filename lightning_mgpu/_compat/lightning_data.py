@@ -1,5 +1,6 @@
 """What we need to know of the samplers that Lightning puts into dataloaders."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from lightning_mgpu._compat.lightning import (
@@ -36,10 +37,23 @@ def whole_sampler(sampler: UnrepeatedDistributedSamplerWrapper) -> Any:
     return dataset._sampler
 
 
-def samplers_within(sampler: Any) -> list[Any]:
+def _samplers_within(sampler: Any) -> list[Any]:
     """The samplers that one takes from, as far as torch, Lightning and custom call them so."""
     names = ("sampler", "batch_sampler", "_sampler", "_batch_sampler")
     found = [getattr(sampler, name, None) for name in names]
     if isinstance(dataset := getattr(sampler, "dataset", None), _DatasetSamplerWrapper):
         found.append(dataset)
     return [part for part in found if part is not None]
+
+
+def samplers_of(loader: Any) -> Iterator[Any]:
+    """Samplers of a loader, and those that they take from."""
+    found = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    seen: set[int] = set()
+    while found:
+        sampler = found.pop()
+        if sampler is None or id(sampler) in seen:
+            continue
+        seen.add(id(sampler))
+        yield sampler
+        found += _samplers_within(sampler)

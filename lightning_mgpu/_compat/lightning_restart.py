@@ -8,7 +8,6 @@ had ended; the step of `ReduceLROnPlateau`, if at the end of the epoch.
 from typing import TYPE_CHECKING, Any
 
 from lightning_mgpu._compat.lightning_attributes import assign
-from lightning_mgpu._compat.lightning_loops import forget_restart
 
 if TYPE_CHECKING:
     from lightning_mgpu._compat.lightning import Trainer
@@ -52,7 +51,7 @@ def is_at_epoch_end(trainer: "Trainer") -> bool:
 
 
 def is_last_batch(trainer: "Trainer") -> bool:
-    """Whether the epoch's last batch is being trained, or has been."""
+    """Whether the epoch has no batch after the one at hand, whenever training ends."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
@@ -116,11 +115,6 @@ def begin_validation(trainer: "Trainer") -> None:
 def end_epoch(trainer: "Trainer") -> None:
     """Have a restart that stands after the last batch go on with the end of the epoch."""
     assign(trainer.fit_loop.epoch_loop.val_loop, "_has_run", True)
-
-
-def restart_is_over(trainer: "Trainer") -> None:
-    """Have the fit loop do all that it does in an epoch without a restart."""
-    forget_restart(trainer.fit_loop)
 
 
 def step_plateau_schedulers(trainer: "Trainer") -> None:

@@ -16,6 +16,7 @@ from lightning_mgpu._compat.lightning import (
 )
 from lightning_mgpu._compat.lightning_attributes import assign
 from lightning_mgpu._compat.lightning_loaders import wrap_train_loader
+from lightning_mgpu._compat.lightning_loops import forget_restart
 from lightning_mgpu._compat.lightning_messages import NOT_RESUMABLE
 from lightning_mgpu._compat.lightning_results import (
     callback_metrics,
@@ -25,17 +26,18 @@ from lightning_mgpu._compat.lightning_results import (
     set_callback_metrics,
 )
 from lightning_mgpu.callbacks import rank_state
-from lightning_mgpu.callbacks.generators import States
 from lightning_mgpu.callbacks.resumable_loader import Position, ResumableLoader
 from lightning_mgpu.callbacks.resume_warnings import (
     of_rank,
     warn_of_callbacks,
+    warn_of_generators,
     warn_of_half_a_batch,
     warn_of_hook,
     warn_of_loaders,
     warn_of_stop,
 )
 from lightning_mgpu.engine.device import is_accelerator
+from lightning_mgpu.engine.random_state import RandomState
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
@@ -99,7 +101,7 @@ class ExactResume(Callback):
         if at_batch_end:
             warn_of_hook(model)
         return {
-            "now": States.now(_accelerators(trainer), loader.generators()).plain(),
+            "now": RandomState(_accelerators(trainer), loader.generators()).plain(),
             "start": loader.start.plain(),
             "first": loader.first.plain(),
             "ahead": None if loader.ahead is None else loader.ahead.plain(),
@@ -187,15 +189,16 @@ class ExactResume(Callback):
         known = self._known
         if known is None:
             return
+        warn_of_generators(trainer, loader)
         if known["is_last"] and not (known["at_epoch_start"] or known["at_epoch_end"]):
             loader.idle()
             return
         loader.wait()
         if not known["is_last"]:
             loader.position = Position(
-                States.of(known["start"]),
-                States.of(known["first"]),
-                None if known["ahead"] is None else States.of(known["ahead"]),
+                RandomState.of(known["start"]),
+                RandomState.of(known["first"]),
+                None if known["ahead"] is None else RandomState.of(known["ahead"]),
                 known["used"],
                 known["fetched"],
             )
@@ -231,7 +234,7 @@ class ExactResume(Callback):
             go_on_logging(trainer, known["logged"])
         if known["streams"] is not None and isinstance(strategy, MultiDeviceStrategy):
             strategy.random_streams().load_state_dict(known["streams"])
-        States.of(known["now"]).restore(loader.generators())
+        RandomState.of(known["now"]).restore(loader.generators())
 
     def _start_behind_hooks(self, trainer: Trainer) -> None:
         """Have `_start` called after everybody's `on_train_start`: the strategy's is the last."""
@@ -279,7 +282,7 @@ class ExactResume(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._settle()
         if self._resumed:
-            restart.restart_is_over(trainer)
+            forget_restart(trainer.fit_loop)
             self._resumed = False
 
     @override

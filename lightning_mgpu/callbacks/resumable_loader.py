@@ -1,16 +1,16 @@
 """Batches of an epoch that can go on where an earlier run has stopped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from typing_extensions import override
 
-from lightning_mgpu._compat.lightning import CombinedLoader
-from lightning_mgpu._compat.lightning_data import samplers_within
+from lightning_mgpu._compat.lightning import CombinedLoader, sized_len
+from lightning_mgpu._compat.lightning_data import samplers_of
 from lightning_mgpu._compat.lightning_loaders import postpone
-from lightning_mgpu.callbacks.generators import States
+from lightning_mgpu.engine.random_state import RandomState
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Position:
         fetched: How many have been fetched for that, prefetched ones included.
     """
 
-    start: States
-    first: States
-    ahead: States | None
+    start: RandomState
+    first: RandomState
+    ahead: RandomState | None
     used: int
     fetched: int
 
@@ -64,7 +64,7 @@ class ResumableLoader(CombinedLoader):
         """Where to go on; set before the first batch is asked for."""
         self._own: list[torch.Generator] = []
         self.start = self.first = self._now()
-        self.ahead: States | None = None
+        self.ahead: RandomState | None = None
         """As in `Position`, of the epoch at hand."""
         self.fetched = 0
         """How many batches of the epoch have been fetched."""
@@ -77,7 +77,7 @@ class ResumableLoader(CombinedLoader):
     @property
     def has_cycles(self) -> bool:
         """Return whether a loader is shorter than another, and is begun anew within the epoch."""
-        lengths = {_length(loader) for loader in self.flattened}
+        lengths = {sized_len(loader) for loader in self.flattened}
         return self._cycles and len(lengths) > 1
 
     def wait(self) -> None:
@@ -119,13 +119,13 @@ class ResumableLoader(CombinedLoader):
         """Generators that the program has given to its loaders and samplers."""
         return list({id(g): g for loader in self.flattened for g in _generators(loader)}.values())
 
-    def _now(self) -> States:
-        return States.now(self._devices, self._own)
+    def _now(self) -> RandomState:
+        return RandomState(self._devices, self._own)
 
     def _begin(self) -> None:
         self._own = self.generators()
         self.start, self.ahead = self._now(), None
-        self._has_no_end = None in map(_length, self.flattened)
+        self._has_no_end = None in map(sized_len, self.flattened)
         super().__iter__()
         self.fetched = 0
 
@@ -165,17 +165,6 @@ def _keeps_place(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _generators(part: Any, depth: int = 5) -> Iterator[torch.Generator]:
-    generator = getattr(part, "generator", None)
-    if isinstance(generator, torch.Generator):
-        yield generator
-    if depth:
-        for inner in samplers_within(part):
-            yield from _generators(inner, depth - 1)
+def _generators(loader: Any) -> list[torch.Generator]:
+    found = [getattr(part, "generator", None) for part in (loader, *samplers_of(loader))]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]

@@ -10,6 +10,7 @@ from lightning_mgpu._compat.lightning import (
     rank_zero_warn,
 )
 from lightning_mgpu.callbacks.resumable_loader import ResumableLoader
+from lightning_mgpu.engine.data_parallel.copying.generators import KINDS as GENERATORS
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
 
@@ -72,6 +73,26 @@ def warn_of_callbacks(trainer: Trainer) -> None:
         rank_zero_warn(
             "`StochasticWeightAveraging` does not save all that it knows: the run will not go on"
             " exactly. Use `EMAWeightAveraging`, or another `WeightAveraging`."
+        )
+
+
+def warn_of_generators(trainer: Trainer, loader: ResumableLoader) -> None:
+    """Tell of generators that the program has made, and that nobody saves."""
+    model = trainer.lightning_module
+    holders = [*model.modules(), getattr(trainer, "datamodule", None)]
+    holders += [getattr(part, "dataset", None) for part in loader.flattened]
+    saved = {id(generator) for generator in loader.generators()}
+    names = sorted(
+        f"{type(holder).__name__}.{name}"
+        for holder in holders
+        for name, value in getattr(holder, "__dict__", {}).items()
+        if isinstance(value, GENERATORS) and id(value) not in saved
+    )
+    if names:
+        rank_zero_warn(
+            f"The random generators {', '.join(names)} are not saved, and begin anew: what they"
+            " draw will not be the same after the resume. Save their states in the `state_dict` of a"
+            " callback or datamodule, or draw from torch's, NumPy's or Python's own."
         )
 
 

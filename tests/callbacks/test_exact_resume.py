@@ -1,6 +1,5 @@
 """A run that goes on from any checkpoint ends with the bits of one that was never interrupted."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from resuming import Endless, Net, Saver, fit, loader
 from torch.utils.data import DataLoader
 
 from lightning_mgpu.callbacks import ExactResume
-from lightning_mgpu.callbacks.generators import States
 
 
 def pair(mode: Any, **kwargs: Any) -> CombinedLoader:
@@ -217,6 +215,20 @@ def test_checkpoint_of_a_failure(
     assert warned(recwarn, said)
 
 
+class WithGenerator(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = np.random.default_rng(1)
+
+
+def test_generators_that_nobody_saves(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    whole = Saver(tmp_path)
+    fit(with_own_generator, whole, model=WithGenerator(), max_epochs=1)
+    assert not warned(recwarn, "are not saved")
+    fit(with_own_generator, Saver(), whole.saved[2], model=WithGenerator(), max_epochs=1)
+    assert warned(recwarn, "The random generators WithGenerator.numbers are not saved")
+
+
 class LateHook(Net):
     def on_train_batch_end(self, *_: Any) -> None:
         self.late = True
@@ -283,20 +295,3 @@ def test_same_trainer_again_on_workers() -> None:
         trainer.fit(Net(), loaders)
         assert len(cloudpickle.dumps(callback)) < 1000
     assert trainer.current_epoch == 1
-
-
-def test_generators_go_back() -> None:
-    own = [torch.Generator().manual_seed(4)]
-
-    def drawn() -> list[Any]:
-        numbers = [random.gauss(0, 1), float(np.random.randn()), float(torch.rand(()))]
-        return [*numbers, float(torch.rand((), generator=own[0]))]
-
-    drawn()
-    states = States.now([], own)
-    plain = states.plain()
-    first, second = drawn(), drawn()
-    assert first != second
-    for known in (states, States.of(plain)):
-        known.restore(own)
-        assert [drawn(), drawn()] == [first, second]

@@ -1,13 +1,12 @@
 """DataLoaders of ranks that were launched with another process's pickled objects."""
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lightning_mgpu._compat.lightning import (
     MisconfigurationException,
     TrainerFn,
 )
-from lightning_mgpu._compat.lightning_data import samplers_within
+from lightning_mgpu._compat.lightning_data import samplers_of
 from lightning_mgpu.strategies.ranks.sample_dealing import deal_out
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ def process_loader(strategy: "ParallelStrategy", loader: Any) -> None:
     Raises:
         MisconfigurationException: The sampler is that of another rank.
     """
-    check_samplers(loader, strategy.global_rank, strategy.world_size)
+    checksamplers_of(loader, strategy.global_rank, strategy.world_size)
     module = strategy.lightning_module
     assert module is not None
     trainer = module.trainer
@@ -28,7 +27,7 @@ def process_loader(strategy: "ParallelStrategy", loader: Any) -> None:
         deal_out(loader, trainer.limit_predict_batches, strategy.broadcast)
 
 
-def check_samplers(loader: Any, rank: int, world_size: int) -> None:
+def checksamplers_of(loader: Any, rank: int, world_size: int) -> None:
     """Refuse samplers that were made for another rank.
 
     Under a launcher that runs the script again on each rank, a sampler that the script makes is
@@ -37,7 +36,7 @@ def check_samplers(loader: Any, rank: int, world_size: int) -> None:
     Raises:
         MisconfigurationException: Names the sampler, and says what to do instead.
     """
-    for sampler in _samplers(loader):
+    for sampler in samplers_of(loader):
         own = (getattr(sampler, "rank", None), getattr(sampler, "num_replicas", None))
         if not all(type(value) is int for value in own) or own == (rank, world_size):
             continue
@@ -50,16 +49,3 @@ def check_samplers(loader: Any, rank: int, world_size: int) -> None:
             " every rank all of the data, use `Trainer(use_distributed_sampler=False)`"
             " without such a sampler."
         )
-
-
-def _samplers(loader: Any) -> Iterator[Any]:
-    """Samplers of a loader, nested ones included."""
-    found = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
-    seen: set[int] = set()
-    while found:
-        sampler = found.pop()
-        if sampler is None or id(sampler) in seen:
-            continue
-        seen.add(id(sampler))
-        yield sampler
-        found += samplers_within(sampler)

@@ -74,7 +74,7 @@ def dry_run(make: Callable[[], Sandbox], step: Step, data: Any, how: Conditions)
         data = batch.map_leaves(in_double, data)
     silence(sandbox, logs)
     with _conditions(how, sandbox.device):
-        before = RandomState(sandbox.device)
+        before = RandomState([sandbox.device])
         try:
             output = untracked(step.call(sandbox.module, data, sandbox.device))
             drew = before.has_moved() or sandbox.isolation.drew() or isolation.drew()

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mgpu.engine.data_parallel.copying.isolation import Isolation, UnsafeError
 from lightning_mgpu.engine.data_parallel.replicas import Replicas
-from lightning_mgpu.engine.random_state import RandomState
 
 CPU = torch.device("cpu")
 
@@ -162,16 +161,3 @@ def test_sandbox_in_evaluation_leaves_the_master_alone(everything: bool) -> None
     assert not sandbox.module.norm.training
     assert sandbox.module.linear.training is not everything
     assert model.norm.training
-
-
-def test_random_state_knows_draws_and_puts_them_back() -> None:
-    import random
-
-    for draw in (lambda: torch.rand(1), random.random, np.random.rand):
-        state = RandomState(CPU)
-        assert not state.has_moved()
-        first = float(draw())
-        assert state.has_moved()
-        state.restore()
-        assert not state.has_moved()
-        assert float(draw()) == first

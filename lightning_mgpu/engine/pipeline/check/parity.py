@@ -166,7 +166,7 @@ class Parity:
         window: Window,
     ) -> _Found:
         compared = Comparison(trial, cut, self._devices, window)
-        numbers = RandomState(torch.device("cpu"))
+        numbers = RandomState()
         with self.unseen(modules) as held:
             try:
                 compared.run(held, modules)
