@@ -91,8 +91,8 @@ def warn_of_generators(trainer: Trainer, loader: ResumableLoader) -> None:
     if names:
         rank_zero_warn(
             f"The random generators {', '.join(names)} are not saved, and begin anew: what they"
-            " draw will not be the same after the resume. Save their states in the `state_dict` of a"
-            " callback or datamodule, or draw from torch's, NumPy's or Python's own."
+            " draw will not be the same after the resume. Save their states in the `state_dict` of"
+            " a callback or datamodule, or draw from torch's, NumPy's or Python's own."
         )
 
 
