@@ -59,6 +59,17 @@ class Rank:
             device_id=device_id,
             **kwargs,
         )
+        self._wait_for_all(PrefixStore("joined", store))
+
+    def _wait_for_all(self, store: Any) -> None:
+        """Return when every rank has joined.
+
+        One that failed sooner would be gone while Gloo connects another to it, which then waits for
+        the whole timeout, in native code. A wait for the store ends with the rendezvous.
+        """
+        if store.add("count", 1) == self.world_size:
+            store.set("all", "joined")
+        store.wait(["all"])
 
 
 class Rendezvous:

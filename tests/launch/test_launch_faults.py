@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -252,6 +253,29 @@ def test_first_cause_wins_over_the_peers_lost_connections() -> None:
     with soon(), pytest.raises(ValueError, match="bad value") as info:
         launch(fail, 3)
     assert "On rank 2" in str(info.value.__cause__)
+
+
+@pytest.mark.usefixtures("recovers")
+def test_no_rank_can_fail_while_another_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gloo would go on to connect to it, for as long as a collective may take."""
+    gone_on = tmp_path / "gone_on"
+
+    def join(rank: Rank) -> None:
+        rank.join_group("gloo", _TIMEOUT)
+        gone_on.touch()
+
+    join_at_first = dist.init_process_group
+
+    def join_slowly(*args: Any, **kwargs: Any) -> None:
+        join_at_first(*args, **kwargs)
+        time.sleep(0.5)
+        assert not gone_on.exists()
+
+    monkeypatch.setattr(dist, "init_process_group", join_slowly)
+    launch(join)
+    assert gone_on.exists()
 
 
 @pytest.mark.usefixtures("recovers")
@@ -497,6 +521,7 @@ def test_rank_that_comes_too_late_is_named() -> None:
 _PROGRAM = """
 import os, signal, subprocess, sys, threading, time
 from datetime import timedelta
+from pathlib import Path
 import torch.distributed as dist
 from lightning_mgpu.launch.pool import default_pool
 from lightning_mgpu.launch.payload import Payload
