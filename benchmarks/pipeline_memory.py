@@ -3,11 +3,15 @@
 Counted where autograd saves and releases tensors, each memory once, parameters apart; with the
 inputs that checkpointed micro-batches keep instead. The model is the MLP of `strategies.py`. With
 `--resident`: by how much the resident memory of a process grows at most in four steps, with whole
-backward and with gradients of weights that come later.
+backward and with gradients of weights that come later. With `--predicted`: what a batch more of
+activations makes it grow, for several plans, beside what `memory=` reckons with. (With
+``MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=100000`` before it, what is freed is given back.)
 """
 
 import argparse
 import json
+import logging
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,20 @@ from lightning_mgpu import PipelineStrategy
 
 STAGES = 2
 MODES = ("never", "except_last", "always")
+# Stages per device, micro-batches, what is computed again, and whether weights come later.
+PLANS: list[tuple[int, int, list[str], bool]] = [
+    (1, 4, ["never", "never"], False),
+    (1, 8, ["never", "never"], False),
+    (1, 8, ["never", "never"], True),
+    (1, 8, ["always", "never"], True),
+    (1, 8, ["except_last", "except_last"], False),
+    (1, 4, ["always", "always"], False),
+    (1, 16, ["always", "always"], True),
+    (2, 8, ["never"] * 4, True),
+    (2, 8, ["always", "never", "never", "always"], True),
+]
+_FEW, _MANY = 1, 5
+_FACTORS = {"bytes": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def main() -> None:
@@ -31,12 +49,20 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[8], help="(default 8)")
     parser.add_argument("--model", default="mlp", help="mlp (default) or encoder")
     parser.add_argument("--resident", action="store_true", help="resident memory instead")
+    parser.add_argument("--predicted", action="store_true", help="and what is reckoned with")
     parser.add_argument("--rounds", type=int, default=3, help="of that (default 3)")
     parser.add_argument("--child", nargs=2, metavar=("WAY", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         way, model = arguments.child
+        if "x" in way:
+            plan, batches = map(int, way.split("x"))
+            print(json.dumps(planned(model, batches, *PLANS[plan])))
+            return
         print(json.dumps(resident(model, arguments.chunks[0], way == "deferred")))
+        return
+    if arguments.predicted:
+        show_predicted(arguments.model, arguments.rounds)
         return
     if arguments.resident:
         found = interleaved(__file__, ["whole", "deferred"], arguments.rounds, arguments.model)
@@ -154,16 +180,69 @@ def measure(model: str, mode: Any, chunks: int) -> list[int]:
 
 def resident(model: str, chunks: int, deferred: bool) -> float:
     """MB by which the process grows at most, over four steps with a batch four times as large."""
+    strategy = PipelineStrategy(
+        split_at=f"net.{8 // STAGES}", chunks=chunks, defer_weight_gradients=deferred
+    )
+    return _grown(model, strategy, 4)
+
+
+def _grown(model: str, strategy: PipelineStrategy, times: int) -> float:
+    """MB by which the process grows at most, with so many batches in one."""
     torch.set_num_threads(1)
     net, batch = build(model)
-    strategy = PipelineStrategy(
-        split_at=f"net.{len(net) // STAGES}", chunks=chunks, defer_weight_gradients=deferred
-    )
     trainer = pl.Trainer(devices=STAGES, strategy=strategy, max_steps=4, **QUIET)
-    batches = [torch.cat([batch] * 4)] * 4
+    batches = [torch.cat([batch] * times)] * 4
     before = _most_resident()
     trainer.fit(Lit(list(net)), torch.utils.data.DataLoader(batches, batch_size=None))
     return _most_resident() - before
+
+
+def show_predicted(model: str, rounds: int) -> None:
+    """Print, for each plan, what is predicted and measured."""
+    print(f"{model}: MB of activations of a batch, predicted and measured, and the ratio")
+    for number, (per_device, chunks, checkpoint, deferred) in enumerate(PLANS):
+        ways = [f"{number}x{batches}" for batches in (_FEW, _MANY)]
+        few, many = interleaved(__file__, ways, rounds, model).values()
+        predicted, measured = (
+            [(b[kind] - a[kind]) / (_MANY - _FEW) for a, b in zip(few, many, strict=True)]
+            for kind in (0, 1)
+        )
+        name = f"{per_device} a device, {chunks} micro-batches, {'/'.join(checkpoint)}"
+        name += ", deferred" if deferred else ""
+        ratio = spread([p / m for p, m in zip(predicted, measured, strict=True)])
+        print(f"  {name:60}{predicted[0]:8.1f}  {spread(measured)}  {ratio}", flush=True)
+
+
+def planned(
+    model: str, batches: int, per_device: int, chunks: int, checkpoint: list[Any], deferred: bool
+) -> tuple[float, float]:
+    """MB that a plan needs, as the strategy says, and by which the process grew in four steps."""
+    heard = _Heard()
+    strategy = PipelineStrategy(
+        split_at=[f"net.{8 * n // (STAGES * per_device)}" for n in range(1, STAGES * per_device)],
+        chunks=chunks,
+        stages_per_device=per_device,
+        checkpoint=checkpoint,
+        defer_weight_gradients=deferred,
+        memory="1TB",
+    )
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(heard)
+    grown = _grown(model, strategy, batches)
+    (line,) = (text.splitlines()[-1] for text in heard.lines if text.startswith("Pipeline:"))
+    devices = re.findall(r"([\d.]+) (\S+) on device", line)
+    return sum(float(number) * _FACTORS[unit] for number, unit in devices) / 1e6, grown
+
+
+class _Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def _most_resident() -> float:

@@ -1,11 +1,25 @@
 """Times, sizes and names as people read them."""
 
+import re
+
 from rich.filesize import decimal
+
+_UNITS = ("", "k", "m", "g", "t", "p")
 
 
 def readable_bytes(count: float) -> str:
     """A number of bytes in the largest decimal unit that it fills, such as ``1.50 MB``."""
     return decimal(round(count), precision=2)
+
+
+def parsed_bytes(text: str) -> float | None:
+    """The bytes of a size such as ``8GB``, ``1.5 GiB`` or ``500 MB``; `None` if it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgtp]?)(i?)b?\s*", text, re.IGNORECASE)
+    if found is None:
+        return None
+    number, unit, binary = found.groups()
+    step = 1024.0 if binary else 1000.0
+    return float(number) * step ** _UNITS.index(unit.lower())
 
 
 def duration(seconds: float) -> str:

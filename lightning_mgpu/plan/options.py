@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-Checkpoint = Literal["never", "except_last", "always"]
+from lightning_mgpu.engine.pipeline.runtime.checkpointing import Checkpoint
 
 
 @dataclass(kw_only=True)

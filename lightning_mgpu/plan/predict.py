@@ -7,7 +7,8 @@ from itertools import accumulate, pairwise
 from lightning_mgpu.engine.pipeline.partition import simulate
 from lightning_mgpu.engine.pipeline.partition.balance import balance
 from lightning_mgpu.engine.pipeline.partition.simulate import Load
-from lightning_mgpu.plan.options import Checkpoint, Options
+from lightning_mgpu.engine.pipeline.runtime.checkpointing import Checkpoint, computed_again
+from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.profile import LayerRange, Profile
 from lightning_mgpu.plan.stages import Stages
 
@@ -195,7 +196,7 @@ def _load(
     costs = [stages.costs(size) for size in stages.profile.sizes(chunks)]
     forward = _by_stage([of_chunk.forward for of_chunk in costs])
     backward = _by_stage([of_chunk.backward for of_chunk in costs])
-    again = {"never": 0, "except_last": chunks - 1, "always": chunks}[checkpoint]
+    again = computed_again(checkpoint, chunks)
     for first, second in zip(forward, backward, strict=True):
         for chunk in range(again):
             second[chunk] += first[chunk]

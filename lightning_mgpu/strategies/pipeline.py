@@ -34,7 +34,8 @@ class PipelineStrategy(PipelineMixin, SingleProcessStrategy):
             measured on the first batch, or ``"auto"``: the cut with the shortest step, as simulated
             from measured times. Measured times vary, and with them the cut.
         chunks: Micro-batches; default: 4 for each device. ``"auto"`` tries 1, 2, 4 and 8 for each
-            device on the first batches, three times each, and keeps the fastest.
+            device on the first batches, three times each, and keeps the fastest; where stages are
+            chosen by simulation, so are these.
         stages_per_device: Stages on each device (default 1): with `s` devices stage `k` lies on
             device `k % s`. More stages make devices wait less for the first micro-batch, and hand
             over more often. ``"auto"`` simulates a step with 1 to 4 from times measured on the
@@ -44,7 +45,11 @@ class PipelineStrategy(PipelineMixin, SingleProcessStrategy):
             and convolutions; with ``"auto"`` (default) for those that are large enough.
         checkpoint: Which micro-batches keep only the inputs of units (submodules that lie with one
             stage), which are computed again in backward: ``"never"`` (default), ``"except_last"``
-            or ``"always"``.
+            or ``"always"``; a list has one of them for each stage.
+        memory: What each device has for the model, as ``"8GB"`` or in bytes (default: enough). What
+            is computed again beside what `checkpoint` says is chosen so that it fits, and if they
+            are not given the cut (``balance="auto"``) and `chunks`, with the shortest step as
+            simulated. A plan that does not fit is refused.
         split_args: Parameters of the submodule's `forward`, by name or position, whose tensors have
             an entry per sample. Needed where that is not certain. A mapping gives the dimension of
             the batch, too, as ``{"src": 1}`` for tensors of shape (time, batch, features).

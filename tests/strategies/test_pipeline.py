@@ -26,11 +26,11 @@ from lightning_mgpu.engine.pipeline.inputs.splitter import Splitter
 from lightning_mgpu.engine.pipeline.partition import cutter as cutting
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 from lightning_mgpu.engine.pipeline.partition.cutter import Cutter
-from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
+from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, Measured
 from lightning_mgpu.engine.pipeline.partition.observation import registered
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
-from lightning_mgpu.strategies.stages import pipelined
+from lightning_mgpu.strategies.stages import planning
 from lightning_mgpu.strategies.stages.placement import place, state_to_parameters
 
 
@@ -538,10 +538,10 @@ def test_stages_per_device_are_chosen_once(
     def costs(module: nn.Module, *_: Any) -> Any:
         measured.append(module)
         called = registered(module)
-        return called, {call.name: Cost(1.0, 1, 2, 0.5) for call in called.walk()}
+        return Measured(called, {call.name: Cost(1.0, 1, 2, 0.5) for call in called.walk()})
 
     monkeypatch.setattr(cutting, "measured", costs)
-    monkeypatch.setattr(pipelined, "hand_over_seconds", lambda *_: hand_over)
+    monkeypatch.setattr(planning, "hand_over_seconds", lambda *_: hand_over)
     caplog.set_level("INFO")
     alone, split = Deep("adam"), Deep("adam")
     strategy = PipelineStrategy(stages_per_device="auto", chunks=4)

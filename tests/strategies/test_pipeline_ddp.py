@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lightning_mgpu import PipelineDDPStrategy
 from lightning_mgpu.engine.pipeline.partition import cutter
-from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
+from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, Measured
 from lightning_mgpu.engine.pipeline.partition.observation import registered
 from lightning_mgpu.engine.workers import available_cores
-from lightning_mgpu.strategies.stages import pipelined
+from lightning_mgpu.strategies.stages import planning
 
 FAR = 60.0  # seconds; a hang would last half an hour
 
@@ -106,8 +106,8 @@ def test_processes_take_the_same_choice_of_stages() -> None:
             hand_over = float(self.global_rank)
             self.patches = ExitStack()
             for module, name, value in (
-                (cutter, "measured", (called, costs)),
-                (pipelined, "hand_over_seconds", hand_over),
+                (cutter, "measured", Measured(called, costs)),
+                (planning, "hand_over_seconds", hand_over),
             ):
                 self.patches.enter_context(patch.object(module, name, lambda *_, v=value: v))
 

@@ -1,6 +1,5 @@
 """A module's `forward` in stages on several devices, micro-batch by micro-batch."""
 
-import logging
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -15,6 +14,7 @@ from lightning_mgpu.engine.error_notes import add_note
 from lightning_mgpu.engine.pipeline import microbatch as mb
 from lightning_mgpu.engine.pipeline.check.parity import Parity
 from lightning_mgpu.engine.pipeline.check.sample_run import SampleRun
+from lightning_mgpu.engine.pipeline.first_call import FirstCall
 from lightning_mgpu.engine.pipeline.inputs.assigned import Assigned
 from lightning_mgpu.engine.pipeline.inputs.call_arguments import CallArguments
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
@@ -23,12 +23,12 @@ from lightning_mgpu.engine.pipeline.microbatch import SplitError
 from lightning_mgpu.engine.pipeline.named_modules import named_once
 from lightning_mgpu.engine.pipeline.outputs.joining import Layouts, Undecided
 from lightning_mgpu.engine.pipeline.outputs.output import Output
-from lightning_mgpu.engine.pipeline.partition.choice import PartitionError
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut, Cutter
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
+from lightning_mgpu.engine.pipeline.runtime.checkpointing import Checkpoint, per_stage
 from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
 from lightning_mgpu.engine.pipeline.runtime.deferral import Defer, Deferral
-from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint, Execution, part_at_hand
+from lightning_mgpu.engine.pipeline.runtime.execution import Execution, part_at_hand
 from lightning_mgpu.engine.pipeline.runtime.microbatch_arguments import MicrobatchArguments
 from lightning_mgpu.engine.pipeline.runtime.parameter_swap import ParameterSwap
 from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
@@ -36,10 +36,6 @@ from lightning_mgpu.engine.pipeline.runtime.units import Units
 from lightning_mgpu.engine.randomness import RandomStreams, Stream
 from lightning_mgpu.engine.workers import Workers, available_cores
 
-log = logging.getLogger(__name__)
-
-# How many samples are computed to find out what a module's `forward` calls.
-_SAMPLES = 2
 _WAY_OUT = (
     "(`chunks=1` works for every module: the batch stays whole, but stages work one after another.)"
 )
@@ -54,7 +50,8 @@ class Pipeline:
         devices: One for each stage; those of the first stages again for later ones.
         chunks: How many micro-batches; a batch with fewer samples makes fewer.
         checkpoint: Which micro-batches keep only the inputs of units, which are computed again in
-            backward: ``"never"``, ``"except_last"``, ``"always"``.
+            backward: ``"never"``, ``"except_last"``, ``"always"``, of each stage or of all. What
+            the cutter has chosen goes before.
         deferred_batch_norm: Whether running statistics are updated once, with those of the whole
             batch, or with each micro-batch.
         step_batch: Tells the batch of the step that calls; default: it is not known.
@@ -74,7 +71,7 @@ class Pipeline:
         devices: Sequence[torch.device],
         *,
         chunks: Chunks,
-        checkpoint: Checkpoint = "never",
+        checkpoint: Checkpoint | Sequence[Checkpoint] = "never",
         deferred_batch_norm: bool = True,
         step_batch: Callable[[], StepBatch] = StepBatch,
         parity: Parity | None = None,
@@ -116,6 +113,13 @@ class Pipeline:
     def devices(self) -> list[torch.device]:
         """The device of each stage."""
         return self._own * self.stages_per_device
+
+    @property
+    def checkpoint(self) -> Sequence[Checkpoint]:
+        """Of each stage, which micro-batches are computed again in backward."""
+        if self.cutter.chosen is not None:
+            return self.cutter.chosen.best.checkpoint
+        return per_stage(self._checkpoint, self.cutter.stages)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -170,7 +174,7 @@ class Pipeline:
         with self.streams.step(
             self._kind(),
             len(counts),
-            always=self._checkpoint != "never" and torch.is_grad_enabled(),
+            always=any(c != "never" for c in self.checkpoint) and torch.is_grad_enabled(),
         ) as streams:
             return self._run(call, cut, splitting, counts, streams, layouts)
 
@@ -186,35 +190,17 @@ class Pipeline:
         return cut
 
     def _observed(self, call: CallArguments, splitting: Splitting) -> Cut:
-        trial = self._trial(call, splitting)
-        sizes = mb.sizes(splitting.size, self.chunks.usual, 2)
-        part, count = sizes[0], len(sizes)
-
-        def observed(samples: int) -> Cut:
-            graph = self.cutter.wants_costs
-            with torch.inference_mode(False), torch.set_grad_enabled(graph):
-                return self.cutter.observe(lambda: trial.run(0, samples), count)
-
-        # Few samples will do, unless there is something that takes no other number.
-        sizes = [part] if self.cutter.wants_costs else [min(_SAMPLES, part), part]
-        for samples in dict.fromkeys([*sizes, splitting.size]):
-            with self._check.unseen(self._modules()):
-                try:
-                    # On a worker, which has as many intra-op threads as each stage will have.
-                    (cut,) = self._workers.run([partial(observed, samples)])
-                    return cut
-                except PartitionError:
-                    raise
-                except Exception as error:
-                    if splitting.doubts:
-                        raise SplitError(" ".join(splitting.doubts)) from error
-                    if samples == splitting.size:
-                        expected = self.cutter.expected()
-                        if expected is None:
-                            raise
-                        return expected  # so that the error is raised where it belongs
-                    log.debug("The module cannot be tried on %d samples.", samples, exc_info=True)
-        raise AssertionError("unreachable")
+        first = FirstCall(
+            self.cutter,
+            self._trial(call, splitting),
+            splitting,
+            self._workers,
+            lambda: self._check.unseen(self._modules()),
+        )
+        cut = first.cut(self.chunks.usual, self.chunks.candidates)
+        if self.cutter.chosen is not None:
+            self.chunks.settle(self.cutter.chosen.best.chunks)
+        return cut
 
     def _checked(
         self,
@@ -268,7 +254,7 @@ class Pipeline:
             self._ways.get(key) or cut.way or (0,),
             [partial(given.compute, self.cutter.forward, chunk) for chunk in range(len(counts))],
             streams,
-            self._checkpoint if torch.is_grad_enabled() else "never",
+            self.checkpoint if torch.is_grad_enabled() else ["never"] * self.cutter.stages,
             self._memory_of,
             cut.writers,
             batch_norm.Recorder(cut.normalised, part_at_hand),

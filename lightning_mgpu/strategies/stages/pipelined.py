@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import Trainer, TrainerFn
 from lightning_mgpu.engine.batch import BatchLayout
 from lightning_mgpu.engine.pipeline.check.parity import Parity, ParityCheck
 from lightning_mgpu.engine.pipeline.error_hints import hinted
-from lightning_mgpu.engine.pipeline.hand_over import hand_over_seconds
 from lightning_mgpu.engine.pipeline.inputs.origin import StepBatch
 from lightning_mgpu.engine.pipeline.inputs.splitter import SplitArgs, Splitter
 from lightning_mgpu.engine.pipeline.partition.cutter import Balance, Cut, Cutter
-from lightning_mgpu.engine.pipeline.partition.stage_planner import NUMBERS, Chosen, StagePlanner
 from lightning_mgpu.engine.pipeline.pipeline import Pipeline
-from lightning_mgpu.engine.pipeline.runtime.chunks_autotuner import Chunks
-from lightning_mgpu.engine.pipeline.runtime.deferral import Defer, Deferral
-from lightning_mgpu.engine.pipeline.runtime.execution import Checkpoint
+from lightning_mgpu.engine.pipeline.runtime.checkpointing import Checkpoint
+from lightning_mgpu.engine.pipeline.runtime.deferral import Defer
 from lightning_mgpu.engine.randomness import RandomStreams
 from lightning_mgpu.strategies.base.loader_hint import loader_hint
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 from lightning_mgpu.strategies.stages.model_summary import StagesInSummary
 from lightning_mgpu.strategies.stages.option_checks import (
+    check_checkpoint,
     check_choice,
     check_choices,
+    check_count_of_checkpoints,
     check_stages_per_device,
+    memory_bytes,
 )
 from lightning_mgpu.strategies.stages.placement import (
     ForwardOverride,
@@ -40,12 +40,12 @@ from lightning_mgpu.strategies.stages.placement import (
     place,
     state_to_parameters,
 )
+from lightning_mgpu.strategies.stages.planning import Planning
 from lightning_mgpu.strategies.stages.split_module import find_module, own_stages
 from lightning_mgpu.strategies.stages.stage_table import show_stages
 from lightning_mgpu.strategies.stages.step_trace import StepTrace
 from lightning_mgpu.strategies.stages.uncalled import Uncalled
 
-_CHECKPOINTS = ("never", "except_last", "always")
 _DEFER = (True, False, "auto")
 _PARITY_CHECKS = ("error", "warn", "off")
 
@@ -66,7 +66,8 @@ class PipelineMixin(MultiDeviceStrategy):
         chunks: int | Literal["auto"] | None = None,
         stages_per_device: int | Literal["auto"] = 1,
         defer_weight_gradients: Defer = "auto",
-        checkpoint: Checkpoint = "never",
+        checkpoint: Checkpoint | Sequence[Checkpoint] = "never",
+        memory: str | float | None = None,
         split_args: str | int | Sequence[str | int] | Mapping[str | int, int] | None = (),
         broadcast_args: str | int | Sequence[str | int] | None = (),
         deferred_batch_norm: bool = True,
@@ -78,22 +79,30 @@ class PipelineMixin(MultiDeviceStrategy):
         check_choices(type(self).__name__, split_at, balance, chunks)
         check_stages_per_device(type(self).__name__, stages_per_device, split_at, balance)
         check_choice(type(self).__name__, "defer_weight_gradients", defer_weight_gradients, _DEFER)
-        check_choice(type(self).__name__, "checkpoint", checkpoint, _CHECKPOINTS)
+        check_checkpoint(type(self).__name__, checkpoint, stages_per_device)
         check_choice(type(self).__name__, "parity_check", parity_check, _PARITY_CHECKS)
         self._module = module
         self._split_at = [split_at] if isinstance(split_at, str) else split_at
-        usual: Balance = "auto" if stages_per_device == "auto" else "parameters"
+        size = memory_bytes(type(self).__name__, memory)
+        planned = stages_per_device == "auto" or size is not None
+        usual: Balance = "auto" if planned else "parameters"
         self._balance: Balance = usual if balance is None else balance
-        self._chunks = chunks
         self._stages_per_device: int | None = (
             None if stages_per_device == "auto" else stages_per_device
         )
-        self._chosen: dict[tuple[str, int], Chosen] = {}
         self._defer_weight_gradients = defer_weight_gradients
-        self._checkpoint: Checkpoint = checkpoint
+        self._checkpoint: Checkpoint | Sequence[Checkpoint] = _plain(checkpoint)
         self._split_args: SplitArgs = _plain(split_args)
         self._broadcast_args: str | int | Sequence[str | int] | None = _plain(broadcast_args)
         Splitter(self._split_args, self._broadcast_args)  # refuses contradictions
+        self._planning = Planning(
+            stages_per_device=self._stages_per_device,
+            free=self._balance == "auto" and split_at is None,
+            chunks=chunks,
+            defer=defer_weight_gradients,
+            checkpoint=self._checkpoint,
+            memory=size,
+        )
         self._deferred_batch_norm = deferred_batch_norm
         self._parity_check: ParityCheck = parity_check
         self._trace_dir = None if trace_dir is None else Path(trace_dir)
@@ -225,8 +234,9 @@ class PipelineMixin(MultiDeviceStrategy):
 
     def _install(self) -> None:
         """Replace the chosen submodule's `forward` by the pipeline."""
-        model, devices = self.lightning_module, self.own_devices * (self._stages_per_device or 1)
+        model, own = self.lightning_module, self.own_devices
         assert model is not None
+        devices, threads = own * (self._stages_per_device or 1), self.threads_per_device
         self._layouts = {}
         name, module = find_module(model, self._module)
         made = own_stages(model)
@@ -234,16 +244,16 @@ class PipelineMixin(MultiDeviceStrategy):
         split_at = self._split_at
         if split_at is not None:
             split_at = [entry.removeprefix(f"{name}.") if name else entry for entry in split_at]
-        count = len(self.own_devices)
-        chunks = Chunks(count, None if self._chunks == "auto" else self._chunks or 4 * count)
+        check_count_of_checkpoints(type(self).__name__, self._checkpoint, len(devices))
+        planner = self._planning.planner(self, module, own, threads, is_given=made is not None)
         self._pipeline = Pipeline(
             Cutter(
                 *(module, self._override.plain, len(devices), split_at, self._balance, made),
-                *(self._planner(module), self._chosen.get(self._kind(module))),
+                *(planner, self._planning.known(module, len(own))),
             ),
             Splitter(self._split_args, self._broadcast_args),
             devices,
-            chunks=chunks,
+            chunks=self._planning.micro_batches(module, len(own)),
             checkpoint=self._checkpoint,
             deferred_batch_norm=self._deferred_batch_norm,
             step_batch=lambda: self._step_batch,
@@ -251,38 +261,12 @@ class PipelineMixin(MultiDeviceStrategy):
                 self._parity_check, type(module).__name__, devices, partial(muted, model)
             ),
             on_cut=self._on_cut,
-            threads=self.threads_per_device,
+            threads=threads,
             stages_per_device=self._stages_per_device or 1,
             defer_weight_gradients=self._defer_weight_gradients,
         )
         self._uncalled = Uncalled(model, name, module, self._pipeline)
         self._override.install(self._pipeline)
-
-    def _planner(self, module: nn.Module) -> StagePlanner | None:
-        """What chooses the stages; `None` if they need not be simulated."""
-        if self._stages_per_device is not None and self._balance != "auto":
-            return None
-        devices = self.own_devices
-        numbers = [1] if len(devices) == 1 else NUMBERS  # of which none waits for another
-        return StagePlanner(
-            devices=len(devices),
-            numbers=numbers if self._stages_per_device is None else [self._stages_per_device],
-            hand_over=partial(hand_over_seconds, devices, self.threads_per_device),
-            least=Deferral(self._defer_weight_gradients, devices).least(None),
-            checkpoint=self._checkpoint,
-            share=partial(self._shared, module),
-        )
-
-    def _kind(self, module: nn.Module) -> tuple[str, int]:
-        return type(module).__qualname__, len(self.own_devices)
-
-    def _shared(self, module: nn.Module, chosen: Chosen) -> Chosen:
-        """Take what the first process has chosen, in this run and in later ones."""
-        assert self.lightning_module is not None
-        # In evaluation processes do without each other, and some may have no batch.
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            chosen = self._chosen[self._kind(module)] = self.broadcast(chosen)
-        return chosen
 
     def _on_cut(self, cut: Cut) -> None:
         """Place a cut's stages on their devices, if they are not there yet."""
@@ -299,6 +283,7 @@ class PipelineMixin(MultiDeviceStrategy):
                 pipeline.devices,
                 pipeline.chunks.usual,
                 pipeline.cutter.costs,
+                pipeline.checkpoint,
                 pipeline.stages_per_device,
                 self._defer_weight_gradients is True,
                 pipeline.cutter.chosen,

@@ -8,9 +8,12 @@ from torch import nn
 from lightning_mgpu._compat.lightning import rank_zero_info
 from lightning_mgpu.engine.pipeline.partition.cutter import Cut
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
-from lightning_mgpu.engine.pipeline.partition.stage_planner import Chosen
+from lightning_mgpu.engine.pipeline.partition.stage_planner import Candidate, Chosen
 from lightning_mgpu.engine.pipeline.runtime import schedule
+from lightning_mgpu.engine.pipeline.runtime.checkpointing import Checkpoint
 from lightning_mgpu.format import duration, readable_bytes
+
+_AGAIN = {"never": "no", "except_last": "all but the last", "always": "yes"}
 
 
 def show_stages(
@@ -18,6 +21,7 @@ def show_stages(
     devices: Sequence[torch.device],
     chunks: int,
     costs: Mapping[str, Cost],
+    checkpoint: Sequence[Checkpoint],
     stages_per_device: int = 1,
     deferred: bool = False,
     chosen: Chosen | None = None,
@@ -29,20 +33,25 @@ def show_stages(
         devices: One for each.
         chunks: Micro-batches.
         costs: Of each layer, if they have been measured.
+        checkpoint: Of each stage, which micro-batches are computed again.
         stages_per_device: How many of the stages lie on each device.
         deferred: Whether gradients of weights come later than those of inputs.
         chosen: The simulated alternatives, if it has been chosen from some.
     """
     measured = [stage_cost(layers, costs) for layers in cut.layers]
-    header = ["stage", "device", "layers", "parameters"]
-    rows = [[*header, "activations", "time"] if costs else header]
-    for stage, (device, cost) in enumerate(zip(devices, measured, strict=True)):
-        size = readable_bytes(parameter_bytes(cut, stage))
-        row = [str(stage), str(device), _span(cut.layers[stage]), size]
-        if costs:
-            row += [readable_bytes(cost.activations), duration(cost.seconds)]
-        rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    columns = {
+        "stage": [str(stage) for stage in range(len(devices))],
+        "device": [str(device) for device in devices],
+        "layers": [_span(layers) for layers in cut.layers],
+        "parameters": [readable_bytes(parameter_bytes(cut, s)) for s in range(len(devices))],
+    }
+    if costs:
+        columns["activations"] = [readable_bytes(cost.activations) for cost in measured]
+        columns["time"] = [duration(cost.seconds) for cost in measured]
+    if len({*checkpoint}) > 1:
+        columns["computed again"] = [_AGAIN[of_stage] for of_stage in checkpoint]
+    rows = [[*columns], *zip(*columns.values(), strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
@@ -54,19 +63,54 @@ def show_stages(
         + (" (activations and time are those of one)." if costs else " if all take equally long.")
     )
     if chosen is not None:
-        lines.append(_reason(chosen))
+        lines += [_reason(chosen), *_memory(chosen)]
     rank_zero_info("\n".join(["Pipeline:", *lines]))
 
 
 def _reason(chosen: Chosen) -> str:
     """Describe what was chosen, from what, and why."""
     best, others = chosen.best, chosen.candidates
+    several = len({candidate.chunks for candidate in others}) > 1
+
+    def named(candidate: Candidate) -> str:
+        of_batch = f" x {candidate.chunks}" if several else ""
+        return f"{candidate.stages_per_device}{of_batch}"
+
+    def taken(candidate: Candidate) -> str:
+        return "too large" if candidate.excess else duration(candidate.seconds)
+
+    what = f"{named(best)} per device"
+    if several:
+        what = f"{best.stages_per_device} per device, {best.chunks} micro-batches"
     if len(others) == 1:
-        return f"{best.stages_per_device} per device; simulated step {duration(best.seconds)}."
-    compared = ", ".join(f"{c.stages_per_device}: {duration(c.seconds)}" for c in others)
-    quickest = min(others, key=lambda candidate: candidate.seconds)
-    why = "quickest" if best == quickest else "fewest that are about as quick as the quickest"
-    return f"{best.stages_per_device} per device, the {why} of the simulated steps ({compared})."
+        return f"{what}; simulated step {duration(best.seconds)}."
+    numbers = {candidate.stages_per_device for candidate in others}
+    if several and len(numbers) > 1:  # of each, the best number of micro-batches
+        others = tuple(
+            min(
+                (c for c in others if c.stages_per_device == number),
+                key=lambda candidate: (candidate.excess, candidate.seconds),
+            )
+            for number in sorted(numbers)
+        )
+    compared = ", ".join(f"{named(candidate)}: {taken(candidate)}" for candidate in others)
+    quickest = min((c for c in others if not c.excess), key=lambda candidate: candidate.seconds)
+    why = (
+        "quickest"
+        if best.seconds <= quickest.seconds
+        else "fewest that are about as quick as the quickest"
+    )
+    return f"{what}, the {why} of the simulated steps ({compared})."
+
+
+def _memory(chosen: Chosen) -> list[str]:
+    """Describe the memory of each device, if there is a limit."""
+    devices = [
+        f"{readable_bytes(of_device.total)} on device {number}"
+        f" ({readable_bytes(of_device.weights)} of it for weights)"
+        for number, of_device in enumerate(chosen.best.memory)
+    ]
+    return [f"Memory: about {', '.join(devices)}."] if devices else []
 
 
 def stage_cost(modules: Sequence[str], costs: Mapping[str, Cost]) -> Cost:

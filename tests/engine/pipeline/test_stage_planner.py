@@ -10,19 +10,29 @@ from torch import Tensor, nn
 
 from lightning_mgpu.engine.pipeline.hand_over import hand_over_seconds
 from lightning_mgpu.engine.pipeline.partition import observation
-from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, measured
-from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall, registered
-from lightning_mgpu.engine.pipeline.partition.stage_planner import Chosen, StagePlanner
+from lightning_mgpu.engine.pipeline.partition.choice import choose
+from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, Measured, measured
+from lightning_mgpu.engine.pipeline.partition.observation import registered
+from lightning_mgpu.engine.pipeline.partition.stage_planner import Chosen, Deal, StagePlanner
 
 
-def _module(seconds: Sequence[float]) -> tuple[ModuleCall, dict[str, Cost]]:
+def _module(seconds: Sequence[float]) -> Measured:
     """A row of layers, of which a third of the time is for forward and one for weights."""
     called = registered(nn.Sequential(*(nn.Tanh() for _ in seconds)))
     costs = {
         str(layer): Cost(s, 0, 0, s / 3, s / 3, 100 * (layer + 1))
         for layer, s in enumerate(seconds)
     }
-    return called, costs
+    return Measured(called, {"": Cost(), **costs})
+
+
+def _dealt(price: Any) -> Deal:
+    """Layers in stages with about as much of a price, or of seconds."""
+
+    def deal(measured: Measured, _: int, stages: int) -> Any:
+        return choose(measured.called, stages, price or (lambda n: measured.costs[n].seconds))
+
+    return deal
 
 
 def _chosen(
@@ -33,8 +43,10 @@ def _chosen(
     price: Any = None,
     **options: Any,
 ) -> Chosen:
-    planner = StagePlanner(devices=2, numbers=numbers, hand_over=lambda _: hand_over, **options)
-    found = planner.chosen(*_module(seconds), chunks, price)
+    planner = StagePlanner(
+        devices=2, numbers=numbers, hand_over=lambda _: hand_over, free=price is None, **options
+    )
+    found = planner.chosen({chunks: _module(seconds)}, _dealt(price))
     assert found is not None
     return found
 
@@ -104,7 +116,7 @@ def test_hand_over_is_measured_once_with_what_most_layers_get() -> None:
         return 0.0
 
     planner = StagePlanner(devices=2, numbers=[1, 2], hand_over=hand_over)
-    planner.chosen(*_module([1.0] * 5), 8, None)
+    planner.chosen({8: _module([1.0] * 5)}, _dealt(None))
     assert sizes == [300]
 
 
@@ -112,7 +124,7 @@ def test_numbers_for_which_there_are_too_few_layers_are_left_out() -> None:
     found = _chosen([1.0] * 5, 0.0)
     assert [candidate.stages_per_device for candidate in found.candidates] == [1, 2]
     planner = StagePlanner(devices=2, numbers=[1], hand_over=lambda _: 0.0)
-    assert planner.chosen(*_module([1.0]), 8, None) is None
+    assert planner.chosen({8: _module([1.0])}, _dealt(None)) is None
 
 
 def test_what_others_have_chosen_is_taken() -> None:

@@ -11,8 +11,8 @@ from lightning_mgpu._compat.torch_modules import buffers_of, parameters_of
 from lightning_mgpu.engine import batch_norm
 from lightning_mgpu.engine.pipeline.partition import choice
 from lightning_mgpu.engine.pipeline.partition.choice import PartitionError, canonical
-from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, measured
-from lightning_mgpu.engine.pipeline.partition.observation import ModuleCall, observe, registered
+from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost, Measured, measured
+from lightning_mgpu.engine.pipeline.partition.observation import observe, registered
 from lightning_mgpu.engine.pipeline.partition.stage_planner import Chosen, StagePlanner
 
 Balance = Sequence[int] | Literal["parameters", "time", "memory", "auto"]
@@ -56,7 +56,8 @@ class Cutter:
         split_at: Names of the submodules at which the second and later stages begin.
         balanced: Without `split_at`: layers in each stage, or what to balance.
         made: Stages that the user has made; nothing is cut then.
-        planner: Chooses how many stages there are, and where they begin with ``balanced="auto"``.
+        planner: Chooses how many stages there are, where they begin with ``balanced="auto"``, and
+            what is computed again.
         chosen: What it has chosen before.
 
     Raises:
@@ -76,6 +77,7 @@ class Cutter:
     ) -> None:
         self.module, self.forward, self.stages = module, forward, stages
         self._balanced, self._made, self._planner = balanced, made, planner
+        self._given: list[str] | None = None
         self._starts: list[str] | None = None
         self.costs: dict[str, Cost] = {}
         """Of each layer, if they have been measured."""
@@ -83,18 +85,18 @@ class Cutter:
         """The cut, once it is known."""
         self.chosen: Chosen | None = None
         """What the planner has chosen, if there is one."""
+        if split_at is not None:
+            _check_count("split_at", len(split_at) + 1, stages, f"{stages - 1} names")
+            self._given = self._starts = [canonical(module, name) for name in split_at]
         if chosen is not None and {*chosen.best.starts} <= {*dict(module.named_modules())}:
             self._take(chosen)
-        elif split_at is not None:
-            _check_count("split_at", len(split_at) + 1, stages, f"{stages - 1} names")
-            self._starts = [canonical(module, name) for name in split_at]
-        elif made is not None:
+        elif split_at is None and made is not None:
             if planner is not None and not len(made) % stages:
                 self.stages = stages = len(made)  # as many as there are
             _check_count("configure_pipeline", len(made), stages, f"{stages} modules")
             self.forward = _Chain(made)
             self.cut = self._of_made(made)
-        elif not isinstance(balanced, str):
+        elif split_at is None and not isinstance(balanced, str):
             _check_count("balance", len(balanced), stages, f"{stages} numbers")
 
     def current(self) -> Cut | None:
@@ -104,7 +106,7 @@ class Cutter:
                 if _at(self.module, name) is not module:
                     self.cut = None
                     if self._planner is not None:
-                        self.chosen = self._starts = None
+                        self.chosen, self._starts = None, self._given
                     break
         return self.cut
 
@@ -116,8 +118,11 @@ class Cutter:
     @property
     def wants_costs(self) -> bool:
         """Return whether layers have to be measured before the module can be cut."""
-        measured = self._planner is not None or self._balanced in ("time", "memory")
-        return measured and self._starts is None and self._made is None
+        if self._made is not None:
+            return False
+        if self._planner is not None:
+            return self.chosen is None
+        return self._balanced in ("time", "memory") and self._starts is None
 
     def expected(self) -> Cut | None:
         """The likely cut before the first call; `None` if that cannot be told."""
@@ -125,51 +130,76 @@ class Cutter:
             return self.cut
         called = registered(self.module)
         try:
-            layers, counts = self._chosen(called, 1)
+            layers, counts = self._chosen(Measured(called, {}), 1)
         except PartitionError:
             return None
         return self._made_of(layers, counts)
 
-    def observe(self, run: Callable[[], Any], chunks: int) -> Cut:
+    def observe(
+        self,
+        run: Callable[[], Any],
+        chunks: int,
+        others: Mapping[int, Callable[[], Any]] | None = None,
+    ) -> Cut:
         """Cut the module by what a call does.
 
         Args:
             run: Calls the module's `forward`, with a graph if layers are to be measured.
             chunks: How many micro-batches there will be.
+            others: The same for other numbers, among which the planner may choose.
 
         Raises:
             PartitionError: The module cannot be cut as asked.
         """
         if self.wants_costs:
-            least = None if self._planner is None else self._planner.least
-            called, self.costs = measured(self.module, run, least)
-            if self._planner is not None:
-                price = None if self._balanced == "auto" else self._price(chunks)
-                self._take(self._planner.chosen(called, self.costs, chunks, price))
+            called, self.costs = self._measured({chunks: run, **(others or {})}, chunks)
         else:
             called, _ = observe(self.module, run)
-        layers, counts = self._chosen(called, chunks)
+        layers, counts = self._chosen(Measured(called, self.costs), chunks)
         writers = frozenset(id(call.module) for call in called.walk() if call.writes)
         self.cut = replace(self._made_of(layers, counts), writers=writers)
         if self.costs:
             self.costs = {name: self.costs[name] for name in layers.names()}
         return self.cut
 
-    def _chosen(self, called: ModuleCall, chunks: int) -> tuple[choice.Layers, list[int]]:
-        layers, counts = self._dealt(called, chunks)
+    def _measured(self, runs: Mapping[int, Callable[[], Any]], usual: int) -> Measured:
+        """Measure layers, and have the planner choose if there is one."""
+        if self._planner is None:
+            return measured(self.module, runs[usual])
+        found = {
+            count: measured(self.module, run, self._planner.least) for count, run in runs.items()
+        }
+        self._take(self._planner.chosen(found, self._dealt))
+        # Another process may have chosen what is not possible here.
+        return found.get(self.chosen.best.chunks if self.chosen else usual, found[usual])
+
+    def _chosen(self, found: Measured, chunks: int) -> tuple[choice.Layers, list[int]]:
+        dealt = self._dealt(found, chunks, self.stages)
+        if dealt is None:
+            names = choice.opened_until(found.called, self.stages, self._size).names()
+            raise PartitionError(
+                f"`{type(self.module).__name__}` has {len(names)} layers that its `forward` calls"
+                f" ({', '.join(names) or 'none'}), too few for {self.stages} stages. Use fewer"
+                ' devices, or choose another `module` (`module=""` is the LightningModule itself).'
+            )
+        layers, counts = dealt
         names = layers.names()
         starts = [names[first] for first in list(accumulate(counts))[:-1]]
         try:
             # Only those are opened within which a stage begins.
-            return choice.beginning_at(called, starts)
+            return choice.beginning_at(found.called, starts)
         except PartitionError:
             return layers, counts
 
-    def _dealt(self, called: ModuleCall, chunks: int) -> tuple[choice.Layers, list[int]]:
+    def _dealt(
+        self, found: Measured, chunks: int, stages: int
+    ) -> tuple[choice.Layers, list[int]] | None:
+        """Distribute layers to stages; `None` if they are too few."""
+        called = found.called
         if self._starts is not None:
             return choice.beginning_at(called, self._starts)
         if not isinstance(self._balanced, str):
-            layers = choice.opened_until(called, self.stages, self._size)
+            layers = choice.opened_until(called, stages, self._size)
             names, counts = layers.names(), list(self._balanced)
             if sum(counts) != len(names):
                 raise PartitionError(
@@ -177,16 +207,7 @@ class Cutter:
                     f" `{type(self.module).__name__}` has {len(names)}: {', '.join(names)}."
                 )
             return layers, counts
-
-        found = choice.choose(called, self.stages, self._price(chunks))
-        if found is None:
-            names = choice.opened_until(called, self.stages, self._size).names()
-            raise PartitionError(
-                f"`{type(self.module).__name__}` has {len(names)} layers that its `forward` calls"
-                f" ({', '.join(names) or 'none'}), too few for {self.stages} stages. Use fewer"
-                ' devices, or choose another `module` (`module=""` is the LightningModule itself).'
-            )
-        return found
+        return choice.choose(called, stages, self._price(found.costs, chunks))
 
     def _take(self, chosen: Chosen | None) -> None:
         """Cut as has been chosen."""
@@ -194,13 +215,13 @@ class Cutter:
             self.chosen, self._starts = chosen, list(chosen.best.starts)
             self.stages = len(self._starts) + 1
 
-    def _price(self, chunks: int) -> Callable[[str], float]:
+    def _price(self, costs: Mapping[str, Cost], chunks: int) -> Callable[[str], float]:
         """What stages are to have about as much of."""
 
         def price(name: str) -> float:
-            if not self.costs or self._balanced == "parameters":
+            if not costs or self._balanced == "parameters":
                 return self._size(name)
-            cost = self.costs[name]
+            cost = costs[name]
             if self._balanced == "memory":
                 return _COPIES_OF_PARAMETERS * cost.parameters + chunks * cost.activations
             return cost.seconds

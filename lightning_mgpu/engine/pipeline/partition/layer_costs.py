@@ -1,8 +1,8 @@
 """Measure the time and memory of each layer for one micro-batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ class Cost:
         forward: Of `seconds`, those of its forward.
         weights: Of `seconds`, those for gradients of weights that can come later.
         received: Bytes that it is called with.
+        inputs: The same, by the number of the memory, which several layers may be called with.
+        returned: Bytes that it returns.
     """
 
     seconds: float = 0.0
@@ -36,6 +38,8 @@ class Cost:
     forward: float = 0.0
     weights: float = 0.0
     received: int = 0
+    inputs: Mapping[int, int] = field(default_factory=dict)
+    returned: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -45,12 +49,19 @@ class Cost:
             self.forward + other.forward,
             self.weights + other.weights,
             self.received + other.received,
+            {**self.inputs, **other.inputs},
+            self.returned + other.returned,
         )
 
 
-def measured(
-    module: Any, run: Callable[[], Any], least: int | None = None
-) -> tuple[ModuleCall, dict[str, Cost]]:
+class Measured(NamedTuple):
+    """What was observed, and what each submodule costs for a micro-batch."""
+
+    called: ModuleCall
+    costs: dict[str, Cost]
+
+
+def measured(module: Any, run: Callable[[], Any], least: int | None = None) -> Measured:
     """Watch a module several times.
 
     Args:
@@ -60,7 +71,8 @@ def measured(
 
     Returns:
         The calls, and what each submodule costs in all its calls, by name, with what is computed
-        between it and the next; so layers cost together what the module that calls them does.
+        between it and the next; so layers cost together what the module that calls them does. The
+        module itself has no name.
         Backward is taken to be shared out like forward, and half of it to be for weights as far as
         products with them are large enough.
     """
@@ -74,6 +86,7 @@ def measured(
     costs = _sizes(found[1][0])
     rounds = [_Span(called, called.began, called.began + called.seconds) for called, _ in found[1:]]
     _add_quickest(costs, rounds)
+    _add_kept(costs, _Span(found[1][0], 0, found[1][0].kept))
     share = min(back / called.seconds if called.seconds else 0.0 for called, back in found[1:])
     for name, cost in costs.items():
         backward = cost.forward * share
@@ -82,20 +95,20 @@ def measured(
             seconds=cost.forward + backward,
             weights=backward * products.large_share / 2,
         )
-    return found[0][0], costs
+    return Measured(found[0][0], costs)
 
 
 class _Span(NamedTuple):
-    """A call, and from when to when time counts as its own."""
+    """A call, and from when to when time, or what is kept, counts as its own."""
 
     call: ModuleCall
     start: float
     end: float
 
-    def inside(self) -> list["_Span"]:
-        """The calls that it makes, which share out its time."""
+    def inside(self, began: Callable[[ModuleCall], float]) -> list["_Span"]:
+        """The calls that it makes, which share it out."""
         calls = self.call.children
-        bounds = [self.start, *(call.began for call in calls[1:]), self.end]
+        bounds = [self.start, *map(began, calls[1:]), self.end]
         return [_Span(call, *pair) for call, pair in zip(calls, pairwise(bounds), strict=False)]
 
 
@@ -106,7 +119,7 @@ def _add_quickest(costs: dict[str, Cost], rounds: Sequence[_Span]) -> float:
         costs: By name.
         rounds: The same call, several times.
     """
-    inside = [span.inside() for span in rounds]
+    inside = [span.inside(lambda call: call.began) for span in rounds]
     if len({tuple(span.call.name for span in spans) for spans in inside}) > 1:
         inside = inside[:1]  # it does not always make the same ones
     if inside[0]:
@@ -118,13 +131,24 @@ def _add_quickest(costs: dict[str, Cost], rounds: Sequence[_Span]) -> float:
     return seconds
 
 
+def _add_kept(costs: dict[str, Cost], span: _Span) -> None:
+    """Add the bytes kept of a call, and of those that it makes, to their costs."""
+    for inside in span.inside(lambda call: call.kept_before):
+        _add_kept(costs, inside)
+    known = costs[span.call.name]
+    kept = known.activations + round(span.end - span.start)
+    costs[span.call.name] = replace(known, activations=kept)
+
+
 def _sizes(called: ModuleCall) -> dict[str, Cost]:
     totals: dict[str, Cost] = {}
     for call in called.walk():
         known = totals.get(call.name)
         if known is None:
             known = Cost(parameters=sum(p.nbytes for p in call.module.parameters()))
-        totals[call.name] = known + Cost(activations=call.kept, received=call.received)
+        totals[call.name] = known + Cost(
+            received=call.received, inputs=call.inputs, returned=call.returned
+        )
     return totals
 
 

@@ -27,7 +27,10 @@ class ModuleCall:
         began: When.
         seconds: What it took, calls it made included.
         kept: The bytes that autograd kept of it, if that was counted.
+        kept_before: Those that it had kept of the split module when the call began.
         received: The bytes of the tensors that it was called with.
+        inputs: The same, by the memory's number, if bytes were counted.
+        returned: The bytes of the tensors that it returned.
         writes: Whether it has written to what it was called with, or would in training.
     """
 
@@ -37,7 +40,10 @@ class ModuleCall:
     began: float = 0.0
     seconds: float = 0.0
     kept: int = 0
+    kept_before: int = 0
     received: int = 0
+    inputs: dict[int, int] = field(default_factory=dict)
+    returned: int = 0
     writes: bool = False
     given: list[tuple[Tensor, int]] = field(default_factory=list)
     """Tensors among the arguments, with their version counters at the call."""
@@ -83,7 +89,12 @@ def observe(
         if isinstance(called, Dropout) and called.inplace:
             _mark(open_calls, given)  # (which drops nothing while it is watched)
         made = ModuleCall(name, called, given=[(t, version_of(t)) for t in given])
-        made.received = sum(tensor.nbytes for tensor in given)
+        made.received = _bytes(given)
+        if count_kept:
+            made.kept_before = root.kept
+            for tensor in given:
+                number, size = numbered(tensor), tensor.nbytes
+                made.inputs[number] = max(size, made.inputs.get(number, 0))
         made.began = now()
         open_calls[-1].children.append(made)
         open_calls.append(made)
@@ -92,8 +103,16 @@ def observe(
         if len(open_calls) > 1 and open_calls[-1].module is called:
             made = open_calls.pop()
             made.seconds = now() - made.began
+            made.returned = _bytes(output)
             made.writes |= any(version_of(tensor) != version for tensor, version in made.given)
             made.given = []
+
+    memories: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def numbered(tensor: Tensor) -> int:
+        # Held on to, so that nothing else gets the same address.
+        memory = tensor.untyped_storage()
+        return memories.setdefault(memory.data_ptr(), (len(memories), memory))[0]
 
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     seen: set[int] = set()
@@ -124,7 +143,12 @@ def observe(
         root.began = now()
         output = run()
         root.seconds = now() - root.began
+    root.returned = _bytes(output)
     return root, output
+
+
+def _bytes(value: Any) -> int:
+    return sum(tensor.nbytes for tensor in stage_values.tensors(value))
 
 
 def _mark(calls: Sequence[ModuleCall], tensors: Sequence[Tensor]) -> None:

@@ -30,6 +30,16 @@ class Chunks:
         return self._usual if self._fixed is None else self._fixed
 
     @property
+    def candidates(self) -> list[int]:
+        """Numbers among which there is a choice."""
+        return list(self._untried) if self._fixed is None else [self._fixed]
+
+    def settle(self, count: int) -> None:
+        """Take what somebody else has chosen, if the number is not fixed."""
+        if self._fixed is None:
+            self._fixed, self._untried = count, []
+
+    @property
     def settled(self) -> bool:
         """Return whether the number has been chosen."""
         return self._fixed is not None

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_mgpu.engine.error_notes import noted
 from lightning_mgpu.engine.pipeline.profile.recording import Recording
 from lightning_mgpu.engine.pipeline.profile.timeline import Kind
 from lightning_mgpu.engine.pipeline.runtime import schedule
+from lightning_mgpu.engine.pipeline.runtime.checkpointing import Checkpoint, computed_again
 from lightning_mgpu.engine.pipeline.runtime.parameter_swap import ParameterSwap
 from lightning_mgpu.engine.pipeline.runtime.recompute import Recomputed, is_worth_it
 from lightning_mgpu.engine.pipeline.runtime.recurrent_state import Memory
@@ -29,7 +30,6 @@ from lightning_mgpu.engine.pipeline.runtime.weight_gradients import WeightGradie
 from lightning_mgpu.engine.randomness import Stream
 from lightning_mgpu.engine.workers import Workers
 
-Checkpoint = Literal["never", "except_last", "always"]
 Gradients = list[tuple[Tensor, Tensor]]
 """Tensors that a micro-batch has made, with their gradients."""
 
@@ -50,7 +50,7 @@ class Execution:
         way: The stages that a micro-batch is expected to visit, in order.
         calls: Computes a micro-batch, for each.
         streams: Random numbers for each micro-batch.
-        checkpoint: Which micro-batches' units are computed again in backward.
+        checkpoint: Of each stage, which micro-batches' units are computed again in backward.
         memory_of: What a unit remembers.
         writers: Units that cannot be computed again, since they write to what they are called with.
         recorder: Keeps batch normalisation from updating running statistics.
@@ -69,7 +69,7 @@ class Execution:
         way: Sequence[int],
         calls: Sequence[Callable[[], Any]],
         streams: Sequence[Stream],
-        checkpoint: Checkpoint,
+        checkpoint: Sequence[Checkpoint],
         memory_of: Callable[[nn.Module], Memory],
         writers: frozenset[int],
         recorder: Recorder,
@@ -82,9 +82,7 @@ class Execution:
         self._units, self._devices, self._way = units, devices, list(way)
         self._calls, self._streams, self._memory_of = list(calls), streams, memory_of
         self.count = len(calls)
-        self._checkpointed = {"never": 0, "except_last": self.count - 1, "always": self.count}[
-            checkpoint
-        ]
+        self._checkpointed = [computed_again(of_stage, self.count) for of_stage in checkpoint]
         self._writers = writers
         self._recorder, self._deferred = recorder, deferred
         way_of_doors = tuple(doors[stage] for stage in self._way)
@@ -120,7 +118,7 @@ class Execution:
     def defers(self) -> bool:
         """Return whether any gradient of a weight may be computed later."""
         found = (stay.deferred.is_used for t in self.travellers for stay in t.stays)
-        return bool(self._checkpointed) or any(found)
+        return any(self._checkpointed) or any(found)
 
     @property
     def way(self) -> list[int]:
@@ -134,7 +132,7 @@ class Execution:
             BaseException: The first error of any micro-batch.
         """
         started = time.perf_counter()
-        recompute = self._recomputed if self._checkpointed else None
+        recompute = self._recomputed if any(self._checkpointed) else None
         with self._units.attached(recompute), self._recorded(self._deferred):
             context = ThreadContext.capture(self._devices)
             task = partial(self._forward, iter(range(self.count)), context)
@@ -221,7 +219,7 @@ class Execution:
 
         Several stages may recompute at once for the user's activation checkpointing.
         """
-        if self._checkpointed:
+        if any(self._checkpointed):
             return self._recorded(True)
         return batch_norm.aside(self._recorder.layers)
 
@@ -266,7 +264,9 @@ class Execution:
     def _recomputed(
         self, traveller: Traveller, module: nn.Module, args: Any, kwargs: Any
     ) -> Recomputed | None:
-        if traveller.chunk >= self._checkpointed or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or traveller.stage is None:
+            return None
+        if traveller.chunk >= self._checkpointed[traveller.stage]:
             return None
         if any(traveller.recomputing) or id(module) in self._writers:
             return None
