@@ -12,8 +12,9 @@ from lightning_mgpu.engine.pipeline.runtime.checkpointing import (
     computed_again,
 )
 
-# The output, what a loss keeps of it, and the gradients of both.
-_OF_OUTPUT = 4.0
+# How much of the module's output the caller has when backward begins: itself, what a loss keeps, and
+# the gradients of both; and when the loss is through.
+_EARLY, _LATE = 4.0, 2.0
 
 
 class Weight(NamedTuple):
@@ -75,9 +76,13 @@ class _Stage:
     largest: float
     seconds: float
 
-    def kept(self, checkpoint: Checkpoint, chunks: int) -> float:
-        again = computed_again(checkpoint, chunks)
-        return again * self.inputs + (chunks - again) * self.whole
+
+class _Way(NamedTuple):
+    """What is computed again of a device's stages, and what that costs."""
+
+    seconds: float
+    kept: float
+    checkpoint: tuple[Checkpoint, ...]
 
 
 class MemoryModel:
@@ -107,7 +112,7 @@ class MemoryModel:
         self._weights = [limit.weights_of(name) for name in names]
         inside = {key for weights in self._weights for key in weights}
         # The first device has all that is in no layer, and what the caller does with the output.
-        self._outputs = _OF_OUTPUT * chunks * costs[""].returned
+        self._output = float(chunks * costs[""].returned)
         whole = limit.weights_of("")
         self._others = limit.others + sum(w.whole for key, w in whole.items() if key not in inside)
 
@@ -127,38 +132,38 @@ class MemoryModel:
         found = []
         for device in range(self._devices):
             own = range(device, len(stages), self._devices)
-            extra = self._outputs if device == 0 else 0.0
             levels = [CHECKPOINTS[CHECKPOINTS.index(least[stage]) :] for stage in own]
-            room = self._limit.size - weights[device]
-            chosen, kept = self._chosen([stages[s] for s in own], levels, room - extra)
-            for stage, of_stage in zip(own, chosen, strict=True):
+            output = self._output if device == 0 else 0.0
+            ways = [self._way([stages[s] for s in own], way, output) for way in product(*levels)]
+            fitting = [way for way in ways if weights[device] + way.kept <= self._limit.size]
+            best = min(fitting) if fitting else min(ways, key=lambda way: way.kept)
+            for stage, of_stage in zip(own, best.checkpoint, strict=True):
                 checkpoint[stage] = of_stage
-            found.append(DeviceMemory(weights[device], kept + extra))
+            found.append(DeviceMemory(weights[device], best.kept))
         return StagesInMemory(tuple(checkpoint), tuple(found))
 
     def excess(self, devices: Sequence[DeviceMemory]) -> float:
         """Bytes that the fullest device has too few of, as a share of what it has."""
         return max(0.0, max(device.total for device in devices) / self._limit.size - 1)
 
-    def _chosen(
-        self, stages: Sequence[_Stage], levels: Sequence[Sequence[Checkpoint]], room: float
-    ) -> tuple[Sequence[Checkpoint], float]:
-        """What is computed again of a device's stages, and the bytes that are kept then."""
-        ways = []
-        for way in product(*levels):
-            again = [computed_again(of_stage, self._chunks) for of_stage in way]
-            at_once = max(
-                (stage.largest for stage, n in zip(stages, again, strict=True) if n), default=0.0
-            )
-            kept = sum(s.kept(c, self._chunks) for s, c in zip(stages, way, strict=True))
-            seconds = sum(s.seconds * n for s, n in zip(stages, again, strict=True))
-            ways.append((kept + at_once, seconds, way))
-        fitting = [way for way in ways if way[0] <= room]
-        if fitting:
-            kept, _, best = min(fitting, key=lambda way: (way[1], way[0]))
-        else:
-            kept, _, best = min(ways, key=lambda way: (way[0], way[1]))
-        return best, kept
+    def _way(
+        self, stages: Sequence[_Stage], checkpoint: tuple[Checkpoint, ...], output: float
+    ) -> _Way:
+        """What it takes to compute so much of a device's stages again."""
+        kept = last = at_once = seconds = 0.0
+        for stage, of_stage in zip(stages, checkpoint, strict=True):
+            again = computed_again(of_stage, self._chunks)
+            kept += again * stage.inputs
+            seconds += again * stage.seconds
+            if not again:
+                kept += self._chunks * stage.whole
+            else:
+                # The last micro-batch's backward is over before others are computed again.
+                last += (self._chunks - again) * stage.whole
+                at_once = max(at_once, stage.largest)
+        return _Way(
+            seconds, kept + max(last + _EARLY * output, at_once + _LATE * output), checkpoint
+        )
 
     def _stage(self, row: Sequence[Cost]) -> _Stage:
         inputs = {number: size for cost in row for number, size in cost.inputs.items()}
