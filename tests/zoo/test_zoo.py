@@ -1,6 +1,7 @@
 """Models that others wrote, against one device: weights, metrics, outputs and predictions."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -64,19 +65,21 @@ def test_dp_is_one_device_or_says_what_to_do(
         _assert_equal(actual, expected, case.tolerance)
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(("stages", "deferred"), [(2, "auto"), (3, "auto"), (2, True)])
 @pytest.mark.parametrize("row", ROWS, ids=_id)
 def test_pipeline_is_one_device_or_says_what_to_do(
-    row: Row, stages: int, caplog: pytest.LogCaptureFixture
+    row: Row, stages: int, deferred: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """With all gradients of weights deferred as well, which small models are spared."""
     case = _case(row)
     expected = zoo.one_device(row)
     if row.pipeline == "refused":
         with pytest.raises(ValueError, match="`" + "|`".join(case.pipeline_advice)):
             zoo.run(case, "pipeline", stages, zoo.Samples(case))
-        strategy = PipelineStrategy(**case.pipeline_advice)
+        options = case.pipeline_advice
     else:
-        strategy = PipelineStrategy()
+        options = {}
+    strategy = PipelineStrategy(defer_weight_gradients=deferred, **options)
     actual = zoo.run(case, strategy, stages, zoo.Samples(case))
     assert not _ours(caplog)
     if row.pipeline == "differs":

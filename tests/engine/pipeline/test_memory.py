@@ -45,7 +45,7 @@ def _model(
     ("size", "checkpoint", "activations"),
     [
         (80, ("never", "never"), (80, 80)),
-        # Inputs of both layers of all micro-batches but one, and that one; later, a layer at a time.
+        # Inputs of both layers of all micro-batches but one, and that one, which is over first.
         (79, ("except_last", "except_last"), (3 * 2 + 20,) * 2),
         (25, ("always", "always"), (4 * 2 + 11,) * 2),
         (5, ("always", "always"), (4 * 2 + 11,) * 2),

@@ -12,7 +12,7 @@ from lightning_mgpu.engine.pipeline.runtime.checkpointing import (
     computed_again,
 )
 
-# How much of the module's output the caller has when backward begins: itself, what a loss keeps, and
+# How often the caller has the module's output when backward begins: itself, what a loss keeps, and
 # the gradients of both; and when the loss is through.
 _EARLY, _LATE = 4.0, 2.0
 
