@@ -82,13 +82,15 @@ class Ledger:
         key = _memory(tensor)
         if key is None or key in self._own:
             return _MemoryRecord(producer)
+        size = tensor.untyped_storage().nbytes()  # a view holds on to all of it
         if key in self._batch:
-            key = tensor.data_ptr()  # micro-batches are views of one memory
+            # Micro-batches are views of one memory.
+            key, size = tensor.data_ptr(), min(size, tensor.nbytes)
         if key not in self._latest:
             self._latest[key] = _MemoryRecord(producer)
             self._entries.append(self._latest[key])
         entry = self._latest[key]
-        entry.size = max(entry.size, min(tensor.untyped_storage().nbytes(), tensor.nbytes))
+        entry.size = max(entry.size, size)
         return entry
 
 

@@ -116,6 +116,26 @@ def test_what_is_kept_between_layers_counts_with_the_one_before() -> None:
     assert costs["first"].inputs.keys().isdisjoint(costs["last"].inputs)
 
 
+class _Views(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.register_buffer("mask", torch.ones(100, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.first(x).chunk(3, -1)
+        return self.last(q * k * v * self.mask[: len(x)])
+
+
+def test_views_that_are_kept_hold_on_to_all_of_their_memory() -> None:
+    module, x = _Views(), torch.ones(5, 8)
+    _, costs = measured(module, lambda: module(x))
+    # The input; queries, keys and values in one piece, and the product of the first two. The mask
+    # belongs to the module.
+    assert costs["first"].activations == (1 + 3 + 1) * x.nbytes
+    assert costs["last"].activations == x.nbytes
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

@@ -78,7 +78,8 @@ def observe(
     root = ModuleCall("", module)
     open_calls = [root]
     compiled = inside_compiled(module.modules())
-    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    fixed = (*module.parameters(), *module.buffers())
+    devices = {tensor.device for tensor in fixed}
 
     def now() -> float:
         synchronize(devices)
@@ -114,7 +115,7 @@ def observe(
         memory = tensor.untyped_storage()
         return memories.setdefault(memory.data_ptr(), (len(memories), memory))[0]
 
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in fixed}
     seen: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def observe(
         if memory not in own and memory not in seen:
             seen.add(memory)
             for call in open_calls:
-                call.kept += min(tensor.untyped_storage().nbytes(), tensor.nbytes)
+                call.kept += tensor.untyped_storage().nbytes()
         return tensor
 
     with ExitStack() as stack:
