@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 from lightning_mgpu.engine.pipeline.partition import simulate
 from lightning_mgpu.engine.pipeline.partition.balance import balance
 from lightning_mgpu.engine.pipeline.partition.simulate import Load
+from lightning_mgpu.engine.pipeline.partition.stage_planner import quickest_cut, tries
 from lightning_mgpu.engine.pipeline.runtime.checkpointing import Checkpoint, computed_again
 from lightning_mgpu.plan.options import Options
 from lightning_mgpu.plan.profile import LayerRange, Profile
@@ -74,9 +75,10 @@ def predict(profile: Profile, options: Options) -> Plan:
     chunks = [count for count in options.chunks if len(profile.sizes(count)) == count]
     rows = [
         row
-        for cut in (Stages(profile, _cut(profile, count)) for count in stages)
+        for number in stages
         for per_device in options.stages_per_device
-        if not len(cut) % per_device
+        if not number % per_device
+        for cut in (Stages(profile, _cut(profile, number, per_device, options)),)
         for count in chunks
         for checkpoint in options.checkpoint
         for deferred in options.defer_weight_gradients
@@ -173,16 +175,29 @@ def _rows(
         )
 
 
-def _cut(profile: Profile, stages: int) -> list[LayerRange]:
-    """Layers of each stage: as the user wants, or so that the slowest is as fast as possible."""
+def _cut(profile: Profile, stages: int, per_device: int, options: Options) -> list[LayerRange]:
+    """Layers of each stage: as the user wants, or so that a step is as short as possible."""
     if len(profile.split_at) == stages - 1:
         starts = [0, *map(profile.names.index, profile.split_at)]
-    else:
-        # Of the sizes that were measured, one in the middle: where to cut hardly depends on it.
-        sample = profile.samples[len(profile.samples) // 2]
-        costs = [f + b for f, b in zip(sample.forward, sample.backward, strict=True)]
-        starts = [0, *accumulate(balance(costs, stages)[:-1])]
-    return [LayerRange(*pair) for pair in pairwise([*starts, len(profile.names)])]
+        return _spans([*starts, len(profile.names)])
+    # Of the sizes that were measured, one in the middle: where to cut hardly depends on it.
+    sample = profile.samples[len(profile.samples) // 2]
+    costs = [f + b for f, b in zip(sample.forward, sample.backward, strict=True)]
+    bounds = [0, *accumulate(balance(costs, stages))]
+    if per_device == 1:  # the slowest stage sets the pace
+        return _spans(bounds)
+    devices, deferred = stages // per_device, any(options.defer_weight_gradients)
+
+    def seconds(tried: Sequence[int]) -> float:
+        cut = Stages(profile, _spans(tried))
+        load = _load(cut, devices, sample.chunks, "never", options, deferred)
+        return simulate.passage(load, devices).seconds
+
+    return _spans(quickest_cut(bounds, seconds, tries(stages, sample.chunks)))
+
+
+def _spans(bounds: Sequence[int]) -> list[LayerRange]:
+    return [LayerRange(*pair) for pair in pairwise(bounds)]
 
 
 def _load(

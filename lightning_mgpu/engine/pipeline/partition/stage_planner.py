@@ -27,7 +27,7 @@ NUMBERS = (1, 2, 3, 4)
 
 # More stages have to be quicker by this much to be worth more hand-overs.
 _MARGIN = 0.02
-# Tasks that are simulated for each number of stages, about: some tenths of a second.
+# Tasks that are simulated for a cut, about: some tenths of a second.
 _TASKS = 10_000
 # Seconds that no step takes.
 _NEVER = 1e9
@@ -169,7 +169,7 @@ class StagePlanner:
 
         bounds = [0, *accumulate(counts)]
         if self.free:
-            bounds = _quickest(bounds, price, _TASKS // (len(counts) * chunks))
+            bounds = quickest_cut(bounds, price, tries(len(counts), chunks))
         return candidate(bounds)
 
     def _seconds(
@@ -209,33 +209,38 @@ class StagePlanner:
         )
 
 
+def tries(stages: int, chunks: int) -> int:
+    """How many cuts may be simulated to find the best."""
+    return _TASKS // (stages * chunks)
+
+
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.4g} GB"
 
 
-def _quickest(
-    bounds: list[int], seconds: Callable[[Sequence[int]], float], tries: int
+def quickest_cut(
+    bounds: list[int], seconds: Callable[[Sequence[int]], float], most: int
 ) -> list[int]:
     """Find the bounds of stages with which a step is quickest.
 
     Args:
         bounds: Those to start with; the first and the last are fixed.
         seconds: What a step takes.
-        tries: About how many others may be tried: all, or else those that are better and better.
+        most: About how many others may be tried: all, or else those that are better and better.
     """
     inner = range(1, len(bounds) - 1)
-    if comb(bounds[-1] - 1, len(inner)) <= tries:
+    if comb(bounds[-1] - 1, len(inner)) <= most:
         every = combinations(range(1, bounds[-1]), len(inner))
         return min([bounds, *([0, *cuts, bounds[-1]] for cuts in every)], key=seconds)
     best, moved = seconds(bounds), True
-    while moved and tries > 0:
+    while moved and most > 0:
         moved = False
         # One bound a layer further, or both of a stage.
         for which in (*((index,) for index in inner), *pairwise(inner)):
             for step in (-1, 1):
                 tried = [b + step * (index in which) for index, b in enumerate(bounds)]
                 if all(a < b for a, b in pairwise(tried)):
-                    found, tries = seconds(tried), tries - 1
+                    found, most = seconds(tried), most - 1
                     if found < best * (1 - 1e-6):
                         bounds, best, moved = tried, found, True
     return bounds
