@@ -13,6 +13,7 @@ from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS, batch_size, check_shrinkable, compose
 from lightning_mgpu.sweep.job.submitted import name_of
+from lightning_mgpu.sweep.settings.nodes import is_grid
 from lightning_mgpu.sweep.settings.options import check_launcher, check_options, check_space
 from lightning_mgpu.sweep.space.conditions import add_conditions
 from lightning_mgpu.sweep.space.custom import add_custom
@@ -63,7 +64,7 @@ class PreparedSweep:
         if options.custom_search_space is not None:
             add_custom(space, options.custom_search_space, job.config)
         add_conditions(space, options.conditions)
-        if options.search_alg.name != "grid":  # a grid of nothing is one job, as in Hydra
+        if not is_grid(options):  # a grid of nothing is one job, as in Hydra
             check_searchable(space)
         check_space(options, space)
         directory = Path(options.resume or job.config.hydra.sweep.dir).absolute()
@@ -132,7 +133,7 @@ def holds_sweep(directory: Path) -> bool:
 
 
 def _num_samples(options: "RayTuneSweeperConf", space: Space) -> int:
-    if options.search_alg.name != "grid":
+    if not is_grid(options):
         return options.num_samples or _SAMPLES
     points = len(enumerate_grid(space))
     return min(options.num_samples or points, points)
