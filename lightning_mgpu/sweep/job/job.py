@@ -55,13 +55,18 @@ class Job:
         HydraConfig.instance().set_config(cfg)
         return Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
 
-    def run(self, cfg: DictConfig) -> Any:
-        """Run a composed job in this process, and return what it returns."""
+    def run(self, cfg: DictConfig, task: TaskFunction) -> Any:
+        """Run a composed job in this process, and return what it returns.
+
+        Args:
+            cfg: The job's config.
+            task: The user's function, or what calls it.
+        """
         setup_globals()
         HydraConfig.instance().set_config(cfg)
         done: JobReturn = run_job(
             hydra_context=self.context,
-            task_function=self.task_function,
+            task_function=task,
             config=cfg,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",

@@ -1,6 +1,7 @@
 """Run one trial in an actor: compose the job, run it, report its result."""
 
 import contextlib
+import functools
 import logging
 import math
 import platform
@@ -105,16 +106,24 @@ def _strategy(cfg: DictConfig) -> str | None:
 
 
 def _run(job: Job, cfg: Any, reporting: Reporting) -> Any:
-    try:
-        return job.run(cfg)
-    except KeyboardInterrupt as error:  # no `Exception`: Ray would take it for one of its own
-        raise InterruptedTrialError("the job raised KeyboardInterrupt") from error
-    except SystemExit as end:
-        if reporting.stopped:
-            raise
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with it
-            raise InterruptedTrialError("the job raised KeyboardInterrupt") from end
-        raise RuntimeError(f"the job called sys.exit({end.code!r})") from end
+    """Run the job; `None` if it was stopped."""
+
+    # Within Hydra's own function, which tells the user's callbacks how a job has ended: one that is
+    # stopped early has completed, and `sys.exit` is a failure of it.
+    @functools.wraps(job.task_function)
+    def task(cfg: Any) -> Any:
+        try:
+            return job.task_function(cfg)
+        except KeyboardInterrupt as error:  # no `Exception`: Ray would take it for one of its own
+            raise InterruptedTrialError("the job raised KeyboardInterrupt") from error
+        except SystemExit as end:
+            if reporting.stopped:
+                return None
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with it
+                raise InterruptedTrialError("the job raised KeyboardInterrupt") from end
+            raise RuntimeError(f"the job called sys.exit({end.code!r})") from end
+
+    return job.run(cfg, task)
 
 
 def _send(metrics: dict[str, Any], directory: Path | None) -> None:
