@@ -208,13 +208,15 @@ def test_table_of_many_trials_shows_the_running_the_latest_and_the_best() -> Non
 
 def test_time_left_follows_the_pace() -> None:
     all_trials = records(record(0, "running"), record(1, "running"))
-    progress = Progress(all_trials, 4, Console(file=io.StringIO()))
+    progress = Progress(all_trials, 5, Console(file=io.StringIO()))
     assert progress.seconds_left() is None
     with patch("time.monotonic", lambda: 100.0):
         progress(None)
-    all_trials.trials[0].status = "done"
     with patch("time.monotonic", lambda: 110.0):
-        assert progress.seconds_left() == 30.0
+        all_trials.trials[0].status = "done"
+        assert progress.seconds_left() is None
+        all_trials.trials[1].status = "stopped"
+        assert progress.seconds_left() == 15.0
 
 
 def test_results_are_plain_yaml_with_the_best_trial(tmp_path: Path) -> None:

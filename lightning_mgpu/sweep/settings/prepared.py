@@ -1,5 +1,6 @@
 """A sweep before it starts: checked options, search space and directory."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ from lightning_mgpu.sweep.space.space import (
     parse_space,
 )
 from lightning_mgpu.sweep.store.records import Records
-from lightning_mgpu.sweep.store.results import of_the_cluster
+from lightning_mgpu.sweep.store.results import of_the_cluster, relative
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
+
+log = logging.getLogger(__name__)
 
 SPACE = "search_space.yaml"
 """What is searched, in the directory of a sweep."""
@@ -52,6 +55,7 @@ class PreparedSweep:
     num_samples: int
     records: Records
     reports: int | None = None
+    _has_told: bool = False
 
     @classmethod
     def prepare(
@@ -81,7 +85,18 @@ class PreparedSweep:
     def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
         """Overrides and directory of the trial with these values."""
         overrides, cfg = compose(self.job, self.space, values, number, self.directory)
-        return overrides, self.job.output_dir(cfg)
+        wanted = self.directory / self.job.subdir(cfg)
+        directory = self.job.output_dir(cfg)
+        if directory != wanted and not self._has_told:
+            self._has_told = True
+            log.warning(
+                "hydra.sweep.subdir is %s for trial %d, which another trial has or no directory"
+                " can be called. Its files are in %s, and so with other trials.",
+                relative(wanted),
+                number,
+                relative(directory),
+            )
+        return overrides, directory
 
     def smaller(self, values: dict[str, Any]) -> dict[str, Any] | None:
         """Values of a trial with its batch halved; `None` if that is impossible."""
