@@ -5,6 +5,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from boring import Blobs, Classifier
@@ -255,6 +256,67 @@ def test_what_test_logs_is_known_to_the_trial(sent: Sent) -> None:
     current = reporting.current()
     assert current is not None
     assert current.logged["test/acc"] == 0.75
+    assert sent.metrics == []
+
+
+_KINDS = {
+    "whole": 3,
+    "yes": True,
+    "single": np.float32(0.25),
+    "count": np.int64(4),
+    "tensor": torch.tensor(2),
+    "truth": torch.tensor(True),
+    "one": torch.tensor([1.5]),
+    "unlimited": float("-inf"),
+}
+
+
+class Kinds(Classifier):
+    """Logs numbers of every kind, and of several loaders."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        for name, value in _KINDS.items():
+            self.log(name, value)
+        self.log("of_steps", float(batch_idx), on_step=True, on_epoch=True)
+
+
+def test_numbers_of_every_kind_are_reported_as_such(sent: Sent) -> None:
+    fit(sent, Kinds(), metrics=" ".join(name for name in _KINDS if name != "unlimited"))
+    for name, value in _KINDS.items():
+        assert sent.metrics[-1][name] == float(value)
+        assert type(sent.metrics[-1][name]) is float
+    sent.metrics.clear()
+    fit(sent, Kinds(), metrics="train_loss_step of_steps of_steps_epoch")
+    # of steps the latest one, and of an epoch the mean, which has the plain name as well
+    last = sent.metrics[-1]
+    assert last["of_steps"] == last["of_steps_epoch"]
+    assert last["train_loss_step"] != last["train_loss_epoch"] == last["train_loss"]
+
+
+def test_metric_of_several_loaders_has_a_name_for_each(sent: Sent) -> None:
+    class Two(Blobs):
+        def val_dataloader(self) -> Any:
+            return [super().val_dataloader()] * 2
+
+    told: list[str] = []
+    trainer = make_trainer(sent, metrics="whole", notify=lambda _, text: told.append(text))
+    trainer.fit(Kinds(), datamodule=Two())
+    assert sent.metrics == []
+    assert told[0].endswith("ends without it ends the sweep.")
+    assert "Did you mean whole/dataloader_idx_0?" in told[0]
+    trainer = make_trainer(sent, metrics="whole/dataloader_idx_1")
+    trainer.fit(Kinds(), datamodule=Two())
+    assert [metrics["whole/dataloader_idx_1"] for metrics in sent.metrics] == [3, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_first_report_that_is_no_number_ends_the_trial(sent: Sent, value: float) -> None:
+    class Wild(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", value)
+
+    with pytest.raises(NotFiniteError, match=f"val_loss is {value} in epoch 0"):
+        fit(sent, Wild())
     assert sent.metrics == []
 
 

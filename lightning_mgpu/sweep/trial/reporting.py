@@ -175,8 +175,13 @@ def missing(names: Collection[str], logged: Collection[str], how: str = "was nev
     """Sentence on metrics that were not logged, and on what was."""
     words = f"hydra.sweeper.metric={','.join(sorted(names))} {how}; logged were:"
     words += f" {', '.join(sorted(logged)) or 'nothing'}."
-    near = [n for name in sorted(names) for n in difflib.get_close_matches(name, logged, n=1)]
+    near = [n for name in sorted(names) for n in _near(name, logged)]
     return f"{words} Did you mean {' and '.join(near)}?" if near else words
+
+
+def _near(name: str, logged: Collection[str]) -> list[str]:
+    of_loaders = sorted(n for n in logged if n.startswith(f"{name}/dataloader_idx_"))
+    return of_loaders[:1] or difflib.get_close_matches(name, logged, n=1)
 
 
 def note_restored() -> None:
