@@ -146,6 +146,34 @@ def test_second_fit_goes_on_reporting(sent: Sent) -> None:
     assert sent.epochs == [0, 1]
 
 
+def fold(sent: Sent, trial: Reporting, epochs: int = 2) -> None:
+    begin(trial)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        max_epochs=epochs,
+        callbacks=[*reporter.callbacks()],
+    )
+    trainer.fit(Classifier(), datamodule=Blobs())
+
+
+def test_job_with_several_fits_reports_its_end_alone(sent: Sent) -> None:
+    told: list[str] = []
+    trial = Reporting(send=sent, metrics=("val_loss",), notify=lambda kind, _: told.append(kind))
+    for epochs in (2, 3, 1):
+        fold(sent, trial, epochs)
+    assert sent.epochs == [0, 1]  # of the first one, when nobody could know
+    assert told == ["folds"]
+    assert [metrics["epoch"] for metrics in trial.held] == [0]  # of the last one
+
+    later = Reporting(send=sent, metrics=("val_loss",), has_folds=True)  # the next trial
+    for _ in range(2):
+        fold(sent, later)
+    assert sent.epochs == [0, 1]
+    assert len(later.held) == 2
+
+
 def test_list_of_callbacks_that_two_trainers_share_reports_once(sent: Sent) -> None:
     callbacks: list[Any] = []
     for _ in range(2):
@@ -491,8 +519,12 @@ def test_second_fit_of_a_restored_trial_starts_as_the_user_says(tmp_path: Path) 
     trainer = Trainer(
         accelerator="cpu", logger=False, max_epochs=1, callbacks=[*reporter.callbacks()]
     )
-    trainer.fit(Classifier(), datamodule=Blobs())
-    assert sent.epochs == [2, 0]
+    model = Classifier()
+    trainer.fit(model, datamodule=Blobs())
+    assert sent.epochs == [2]
+    current = reporting.current()
+    assert current is not None
+    assert [metrics["epoch"] for metrics in current.held] == [0]  # of a run of its own
 
 
 def test_restored_at_the_last_epoch_ends_without_a_report(tmp_path: Path) -> None:

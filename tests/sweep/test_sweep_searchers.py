@@ -26,6 +26,7 @@ from lightning_mgpu.sweep.settings.nodes import arguments_of, needs_checkpoints
 from lightning_mgpu.sweep.settings.options import check_options, check_space
 from lightning_mgpu.sweep.space.objectives import Objective, dominates, read_objectives
 from lightning_mgpu.sweep.space.space import parse_space
+from lightning_mgpu.sweep.store.records import FINAL
 
 SEARCHES = {
     "random": sweeper.RandomConf,
@@ -205,6 +206,15 @@ def test_searcher_learns_what_a_run_is_worth(
         trials.on_trial_result("a", {"m": value})
     trials.on_trial_complete("a", {"m": last})
     assert searcher.told == expected
+
+
+def test_searcher_forgets_the_runs_before_what_is_final() -> None:
+    searcher = Listening()
+    trials = Trials(searcher, 3, [Objective("m", "max")], takes_best=True)
+    trials.on_trial_result("a", {"m": 3.0})
+    trials.on_trial_result("a", {"m": 1.0, FINAL: True})
+    trials.on_trial_complete("a", {"m": 1.0, FINAL: True})
+    assert searcher.told == [3.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -137,6 +137,7 @@ def _run(
         every_n_epochs=options.every_n_epochs,
         saves=options.keep_checkpoints > 0 or needs_checkpoints(options),
         threads=max(1, int(options.resources_per_trial.cpu)),
+        better=objectives[0].mode if sweep.records.takes_best else None,
     )
     keeper = StateKeeper(sweep.directory)
     if options.resume is not None:

@@ -18,7 +18,7 @@ from lightning_mgpu.sweep.driver.endings import Endings
 from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS
 from lightning_mgpu.sweep.store.journal import Journal
-from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, Records, TrialRecord
+from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, FINAL, Records, TrialRecord
 from lightning_mgpu.sweep.trial.failures import SweepTrial, explain
 from lightning_mgpu.sweep.trial.output import LOG_FILE
 
@@ -135,6 +135,8 @@ class RecordingCallback(Callback):
         record = self._record(trial)
         record.checkpoint = result.get(BEST_CHECKPOINT, record.checkpoint)
         record.metrics = _metrics(result)
+        if result.get(FINAL):
+            record.restart()
         if self.records.metric in result:
             record.history.append(float(result[self.records.metric]))
         self._journal.report(record, result)
@@ -142,6 +144,7 @@ class RecordingCallback(Callback):
     @override
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         is_stopped = trial.trial_id in self._stopped | self._paused
+        is_stopped = is_stopped and not trial.last_result.get(FINAL)  # its job was over
         if self.interrupted:
             return
         record = self._record(trial)

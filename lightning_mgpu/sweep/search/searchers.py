@@ -16,6 +16,7 @@ from lightning_mgpu.sweep.settings.nodes import SEARCH_ALG, build, is_kind, refu
 from lightning_mgpu.sweep.space.domains import to_domains
 from lightning_mgpu.sweep.space.objectives import Objective
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Interval, Space, enumerate_grid
+from lightning_mgpu.sweep.store.records import FINAL
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
@@ -122,6 +123,8 @@ class Trials(SearchAlgorithm):
         if not self._takes_best or name not in result:
             return result
         value = float(result[name])
+        if result.get(FINAL):
+            self._best.pop(trial_id, None)
         self._best[trial_id] = self._better(value, self._best.get(trial_id, value))
         return {**result, name: self._best[trial_id]}
 

@@ -7,6 +7,9 @@ from lightning_mgpu.sweep.space.objectives import Objective, dominates
 
 BEST_CHECKPOINT = "best_checkpoint"
 """Among what a trial reports: where the best checkpoint lies that its job has saved."""
+FINAL = "is_final"
+"""Among what a trial reports: that nothing which it reported before counts."""
+
 _AT_LEAST = 3  # ended trials, to say anything about a rate
 
 

@@ -111,6 +111,7 @@ class TrialReportCallback(Checkpoint):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _tell(trainer, reporting.note_fit, trainer.current_epoch)
         pbt.apply(self._mutations, trainer.optimizers, trainer.lr_scheduler_configs)
         self._mutations = []
 
@@ -143,7 +144,7 @@ class TrialReportCallback(Checkpoint):
         is_validated, self._is_new = self._is_new or not trainer.enable_validation, False
         metrics = _numbers(trainer)
         best = _best_checkpoint(trainer)
-        _tell(trainer, reporting.note, metrics, best)
+        _tell(trainer, reporting.note, metrics, best, trainer.current_epoch)
         if is_validated and not self._has_warned and not self._metrics <= metrics.keys():
             self._has_warned = True
             _tell(trainer, reporting.warn_of_missing)
