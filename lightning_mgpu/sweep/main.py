@@ -176,5 +176,11 @@ def _praise(records: Records, record: TrialRecord) -> list[str]:
     lines = [f"Best: trial {record.number}, {worth}"]
     lines.append(f"  run it alone: {job_command(setting.overrides)}")
     if setting.checkpoint is not None:
-        lines.append(f"  checkpoint: {relative(Path(setting.checkpoint))}")
+        note = ""
+        if setting.is_of_another_epoch:
+            note = (
+                f" (of epoch {setting.checkpoint_epoch}, while the value is that of epoch"
+                f" {setting.epoch}: give ModelCheckpoint the sweep's metric and mode)"
+            )
+        lines.append(f"  checkpoint: {relative(Path(setting.checkpoint))}{note}")
     return lines

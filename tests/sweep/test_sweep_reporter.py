@@ -380,6 +380,29 @@ def test_trial_that_is_stopped_has_saved_its_checkpoint_and_log(
     assert sent.metrics[-1][reporter.BEST_CHECKPOINT].endswith(".ckpt")
 
 
+def test_checkpoints_are_reported_with_the_epoch_they_are_of(sent: Sent, tmp_path: Path) -> None:
+    callbacks = [
+        ModelCheckpoint(tmp_path, filename="only", monitor="epoch", mode="min"),
+        ModelCheckpoint(tmp_path, filename="latest", enable_version_counter=False),
+        ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=2),
+    ]
+
+    class Numbered(Classifier):
+        def on_validation_epoch_end(self) -> None:
+            self.log("epoch", float(self.current_epoch))
+
+    fit(sent, Numbered(), callbacks=callbacks, max_epochs=3)
+    saved = [
+        {Path(path).name: epoch for path, epoch in metrics.get(reporter.SAVED, ())}
+        for metrics in sent.metrics
+    ]
+    assert saved == [
+        {"only.ckpt": 0, "latest.ckpt": 0},
+        {"latest.ckpt": 1, "epoch=1.ckpt": 1},
+        {"latest.ckpt": 2},
+    ]
+
+
 def test_checkpoint_is_named_only_where_one_was_saved(sent: Sent, tmp_path: Path) -> None:
     callback = ModelCheckpoint(tmp_path, monitor="val_loss", every_n_epochs=9)
     fit(sent, callbacks=[callback], max_epochs=1)
