@@ -6,7 +6,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
+from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf, adopt
 
 
 class RayTuneSweeper(Sweeper):
@@ -31,4 +31,7 @@ class RayTuneSweeper(Sweeper):
         job = Job(*self._given)
         options = OmegaConf.to_object(job.config.hydra.sweeper)
         assert isinstance(options, RayTuneSweeperConf)
+        chosen = job.config.hydra.runtime.choices
+        options.search_alg = adopt(options.search_alg, chosen.get("hydra/sweeper/search_alg"))
+        options.scheduler = adopt(options.scheduler, chosen.get("hydra/sweeper/scheduler"))
         run(job, options, arguments)

@@ -26,6 +26,7 @@ from lightning_mgpu.sweep.store.results import RESULTS, job_command, relative, r
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
+    from lightning_mgpu.sweep.driver.ray_tune import Algorithms
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +66,13 @@ def _run(job: Job, options: "RayTuneSweeperConf", arguments: Sequence[str]) -> N
 
         run_on_cluster(sweep)
         return
+    # Ray, now that there is something to run
+    from lightning_mgpu.sweep.driver.ray_tune import Algorithms
+
+    algorithms = Algorithms.of(sweep)
     sweep.claim_directory()
     with locked(sweep.directory):
-        _search(sweep)
+        _search(sweep, algorithms)
 
 
 def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
@@ -81,15 +86,14 @@ def _is_on_laptop(ray: Mapping[str, Any]) -> bool:
     return wanted if there is None else there
 
 
-def _search(sweep: PreparedSweep) -> None:
+def _search(sweep: PreparedSweep, algorithms: "Algorithms") -> None:
     options = sweep.options
-    # Ray, now that there is something to run
     from lightning_mgpu.sweep.driver.ray_tune import tune
     from lightning_mgpu.sweep.driver.saving import tell_if_interrupted
 
     why_early = None
     with Interrupts() as interrupts:
-        why_early = tune(sweep, interrupts)
+        why_early = tune(sweep, algorithms, interrupts)
     tell_if_interrupted(sweep, interrupts)
     if interrupts.signum is not None:
         sys.exit(128 + interrupts.signum)
@@ -172,5 +176,11 @@ def _praise(records: Records, record: TrialRecord) -> list[str]:
     lines = [f"Best: trial {record.number}, {worth}"]
     lines.append(f"  run it alone: {job_command(setting.overrides)}")
     if setting.checkpoint is not None:
-        lines.append(f"  checkpoint: {relative(Path(setting.checkpoint))}")
+        note = ""
+        if setting.is_of_another_epoch:
+            note = (
+                f" (of epoch {setting.checkpoint_epoch}, while the value is that of epoch"
+                f" {setting.epoch}: give ModelCheckpoint the sweep's metric and mode)"
+            )
+        lines.append(f"  checkpoint: {relative(Path(setting.checkpoint))}{note}")
     return lines

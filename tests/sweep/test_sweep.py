@@ -42,7 +42,7 @@ def plain(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         *("hydra.sweeper.metric=val_acc", "hydra.sweeper.mode=max"),
         *("hydra.sweeper.num_samples=8", "hydra.sweeper.search_alg.seed=0"),
         *("hydra.sweeper.scheduler.reduction_factor=2", "hydra.sweeper.report=best"),
-        "hydra.job.chdir=true",
+        *("hydra.job.chdir=true", "+hydra.callbacks.record._target_=recording_callback.Recording"),
         directory=str(directory / "sweep"),
     )
 
@@ -58,6 +58,11 @@ def test_application_without_a_word_of_us_is_searched(plain: Swept) -> None:
         assert trial["ended_by"] == ("itself" if trial["status"] == "done" else "asha")
         assert "val_loss" in trial["metrics"]
         assert not list(Path(trial["directory"]).glob("checkpoint_*"))  # nobody needs them
+    # callbacks of Hydra's see the end of those that were stopped, too
+    lines = (plain.directory / "callbacks.txt").read_text().splitlines()
+    assert sorted(line for line in lines if "COMPLETED" in line) == [
+        f"{number} COMPLETED" for number in range(8)
+    ]
 
 
 def test_each_trial_is_a_job_in_a_directory_of_its_number(plain: Swept) -> None:
@@ -188,8 +193,26 @@ def failing(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Swept
         ray_address,
         "kind=ok,raise,exit,kill,crash,diverge,none,huge,interrupt,handler",
         *("hydra/sweeper/search_alg=grid", "hydra.sweeper.max_concurrent_trials=2"),
+        "+hydra.callbacks.record._target_=recording_callback.Recording",
         directory=str(directory / "sweep"),
     )
+
+
+def test_callbacks_of_hydra_see_a_sweep_and_its_jobs(failing: Swept) -> None:
+    lines = (failing.directory / "callbacks.txt").read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("multirun start", "multirun end")
+    of_jobs: dict[int, list[str]] = {number: [] for number in range(10)}
+    for line in lines[1:-1]:
+        number, event = line.split()
+        of_jobs[int(number)].append(event)
+    kinds = {trial["params"]["kind"]: of_jobs[trial["number"]] for trial in failing.trials}
+    died = {kind: kinds.pop(kind) for kind in ("kill", "crash")}
+    assert died == {"kill": ["start"], "crash": ["start"]}
+    failed = {kind for kind, events in kinds.items() if events == ["start", "FAILED"]}
+    assert failed == {"raise", "exit", "huge", "interrupt"}
+    # These are jobs of Hydra's that have completed, though the search has no use for their values.
+    completed = {kind for kind, events in kinds.items() if events == ["start", "COMPLETED"]}
+    assert completed == {"ok", "diverge", "none", "handler"}
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,9 @@ def test_every_search_has_conditions(search: Any, scheduler: Any) -> None:
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("opt=sgd", ["opt=sgd", "+opt.momentum=0.9", "opt.nesterov=true"]),
-        ("opt='adam'", ["opt='adam'", "opt.beta=0.99"]),
-        ("opt.beta=0.5", ["opt.beta=0.5", "opt=sgd", "+opt.momentum=0.9", "opt.nesterov=true"]),
+        ("opt=sgd", ["+opt.momentum=0.9", "opt.nesterov=true", "opt=sgd"]),
+        ("opt='adam'", ["opt.beta=0.99", "opt='adam'"]),
+        ("opt.beta=0.5", ["opt=sgd", "+opt.momentum=0.9", "opt.nesterov=true", "opt.beta=0.5"]),
     ],
 )
 def test_command_line_may_fix_what_others_depend_on(argument: str, expected: list[str]) -> None:

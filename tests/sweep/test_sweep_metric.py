@@ -13,7 +13,7 @@ from sweeps import cluster, sweep
 
 from lightning_mgpu.sweep.search.stopper import SweepStopper
 from lightning_mgpu.sweep.store.notices import Notices, notify
-from lightning_mgpu.sweep.store.records import Records, TrialRecord
+from lightning_mgpu.sweep.store.records import FINAL, Records, TrialRecord
 from lightning_mgpu.sweep.trial.failures import (
     MetricMissingError,
     SweepTrial,
@@ -65,6 +65,29 @@ def test_what_is_returned_counts_if_no_metric_was_named() -> None:
     assert worth(0.5, "value", are_logged=False) == {"value": 0.5}
     with pytest.raises(TrialFailedError, match=r"returned None and named no metric.*\(val_loss\)"):
         worth(None, "value", are_logged=False, val_loss=0.1)
+
+
+@pytest.mark.parametrize(
+    ("value", "better", "expected"),
+    [
+        (0.5, "min", {"loss": 0.5}),
+        ({"loss": 0.25, "more": 3}, "min", {"loss": 0.25}),
+        (None, "min", {"loss": 1.0}),
+        (None, "max", {"loss": 3.0}),
+        ("words", None, {"loss": 2.0}),
+    ],
+)
+def test_job_with_several_fits_is_worth_what_it_returns(
+    value: Any, better: str | None, expected: dict[str, float]
+) -> None:
+    found: list[dict[str, Any]] = []
+    held = [{"loss": number, "epoch": 0, "acc": 0.1} for number in (3.0, 1.0, 2.0)]
+    reporting = Reporting(lambda metrics, _: found.append(metrics), ("loss",), has_folds=True)
+    reporting.held, reporting.sent = held, 4
+    plan: Any = object.__new__(TrialPlan)
+    vars(plan).update(objectives=("loss",), are_logged=True, better=better)
+    report_end(plan, reporting, value)
+    assert found == [{**expected, "epoch": 0, "acc": 0.1, FINAL: True}]
 
 
 def test_trial_without_the_metric_is_not_tried_again() -> None:

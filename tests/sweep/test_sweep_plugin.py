@@ -107,7 +107,28 @@ def test_any_hydra_application_knows_the_strategies_by_name(
     ("arguments", "message"),
     [
         (("hydra.sweeper.mode=most",), "hydra.sweeper.mode=most: expected one of min, max"),
-        (("hydra.sweeper.search_alg.sed=1",), "Could not override 'hydra.sweeper.search_alg.sed'"),
+        (
+            ("hydra.sweeper.search_alg.sed=1",),
+            "hydra.sweeper.search_alg.sed=1: lightning_mgpu.sweep.search.searchers.RandomSearcher"
+            " takes seed. Did you mean seed?",
+        ),
+        (
+            (
+                "hydra/sweeper/search_alg=optuna",
+                "hydra.sweeper.search_alg.sampler._target_=optuna.samplers.GPSampler",
+                "hydra.sweeper.search_alg.sampler.n_startup_trials=many",
+                "hydra.sweeper.search_alg.sampler.warn=false",
+            ),
+            "hydra.sweeper.search_alg.sampler.warn=false: optuna.samplers.GPSampler takes seed, ",
+        ),
+        (
+            (
+                "hydra.sweeper.metric=val_loss",
+                "hydra.sweeper.scheduler.max_t=2",
+                "hydra.sweeper.scheduler.grace_period=3",
+            ),
+            "ASHAScheduler(time_attr=training_iteration, max_t=2, grace_period=3,",
+        ),
         (("hydra/sweeper/scheduler=bohb",), "BOHB needs both"),
         (("hydra/sweeper/search_alg=grid",), "model.lr: an interval of real numbers has no grid"),
         (("hydra.launcher._target_=of.Joblib",), "are started by Ray, not by a launcher"),
@@ -126,6 +147,36 @@ def test_what_cannot_work_is_refused_in_a_line(arguments: tuple[str, ...], messa
     assert done.code == 2, done.err
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_directory_of_the_user_may_have_more_schedulers_and_searches() -> None:
+    for group, name, text in (
+        ("scheduler", "patient", "defaults: [asha]\ngrace_period: 5\n"),
+        ("search_alg", "qmc", "_target_: ray.tune.search.optuna.OptunaSearch\nsampler: 5\n"),
+        ("scheduler", "own", "_target_: my.Scheduler\n"),
+    ):
+        path = Path("conf/hydra/sweeper", group, f"{name}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for arguments, message in (
+        (
+            ("hydra/sweeper/scheduler=patient", "hydra.sweeper.scheduler.max_t=2"),
+            "max_t=2, grace_period=5,",
+        ),
+        (
+            ("hydra/sweeper/search_alg=qmc",),
+            "hydra.sweeper.search_alg.sampler=5: expected _target_",
+        ),
+        (
+            ("hydra/sweeper/scheduler=own",),
+            "hydra.sweeper.scheduler._target_=my.Scheduler: cannot be imported, Module",
+        ),
+    ):
+        done = run("--config-dir", "conf", *SWEEP, "hydra.sweeper.metric=val_loss", *arguments)
+        assert (done.code, message in done.err) == (2, True), done.err
+        assert "Traceback" not in done.err
+    assert not Path("sweep").exists()  # which would be another sweep's from now on
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

@@ -17,6 +17,7 @@ from rich.console import Console
 from hydra_plugins.ray_tune_sweeper.config import AshaConf
 from lightning_mgpu.sweep.driver.endings import Endings
 from lightning_mgpu.sweep.driver.progress import Progress
+from lightning_mgpu.sweep.main import _praise
 from lightning_mgpu.sweep.search.stopper import SweepStopper
 from lightning_mgpu.sweep.space.objectives import Objective
 from lightning_mgpu.sweep.store import results
@@ -70,6 +71,33 @@ def test_results_name_the_values_with_which_the_best_value_was_reported(
     assert f"(lr={lr})" in Progress(found, 1).line(changing)
     changing.restart()
     assert found.setting(changing).values == changing.values
+
+
+@pytest.mark.parametrize(
+    ("saved", "path", "epoch"),
+    [
+        ({"best": 1, "last": 3}, "best", 1),  # of the value
+        ({"best": 0, "there": 1, "last": 3}, "there", 1),
+        ({"best": 0, "gone": 1}, "best", 0),  # and the line says so
+        ({}, "best", None),
+    ],
+)
+def test_checkpoint_is_of_the_value_or_said_to_be_of_another_epoch(
+    saved: dict[str, int], path: str, epoch: int | None, tmp_path: Path
+) -> None:
+    trial = TrialRecord(0, {"lr": 0.1}, ["lr=0.1"], "0", "done", checkpoint="best")
+    for number, value in enumerate((0.5, 0.9, 0.7, 0.6)):
+        trial.report(value, number)
+    trial.saved = saved
+    Path("there").touch()
+    found = records(trial, takes_best=True)
+    written = yaml.safe_load(write_results(found, tmp_path).read_text())
+    assert (written["best_checkpoint"], written["best_epoch"]) == (path, 1)
+    assert written.get("best_checkpoint_epoch") == epoch
+    assert written["trials"][0].get("checkpoint_epoch") == epoch
+    *_, last = _praise(found, trial)
+    assert ("(of epoch 0, while the value is that of epoch 1" in last) == (epoch == 0)
+    Path("there").unlink()
 
 
 def several(*trials: TrialRecord) -> Records:
@@ -208,13 +236,15 @@ def test_table_of_many_trials_shows_the_running_the_latest_and_the_best() -> Non
 
 def test_time_left_follows_the_pace() -> None:
     all_trials = records(record(0, "running"), record(1, "running"))
-    progress = Progress(all_trials, 4, Console(file=io.StringIO()))
+    progress = Progress(all_trials, 5, Console(file=io.StringIO()))
     assert progress.seconds_left() is None
     with patch("time.monotonic", lambda: 100.0):
         progress(None)
-    all_trials.trials[0].status = "done"
     with patch("time.monotonic", lambda: 110.0):
-        assert progress.seconds_left() == 30.0
+        all_trials.trials[0].status = "done"
+        assert progress.seconds_left() is None
+        all_trials.trials[1].status = "stopped"
+        assert progress.seconds_left() == 15.0
 
 
 def test_results_are_plain_yaml_with_the_best_trial(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from boring import Blobs, Classifier
@@ -145,6 +146,34 @@ def test_second_fit_goes_on_reporting(sent: Sent) -> None:
     assert sent.epochs == [0, 1]
 
 
+def fold(sent: Sent, trial: Reporting, epochs: int = 2) -> None:
+    begin(trial)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        max_epochs=epochs,
+        callbacks=[*reporter.callbacks()],
+    )
+    trainer.fit(Classifier(), datamodule=Blobs())
+
+
+def test_job_with_several_fits_reports_its_end_alone(sent: Sent) -> None:
+    told: list[str] = []
+    trial = Reporting(send=sent, metrics=("val_loss",), notify=lambda kind, _: told.append(kind))
+    for epochs in (2, 3, 1):
+        fold(sent, trial, epochs)
+    assert sent.epochs == [0, 1]  # of the first one, when nobody could know
+    assert told == ["folds"]
+    assert [metrics["epoch"] for metrics in trial.held] == [0]  # of the last one
+
+    later = Reporting(send=sent, metrics=("val_loss",), has_folds=True)  # the next trial
+    for _ in range(2):
+        fold(sent, later)
+    assert sent.epochs == [0, 1]
+    assert len(later.held) == 2
+
+
 def test_list_of_callbacks_that_two_trainers_share_reports_once(sent: Sent) -> None:
     callbacks: list[Any] = []
     for _ in range(2):
@@ -258,6 +287,67 @@ def test_what_test_logs_is_known_to_the_trial(sent: Sent) -> None:
     assert sent.metrics == []
 
 
+_KINDS = {
+    "whole": 3,
+    "yes": True,
+    "single": np.float32(0.25),
+    "count": np.int64(4),
+    "tensor": torch.tensor(2),
+    "truth": torch.tensor(True),
+    "one": torch.tensor([1.5]),
+    "unlimited": float("-inf"),
+}
+
+
+class Kinds(Classifier):
+    """Logs numbers of every kind, and of several loaders."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        for name, value in _KINDS.items():
+            self.log(name, value)
+        self.log("of_steps", float(batch_idx), on_step=True, on_epoch=True)
+
+
+def test_numbers_of_every_kind_are_reported_as_such(sent: Sent) -> None:
+    fit(sent, Kinds(), metrics=" ".join(name for name in _KINDS if name != "unlimited"))
+    for name, value in _KINDS.items():
+        assert sent.metrics[-1][name] == float(value)
+        assert type(sent.metrics[-1][name]) is float
+    sent.metrics.clear()
+    fit(sent, Kinds(), metrics="train_loss_step of_steps of_steps_epoch")
+    # of steps the latest one, and of an epoch the mean, which has the plain name as well
+    last = sent.metrics[-1]
+    assert last["of_steps"] == last["of_steps_epoch"]
+    assert last["train_loss_step"] != last["train_loss_epoch"] == last["train_loss"]
+
+
+def test_metric_of_several_loaders_has_a_name_for_each(sent: Sent) -> None:
+    class Two(Blobs):
+        def val_dataloader(self) -> Any:
+            return [super().val_dataloader()] * 2
+
+    told: list[str] = []
+    trainer = make_trainer(sent, metrics="whole", notify=lambda _, text: told.append(text))
+    trainer.fit(Kinds(), datamodule=Two())
+    assert sent.metrics == []
+    assert told[0].endswith("ends without it ends the sweep.")
+    assert "Did you mean whole/dataloader_idx_0?" in told[0]
+    trainer = make_trainer(sent, metrics="whole/dataloader_idx_1")
+    trainer.fit(Kinds(), datamodule=Two())
+    assert [metrics["whole/dataloader_idx_1"] for metrics in sent.metrics] == [3, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_first_report_that_is_no_number_ends_the_trial(sent: Sent, value: float) -> None:
+    class Wild(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", value)
+
+    with pytest.raises(NotFiniteError, match=f"val_loss is {value} in epoch 0"):
+        fit(sent, Wild())
+    assert sent.metrics == []
+
+
 def test_nan_ends_the_trial(sent: Sent) -> None:
     class Diverging(Classifier):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -288,6 +378,29 @@ def test_trial_that_is_stopped_has_saved_its_checkpoint_and_log(
     epochs = [line.split(",")[lines[0].split(",").index("epoch")] for line in lines[1:]]
     assert epochs[-1] == "1"
     assert sent.metrics[-1][reporter.BEST_CHECKPOINT].endswith(".ckpt")
+
+
+def test_checkpoints_are_reported_with_the_epoch_they_are_of(sent: Sent, tmp_path: Path) -> None:
+    callbacks = [
+        ModelCheckpoint(tmp_path, filename="only", monitor="epoch", mode="min"),
+        ModelCheckpoint(tmp_path, filename="latest", enable_version_counter=False),
+        ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=2),
+    ]
+
+    class Numbered(Classifier):
+        def on_validation_epoch_end(self) -> None:
+            self.log("epoch", float(self.current_epoch))
+
+    fit(sent, Numbered(), callbacks=callbacks, max_epochs=3)
+    saved = [
+        {Path(path).name: epoch for path, epoch in metrics.get(reporter.SAVED, ())}
+        for metrics in sent.metrics
+    ]
+    assert saved == [
+        {"only.ckpt": 0, "latest.ckpt": 0},
+        {"latest.ckpt": 1, "epoch=1.ckpt": 1},
+        {"latest.ckpt": 2},
+    ]
 
 
 def test_checkpoint_is_named_only_where_one_was_saved(sent: Sent, tmp_path: Path) -> None:
@@ -429,8 +542,12 @@ def test_second_fit_of_a_restored_trial_starts_as_the_user_says(tmp_path: Path) 
     trainer = Trainer(
         accelerator="cpu", logger=False, max_epochs=1, callbacks=[*reporter.callbacks()]
     )
-    trainer.fit(Classifier(), datamodule=Blobs())
-    assert sent.epochs == [2, 0]
+    model = Classifier()
+    trainer.fit(model, datamodule=Blobs())
+    assert sent.epochs == [2]
+    current = reporting.current()
+    assert current is not None
+    assert [metrics["epoch"] for metrics in current.held] == [0]  # of a run of its own
 
 
 def test_restored_at_the_last_epoch_ends_without_a_report(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Searchers and schedulers, asked as Ray asks them; no Ray is started."""
 
+import inspect
 import logging
+import pkgutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import optuna
 import pytest
 import sklearn.gaussian_process  # noqa: F401
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hydra_plugins.ray_tune_sweeper import config as sweeper
@@ -20,9 +22,11 @@ from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.search.schedulers import build_scheduler
 from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
 from lightning_mgpu.sweep.settings import options as options_module
-from lightning_mgpu.sweep.settings.options import check_options, check_space, needs_checkpoints
+from lightning_mgpu.sweep.settings.nodes import arguments_of, needs_checkpoints
+from lightning_mgpu.sweep.settings.options import check_options, check_space
 from lightning_mgpu.sweep.space.objectives import Objective, dominates, read_objectives
 from lightning_mgpu.sweep.space.space import parse_space
+from lightning_mgpu.sweep.store.records import FINAL
 
 SEARCHES = {
     "random": sweeper.RandomConf,
@@ -204,12 +208,120 @@ def test_searcher_learns_what_a_run_is_worth(
     assert searcher.told == expected
 
 
+def test_searcher_forgets_the_runs_before_what_is_final() -> None:
+    searcher = Listening()
+    trials = Trials(searcher, 3, [Objective("m", "max")], takes_best=True)
+    trials.on_trial_result("a", {"m": 3.0})
+    trials.on_trial_result("a", {"m": 1.0, FINAL: True})
+    trials.on_trial_complete("a", {"m": 1.0, FINAL: True})
+    assert searcher.told == [3.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_scheduler_is_built_with_its_defaults(scheduler: str) -> None:
     given = options("bohb" if scheduler == "bohb" else "random", scheduler)
     check_options(given)
     built = build_scheduler(given, SPACE)
     assert scheduler == "fifo" or built.set_search_properties("m", "max")
+
+
+_GIVEN = {"metric", "mode", "space", "objective", "random_state_seed", "hyperparam_bounds"}
+# Of objects that no config holds: `storage` is made of a URL.
+_GIVEN |= {"study_name", "storage"}
+
+
+@pytest.mark.parametrize("conf", [*SEARCHES.values(), *SCHEDULERS.values()])
+def test_every_argument_of_the_class_is_an_option(conf: Any) -> None:
+    node = conf()
+    takes = set(inspect.signature(pkgutil.resolve_name(node._target_)).parameters)
+    missing = takes - _GIVEN - arguments_of(node).keys()
+    assert missing <= ({"time_attr"} if conf is sweeper.BohbSearchConf else set())
+
+
+class Patient(ASHAScheduler):
+    """Another scheduler of a user's."""
+
+    def __init__(self, grace_period: int = 7, max_t: int = 9) -> None:
+        super().__init__(grace_period=grace_period, max_t=max_t)
+
+
+class Odd(Searcher):
+    """A searcher of a user's, which keeps what it is told of the search."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.told: list[Any] = []
+
+    def set_search_properties(self, *given: Any, **_: Any) -> bool:
+        self.told = list(given)
+        return True
+
+
+def with_nodes(search: dict[str, Any], scheduler: dict[str, Any]) -> RayTuneSweeperConf:
+    return RayTuneSweeperConf(
+        search_alg=sweeper.adopt(search, "odd"),
+        scheduler=sweeper.adopt(scheduler, None),
+        metric="m",
+        mode="max",
+    )
+
+
+RANDOM = vars(sweeper.RandomConf())
+FIFO = vars(sweeper.FifoConf())
+
+
+def test_classes_of_a_user_are_made_and_told_of_the_search() -> None:
+    given = with_nodes(
+        {"_target_": f"{__name__}.Odd", "width": 3},
+        {"_target_": f"{__name__}.Patient", "grace_period": 2},
+    )
+    check_options(given)
+    assert (given.search_alg.name, given.scheduler.name) == ("odd", "Patient")
+    searcher: Any = build_searcher(given, GRID, ONE)
+    assert (searcher.width, searcher.told[:2]) == (3, ["m", "max"])
+    assert list(searcher.told[2]) == ["a", "b"]
+    scheduler = build_scheduler(given, SPACE)
+    assert isinstance(scheduler, Patient)
+    assert TrialScheduler.STOP not in _decisions(scheduler, 20)  # it is one of ASHA's kind
+    assert not needs_checkpoints(given)
+
+
+@pytest.mark.parametrize(
+    ("search", "scheduler", "message"),
+    [
+        (RANDOM, {"_target_": "no.Such"}, r"scheduler\._target_=no\.Such: cannot be imported"),
+        (RANDOM, {"_target_": "builtins.dict"}, r"scheduler\._target_=builtins\.dict: is no"),
+        ({"_target_": "builtins.dict"}, FIFO, r"search_alg\._target_=builtins\.dict: is no"),
+        (RANDOM, {**FIFO, "max_t": 3}, r"scheduler\.max_t=3: .*FIFOScheduler takes nothing"),
+        (
+            RANDOM,
+            {"_target_": f"{__name__}.Patient", "grace_perod": 2},
+            r"scheduler\.grace_perod=2: .*Patient takes grace_period, max_t\. Did you mean grace_p",
+        ),
+        (
+            {"_target_": f"{__name__}.Odd"},
+            FIFO,
+            r"search_alg: .*Odd\(\) is refused, TypeError: .*'width'",
+        ),
+        (
+            {**vars(sweeper.OptunaConf()), "sampler": {"_target_": "optuna.samplers.TPESampler"}}
+            | {"points_to_evaluate": [{"a": 1}]},
+            FIFO,
+            r"OptunaSearch\(.*\) is refused, ValueError: Dim of point",
+        ),
+    ],
+)
+def test_nodes_that_cannot_work_are_refused(
+    search: dict[str, Any], scheduler: dict[str, Any], message: str
+) -> None:
+    def refuse(given: RayTuneSweeperConf) -> None:
+        check_options(given)
+        build_searcher(given, GRID, ONE)
+        build_scheduler(given, GRID)
+
+    with pytest.raises(ConfigError, match=message):
+        refuse(with_nodes(search, scheduler))
 
 
 def _decisions(scheduler: TrialScheduler, reports: int) -> list[str]:

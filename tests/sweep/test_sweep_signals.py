@@ -85,6 +85,7 @@ def interrupt(_: object) -> None:
 @pytest.mark.parametrize("job", [fit, interrupt])
 def test_interrupt_within_a_trial_is_called_one(job: Callable[[object], None]) -> None:
     reporting = Reporting(send=lambda *_: None, metrics=())
-    error = on_a_thread(lambda: _run(Mock(run=job), None, reporting))
+    mock = Mock(task_function=job, run=lambda cfg, task: task(cfg))
+    error = on_a_thread(lambda: _run(mock, None, reporting))
     assert isinstance(error, InterruptedTrialError)
     assert str(error) == "the job raised KeyboardInterrupt"

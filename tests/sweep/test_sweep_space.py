@@ -166,7 +166,7 @@ def test_custom_space_adds_and_computes() -> None:
     add_custom(space, "custom_space.more", OmegaConf.create({"base": 100}))
     assert set(space.dimensions) == {"a", "b", "c"}
     assert space.overrides({"a": 2, "b": 0.5, "c": 1}) == [
-        *("f=7", "a=2", "+b=0.5", "c=1", "d=120", "e=121")
+        *("a=2", "+b=0.5", "c=1", "d=120", "e=121", "f=7")
     ]
 
 

@@ -23,6 +23,7 @@ _BEST = 5  # of several best ones, below it
 _SHORTEST = 6  # characters of a name
 _EDGE = 3  # characters around a cell
 _REFRESH_SECONDS = 0.5
+_ENOUGH = 2  # ended trials for an estimate: the first has the start of processes in it
 
 
 class Progress:
@@ -117,9 +118,9 @@ class Progress:
         ]
 
     def seconds_left(self) -> float | None:
-        """Estimated seconds left; `None` before the first trial has ended, and after the last."""
+        """Estimated seconds left; `None` before two trials have ended, and after the last."""
         ended = self._ended() - self._ended_before
-        if self._started is None or ended <= 0 or self._ended() >= self._total:
+        if self._started is None or ended < _ENOUGH or self._ended() >= self._total:
             return None
         return (time.monotonic() - self._started) / ended * (self._total - self._ended())
 

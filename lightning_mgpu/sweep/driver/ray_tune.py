@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray.tune
 from ray.tune import CheckpointConfig, ResumeConfig
-from ray.tune.search import ConcurrencyLimiter
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from lightning_mgpu._compat.ray import deaths_unprinted
 from lightning_mgpu._compat.ray_tune import trial_number
@@ -24,7 +25,7 @@ from lightning_mgpu.sweep.search.schedulers import build_scheduler
 from lightning_mgpu.sweep.search.searchers import Trials, build_searcher
 from lightning_mgpu.sweep.search.stopper import SweepStopper
 from lightning_mgpu.sweep.settings.extent import extent
-from lightning_mgpu.sweep.settings.options import needs_checkpoints, stops_early
+from lightning_mgpu.sweep.settings.nodes import is_population, needs_checkpoints, stops_early
 from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.notices import Notices
 from lightning_mgpu.sweep.store.tune_state import StateKeeper
@@ -52,7 +53,30 @@ _VARIABLES = {
 _CHECKPOINT_SECONDS = "2"  # what a SIGKILL of the driver may cost
 
 
-def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
+class Algorithms(NamedTuple):
+    """What draws values and what stops trials."""
+
+    searcher: Searcher
+    scheduler: TrialScheduler
+
+    @classmethod
+    def of(cls, sweep: "PreparedSweep") -> "Algorithms":
+        """Make both, before anything starts.
+
+        Raises:
+            ConfigError: One does not take its arguments.
+        """
+        options, objectives = sweep.options, sweep.records.objectives
+        scheduler = build_scheduler(options, sweep.space, sweep.reports)
+        searcher = build_searcher(options, sweep.space, objectives)
+        if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
+            options.max_concurrent_trials
+        ):
+            searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
+        return cls(searcher, scheduler)
+
+
+def tune(sweep: "PreparedSweep", algorithms: Algorithms, interrupts: Interrupts) -> str | None:
     """Run the trials that are left, and write the results.
 
     Returns:
@@ -88,12 +112,13 @@ def tune(sweep: "PreparedSweep", interrupts: Interrupts) -> str | None:
             sweep.records, sweep.space.active, sweep.describe, show, journal, interrupts, kind
         )
         stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
-        _run(sweep, watcher, stopper, notices, requests.hides_gpus)
+        _run(sweep, algorithms, watcher, stopper, notices, requests.hides_gpus)
         return stopper.why
 
 
 def _run(
     sweep: "PreparedSweep",
+    algorithms: Algorithms,
     watcher: RecordingCallback,
     stopper: SweepStopper,
     notices: Notices,
@@ -102,13 +127,7 @@ def _run(
     options, objectives = sweep.options, sweep.records.objectives
     # Ray itself compares by one metric only, and has nothing to compare for several.
     metric, mode = objectives[0] if len(objectives) == 1 else (None, None)
-    scheduler = build_scheduler(options, sweep.space, sweep.reports)
-    searcher = build_searcher(options, sweep.space, objectives)
-    if options.max_concurrent_trials is not None and not searcher.set_max_concurrency(
-        options.max_concurrent_trials
-    ):
-        searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
-    watcher.watch(scheduler, END_SECONDS, Endings(options.scheduler, stopper))
+    watcher.watch(algorithms.scheduler, END_SECONDS, Endings(options.scheduler, stopper))
     plan = TrialPlan(
         job=sweep.job,
         space=sweep.space,
@@ -118,6 +137,7 @@ def _run(
         every_n_epochs=options.every_n_epochs,
         saves=options.keep_checkpoints > 0 or needs_checkpoints(options),
         threads=max(1, int(options.resources_per_trial.cpu)),
+        better=objectives[0].mode if sweep.records.takes_best else None,
     )
     keeper = StateKeeper(sweep.directory)
     if options.resume is not None:
@@ -129,8 +149,10 @@ def _run(
         metric=metric,
         mode=mode,
         num_samples=sweep.num_samples,
-        search_alg=Trials(searcher, sweep.num_samples, objectives, sweep.records.takes_best),
-        scheduler=scheduler,
+        search_alg=Trials(
+            algorithms.searcher, sweep.num_samples, objectives, sweep.records.takes_best
+        ),
+        scheduler=algorithms.scheduler,
         stop=stopper,
         reuse_actors=options.reuse_actors,
         max_failures=options.max_failures,
@@ -147,7 +169,7 @@ def _run(
 
 
 def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:
-    if options.scheduler.name in ("pbt", "pb2"):
+    if is_population(options):
         return None  # a trial may go on from any checkpoint of another
     return options.keep_checkpoints or 1
 

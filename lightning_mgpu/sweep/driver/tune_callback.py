@@ -18,7 +18,7 @@ from lightning_mgpu.sweep.driver.endings import Endings
 from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS
 from lightning_mgpu.sweep.store.journal import Journal
-from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, Records, TrialRecord
+from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, FINAL, SAVED, Records, TrialRecord
 from lightning_mgpu.sweep.trial.failures import SweepTrial, explain
 from lightning_mgpu.sweep.trial.output import LOG_FILE
 
@@ -135,13 +135,18 @@ class RecordingCallback(Callback):
         record = self._record(trial)
         record.checkpoint = result.get(BEST_CHECKPOINT, record.checkpoint)
         record.metrics = _metrics(result)
+        if result.get(FINAL):
+            record.restart()
         if self.records.metric in result:
-            record.history.append(float(result[self.records.metric]))
+            epoch = None if result.get(FINAL) else result.get("epoch")  # that is no one epoch's
+            record.report(float(result[self.records.metric]), epoch)
+        record.saved |= dict(result.get(SAVED, ()))
         self._journal.report(record, result)
 
     @override
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         is_stopped = trial.trial_id in self._stopped | self._paused
+        is_stopped = is_stopped and not trial.last_result.get(FINAL)  # its job was over
         if self.interrupted:
             return
         record = self._record(trial)

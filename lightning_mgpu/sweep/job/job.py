@@ -10,7 +10,9 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, open_dict, read_write
+
+from lightning_mgpu.sweep.job.places import own_subdir
 
 _MOST_AHEAD = 64  # configs; as many as trials may wait, and more
 
@@ -50,18 +52,32 @@ class Job:
             self._ahead[tuple(overrides)] = cfg
         return cfg
 
-    def output_dir(self, cfg: DictConfig) -> Path:
-        """Output directory of a composed job."""
+    def subdir(self, cfg: DictConfig) -> str:
+        """``hydra.sweep.subdir`` of a composed job, as it is written."""
         HydraConfig.instance().set_config(cfg)
-        return Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
+        return str(cfg.hydra.sweep.subdir)
 
-    def run(self, cfg: DictConfig) -> Any:
-        """Run a composed job in this process, and return what it returns."""
+    def output_dir(self, cfg: DictConfig) -> Path:
+        """Output directory of a composed job, which no other one has; its config gets it."""
+        sweep_dir, wanted = Path(cfg.hydra.sweep.dir), self.subdir(cfg)
+        found = own_subdir(sweep_dir, wanted, cfg.hydra.job.num)
+        if found != wanted:
+            with read_write(cfg.hydra), open_dict(cfg.hydra):
+                cfg.hydra.sweep.subdir = found.replace("${", "\\${")  # no interpolation
+        return sweep_dir / found
+
+    def run(self, cfg: DictConfig, task: TaskFunction) -> Any:
+        """Run a composed job in this process, and return what it returns.
+
+        Args:
+            cfg: The job's config.
+            task: The user's function, or what calls it.
+        """
         setup_globals()
         HydraConfig.instance().set_config(cfg)
         done: JobReturn = run_job(
             hydra_context=self.context,
-            task_function=self.task_function,
+            task_function=task,
             config=cfg,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",

@@ -112,6 +112,8 @@ class _Reader:
             self._again.remove(trial.number)
             # What it does a second time counts once.
             trial.reports = [r for r in trial.reports if _is_before(r, epoch)]
+        if event.get("final"):  # it is worth what it says at its end
+            trial.reports = []
         trial.reports.append(Report(epoch, event["metrics"], len(trial.stretches) - 1))
         if trial.stretches and event.get("host"):
             trial.stretches[-1].host = event["host"]

@@ -25,7 +25,11 @@ class BohbSearcher(Searcher):
     """
 
     def __init__(
-        self, objective: Objective, space: Space, seed: int | None, time_attr: str
+        self,
+        objective: Objective,
+        space: Space,
+        seed: int | None = None,
+        time_attr: str = "training_iteration",
     ) -> None:
         super().__init__(metric=objective.name, mode=objective.mode)
         self._model = BohbModel(space.dimensions, seed)

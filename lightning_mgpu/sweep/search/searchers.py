@@ -2,19 +2,21 @@
 
 import pickle
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hydra.utils import instantiate
 from ray.tune.search import Searcher, SearchGenerator
 from ray.tune.search.search_algorithm import SearchAlgorithm
 from typing_extensions import override
 
 from lightning_mgpu._compat import ray_tune
-from lightning_mgpu.sweep.search.bohb_searcher import BohbSearcher
+from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.sweep.settings.nodes import SEARCH_ALG, build, is_kind, refused, target_of
 from lightning_mgpu.sweep.space.domains import to_domains
 from lightning_mgpu.sweep.space.objectives import Objective
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Interval, Space, enumerate_grid
+from lightning_mgpu.sweep.store.records import FINAL
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
@@ -23,32 +25,34 @@ if TYPE_CHECKING:
 def build_searcher(
     options: "RayTuneSweeperConf", space: Space, objectives: Sequence[Objective]
 ) -> Searcher:
-    """The searcher that the options name."""
+    """Searcher that the options name, which knows space and objectives.
+
+    Raises:
+        ConfigError: The class refuses its arguments, or is no searcher.
+    """
     conf, (first, *others) = options.search_alg, objectives
-    common: Any = {"metric": first.name, "mode": first.mode}
-    if others:
-        common = {"metric": [o.name for o in objectives], "mode": [o.mode for o in objectives]}
-    if conf.name == "grid":
-        return GridSearcher(first.name, space)
-    if conf.name == "random":
-        return RandomSearcher(first.name, space, conf.seed)
-    if conf.name == "bohb":
+    if is_kind(conf, "RandomSearcher", "GridSearcher"):
+        searcher = build(SEARCH_ALG, conf, metric=first.name, space=space)
+    elif is_kind(conf, "BohbSearcher"):
         time_attr: str = vars(options.scheduler)["time_attr"]
-        return BohbSearcher(first, space, conf.seed, time_attr)
-    domains = to_domains(space)
-    if conf.name == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
+        searcher = build(SEARCH_ALG, conf, objective=first, space=space, time_attr=time_attr)
+    else:
+        searcher = build(SEARCH_ALG, _translated(conf))
+    if not isinstance(searcher, Searcher):
+        raise ConfigError(f"{SEARCH_ALG}._target_={target_of(conf)}: is no Searcher of Ray Tune's.")
+    metric: Any = [o.name for o in objectives] if others else first.name
+    mode: Any = [o.mode for o in objectives] if others else first.mode
+    with refused(SEARCH_ALG, conf):
+        searcher.set_search_properties(metric, mode, to_domains(space))
+    return searcher
 
-        space_of_optuna = OptunaSearch.convert_search_space(domains)
-        node = getattr(conf, "sampler", None)
-        sampler = None if node is None else instantiate(node)  # Hydra has tried it already
-        return OptunaSearch(space_of_optuna, sampler=sampler, seed=conf.seed, **common)
-    from ray.tune.search.hyperopt import HyperOptSearch
 
-    given = {name: value for name, value in vars(conf).items() if name not in ("name", "seed")}
-    return HyperOptSearch(
-        HyperOptSearch.convert_search_space(domains), random_state_seed=conf.seed, **given, **common
-    )
+def _translated(conf: Any) -> Any:
+    """The node with the names of arguments that its class has."""
+    given = {name: value for name, value in vars(conf).items() if value is not None}
+    if "seed" in given and is_kind(conf, "HyperOptSearch"):
+        given["random_state_seed"] = given.pop("seed")
+    return SimpleNamespace(**given)
 
 
 class Trials(SearchAlgorithm):
@@ -119,6 +123,8 @@ class Trials(SearchAlgorithm):
         if not self._takes_best or name not in result:
             return result
         value = float(result[name])
+        if result.get(FINAL):
+            self._best.pop(trial_id, None)
         self._best[trial_id] = self._better(value, self._best.get(trial_id, value))
         return {**result, name: self._best[trial_id]}
 
@@ -178,7 +184,7 @@ class _Drawing(Searcher):
 class RandomSearcher(_Drawing):
     """Draw each value independently."""
 
-    def __init__(self, metric: str, space: Space, seed: int | None) -> None:
+    def __init__(self, metric: str, space: Space, seed: int | None = None) -> None:
         super().__init__(metric)
         self._dimensions = space.dimensions
         self._state = np.random.default_rng(seed)
@@ -189,9 +195,9 @@ class RandomSearcher(_Drawing):
 
 
 class GridSearcher(_Drawing):
-    """Every combination, in order."""
+    """Every combination, in order, whatever the seed."""
 
-    def __init__(self, metric: str, space: Space) -> None:
+    def __init__(self, metric: str, space: Space, seed: int | None = None) -> None:
         super().__init__(metric)
         self._points = enumerate_grid(space)
         self._state = 0  # how many were given out

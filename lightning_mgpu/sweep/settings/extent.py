@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from lightning_mgpu.sweep.settings.nodes import is_grid, is_population
 from lightning_mgpu.sweep.space.space import Space, count, enumerate_grid
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def extent(options: "RayTuneSweeperConf", space: Space, num_samples: int) -> str
     trials = f"{num_samples} trial{'s' if num_samples > 1 else ''}"
     if not sizes and is_finite:
         return f"{trials}: nothing is searched."
-    if options.search_alg.name == "grid":
+    if is_grid(options):
         if num_samples < points:
             return f"{trials}: the first of {points} combinations{shape}."
         asked = options.num_samples or 0
@@ -35,7 +36,7 @@ def extent(options: "RayTuneSweeperConf", space: Space, num_samples: int) -> str
         made_of = f": {product}" if has_shape else ""
         return f"{trials}{made_of}{more if asked > points else ''}."
     default = "" if options.num_samples else " (hydra.sweeper.num_samples is not set)"
-    changes = options.scheduler.name in ("pbt", "pb2")  # the values of trials that began alike
+    changes = is_population(options)  # the values of trials that began alike
     if is_finite and points < num_samples and not changes:
         return (
             f"{trials}{default} of {points} combinations{shape}, so that some run more than"

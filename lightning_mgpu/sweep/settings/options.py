@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.sweep.settings.nodes import (
+    check_nodes,
+    is_kind,
+    is_population,
+    needs_checkpoints,
+    stops_early,
+)
 from lightning_mgpu.sweep.space.objectives import read_objectives
 from lightning_mgpu.sweep.space.space import Choice, Interval, Space, encode
 
@@ -18,12 +25,11 @@ _POSITIVE = ("num_samples", "max_concurrent_trials", "time_budget_s", "every_n_e
 _NOT_NEGATIVE = ("max_failures", "keep_checkpoints")
 _OLDEST = {"optuna": 4}  # as in pyproject.toml
 _NEEDS = {  # each search, the package it is made of and the extra with it
-    "optuna": ("optuna", "search"),
-    "hyperopt": ("hyperopt", "search"),
+    "OptunaSearch": ("optuna", "search"),
+    "HyperOptSearch": ("hyperopt", "search"),
 }
-_SEVERAL = ("optuna", "random", "grid")
-_PAUSING = ("hyperband", "bohb", "median", "pbt", "pb2")
-_POPULATION = ("pbt", "pb2")
+_OF_ONE = ("HyperOptSearch", "BohbSearcher")
+_FREE = ("RandomSearcher", "GridSearcher")  # learn nothing
 
 
 def check_options(options: "RayTuneSweeperConf") -> None:
@@ -51,12 +57,14 @@ def check_options(options: "RayTuneSweeperConf") -> None:
     _check_installed(options)
     sampler = getattr(options.search_alg, "sampler", None)
     is_node = isinstance(sampler, dict) and "_target_" in sampler
-    if sampler is not None and not (is_node and options.search_alg.seed is None):
+    has_seed = getattr(options.search_alg, "seed", None) is not None
+    if sampler is not None and (not is_node or has_seed):
         raise ConfigError(
             f"hydra.sweeper.search_alg.sampler={encode(sampler)}: expected _target_, such as"
             " optuna.samplers.TPESampler, and that class's arguments. A seed is one of them, and"
             " takes the place of hydra.sweeper.search_alg.seed."
         )
+    check_nodes(options)
 
 
 def check_launcher(config: DictConfig) -> None:
@@ -79,7 +87,7 @@ def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
     """Check that search algorithm and scheduler support the search space."""
     search, scheduler = options.search_alg.name, options.scheduler
     for name, dimension in space.dimensions.items():
-        if search in _NEEDS and isinstance(dimension, Choice):
+        if is_kind(options.search_alg, *_NEEDS) and isinstance(dimension, Choice):
             nested = [value for value in dimension.values if isinstance(value, (list, dict))]
             if nested:
                 raise ConfigError(
@@ -87,7 +95,7 @@ def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
                     " chooses among plain values only. Use hydra/sweeper/search_alg=random or grid,"
                     " or compute the list from a plain value by hydra.sweeper.custom_search_space."
                 )
-    if scheduler.name not in _POPULATION:
+    if not is_population(options):
         return
     names = getattr(scheduler, "hyperparam_mutations", None)
     for name in names or ():
@@ -97,33 +105,26 @@ def check_space(options: "RayTuneSweeperConf", space: Space) -> None:
                 f" are: {', '.join(space.dimensions)}."
             )
     mutable = [d for n, d in space.dimensions.items() if names is None or n in names]
-    if scheduler.name == "pb2" and not any(isinstance(d, Interval) for d in mutable):
-        raise ConfigError("hydra/sweeper/scheduler=pb2: needs at least one interval to change.")
-
-
-def stops_early(options: "RayTuneSweeperConf") -> bool:
-    """Return whether the scheduler needs metrics reported while a trial runs."""
-    return options.scheduler.name != "fifo"
-
-
-def needs_checkpoints(options: "RayTuneSweeperConf") -> bool:
-    """Return whether the scheduler resumes trials from checkpoints."""
-    return options.scheduler.name in _PAUSING
+    if is_kind(scheduler, "PB2") and not any(isinstance(d, Interval) for d in mutable):
+        raise ConfigError(
+            f"hydra/sweeper/scheduler={scheduler.name}: needs at least one interval to change."
+        )
 
 
 def _check_pair(options: "RayTuneSweeperConf") -> None:
     search, scheduler = options.search_alg.name, options.scheduler.name
     pair = f"hydra/sweeper/search_alg={search} hydra/sweeper/scheduler={scheduler}"
-    if (search == "bohb") != (scheduler == "bohb"):
+    is_bohb = is_kind(options.search_alg, "BohbSearcher")
+    if is_bohb != is_kind(options.scheduler, "HyperBandForBOHB"):
         raise ConfigError(
             f"{pair}: BOHB needs both, hydra/sweeper/search_alg=bohb hydra/sweeper/scheduler=bohb."
         )
-    if scheduler in _POPULATION and search not in ("random", "grid"):
+    if is_population(options) and not is_kind(options.search_alg, *_FREE):
         raise ConfigError(
             f"{pair}: the scheduler itself changes the values. Set"
             " hydra/sweeper/search_alg=random for the first ones."
         )
-    if scheduler in _PAUSING and options.metric is None:
+    if needs_checkpoints(options) and options.metric is None:
         raise ConfigError(
             f"hydra/sweeper/scheduler={scheduler}: compares trials while they run. Name the metric"
             " they log: hydra.sweeper.metric=val_loss hydra.sweeper.mode=min."
@@ -133,10 +134,10 @@ def _check_pair(options: "RayTuneSweeperConf") -> None:
 def _check_several(options: "RayTuneSweeperConf") -> None:
     """Check that no option that needs a single metric is used with several."""
     search, scheduler = options.search_alg.name, options.scheduler.name
-    if search not in _SEVERAL:
+    if is_kind(options.search_alg, *_OF_ONE):
         raise ConfigError(
             f"hydra/sweeper/search_alg={search}: optimises one metric, not several. Use"
-            f" hydra/sweeper/search_alg={', '.join(_SEVERAL)}, or name one hydra.sweeper.metric."
+            " hydra/sweeper/search_alg=optuna, random, grid, or name one hydra.sweeper.metric."
         )
     if stops_early(options):
         raise ConfigError(
@@ -148,14 +149,15 @@ def _check_several(options: "RayTuneSweeperConf") -> None:
 def _check_installed(options: "RayTuneSweeperConf") -> None:
     missing = []
     search = options.search_alg.name
-    if search in _NEEDS:
-        package, extra = _NEEDS[search]
+    for kind, (package, extra) in _NEEDS.items():
+        if not is_kind(options.search_alg, kind):
+            continue
         if find_spec(package) is None:
             missing.append((f"sweeper/search_alg={search}", package, extra))
         elif package in _OLDEST:
             _check_release(package, extra, f"hydra/sweeper/search_alg={search}")
-    if options.scheduler.name == "pb2" and find_spec("sklearn") is None:
-        missing.append(("sweeper/scheduler=pb2", "scikit-learn", "search"))
+    if is_kind(options.scheduler, "PB2") and find_spec("sklearn") is None:
+        missing.append((f"sweeper/scheduler={options.scheduler.name}", "scikit-learn", "search"))
     if find_spec("ray") is None:
         missing.append(("sweeper=ray_tune", "ray", "ray"))
     for choice, package, extra in missing:

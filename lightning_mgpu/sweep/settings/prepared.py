@@ -1,5 +1,6 @@
 """A sweep before it starts: checked options, search space and directory."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import HALVINGS, batch_size, check_shrinkable, compose
 from lightning_mgpu.sweep.job.submitted import name_of
+from lightning_mgpu.sweep.settings.nodes import is_grid
 from lightning_mgpu.sweep.settings.options import check_launcher, check_options, check_space
 from lightning_mgpu.sweep.space.conditions import add_conditions
 from lightning_mgpu.sweep.space.custom import add_custom
@@ -24,10 +26,12 @@ from lightning_mgpu.sweep.space.space import (
     parse_space,
 )
 from lightning_mgpu.sweep.store.records import Records
-from lightning_mgpu.sweep.store.results import of_the_cluster
+from lightning_mgpu.sweep.store.results import of_the_cluster, relative
 
 if TYPE_CHECKING:
     from hydra_plugins.ray_tune_sweeper.config import RayTuneSweeperConf
+
+log = logging.getLogger(__name__)
 
 SPACE = "search_space.yaml"
 """What is searched, in the directory of a sweep."""
@@ -51,6 +55,7 @@ class PreparedSweep:
     num_samples: int
     records: Records
     reports: int | None = None
+    _has_told: bool = False
 
     @classmethod
     def prepare(
@@ -63,7 +68,7 @@ class PreparedSweep:
         if options.custom_search_space is not None:
             add_custom(space, options.custom_search_space, job.config)
         add_conditions(space, options.conditions)
-        if options.search_alg.name != "grid":  # a grid of nothing is one job, as in Hydra
+        if not is_grid(options):  # a grid of nothing is one job, as in Hydra
             check_searchable(space)
         check_space(options, space)
         directory = Path(options.resume or job.config.hydra.sweep.dir).absolute()
@@ -80,7 +85,18 @@ class PreparedSweep:
     def describe(self, number: int, values: dict[str, Any]) -> tuple[list[str], Path]:
         """Overrides and directory of the trial with these values."""
         overrides, cfg = compose(self.job, self.space, values, number, self.directory)
-        return overrides, self.job.output_dir(cfg)
+        wanted = self.directory / self.job.subdir(cfg)
+        directory = self.job.output_dir(cfg)
+        if directory != wanted and not self._has_told:
+            self._has_told = True
+            log.warning(
+                "hydra.sweep.subdir is %s for trial %d, which another trial has or no directory"
+                " can be called. Its files are in %s, and so with other trials.",
+                relative(wanted),
+                number,
+                relative(directory),
+            )
+        return overrides, directory
 
     def smaller(self, values: dict[str, Any]) -> dict[str, Any] | None:
         """Values of a trial with its batch halved; `None` if that is impossible."""
@@ -132,7 +148,7 @@ def holds_sweep(directory: Path) -> bool:
 
 
 def _num_samples(options: "RayTuneSweeperConf", space: Space) -> int:
-    if options.search_alg.name != "grid":
+    if not is_grid(options):
         return options.num_samples or _SAMPLES
     points = len(enumerate_grid(space))
     return min(options.num_samples or points, points)

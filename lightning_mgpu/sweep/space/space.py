@@ -60,6 +60,7 @@ class Space:
         conditions: What names depend on: the others, and their values, encoded, with which there
             is a value. Trials leave out the rest, though searchers draw it.
         given: Values of fixed names that others depend on, encoded.
+        order: Keys as they were given, without `+`: Hydra applies overrides one after the other.
     """
 
     fixed: list[str] = field(default_factory=list)
@@ -68,6 +69,7 @@ class Space:
     computed: dict[str, Computed] = field(default_factory=dict)
     conditions: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
     given: dict[str, str] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
 
     def add(self, key: str, dimension: Dimension) -> None:
         """Add a dimension for `key`, which may have a leading `+`."""
@@ -80,8 +82,11 @@ class Space:
         self.computed[name] = function
 
     def fix(self, key: str, override: str) -> None:
-        """Give `key` the same value in every trial."""
-        del self.keys[self._claim(key)]
+        """Give `key` the same value in every trial, or delete it."""
+        if not override.startswith("~"):  # else it may be given anew
+            del self.keys[self._claim(key)]
+        elif override not in self.order:
+            self.order.append(override)
         self.fixed.append(override)
 
     def _claim(self, key: str) -> str:
@@ -89,7 +94,8 @@ class Space:
         plain, name = key.lstrip("+~"), name_of(key)
         self.dimensions.pop(name, None)
         self.computed.pop(name, None)
-        self.fixed = [o for o in self.fixed if o.lstrip("+~").partition("=")[0] != plain]
+        self.fixed = [o for o in self.fixed if _place(o) != plain]
+        self.order = [*(place for place in self.order if place != plain), plain]
         self.keys[name] = key
         return name
 
@@ -102,7 +108,8 @@ class Space:
                 if value is not LEAVE_OUT:
                     full[name] = value
         searched = [f"{self.keys[name]}={encode(value)}" for name, value in full.items()]
-        return [*self.fixed, *searched]
+        places = {place: number for number, place in enumerate(self.order)}
+        return sorted([*self.fixed, *searched], key=lambda o: places.get(_place(o), -1))
 
     def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Searched values without those that are left out."""
@@ -154,10 +161,10 @@ def parse_space(
         parsed = parser.parse_overrides(written)
     except OverrideParseException as error:
         raise ConfigError(f"hydra.sweeper.params: {error}") from error
-    # A key is the same one with and without `+`.
-    by_key = {o.get_key_element().lstrip("+~"): o for o in parsed}
+    # A key is the same one with and without `+`; what deletes one is something else.
+    by_key = {_place(o.input_line or ""): o for o in parsed}
     for override in parser.parse_overrides(list(arguments)):
-        key = override.get_key_element().lstrip("+~")
+        key = _place(override.input_line or "")
         by_key.pop(key, None)  # so that the order is that of the command line
         by_key[key] = override
     space = Space()
@@ -168,6 +175,13 @@ def parse_space(
         else:
             space.fix(key, override.input_line or "")
     return space
+
+
+def _place(override: str) -> str:
+    """Its place in the order: the key of a value, or all of what deletes."""
+    if override.startswith("~"):
+        return override
+    return override.lstrip("+").partition("=")[0].strip()
 
 
 def name_of(key: str) -> str:
@@ -197,13 +211,19 @@ def encode(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(encode, value))}]"
     if isinstance(value, Mapping):
-        # Keys cannot be quoted in Hydra's grammar.
-        items = (f"{escape(str(k))}:{encode(v)}" for k, v in value.items())
+        words = (
+            (encode(k) if isinstance(k, bool) else escape(str(k)), v) for k, v in value.items()
+        )
+        items = (f"{key}:{encode(v)}" for key, v in words)
         return "{" + ",".join(items) + "}"
     text = str(value)
     if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
         return text
     return QuotedString(text, Quote.single).with_quotes()
+
+
+def _encode_key(key: Any) -> str:
+    return encode(key) if isinstance(key, bool) else escape(str(key))  # quotes mean nothing there
 
 
 def enumerate_grid(space: Space) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_mgpu.sweep.report.reader import JOURNAL
 from lightning_mgpu.sweep.space.space import Choice, Dimension, Space
-from lightning_mgpu.sweep.store.records import Records, TrialRecord
+from lightning_mgpu.sweep.store.records import FINAL, Records, TrialRecord
 from lightning_mgpu.sweep.store.results import job_command, plain
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Journal:
             epoch=plain(result.get("epoch")),
             metrics=record.metrics,
             **more,
+            **({"final": True} if result.get(FINAL) else {}),
         )
 
     def pause(self, number: int) -> None:

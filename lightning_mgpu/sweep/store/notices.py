@@ -31,6 +31,11 @@ def notify(sweep_dir: Path, kind: str, text: str) -> None:
         unfinished.rename(directory / kind)
 
 
+def is_known(sweep_dir: Path, kind: str) -> bool:
+    """Return whether a trial has left a warning of that kind."""
+    return (sweep_dir / _DIRECTORY / kind).exists()
+
+
 class Notices(Callback):
     """Log the warnings that trials leave, while the block lasts.
 

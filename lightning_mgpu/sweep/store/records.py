@@ -1,12 +1,19 @@
 """Records of trials."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lightning_mgpu.sweep.space.objectives import Objective, dominates
 
 BEST_CHECKPOINT = "best_checkpoint"
 """Among what a trial reports: where the best checkpoint lies that its job has saved."""
+SAVED = "saved"
+"""Among what a trial reports: checkpoints saved since the last report, each a path and an epoch."""
+
+FINAL = "is_final"
+"""Among what a trial reports: that nothing which it reported before counts."""
+
 _AT_LEAST = 3  # ended trials, to say anything about a rate
 
 
@@ -17,12 +24,23 @@ class Setting:
     Attributes:
         values: The searched values.
         overrides: The same for the command line, with all others.
-        checkpoint: The best one that the job had saved by then.
+        checkpoint: Of the epoch whose value counts if it was kept, or else the best one that the
+            job had saved by then.
+        epoch: Whose value counts; `None` if that is unknown.
+        checkpoint_epoch: In which the checkpoint was saved; `None` if that is unknown.
     """
 
     values: dict[str, Any]
     overrides: list[str]
     checkpoint: str | None
+    epoch: int | None = None
+    checkpoint_epoch: int | None = None
+
+    @property
+    def is_of_another_epoch(self) -> bool:
+        """Whether the checkpoint is known to be of another epoch than the value."""
+        known = None not in (self.epoch, self.checkpoint_epoch)
+        return known and self.epoch != self.checkpoint_epoch
 
 
 @dataclass
@@ -33,8 +51,10 @@ class TrialRecord:
         status: waiting, running, done, stopped (by the scheduler), failed, or unfinished when the
             sweep ended.
         history: The metric, report by report.
+        epochs: The epoch of each of these reports, if it was in one.
         metrics: All metrics of the latest report.
         checkpoint: The best one that the job itself has saved.
+        saved: Checkpoints by path, and the epoch in which each was written last.
         reason: Why it failed.
         ended_by: What ended it, if not the trial itself: the scheduler, or an option of the sweep.
         halvings: How often its batch was halved, since it ran out of memory.
@@ -56,6 +76,8 @@ class TrialRecord:
     seconds: float = 0.0
     ended_by: str | None = None
     past: tuple[tuple[int, Setting], ...] = ()
+    epochs: list[int | None] = field(default_factory=list)
+    saved: dict[str, int] = field(default_factory=dict)
 
     def value(self, mode: str, takes_best: bool) -> float | None:
         """Value of the trial so far."""
@@ -68,7 +90,27 @@ class TrialRecord:
         for count, setting in self.past:
             if place is not None and place < count:
                 return setting
-        return self.present
+        known = place is not None and place < len(self.epochs)
+        epoch = self.epochs[place] if known and place is not None else None
+        found = self._checkpoint_of(epoch)
+        return replace(
+            self.present,
+            checkpoint=found,
+            epoch=epoch,
+            checkpoint_epoch=self.saved.get(found or ""),
+        )
+
+    def _checkpoint_of(self, epoch: int | None) -> str | None:
+        """A checkpoint of that epoch, if one is there, or else the best one."""
+        if epoch is None or self.saved.get(self.checkpoint or "", epoch) == epoch:
+            return self.checkpoint
+        there = (p for p, written in self.saved.items() if written == epoch and Path(p).exists())
+        return next(there, self.checkpoint)
+
+    def report(self, value: float, epoch: int | None) -> None:
+        """Add a report."""
+        self.history.append(value)
+        self.epochs.append(epoch)
 
     @property
     def present(self) -> Setting:
@@ -83,6 +125,8 @@ class TrialRecord:
     def restart(self) -> None:
         """Start again, as if nothing had been reported."""
         self.history.clear()
+        self.epochs.clear()
+        self.saved.clear()
         self.past = ()
 
     def _place(self, mode: str, takes_best: bool) -> int | None:

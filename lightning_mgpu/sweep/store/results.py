@@ -12,7 +12,7 @@ import yaml
 from lightning_mgpu._compat.hydra import command_line_parser
 from lightning_mgpu.sweep.job.job import program
 from lightning_mgpu.sweep.job.submitted import name_of
-from lightning_mgpu.sweep.store.records import Records, TrialRecord
+from lightning_mgpu.sweep.store.records import Records, Setting, TrialRecord
 
 RESULTS = "optimization_results.yaml"
 _RESUME = "hydra.sweeper.resume="
@@ -43,7 +43,13 @@ def _best(records: Records) -> dict[str, Any]:
         "best_params": plain(setting.values),
         "best_command": job_command(setting.overrides),
         "best_checkpoint": setting.checkpoint,
+        **({} if setting.epoch is None else {"best_epoch": setting.epoch}),
+        **_checkpoint_epoch(setting, "best_checkpoint_epoch"),
     }
+
+
+def _checkpoint_epoch(setting: Setting, name: str) -> dict[str, int]:
+    return {} if setting.checkpoint_epoch is None else {name: setting.checkpoint_epoch}
 
 
 def _front(records: Records) -> dict[str, Any]:
@@ -100,12 +106,14 @@ def _trial(records: Records, record: TrialRecord) -> dict[str, Any]:
         "value": _value(records, record),
         "params": plain(setting.values),
         "reports": len(record.history),
+        **({} if setting.epoch is None else {"epoch": setting.epoch}),
         "metrics": record.metrics,
         "seconds": round(record.seconds, 2),
         "directory": record.directory,
     }
     if setting.checkpoint is not None:
         found["checkpoint"] = setting.checkpoint
+        found |= _checkpoint_epoch(setting, "checkpoint_epoch")
     if record.halvings:
         found["batch_halvings"] = record.halvings
         found["overrides"] = record.overrides

@@ -28,7 +28,7 @@ from lightning_mgpu._compat.lightning import (
 from lightning_mgpu._compat.lightning_loops import is_epoch_trained
 from lightning_mgpu._compat.lightning_trainer import restore_model_and_callbacks
 from lightning_mgpu.ray import worker
-from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT
+from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, SAVED
 from lightning_mgpu.sweep.trial import pbt, reporting
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class TrialReportCallback(Checkpoint):
         self._every_n_epochs = every_n_epochs
         self._saves = saves
         self._restore_from = restore_from
+        self._written: dict[str, int] = {}  # when each checkpoint was
         self._is_new = False  # a validation was not reported yet
         self._has_warned = False
         self._before: dict[str, float] = {}
@@ -111,6 +112,7 @@ class TrialReportCallback(Checkpoint):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _tell(trainer, reporting.note_fit, trainer.current_epoch)
         pbt.apply(self._mutations, trainer.optimizers, trainer.lr_scheduler_configs)
         self._mutations = []
 
@@ -143,7 +145,7 @@ class TrialReportCallback(Checkpoint):
         is_validated, self._is_new = self._is_new or not trainer.enable_validation, False
         metrics = _numbers(trainer)
         best = _best_checkpoint(trainer)
-        _tell(trainer, reporting.note, metrics, best)
+        _tell(trainer, reporting.note, metrics, best, trainer.current_epoch)
         if is_validated and not self._has_warned and not self._metrics <= metrics.keys():
             self._has_warned = True
             _tell(trainer, reporting.warn_of_missing)
@@ -155,7 +157,9 @@ class TrialReportCallback(Checkpoint):
                 epoch = trainer.current_epoch
                 raise reporting.NotFiniteError(f"{name} is {metrics[name]} in epoch {epoch}")
         directory = self._save(trainer) if self._saves else None
-        more = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        more: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        if saved := self._saved_since(trainer):
+            more[SAVED] = saved
         try:
             self._send(trainer, {**metrics, **more, **best}, directory)
         finally:
@@ -176,6 +180,13 @@ class TrialReportCallback(Checkpoint):
         # Leaving from rank 0 alone would take the other ranks' processes with it, which the next
         # trial can use: all of them come to the end of `fit` together.
         trainer.should_stop = trainer.should_stop or trainer.strategy.broadcast(stop)
+
+    def _saved_since(self, trainer: Trainer) -> list[tuple[str, int]]:
+        """Checkpoints of the job's own that were written since the last report, with the epoch."""
+        found = {path: _written(path) for path in _checkpoints(trainer)}
+        new = [path for path, when in found.items() if when and when != self._written.get(path)]
+        self._written.update(found)
+        return [(path, trainer.current_epoch) for path in new]
 
     def _save(self, trainer: Trainer) -> Path:
         directory = Path(trainer.strategy.broadcast(tempfile.mkdtemp(prefix="trial-")))
@@ -220,6 +231,23 @@ def _take_over_last(trainer: Trainer) -> None:
             path = Path(callback.dirpath, name)
             if path.exists():
                 callback.last_model_path = str(path)
+
+
+def _checkpoints(trainer: Trainer) -> list[str]:
+    """Paths of all checkpoints that the job's callbacks know."""
+    known: list[str] = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            known += [callback.best_model_path, *callback.best_k_models, callback.last_model_path]
+    return list(dict.fromkeys(str(path) for path in known if path))
+
+
+def _written(path: str) -> int:
+    """Time of the last change of a file; 0 if there is none, as on another machine."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _best_checkpoint(trainer: Trainer) -> dict[str, str]:

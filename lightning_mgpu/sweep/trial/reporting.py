@@ -15,6 +15,16 @@ from hydra_plugins.ray_tune_sweeper import _lightning
 
 log = logging.getLogger(__name__)
 
+FOLDS = "folds"
+"""Kind of the warning that a job fits several times."""
+
+_FOLDS = (
+    "A trial calls `fit` several times, as for cross-validation, and one run cannot be compared"
+    " with another. So from here on trials report at their end alone, and none is stopped early."
+    " What the job returns counts, if that is a number or names the metric; else the last `fit`"
+    " does."
+)
+
 
 class NotFiniteError(ArithmeticError):
     """The metric of a trial is NaN or infinite."""
@@ -37,6 +47,10 @@ class Reporting:
         best_checkpoint: Where it lies, as it is reported.
         sent: How many reports there were.
         stopped: Whether the scheduler has ended the trial.
+        has_folds: Whether the jobs of this sweep fit several times, so that nothing is reported
+            before the end.
+        held: What the latest `fit` would have reported, in order.
+        epoch: The latest one that was trained.
         warned: Kinds of warnings that were given.
     """
 
@@ -52,6 +66,9 @@ class Reporting:
     best_checkpoint: dict[str, str] = field(default_factory=dict)
     sent: int = 0
     stopped: bool = False
+    has_folds: bool = False
+    held: list[dict[str, Any]] = field(default_factory=list)
+    epoch: int | None = None
     warned: set[str] = field(default_factory=set)
 
 
@@ -91,6 +108,9 @@ def deliver(metrics: dict[str, Any], directory: Path | None) -> bool:
     """Report, in the process of the trial; whether the trial is to end."""
     if _current is None or _current.stopped:
         return False
+    if _current.has_folds:
+        _current.held.append(metrics)
+        return False
     _current.sent += 1
     try:
         _current.send(metrics, directory)
@@ -109,10 +129,23 @@ def deliver_files(metrics: dict[str, Any], files: dict[str, bytes]) -> bool:
         return deliver(metrics, Path(directory))
 
 
-def note(logged: dict[str, float], best_checkpoint: dict[str, str]) -> None:
+def note_fit(epoch: int) -> None:
+    """A `fit` starts to train at an epoch: one that has been trained already is another run's."""
+    if _current is None or _current.epoch is None or epoch > _current.epoch:
+        return
+    _current.held.clear()
+    if _current.metrics:
+        _current.has_folds = True
+        _warn(FOLDS, _FOLDS)
+
+
+def note(
+    logged: dict[str, float], best_checkpoint: dict[str, str], epoch: int | None = None
+) -> None:
     """Keep in mind what has been logged so far, and where the best checkpoint lies."""
     if _current is not None:
         _current.logged |= logged
+        _current.epoch = _current.epoch if epoch is None else epoch
         _current.best_checkpoint |= best_checkpoint
 
 
@@ -175,8 +208,13 @@ def missing(names: Collection[str], logged: Collection[str], how: str = "was nev
     """Sentence on metrics that were not logged, and on what was."""
     words = f"hydra.sweeper.metric={','.join(sorted(names))} {how}; logged were:"
     words += f" {', '.join(sorted(logged)) or 'nothing'}."
-    near = [n for name in sorted(names) for n in difflib.get_close_matches(name, logged, n=1)]
+    near = [n for name in sorted(names) for n in _near(name, logged)]
     return f"{words} Did you mean {' and '.join(near)}?" if near else words
+
+
+def _near(name: str, logged: Collection[str]) -> list[str]:
+    of_loaders = sorted(n for n in logged if n.startswith(f"{name}/dataloader_idx_"))
+    return of_loaders[:1] or difflib.get_close_matches(name, logged, n=1)
 
 
 def note_restored() -> None:

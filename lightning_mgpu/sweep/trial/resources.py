@@ -13,6 +13,7 @@ from lightning_mgpu.config.elsewhere import runs_elsewhere
 from lightning_mgpu.config.namespace import follow_model
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.ray.cluster import describe
+from lightning_mgpu.sweep.settings.nodes import is_population
 
 if TYPE_CHECKING:
     from lightning_mgpu.sweep.settings.prepared import PreparedSweep
@@ -76,7 +77,7 @@ class Requests:
     def _refuse_changes(self) -> None:
         """Refuse changes in population-based training, where trials keep their first resources."""
         scheduler = self._sweep.options.scheduler
-        if scheduler.name not in ("pbt", "pb2"):
+        if not is_population(self._sweep.options):
             return
         names = getattr(scheduler, "hyperparam_mutations", None) or self._sweep.space.dimensions
         for name in names:

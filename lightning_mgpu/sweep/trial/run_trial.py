@@ -1,6 +1,7 @@
 """Run one trial in an actor: compose the job, run it, report its result."""
 
 import contextlib
+import functools
 import logging
 import math
 import platform
@@ -16,14 +17,22 @@ from lightning_mgpu._compat.namespace import choose, named
 from lightning_mgpu.sweep.job.job import Job
 from lightning_mgpu.sweep.job.oom_retry import compose
 from lightning_mgpu.sweep.settings.prepared import holds_sweep
-from lightning_mgpu.sweep.store.notices import notify
+from lightning_mgpu.sweep.store.notices import is_known, notify
+from lightning_mgpu.sweep.store.records import FINAL
 from lightning_mgpu.sweep.trial.failures import (
     MetricMissingError,
     TrialFailedError,
     failures_in_words,
 )
 from lightning_mgpu.sweep.trial.output import LOG_FILE, output_to
-from lightning_mgpu.sweep.trial.reporting import NotFiniteError, Reporting, begin, end, missing
+from lightning_mgpu.sweep.trial.reporting import (
+    FOLDS,
+    NotFiniteError,
+    Reporting,
+    begin,
+    end,
+    missing,
+)
 from lightning_mgpu.sweep.trial.tracking import runs_ended
 from lightning_mgpu.sweep.trial.trial_plan import TrialPlan
 
@@ -62,6 +71,7 @@ def run_trial(
         strategy=_strategy(cfg),
         directory=directory,
         notify=partial(notify, plan.sweep_dir),
+        has_folds=is_known(plan.sweep_dir, FOLDS),
     )
     with (
         output_to(directory / LOG_FILE),  # the outermost, as trackers wrap what they find
@@ -105,16 +115,24 @@ def _strategy(cfg: DictConfig) -> str | None:
 
 
 def _run(job: Job, cfg: Any, reporting: Reporting) -> Any:
-    try:
-        return job.run(cfg)
-    except KeyboardInterrupt as error:  # no `Exception`: Ray would take it for one of its own
-        raise InterruptedTrialError("the job raised KeyboardInterrupt") from error
-    except SystemExit as end:
-        if reporting.stopped:
-            raise
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with it
-            raise InterruptedTrialError("the job raised KeyboardInterrupt") from end
-        raise RuntimeError(f"the job called sys.exit({end.code!r})") from end
+    """Run the job; `None` if it was stopped."""
+
+    # Within Hydra's own function, which tells the user's callbacks how a job has ended: one that is
+    # stopped early has completed, and `sys.exit` is a failure of it.
+    @functools.wraps(job.task_function)
+    def task(cfg: Any) -> Any:
+        try:
+            return job.task_function(cfg)
+        except KeyboardInterrupt as error:  # no `Exception`: Ray would take it for one of its own
+            raise InterruptedTrialError("the job raised KeyboardInterrupt") from error
+        except SystemExit as end:
+            if reporting.stopped:
+                return None
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with it
+                raise InterruptedTrialError("the job raised KeyboardInterrupt") from end
+            raise RuntimeError(f"the job called sys.exit({end.code!r})") from end
+
+    return job.run(cfg, task)
 
 
 def _send(metrics: dict[str, Any], directory: Path | None) -> None:
@@ -130,6 +148,10 @@ def report_end(plan: TrialPlan, reporting: Reporting, value: Any) -> None:
         TrialFailedError: None was named, and the job returned no number.
         NotFiniteError: The result is NaN.
     """
+    if reporting.has_folds and reporting.held:
+        worth = _worth_of_folds(plan, reporting, value)
+        reporting.send({**reporting.held[-1], **worth, FINAL: True}, None)
+        return
     if plan.are_logged and reporting.sent:
         return
     values = _logged(plan, reporting, value) if plan.are_logged else _returned(plan, value)
@@ -143,6 +165,18 @@ def report_end(plan: TrialPlan, reporting: Reporting, value: Any) -> None:
             f" those it logs ({logged})"
         )
     reporting.send({**values, **reporting.best_checkpoint}, None)
+
+
+def _worth_of_folds(plan: TrialPlan, reporting: Reporting, value: Any) -> dict[str, float]:
+    """What a job with several runs returns, or else what the last of them has reported."""
+    returned = _returned(plan, value)
+    if returned is not None:
+        return returned
+    reports = [{name: one[name] for name in plan.objectives} for one in reporting.held]
+    if plan.better is None:
+        return reports[-1]
+    name, better = plan.objectives[0], max if plan.better == "max" else min
+    return better(reports, key=lambda one: one[name])
 
 
 def _logged(plan: TrialPlan, reporting: Reporting, value: Any) -> dict[str, float] | None:

@@ -20,6 +20,7 @@ class TrialPlan:
     Attributes:
         objectives: Names of what is optimised.
         are_logged: Whether these are metrics that the job logs, or stand for what it returns.
+        better: ``min`` or ``max`` if the best report of a run counts; `None` if its last one does.
     """
 
     job: Job
@@ -30,6 +31,7 @@ class TrialPlan:
     every_n_epochs: int
     saves: bool
     threads: int
+    better: str | None = None
 
     def dumps(self) -> bytes:
         """Pickle with the state of this process, which comes first: it says where modules are."""
