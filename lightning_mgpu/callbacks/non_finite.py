@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,9 @@ from lightning_mgpu._compat.lightning import (
     MisconfigurationException,
     Trainer,
 )
-from lightning_mgpu._compat.lightning_attributes import assign
 from lightning_mgpu.callbacks import rank_state
 from lightning_mgpu.callbacks.bundle import save_bundle
+from lightning_mgpu.callbacks.method_override import MethodOverride
 from lightning_mgpu.callbacks.snapshots import Snapshots
 from lightning_mgpu.callbacks.step_record import Recorder, StepRecord
 from lightning_mgpu.callbacks.step_replay import Found, find, gradients_not_finite, local
@@ -92,7 +93,7 @@ class NonFiniteGuard(Callback):
         self._bad: _Bad | None = None
         self._batch_idx = 0
         self._saved: Path | None = None
-        self._strategy: Any = None
+        self._override: MethodOverride | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A rank starts anew.
@@ -116,15 +117,13 @@ class NonFiniteGuard(Callback):
         self._recorder = recorder = Recorder(trainer)
         if self.action == "rollback":
             self._snapshots = Snapshots(self.rollback_steps)
-        own = strategy.training_step
 
-        def training_step(*args: Any, **kwargs: Any) -> Any:
+        def training_step(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._record = recorder.take(args, kwargs)
             return own(*args, **kwargs)
 
         # The last thing before the step: whatever hooks draw or change has happened by then.
-        assign(strategy, "training_step", training_step)
-        self._strategy = strategy
+        self._override = MethodOverride(strategy, "training_step", training_step)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,9 +260,9 @@ class NonFiniteGuard(Callback):
         self._release()
 
     def _release(self) -> None:
-        if self._strategy is not None:
-            vars(self._strategy).pop("training_step", None)
-        self._strategy = self._recorder = self._snapshots = None
+        if self._override is not None:
+            self._override.remove()
+        self._override = self._recorder = self._snapshots = None
         self._record = self._loss = self._bad = None
 
 

@@ -98,6 +98,15 @@ class Recorder:
         self._versions[name] = buffer, version_of(buffer) if counts else -1
 
 
+def put_back(trainer: Trainer, record: StepRecord) -> None:
+    """Put buffers and random states back to those from before a step."""
+    strategy = trainer.strategy
+    _put(trainer.lightning_module, record.buffers)
+    record.random.restore()
+    if record.streams is not None and isinstance(strategy, MultiDeviceStrategy):
+        strategy.random_streams().load_state_dict(record.streams)
+
+
 @contextmanager
 def as_before(trainer: Trainer, record: StepRecord) -> Iterator[None]:
     """The run as it was before a step, but for attributes; all is as it is now after the block.
@@ -115,10 +124,7 @@ def as_before(trainer: Trainer, record: StepRecord) -> Iterator[None]:
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        _put(model, record.buffers)
-        record.random.restore()
-        if record.streams is not None and isinstance(strategy, MultiDeviceStrategy):
-            strategy.random_streams().load_state_dict(record.streams)
+        put_back(trainer, record)
         yield
     finally:
         for module, known in attributes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mgpu._compat.lightning import DDPStrategy, LightningModule, Trainer
+from lightning_mgpu.callbacks.log_override import logging_to
 from lightning_mgpu.callbacks.step_record import StepRecord, as_before
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.finite_watch import FiniteWatch, not_finite
@@ -38,7 +39,7 @@ class _Logged:
 
     names: dict[str, str] = field(default_factory=dict)
 
-    def log(self, _: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(value, (int, float)):
             value = torch.tensor(float(value))
         if isinstance(value, Tensor) and (what := not_finite(value)) is not None:
@@ -114,7 +115,7 @@ def _why_not(trainer: Trainer) -> str | None:
 def _replayed(trainer: Trainer, record: StepRecord) -> Found:
     model, rank, logged = trainer.lightning_module, trainer.global_rank, _Logged()
     with ExitStack() as stack:
-        for context in (as_before(trainer, record), _alone(trainer), _muted(model, logged)):
+        for context in (as_before(trainer, record), _alone(trainer), logging_to(model, logged.log)):
             stack.enter_context(context)
         watch = FiniteWatch(module_names(trainer.strategy), dict(_given(model, record)))
         stack.enter_context(watch.watching())
@@ -180,22 +181,3 @@ def _alone(trainer: Trainer) -> Iterator[None]:
     finally:
         if strategy.model is not wrapped:
             strategy.model = wrapped
-
-
-@contextmanager
-def _muted(model: LightningModule, logged: _Logged) -> Iterator[None]:
-    """Have the model log to `logged`; on its class, since replicas replace the instance's."""
-    kind: Any = type(model)
-    own = vars(kind).get("log")
-
-    def log(self: Any, *args: Any, **kwargs: Any) -> None:
-        logged.log(self, *args, **kwargs)
-
-    kind.log = log
-    try:
-        yield
-    finally:
-        if own is None:
-            del kind.log
-        else:
-            kind.log = own
