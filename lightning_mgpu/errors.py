@@ -1,4 +1,4 @@
-"""Errors that the command shows without a traceback."""
+"""Errors that the command shows without a traceback, as they say what to do."""
 
 
 class ConfigError(ValueError):
@@ -7,6 +7,22 @@ class ConfigError(ValueError):
 
 class SweepFailedError(RuntimeError):
     """A hyperparameter search ended without a result."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A training step has a NaN or Inf.
+
+    Args:
+        words: Which step, and where it comes from.
+        advice: What to do.
+    """
+
+    def __init__(self, words: str, advice: str = "") -> None:
+        super().__init__(words, advice)
+        self.words = words
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, self.args))
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:

@@ -120,3 +120,10 @@ def end_epoch(trainer: "Trainer") -> None:
 def step_plateau_schedulers(trainer: "Trainer") -> None:
     """Let `ReduceLROnPlateau` see the epoch that is over."""
     trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+
+def go_to_step(trainer: "Trainer", epoch: int, step: int) -> None:
+    """Have a Trainer that has begun its first epoch say that it is in another one, at some step."""
+    trainer.fit_loop.epoch_progress.current.completed = epoch
+    optimization: Any = trainer.fit_loop.epoch_loop.automatic_optimization
+    optimization.optim_progress.optimizer.step.total.completed = step

@@ -43,6 +43,11 @@ node_number: Callable[[Any], int] = operator.methodcaller("_sequence_nr")
 """The number of an autograd node (`Tensor.grad_fn`), in the order of the thread that made it."""
 
 
+def node_at_hand() -> Any:
+    """The autograd node whose backward the calling thread computes; `None` outside of any."""
+    return torch._C._current_autograd_node()
+
+
 def version_kept(tensor: Tensor) -> AbstractContextManager[None]:
     """A context after which a tensor's version counter stands where it stood before."""
     return _unsafe_preserve_version_counter(tensor)

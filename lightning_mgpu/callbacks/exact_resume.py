@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from typing_extensions import override
 
 from lightning_mgpu._compat import lightning_restart as restart
@@ -36,7 +35,7 @@ from lightning_mgpu.callbacks.resume_warnings import (
     warn_of_loaders,
     warn_of_stop,
 )
-from lightning_mgpu.engine.device import is_accelerator
+from lightning_mgpu.callbacks.step_record import accelerators, random_streams
 from lightning_mgpu.engine.random_state import RandomState
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
@@ -92,16 +91,13 @@ class ExactResume(Callback):
         return {"world_size": trainer.world_size, "ranks": {str(trainer.global_rank): mine}}
 
     def _state(self, trainer: Trainer, loader: ResumableLoader) -> dict[str, Any]:
-        model, strategy = trainer.lightning_module, trainer.strategy
-        streams = None
-        if isinstance(strategy, MultiDeviceStrategy):
-            streams = strategy.random_streams().state_dict()
+        model = trainer.lightning_module
         at_batch_end = restart.is_at_batch_end(trainer)
         at_epoch_end = restart.is_at_epoch_end(trainer)
         if at_batch_end:
             warn_of_hook(model)
         return {
-            "now": RandomState(_accelerators(trainer), loader.generators()).plain(),
+            "now": RandomState(accelerators(trainer), loader.generators()).plain(),
             "start": loader.start.plain(),
             "first": loader.first.plain(),
             "ahead": None if loader.ahead is None else loader.ahead.plain(),
@@ -116,7 +112,7 @@ class ExactResume(Callback):
             "steps": 0 if restart.is_accumulating(trainer) else 1,
             "accumulates": trainer.accumulate_grad_batches,
             "stops": trainer.should_stop,
-            "streams": streams,
+            "streams": random_streams(trainer),
             "metrics": rank_state.metric_states(model, metrics_to_reset(trainer, at_epoch_end)),
             "logged": None if at_epoch_end else logged_so_far(trainer),
             "monitored": callback_metrics(trainer),
@@ -151,7 +147,7 @@ class ExactResume(Callback):
         # iterates over the old one.)
         others = [callback for callback in callbacks_of(trainer) if callback is not self]
         assign(trainer, "callbacks", [self, *others])
-        devices = _accelerators(trainer)
+        devices = accelerators(trainer)
 
         def wrap(loaders: Any, mode: str) -> ResumableLoader:
             loader = ResumableLoader(
@@ -304,9 +300,3 @@ class ExactResume(Callback):
         self._undo_all()
         self._trainer = self._loader = self._known = None
         self._resumed = self._begins_validation = False
-
-
-def _accelerators(trainer: Trainer) -> list[torch.device]:
-    strategy = trainer.strategy
-    devices = getattr(strategy, "devices", None) or [strategy.root_device]
-    return [device for device in dict.fromkeys(devices) if is_accelerator(device)]

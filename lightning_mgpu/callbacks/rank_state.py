@@ -50,6 +50,14 @@ def restore_metrics(model: LightningModule, states: dict[str, dict[str, Any]]) -
         note_updates(metric, known["updates"] - metric.update_count)
 
 
+def reset_metrics(model: LightningModule, states: dict[str, dict[str, Any]]) -> None:
+    """Put all metrics back; those that have no state here had not been updated."""
+    for name, metric in _metrics(model).items():
+        if name not in states and metric.update_count:
+            metric.reset()
+    restore_metrics(model, states)
+
+
 def gradients(trainer: Trainer, model: LightningModule) -> dict[str, torch.Tensor]:
     """Gradients that are not yet used, by the parameter's name, on the host.
 
@@ -85,4 +93,4 @@ def _on_host(state: Any) -> Any:
 def _on_device(state: Any, device: torch.device) -> Any:
     if isinstance(state, list):
         return [part.to(device) for part in state]
-    return state.to(device)
+    return state.to(device, copy=True)

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_mgpu._compat.hydra import shared_config_store
 from lightning_mgpu._compat.lightning_messages import KNOWN_WARNINGS, is_tip, loggers, tip_loggers
 from lightning_mgpu.config.namespace import follow_model
-from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
+from lightning_mgpu.errors import ConfigError, NonFiniteError, SweepFailedError, one_line
 from lightning_mgpu.variables import restored
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def main() -> None:
         if wants_traceback:
             raise
         _refuse(error)
-    except SweepFailedError as error:
+    except (SweepFailedError, NonFiniteError) as error:
         if wants_traceback:
             raise
         print(f"Error: {error}", file=sys.stderr)
@@ -105,6 +105,9 @@ def _job(cfg: DictConfig, wants_traceback: bool) -> float | None:
         return None
     if cfg.get("mode") == "doctor":
         _examine(cfg)
+        return None
+    if cfg.get("mode") == "replay":
+        _replay(cfg, wants_traceback)
         return None
     with _importing():
         follow_model(cfg)
@@ -216,6 +219,33 @@ def _examine(cfg: DictConfig) -> None:
     from lightning_mgpu.doctor.command import doctor
 
     if not doctor(cfg):
+        sys.exit(1)
+
+
+def _replay(cfg: DictConfig, wants_traceback: bool) -> None:
+    """Run `mode=replay`, which builds the model that the bundle holds and no other."""
+    with _importing():
+        from lightning_mgpu.callbacks.bundle import load_bundle, model_of
+        from lightning_mgpu.callbacks.replay import replay
+    _quieten()
+    try:
+        if cfg.get("bundle") is None:
+            raise ConfigError("mode=replay: set bundle= to a file that `NonFiniteGuard` has saved.")
+        try:
+            bundle = load_bundle(Path(to_absolute_path(str(cfg.bundle))))
+            model = model_of(bundle)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"bundle={cfg.bundle}: {one_line(error)}.") from error
+    except ConfigError as error:
+        if wants_traceback:
+            raise
+        _refuse(error)
+    outcome = replay(bundle, model, str(cfg.trainer.get("accelerator", "auto")))
+    print(f"In the run: {outcome.then}")
+    if outcome.differs:
+        print(f"Differs:    {outcome.differs}")
+    print(f"Now:        {outcome.now or 'loss and gradients are finite.'}")
+    if outcome.now is None:
         sys.exit(1)
 
 

@@ -90,8 +90,14 @@ def train(cfg: DictConfig) -> RunResult:
             "mode=doctor: examines the machine, without a run. Use the command, or"
             " lightning_mgpu.doctor.command.doctor."
         )
+    if mode == "replay":
+        raise ConfigError(
+            "mode=replay: computes a saved step again, without a run. Use the command, or"
+            " lightning_mgpu.callbacks.replay."
+        )
     if mode not in _MODES:
-        known = ", ".join([*_MODES, "report", "doctor"])  # which the command does, without a run
+        without_a_run = ("report", "doctor", "replay")
+        known = ", ".join([*_MODES, *without_a_run])
         raise ConfigError(f"mode={mode}: unknown. Choose one of {known}.")
     if cfg.get("ckpt_path") == LAST_GOOD:
         cfg = with_last_good(cfg, output_dir, resume=mode == "fit")

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from lightning_mgpu.engine import device as kinds
+from lightning_mgpu.engine.dispatch import CarriedMode, innermost
 
 
 @dataclass(frozen=True)
 class ThreadContext:
     """Thread-local state of one thread, to be entered in others.
 
-    Gradient mode, inference mode, autocast, the default device, current streams and context
-    variables are a thread's own. (Default dtype, determinism and anomaly detection are the
+    Gradient mode, inference mode, autocast, the default device, current streams, dispatch modes and
+    context variables are a thread's own. (Default dtype, determinism and anomaly detection are the
     process's.)
     """
 
@@ -25,6 +26,7 @@ class ThreadContext:
     autocast: tuple[tuple[str, torch.dtype], ...]
     default_device: torch.device | None
     streams: tuple[Any, ...]
+    mode: CarriedMode | None
     variables: contextvars.Context
 
     @classmethod
@@ -45,6 +47,7 @@ class ThreadContext:
             ),
             device if device != kinds.HOST else None,
             kinds.side_streams(devices),
+            innermost(CarriedMode),
             contextvars.copy_context(),
         )
 
@@ -55,6 +58,8 @@ class ThreadContext:
         Context variables are not entered; run in `variables.copy()` for them.
         """
         with ExitStack() as stack:
+            if self.mode is not None and innermost(CarriedMode) is None:
+                stack.enter_context(self.mode.for_thread())
             for stream in self.streams:
                 stack.enter_context(kinds.on_stream(stream))
             stack.enter_context(kinds.on_device(device))

@@ -167,6 +167,14 @@ def synchronize(devices: Iterable[torch.device]) -> None:
                 torch.get_device_module(device).synchronize()
 
 
+def release_memory(devices: Iterable[torch.device]) -> None:
+    """Give back memory that torch keeps for later on devices, but that no tensor has."""
+    for device in dict.fromkeys(devices):
+        if is_accelerator(device):
+            with on_device(device):
+                torch.get_device_module(device).empty_cache()
+
+
 class Clock(Protocol):
     """Clock of a device."""
 

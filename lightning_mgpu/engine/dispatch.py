@@ -21,6 +21,14 @@ class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
 
+class CarriedMode(EagerMode):
+    """Mode that worker threads enter as well while they work for a caller who has entered it."""
+
+    def for_thread(self) -> "CarriedMode":
+        """The mode that the calling thread enters: this one, or one of its own."""
+        return self
+
+
 Mode = TypeVar("Mode", bound=EagerMode)
 
 

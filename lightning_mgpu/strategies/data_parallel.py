@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import (
@@ -186,6 +186,10 @@ class DataParallelStrategy(SingleProcessStrategy):
     def random_streams(self) -> RandomStreams:
         self._prepared()
         return self._streams
+
+    @override
+    def copies(self) -> list[nn.Module]:
+        return [] if self._replicas is None else self._replicas.copies
 
     def _step(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a step of the LightningModule on every replica and join the outputs."""

@@ -119,8 +119,11 @@ _CASES = {
     ),
     "mode": (
         ["mode=train"],
-        "mode=train: unknown. Choose one of fit, validate, test, predict, plan, report, doctor.",
+        "mode=train: unknown. Choose one of fit, validate, test, predict, plan, report, doctor,"
+        " replay.",
     ),
+    "replay-of-nothing": (["mode=replay"], "mode=replay: set bundle= to a file that"),
+    "replay-of-no-file": (["mode=replay", "bundle=gone.pt"], "bundle=gone.pt: [Errno 2]"),
     "mode-list": (["mode=[fit]"], "mode=['fit']: unknown. Choose one of"),
     "seed-word": (["seed=abc"], "seed=abc: expected an integer from 0 to 4294967295, or null."),
     "seed-negative": (["seed=-1"], "seed=-1: expected an integer from 0 to 4294967295, or null."),

@@ -7,7 +7,7 @@ from lightning_models import Calls, Model, Validated, quiet
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mgpu._compat import lightning_loaders, lightning_restart, lightning_results
-from lightning_mgpu._compat.lightning import CombinedLoader, Trainer
+from lightning_mgpu._compat.lightning import Callback, CombinedLoader, Trainer
 
 
 def test_loader_is_asked_for_through_us() -> None:
@@ -99,3 +99,17 @@ def test_logged_values_go_on() -> None:
     assert lightning_results.metrics_to_reset(trainer, True) == set()
     lightning_results.set_callback_metrics(trainer, {"other": torch.tensor(1.0)})
     assert set(lightning_results.callback_metrics(trainer)) == {"loss", "other"}
+
+
+def test_trainer_says_that_it_is_at_another_step() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Moves(Callback):
+        def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+            lightning_restart.go_to_step(trainer, 4, 70)
+
+        def on_before_backward(self, trainer: Any, *_: Any) -> None:
+            seen.append((trainer.current_epoch, trainer.global_step))
+
+    quiet(Moves(), limit_train_batches=2).fit(Model())
+    assert seen == [(4, 70), (4, 71)]

@@ -31,6 +31,27 @@ def test_views_tell_their_base() -> None:
     assert compat.base_of(tensor) is None
 
 
+def test_node_at_hand_is_that_of_the_backward_pass() -> None:
+    seen: list[Any] = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            seen.append(compat.node_at_hand())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            seen.append(compat.node_at_hand())
+            return gradient
+
+    output = Noted.apply(torch.ones(2, requires_grad=True))
+    node = output.grad_fn
+    output.sum().backward()
+    assert seen == [None, node]
+    assert node.name() == "NotedBackward"
+
+
 def test_version_is_kept() -> None:
     tensor, other = torch.zeros(2), torch.ones(2)
     with compat.version_kept(tensor), torch.no_grad():

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mgpu.callbacks import ExactResume
+from lightning_mgpu.callbacks import ExactResume, NonFiniteGuard, OutOfMemoryGuard
 
 FILES = sorted(CONF.rglob("*.yaml"))
 CHOICES = [(path.parent.relative_to(CONF).as_posix(), path.stem) for path in FILES]
@@ -181,6 +181,22 @@ def test_callbacks_exact_resume_adds_to_the_default() -> None:
     callbacks = config("callbacks=exact_resume").callbacks
     assert list(callbacks) == ["model_checkpoint", "last_checkpoint", "exact_resume"]
     assert isinstance(instantiate(callbacks.exact_resume), ExactResume)
+
+
+def test_callbacks_non_finite_adds_to_the_default() -> None:
+    callbacks = config("callbacks=non_finite", "callbacks.non_finite.action=skip").callbacks
+    assert list(callbacks) == ["model_checkpoint", "last_checkpoint", "non_finite"]
+    guard = instantiate(callbacks.non_finite)
+    assert isinstance(guard, NonFiniteGuard)
+    assert guard.action == "skip"
+
+
+def test_callbacks_oom_adds_to_the_default() -> None:
+    callbacks = config("callbacks=oom", "callbacks.out_of_memory.parts=2").callbacks
+    assert list(callbacks) == ["model_checkpoint", "last_checkpoint", "out_of_memory"]
+    guard = instantiate(callbacks.out_of_memory)
+    assert isinstance(guard, OutOfMemoryGuard)
+    assert guard.parts == 2
 
 
 @pytest.mark.parametrize("group", ["callbacks", "logger"])

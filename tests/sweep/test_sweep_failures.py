@@ -12,7 +12,7 @@ from ray.tune.experiment import Trial
 from ray.tune.trainable.function_trainable import FunctionTrainable
 
 from lightning_mgpu._compat.ray_tune import ActorLostError
-from lightning_mgpu.errors import ConfigError
+from lightning_mgpu.errors import ConfigError, NonFiniteError
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.sweep.job.oom_retry import check_shrinkable, shrink
 from lightning_mgpu.sweep.store.tune_state import StateKeeper
@@ -67,6 +67,13 @@ def test_error_in_words_says_that_memory_was_short() -> None:
         raise MemoryError("no\n more")
     with pytest.raises(TrialFailedError, match="KeyError: 'lr'"), failures_in_words():
         raise KeyError("lr")
+
+
+def test_error_in_words_says_where_a_nan_comes_from() -> None:
+    words = "Step 3 (epoch 0, batch 3): the loss is NaN. First: NaN by `log` in `net.1`."
+    with pytest.raises(TrialFailedError) as caught, failures_in_words():
+        raise NonFiniteError(words, "Lower the learning rate.")
+    assert reason(of_an_actor(caught.value)).startswith(f"NonFiniteError: {words}")
 
 
 @pytest.mark.parametrize(

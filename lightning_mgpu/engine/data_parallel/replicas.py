@@ -80,6 +80,11 @@ class Replicas:
         """The master's units."""
         return self._structure.units
 
+    @property
+    def copies(self) -> list[nn.Module]:
+        """The other slots' modules, as far as they are made."""
+        return [slot.module for slot in self._slots[1:]]
+
     def units_of(self, slot: int) -> list[Any]:
         """A slot's copies of the units."""
         return self._slots[slot].units

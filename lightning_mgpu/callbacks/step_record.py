@@ -1,0 +1,168 @@
+"""What a training step starts from, kept for the case that it is to be computed again."""
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mgpu._compat.lightning import LightningModule, Trainer
+from lightning_mgpu._compat.torch import version_of
+from lightning_mgpu.callbacks import rank_state
+from lightning_mgpu.engine.device import is_accelerator
+from lightning_mgpu.engine.random_state import RandomState
+from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
+
+# Larger buffers (tables, queues) are copied where they have been written to; smaller ones always,
+# since kernels such as batch normalisation's write without counting it.
+_SMALL = 2**16
+
+
+def accelerators(trainer: Trainer) -> list[torch.device]:
+    """The devices of this process that have random generators of their own."""
+    strategy = trainer.strategy
+    devices = [strategy.root_device]
+    for name in ("devices", "own_devices"):  # of replicas, and of stages
+        devices += getattr(strategy, name, None) or []
+    return [device for device in dict.fromkeys(devices) if is_accelerator(device)]
+
+
+def random_streams(trainer: Trainer) -> dict[str, Any] | None:
+    """The state of the strategy's random streams, if it has any."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, MultiDeviceStrategy):
+        return None
+    return strategy.random_streams().state_dict()
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Arguments, random states and buffers from before a step, whose weights are there.
+
+    Attributes:
+        args: Of the strategy's `training_step`.
+        kwargs: The same, by name.
+        random: States of the generators.
+        streams: Those of the strategy's streams.
+        buffers: Copies of the module's buffers, by name; valid until the next step begins.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random: RandomState
+    streams: dict[str, Any] | None
+    buffers: dict[str, Tensor]
+
+
+class Recorder:
+    """Makes a record of each step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._devices = trainer, accelerators(trainer)
+        self._named: list[tuple[str, Tensor]] | None = None
+        self._copies: dict[str, Tensor] = {}
+        self._versions: dict[str, tuple[Tensor, int]] = {}
+
+    def look_again(self) -> None:
+        """Find the buffers anew, since they may have been replaced."""
+        self._named = None
+
+    def keep(self) -> None:
+        """Have the copies that the last record refers to stay as they are."""
+        self._copies, self._versions = {}, {}
+
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepRecord:
+        """The record of a step that is about to begin."""
+        if self._named is None:
+            self._named = list(self._trainer.lightning_module.named_buffers())
+        with torch.no_grad():
+            for name, buffer in self._named:
+                self._copy(name, buffer)
+        random, streams = RandomState(self._devices), random_streams(self._trainer)
+        return StepRecord(args, kwargs, random, streams, self._copies)
+
+    def _copy(self, name: str, buffer: Tensor) -> None:
+        known, version = self._versions.get(name, (None, -1))
+        counts = not buffer.is_inference()
+        if known is buffer and counts and buffer.numel() > _SMALL and version == version_of(buffer):
+            return
+        copied = self._copies.get(name)
+        if copied is None or copied.shape != buffer.shape or copied.device != buffer.device:
+            self._copies[name] = buffer.detach().clone()
+        else:
+            copied.copy_(buffer)
+        self._versions[name] = buffer, version_of(buffer) if counts else -1
+
+
+def put_back(trainer: Trainer, record: StepRecord) -> None:
+    """Put buffers and random states back to those from before a step."""
+    strategy = trainer.strategy
+    _put(trainer.lightning_module, record.buffers)
+    record.random.restore()
+    if record.streams is not None and isinstance(strategy, MultiDeviceStrategy):
+        strategy.random_streams().load_state_dict(record.streams)
+
+
+@contextmanager
+def as_before(trainer: Trainer, record: StepRecord) -> Iterator[None]:
+    """The run as it was before a step, but for attributes; all is as it is now after the block.
+
+    Args:
+        trainer: Between backward and the optimizer's step.
+        record: Of that step.
+    """
+    model, strategy = trainer.lightning_module, trainer.strategy
+    now, streams = RandomState(accelerators(trainer)), random_streams(trainer)
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    metrics = rank_state.metric_states(model, ())
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    attributes = [(module, _attributes(module)) for module in model.modules()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        put_back(trainer, record)
+        yield
+    finally:
+        for module, known in attributes:
+            _put_attributes(module, known)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        _put(model, buffers)
+        rank_state.restore_metrics(model, metrics)
+        if streams is not None and isinstance(strategy, MultiDeviceStrategy):
+            strategy.random_streams().load_state_dict(streams)
+        now.restore()
+
+
+def _put(model: LightningModule, buffers: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in buffers and buffers[name].shape == buffer.shape:
+                buffer.copy_(buffers[name])
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A module's attributes, and copies of those that are plain containers."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, (list, dict, set, deque)) else None)
+        for name, value in vars(module).items()
+    }
+
+
+def _put_attributes(module: torch.nn.Module, known: dict[str, tuple[Any, Any]]) -> None:
+    state = vars(module)
+    for name in state.keys() - known.keys():
+        del state[name]
+    for name, (value, content) in known.items():
+        state[name] = value
+        if content is None:
+            continue
+        value.clear()
+        if isinstance(value, (list, deque)):
+            value.extend(content)
+        else:
+            value.update(content)
