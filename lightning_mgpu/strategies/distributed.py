@@ -45,12 +45,16 @@ class DDPStrategy(RebuiltDDPStrategy):
             run ends with an error that says where both are. Default: a little less than `timeout`
             (30 minutes), after which the collective fails anyway. Waits that cannot end are told of
             within seconds. Without effect where the ranks come from outside.
+        detect_divergence: Compare the ranks' parameters by hash each time after so many optimizer
+            steps, and end the run where they differ; default: never. Buffers are left out: each
+            rank has its own until rank 0's are sent to all in the next forward pass.
         **kwargs: As Lightning's `DDPStrategy`, and through it
             `torch.nn.parallel.DistributedDataParallel`. `start_method` must stay ``"popen"``.
 
     Raises:
         MisconfigurationException: `num_nodes` is more than 1 and nothing outside starts the ranks.
-        ValueError: `start_method` is given, or `hang_timeout_s` is not positive.
+        ValueError: `start_method` is given, or `hang_timeout_s` or `detect_divergence` is not
+            positive.
     """
 
     strategy_name = "mgpu_ddp"
