@@ -28,6 +28,27 @@ def set_live_state_aside(trainer: "Trainer", stack: ExitStack) -> None:
     stack.enter_context(replaced(trainer.predict_loop, _predictions=[]))
 
 
+def progress_of(trainer: "Trainer") -> dict[str, Any]:
+    """How far a Trainer is: its stage, epoch, steps, batch, and names logged in the current loop.
+
+    May be called from another thread than the Trainer's.
+    """
+    loop = trainer._active_loop
+    if loop is None:
+        return {"stage": "setup"}
+    stage = trainer.state.stage
+    batches = trainer.fit_loop.epoch_loop if trainer.training else loop
+    progress = getattr(batches, "batch_progress", None)
+    told = {
+        "stage": stage.value if stage is not None else "setup",
+        "epoch": trainer.current_epoch,
+        "global step": trainer.global_step,
+        "batches begun": progress.current.ready if progress is not None else None,
+        "logged": ", ".join(list(trainer._results or ())) or "nothing",
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def predict_loaders(trainer: "Trainer") -> list[Any]:
     """The dataloaders of a `predict` that is just over."""
     combined = trainer.predict_loop._combined_loader

@@ -33,14 +33,14 @@ def raise_in_thread(ident: int, kind: type[BaseException]) -> bool:
     return found > 0
 
 
-def stack_of(ident: int) -> str:
-    """Stack of a thread, as in a traceback; empty if there is no such thread.
+def stack_of(ident: int) -> traceback.StackSummary:
+    """Stack of a thread, the innermost call last; empty if there is no such thread.
 
     Args:
         ident: The thread's, as `threading.get_ident` returns it.
     """
     frame = sys._current_frames().get(ident)
-    return "".join(traceback.format_stack(frame)) if frame is not None else ""
+    return traceback.extract_stack(frame) if frame is not None else traceback.StackSummary()
 
 
 def set_warning_filters(filters: Sequence[Any]) -> None:

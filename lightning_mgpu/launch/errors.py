@@ -10,8 +10,6 @@ import cloudpickle
 
 from lightning_mgpu._compat.torch_messages import COLLECTIVE_FAILED, COLLECTIVE_TIMED_OUT
 
-_NO_ANSWER = "  (no answer: it is probably in native code that holds the interpreter's lock)"
-
 
 class LaunchError(RuntimeError):
     """A launch was refused or could not start."""
@@ -39,42 +37,17 @@ class WorkerDiedError(RuntimeError):
 
 
 class RankHungError(TimeoutError):
-    """Some ranks waited longer than the timeout for others; the message shows their stacks.
+    """Some ranks waited for others for too long, or for what cannot come.
+
+    The message says where each rank is, and shows their stacks.
 
     Attributes:
-        ranks: The ranks that did not arrive.
+        ranks: The ranks that did not arrive; empty if all waited for each other.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         self.ranks = ranks
         super().__init__(message)
-
-    @classmethod
-    def of(cls, ranks: tuple[int, ...], stacks: dict[int, str], timeout: float) -> "RankHungError":
-        """The error for `ranks` that did not arrive.
-
-        Args:
-            ranks: Empty if every rank waited for the others.
-            stacks: Python stacks by rank, as far as they are known.
-            timeout: In seconds.
-        """
-        shown = "\n".join(
-            f"Python stack of rank {rank}:\n" + stacks.get(rank, _NO_ANSWER).rstrip()
-            for rank in ranks or sorted(stacks)
-        )
-        if not ranks:
-            return cls(
-                f"Every rank waited more than {timeout:g} s for the others: they do not run the"
-                " same sequence of collectives. Look for a branch that only some ranks take, or"
-                f" for a dataset that gives some ranks more batches.\n{shown}"
-            )
-        noun = "rank" if len(ranks) == 1 else "ranks"
-        return cls(
-            f"The other ranks waited more than {timeout:g} s for {noun}"
-            f" {', '.join(map(str, ranks))}. If those are only slow, raise the strategy's"
-            f" `timeout`.\n{shown}",
-            ranks,
-        )
 
     def __reduce__(self) -> tuple[type["RankHungError"], tuple[str, tuple[int, ...]]]:
         return type(self), (str(self), self.ranks)

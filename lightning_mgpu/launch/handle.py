@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from lightning_mgpu.launch import protocol
@@ -63,6 +64,13 @@ class WorkerHandle:
     def is_alive(self) -> bool:
         """Return whether the process is running."""
         return self._process.poll() is None
+
+    def is_stopped(self) -> bool:
+        """Return whether the process is stopped by a signal; `False` where it cannot be told."""
+        with suppress(OSError, ValueError):
+            status = Path(f"/proc/{self.pid}/stat").read_text()
+            return status.rpartition(")")[2].split()[0] == "T"
+        return False
 
     def send(self, message: Any, file: int | None = None) -> None:
         """Send a message. If the worker is gone, waiting for its answer fails."""

@@ -9,15 +9,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lightning_mgpu._compat.python import stack_of
 from lightning_mgpu.launch import protocol
-from lightning_mgpu.launch.errors import (
-    RankHungError,
-    RemoteFailure,
-    WorkerDiedError,
-)
+from lightning_mgpu.launch.errors import RemoteFailure, WorkerDiedError
 from lightning_mgpu.launch.handle import WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupted, Interrupter
+from lightning_mgpu.launch.position import Observer
+from lightning_mgpu.launch.rank import Rank
+from lightning_mgpu.launch.watchdog import Watchdog
 
 # A lost peer breaks everybody's collectives at once: wait for the rank that knows the reason.
 _CAUSE_SECONDS = 2.0
@@ -46,6 +44,7 @@ class LaunchMonitor:
         interrupter: The way into rank 0's thread.
         timeout: The collectives' timeout in seconds, for the message.
         unblock: Called at the conclusion to free ranks that wait for a peer.
+        hang_timeout: As for `WorkerPool.launch`.
     """
 
     def __init__(
@@ -54,6 +53,7 @@ class LaunchMonitor:
         interrupter: Interrupter,
         timeout: float,
         unblock: Callable[[], None],
+        hang_timeout: float | None = None,
     ) -> None:
         self._workers = workers
         self._interrupter = interrupter
@@ -64,10 +64,10 @@ class LaunchMonitor:
         self._files: list[int] = []
         self._failures: dict[int, RemoteFailure | BaseException] = {}
         self._failed_at: dict[int, float] = {}
-        self._stacks: dict[int, str] = {}
         self._missing: tuple[int, ...] = ()
         self._conclusion: BaseException | None = None
-        self._rank_zero = threading.get_ident()
+        self._observer = Observer(threading.get_ident())
+        self._watchdog = Watchdog(workers, self._observer, timeout, hang_timeout)
         self._rank_zero_busy = False
         self._rank_zero_freed = False
         self._deadlines: dict[Callable[[], None], float] = {}
@@ -108,7 +108,7 @@ class LaunchMonitor:
         """
         if not self.wait_for(kind, seconds):
             with self._changed:
-                self._after(0.0, self._show_missing_stacks)
+                self._after(0.0, self._look_for_the_cause)
                 self._wait_for_conclusion()
         with self._changed:
             if self._conclusion is not None:
@@ -127,8 +127,8 @@ class LaunchMonitor:
                 seconds,
             )
 
-    def rank_zero(self, function: Callable[[], Any]) -> Any:
-        """Run rank 0's part in this thread.
+    def rank_zero(self, function: Callable[[Rank], Any], rank: Rank) -> Any:
+        """Run rank 0's part, `function`, in this thread.
 
         Raises:
             BaseException: What `function` raised, or the first cause if that lies on another rank.
@@ -137,7 +137,9 @@ class LaunchMonitor:
             try:
                 with self._changed:
                     self._rank_zero_busy = True
-                result = function()
+                    self._after(self._watchdog.interval, self._watch)
+                with self._observer.observing(function):
+                    result = function(rank)
             finally:
                 with self._changed:
                     self._rank_zero_busy = False
@@ -206,9 +208,9 @@ class LaunchMonitor:
         with self._changed:
             if isinstance(message, protocol.Failed):
                 self._report(rank, message.failure, message.failure)
-            elif isinstance(message, protocol.Stack):
-                self._stacks[rank] = message.text
-                if set(self._stacks).issuperset(self._missing):
+            elif isinstance(message, protocol.Seen):
+                # The last of the answers that a conclusion waits for.
+                if self._watchdog.answer(rank, message) and self._conclude_hang in self._deadlines:
                     self._after(0.0, self._conclude_hang)
             else:
                 self._answers.setdefault(type(message), {})[rank] = file
@@ -224,34 +226,49 @@ class LaunchMonitor:
         self._failed_at[rank] = time.monotonic()
         if not facts.is_collective:
             self._conclude(self._error_of(rank))
-        elif self._conclusion is None and self._show_missing_stacks not in self._deadlines:
-            self._after(_CAUSE_SECONDS, self._show_missing_stacks)
+        elif self._conclusion is None and self._look_for_the_cause not in self._deadlines:
+            self._after(_CAUSE_SECONDS, self._look_for_the_cause)
 
-    def _show_missing_stacks(self) -> None:
-        """Ask ranks that have not answered for their stacks, as no cause is known."""
+    def _watch(self) -> None:
+        """Look for ranks that wait in vain."""
+        with self._changed:
+            ended = self._ended()
+            if self._conclusion is not None or len(ended) > len(self._workers):
+                return
+            # Once a rank has failed, others fail of it, and the reason is on its way.
+            hung = None if self._failures else self._watchdog.tick(ended)
+            if hung is not None:
+                self._conclude(hung)
+            else:
+                self._after(self._watchdog.interval, self._watch)
+
+    def _ended(self) -> set[int]:
+        """The ranks whose function has come to its end."""
+        ended = set(self._answers.get(protocol.Done, {}))
+        return ended if self._rank_zero_busy or 0 in self._failures else {0, *ended}
+
+    def _look_for_the_cause(self) -> None:
+        """Ask all ranks where they are, as none has told of a cause."""
         with self._changed:
             if self._conclusion is not None:
                 return
-            finished = {*self._failures, *self._answers.get(protocol.Done, {})}
-            self._missing = tuple(rank for rank in self._workers if rank not in finished)
-            for rank in self._missing:
-                self._workers[rank].send(protocol.ShowStack())
-            if self._rank_zero_busy:
-                self._missing = (0, *self._missing)
-                self._stacks[0] = self._rank_zero_stack()
-            self._after(_STACK_SECONDS if self._missing else 0.0, self._conclude_hang)
+            over = {*self._failures, *self._ended()}
+            self._missing = tuple(rank for rank in (0, *self._workers) if rank not in over)
+            self._watchdog.ask_all()
+            self._after(_STACK_SECONDS, self._conclude_hang)
 
     def _conclude_hang(self) -> None:
         with self._changed:
             facts = {rank: _facts(failure) for rank, failure in sorted(self._failures.items())}
             error = next((self._error_of(rank) for rank in facts), None)
-            if error is not None and not any(failure.is_timeout for failure in facts.values()):
-                # Somebody's connection broke, and everybody is still there: not a hang.
-                self._conclude(error)
-                return
-            ranks = self._missing or self._late(facts)
-            stacks = {rank: failure.traceback for rank, failure in facts.items()} | self._stacks
-            hung = RankHungError.of(ranks, stacks, self._timeout)
+            tracebacks = {rank: failure.traceback for rank, failure in facts.items()}
+            situation = self._watchdog.situation(self._ended(), tracebacks)
+            hung = situation.mismatch()
+            if hung is None:
+                if error is not None and not any(each.is_timeout for each in facts.values()):
+                    self._conclude(error)  # a connection broke, and everybody is still there
+                    return
+                hung = situation.given_up(self._missing or self._late(facts), self._timeout)
             hung.__cause__ = error
             self._conclude(hung)
 
@@ -302,9 +319,6 @@ class LaunchMonitor:
     def _error_of(self, rank: int) -> BaseException:
         failure = self._failures[rank]
         return failure.restore(rank) if isinstance(failure, RemoteFailure) else failure
-
-    def _rank_zero_stack(self) -> str:
-        return stack_of(self._rank_zero)
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
         self._deadlines[action] = time.monotonic() + seconds

@@ -65,6 +65,7 @@ class WorkerPool:
         *,
         world_size: int,
         timeout: timedelta,
+        hang_timeout: float | None = None,
         prepare: Callable[[Rank], None] | None = None,
         normal_exit: tuple[type[BaseException], ...] = (),
         locations: Callable[[int], Mapping[str, str]] = lambda _: {},
@@ -78,6 +79,8 @@ class WorkerPool:
                 `None` if there are none.
             world_size: Number of ranks, the calling process included.
             timeout: How long ranks wait for each other; a rank that is later counts as hung.
+            hang_timeout: Seconds that a rank may keep another waiting in a collective; default: a
+                little less than `timeout`.
             prepare: Called on each worker before `remote` is unpickled; picklable by reference.
             normal_exit: Exceptions that end a rank's function without being a failure.
             locations: For a rank, where tensors go that are on an accelerator here, as
@@ -91,7 +94,8 @@ class WorkerPool:
             LaunchError: Refused: inside a worker, beside another launch or beside a process group
                 that somebody else has initialised.
             WorkerDiedError: A worker's process ended.
-            RankHungError: A rank kept the others waiting longer than `timeout`.
+            RankHungError: A rank kept others waiting for too long, or ranks wait for what cannot
+                come.
             BaseException: What any rank's function raised; one raised on a worker has that
                 rank's traceback as its cause.
         """
@@ -116,7 +120,9 @@ class WorkerPool:
                     threading.Thread(target=abort_group, daemon=True).start()
 
             seconds = timeout.total_seconds()
-            watch = stack.enter_context(LaunchMonitor(workers, interrupter, seconds, unblock))
+            watch = stack.enter_context(
+                LaunchMonitor(workers, interrupter, seconds, unblock, hang_timeout)
+            )
 
             def run(rank: int) -> protocol.Run:
                 return protocol.Run(ranks[rank], state, prepare, normal_exit, locations(rank))
@@ -136,7 +142,7 @@ class WorkerPool:
             result, ending = None, None
             try:
                 with shown(ranks[0]):
-                    result = watch.rank_zero(lambda: local(ranks[0]))
+                    result = watch.rank_zero(local, ranks[0])
             except normal_exit as error:
                 ending = error
             files = watch.collect(protocol.Done, seconds)

@@ -16,8 +16,8 @@ One launch, from top to bottom::
          v                                               v  waits for it
 
 A worker whose part fails sends `Failed` in place of `Ready` or `Done`, and does not leave the group
-by itself, since others may be talking to it: the caller kills all workers. `ShowStack` may be sent
-at any time, and is answered by `Stack` from a thread that is never busy.
+by itself, since others may be talking to it: the caller kills all workers. `Look` may be sent at
+any time, and is answered by `Seen` from a thread that is never busy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mgpu.launch.errors import RemoteFailure
+from lightning_mgpu.launch.position import Position
 from lightning_mgpu.launch.process_state import ProcessState
 from lightning_mgpu.launch.rank import Rank
 
@@ -74,10 +75,12 @@ class Idle:
 
 
 @dataclass(frozen=True)
-class ShowStack:
-    pass
+class Look:
+    launch: int
+    detailed: bool
 
 
 @dataclass(frozen=True)
-class Stack:
-    text: str
+class Seen:
+    launch: int
+    position: Position

@@ -15,10 +15,10 @@ import sys
 import threading
 from typing import Any, TypeVar
 
-from lightning_mgpu._compat.python import stack_of
 from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.channel import Channel
 from lightning_mgpu.launch.errors import RemoteFailure
+from lightning_mgpu.launch.position import Observer
 from lightning_mgpu.launch.rank import GroupGuard
 from lightning_mgpu.launch.rank_variables import of_rank
 from lightning_mgpu.launch.torch_state import release_accelerator_memory
@@ -65,7 +65,7 @@ class _Inbox:
         self._channel = channel
         self._parent = parent
         self._messages: queue.SimpleQueue[tuple[Any, int | None]] = queue.SimpleQueue()
-        self._main_thread = threading.get_ident()
+        self.observer = Observer(threading.get_ident())
         threading.Thread(target=self._receive, name="mgpu-inbox", daemon=True).start()
 
     def next(self) -> tuple[Any, int | None]:
@@ -91,17 +91,15 @@ class _Inbox:
                 except Exception as error:  # a class in the message is not to be found here
                     self._channel.send(protocol.Failed(RemoteFailure.of(error)))
                     continue
-                if isinstance(message, protocol.ShowStack):
-                    self._channel.send(protocol.Stack(self._stack()))
+                if isinstance(message, protocol.Look):
+                    position = self.observer.look(message.detailed)
+                    self._channel.send(protocol.Seen(message.launch, position))
                 else:
                     self._messages.put((message, file))
         except (EOFError, OSError):
             # The caller is gone or wants us gone. Our own children (DataLoader workers) are in
             # our process group and go with us.
             os.killpg(0, signal.SIGKILL)
-
-    def _stack(self) -> str:
-        return stack_of(self._main_thread)
 
 
 class _Worker:
@@ -138,6 +136,7 @@ class _Worker:
 
     def _run(self, run: protocol.Run, file: int) -> Any:
         run.state.apply()
+        self._inbox.observer.begin()
         os.environ.update(of_rank(run.rank))
         if run.prepare is not None:
             run.prepare(run.rank)
@@ -146,7 +145,8 @@ class _Worker:
         self._channel.send(protocol.Ready())
         self._inbox.expect(protocol.Go)
         try:
-            return function(run.rank)
+            with self._inbox.observer.observing(function):
+                return function(run.rank)
         except run.normal_exit:
             return None
 

@@ -51,7 +51,7 @@ class RayStrategy(LaunchedOnRay, RebuiltDDPStrategy):
             possible), ``"SPREAD"`` (on as many), ``"STRICT_PACK"`` (on one), ``"STRICT_SPREAD"``
             (each on another).
         **kwargs: As Lightning's `DDPStrategy`, and through it
-            `torch.nn.parallel.DistributedDataParallel`.
+            `torch.nn.parallel.DistributedDataParallel`; `detect_divergence` as our `DDPStrategy`.
 
     Raises:
         ValueError: An argument is out of range.

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+from typing import Any
 
 import torch
 from torch.distributed.constants import default_pg_timeout
@@ -40,17 +41,33 @@ class DDPStrategy(RebuiltDDPStrategy):
 
     Args:
         *args: As Lightning's `DDPStrategy`.
+        hang_timeout_s: Seconds that a rank may keep another one waiting in a collective, before the
+            run ends with an error that says where both are. Default: a little less than `timeout`
+            (30 minutes), after which the collective fails anyway. Waits that cannot end are told of
+            within seconds. Without effect where the ranks come from outside.
+        detect_divergence: Compare the ranks' parameters by hash each time after so many optimizer
+            steps, and end the run where they differ; default: never. Buffers are left out: each
+            rank has its own until rank 0's are sent to all in the next forward pass.
         **kwargs: As Lightning's `DDPStrategy`, and through it
-            `torch.nn.parallel.DistributedDataParallel`. `timeout` (default 30 minutes) also
-            bounds how long a rank may hang before the run ends with its Python stack.
-            `start_method` must stay ``"popen"``.
+            `torch.nn.parallel.DistributedDataParallel`. `start_method` must stay ``"popen"``.
 
     Raises:
         MisconfigurationException: `num_nodes` is more than 1 and nothing outside starts the ranks.
-        ValueError: `start_method` is given.
+        ValueError: `start_method` is given, or `hang_timeout_s` or `detect_divergence` is not
+            positive.
     """
 
     strategy_name = "mgpu_ddp"
+    hang_timeout_s: float | None = None
+
+    def __init__(self, *args: Any, hang_timeout_s: float | None = None, **kwargs: Any) -> None:
+        if hang_timeout_s is not None and not hang_timeout_s > 0:
+            raise ValueError(
+                f"`{type(self).__name__}(hang_timeout_s={hang_timeout_s!r})`: give seconds, more"
+                " than 0, or leave it out for a little less than `timeout`."
+            )
+        super().__init__(*args, **kwargs)
+        self.hang_timeout_s = hang_timeout_s
 
     @property
     def cluster_environment(self) -> ClusterEnvironment | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_models import Calls, Model, quiet
+from lightning_models import Calls, Model, Validated, quiet
 
 import lightning_mgpu._compat.lightning as names
 from lightning_mgpu._compat import (
@@ -176,6 +176,30 @@ def test_live_state_is_set_aside_and_comes_back() -> None:
         assert [loop._combined_loader for loop in loops] == [None, None]
     assert [loop._combined_loader for loop in loops] == loaders
     assert trainer.predict_loop._predictions is predictions
+
+
+def test_progress_is_told_in_all_stages() -> None:
+    told = {}
+    trainer = quiet(
+        Calls(
+            setup=lambda t: told.update(setup=lightning_loops.progress_of(t)),
+            on_train_batch_end=lambda t: told.update(fit=lightning_loops.progress_of(t)),
+            on_validation_batch_end=lambda t: told.update(validate=lightning_loops.progress_of(t)),
+            on_predict_batch_end=lambda t: told.update(predict=lightning_loops.progress_of(t)),
+        ),
+        max_steps=2,
+    )
+    assert lightning_loops.progress_of(trainer) == {"stage": "setup"}
+    trainer.fit(Validated())
+    assert told["setup"]["stage"] in ("setup", "train", "fit")
+    assert told["fit"] == {
+        **{"stage": "train", "epoch": 0, "global step": 2, "batches begun": 2},
+        "logged": "training_step.loss",
+    }
+    assert told["validate"]["stage"] == "validate"
+    assert told["validate"]["logged"] == "validation_step.val_loss"
+    trainer.predict(Model())
+    assert told["predict"]["batches begun"] == 2
 
 
 def test_loaders_of_a_prediction() -> None:

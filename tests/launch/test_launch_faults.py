@@ -446,7 +446,10 @@ def test_hang_names_the_rank_and_shows_its_stack(hanging: int) -> None:
             sleep_in_this_function()
         dist.barrier()
 
-    with soon(), pytest.raises(RankHungError, match=f"more than 2 s for rank {hanging}") as info:
+    with (
+        soon(),
+        pytest.raises(RankHungError, match=rf"more than .* s for rank {hanging}, at ") as info,
+    ):
         launch(hang, timeout=_SHORT)
     assert info.value.ranks == (hanging,)
     assert "raise the strategy's `timeout`" in str(info.value)

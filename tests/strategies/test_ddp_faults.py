@@ -99,7 +99,9 @@ def test_killed_worker_is_named() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_hanging_rank_is_named_with_its_stack(rank: int) -> None:
-    with pytest.raises(RankHungError, match=rf"(?s)more than 3 s for rank {rank}.*sleep_forever"):
+    with pytest.raises(
+        RankHungError, match=rf"(?s)more than .* s for rank {rank}, at .*sleep_forever"
+    ):
         _fit(Fault(rank, "sleep_forever"), timeout=timedelta(seconds=3))
     assert _recovers()
 

@@ -17,7 +17,7 @@ from lightning_mgpu._compat.lightning import (
     _Launcher,
     _TunerExitException,
 )
-from lightning_mgpu._compat.lightning_loops import set_live_state_aside
+from lightning_mgpu._compat.lightning_loops import progress_of, set_live_state_aside
 from lightning_mgpu._compat.lightning_trainer import (
     restore_signal_handlers,
     signal_handlers_before,
@@ -75,6 +75,7 @@ class PoolLauncher(_Launcher):
                 payload,
                 world_size=world_size,
                 timeout=getattr(self._strategy, "_timeout", None) or default_pg_timeout,
+                hang_timeout=getattr(self._strategy, "hang_timeout_s", None),
                 prepare=_announce_rank,
                 normal_exit=(_TunerExitException,),
                 locations=self._locations,
@@ -131,6 +132,10 @@ class _RankEntry:
             return RankPredictions.of(self.trainer, result)
         # Metrics are reduced over the ranks already.
         return result if rank.rank == 0 else None
+
+    def progress(self) -> dict[str, Any]:
+        """How far this rank is, for the message about a hang; called from another thread."""
+        return {} if self.trainer is None else progress_of(self.trainer)
 
     @contextmanager
     def pickled(self) -> Iterator[Payload]:

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import DDPStrategy as _LightningDDPStrategy
 from lightning_mgpu.strategies.base.belonging import Belonging
+from lightning_mgpu.strategies.ranks.divergence import DivergenceCheck
 from lightning_mgpu.strategies.ranks.reduced import (
     Reduced,
     as_trainable,
@@ -22,9 +23,31 @@ log = logging.getLogger(__name__)
 
 
 class RebuiltDDPStrategy(Belonging, _LightningDDPStrategy):
-    """Lightning's DDP, rebuilt when parameters are unfrozen, frozen or added."""
+    """Lightning's DDP, rebuilt when parameters are unfrozen, frozen or added.
+
+    Args:
+        *args: As Lightning's `DDPStrategy`.
+        detect_divergence: Compare the ranks' parameters each time after so many optimizer steps;
+            default: never.
+        **kwargs: As Lightning's `DDPStrategy`.
+
+    Raises:
+        ValueError: `detect_divergence` is no positive number.
+    """
 
     _reduced: Reduced | None = None
+    _divergence: DivergenceCheck | None = None
+
+    def __init__(self, *args: Any, detect_divergence: int | None = None, **kwargs: Any) -> None:
+        if detect_divergence is not None:
+            if not isinstance(detect_divergence, int) or detect_divergence < 1:
+                raise ValueError(
+                    f"`{type(self).__name__}(detect_divergence={detect_divergence!r})`: give the"
+                    " number of optimizer steps between two comparisons, at least 1, or leave it"
+                    " out."
+                )
+            self._divergence = DivergenceCheck(detect_divergence)
+        super().__init__(*args, **kwargs)
 
     @override
     def configure_ddp(self) -> None:
@@ -35,7 +58,13 @@ class RebuiltDDPStrategy(Belonging, _LightningDDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._follow_parameters()
+        self._compare_parameters()
         return super().training_step(*args, **kwargs)
+
+    @override
+    def on_train_end(self) -> None:
+        self._compare_parameters()
+        super().on_train_end()
 
     @override
     def post_backward(self, closure_loss: torch.Tensor) -> None:
@@ -47,6 +76,17 @@ class RebuiltDDPStrategy(Belonging, _LightningDDPStrategy):
     def teardown(self) -> None:
         self._reduced = None
         super().teardown()
+
+    def _compare_parameters(self) -> None:
+        model, module, check = self.model, self.lightning_module, self._divergence
+        if check is None or not isinstance(model, DistributedDataParallel) or module is None:
+            return
+        step = module.trainer.global_step
+        if not check.is_due(step):
+            return
+        ignored = model.parameters_to_ignore
+        named = {name: p for name, p in model.module.named_parameters() if name not in ignored}
+        check.compare(named, step, self.root_device)
 
     def _follow_parameters(self) -> None:
         """Rebuild DDP if parameters were unfrozen, frozen or added since it was built.
