@@ -17,7 +17,6 @@ from lightning_mgpu._compat.lightning import (
     MisconfigurationException,
     Trainer,
 )
-from lightning_mgpu.callbacks import rank_state
 from lightning_mgpu.callbacks.bundle import save_bundle
 from lightning_mgpu.callbacks.method_override import MethodOverride
 from lightning_mgpu.callbacks.snapshots import Snapshots
@@ -25,6 +24,7 @@ from lightning_mgpu.callbacks.step_record import Recorder, StepRecord
 from lightning_mgpu.callbacks.step_replay import Found, find, gradients_not_finite, local
 from lightning_mgpu.engine.finite_watch import not_finite
 from lightning_mgpu.errors import NonFiniteError
+from lightning_mgpu.strategies.resume import rank_state
 
 log = logging.getLogger(__name__)
 

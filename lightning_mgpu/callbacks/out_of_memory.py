@@ -19,10 +19,10 @@ from lightning_mgpu._compat.lightning import (
 from lightning_mgpu._compat.lightning_messages import says_out_of_memory
 from lightning_mgpu.callbacks.method_override import MethodOverride
 from lightning_mgpu.callbacks.step_in_parts import StepInParts
-from lightning_mgpu.callbacks.step_record import accelerators
 from lightning_mgpu.callbacks.step_replay import loss_of
 from lightning_mgpu.engine.device import release_memory
 from lightning_mgpu.engine.error_notes import add_note
+from lightning_mgpu.strategies.resume.random_sources import accelerators
 from lightning_mgpu.strategies.stages.pipelined import PipelineMixin
 
 log = logging.getLogger(__name__)

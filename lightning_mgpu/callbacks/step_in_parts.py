@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_mgpu._compat.lightning import Trainer
-from lightning_mgpu.callbacks import rank_state
 from lightning_mgpu.callbacks.log_override import logging_to
 from lightning_mgpu.callbacks.step_record import Recorder, StepRecord, put_back
 from lightning_mgpu.callbacks.step_replay import loss_of
@@ -16,6 +15,7 @@ from lightning_mgpu.engine.autograd import Gradients, graft
 from lightning_mgpu.engine.batch import BatchLayout, Shard, gather, split
 from lightning_mgpu.strategies.base.loader_hint import loader_hint
 from lightning_mgpu.strategies.replicas.log_merging import BatchSizes, LogRecorder, replay
+from lightning_mgpu.strategies.resume import rank_state
 
 
 class StepInParts:

@@ -12,31 +12,14 @@ from torch import Tensor
 
 from lightning_mgpu._compat.lightning import LightningModule, Trainer
 from lightning_mgpu._compat.torch import version_of
-from lightning_mgpu.callbacks import rank_state
-from lightning_mgpu.engine.device import is_accelerator
 from lightning_mgpu.engine.random_state import RandomState
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
+from lightning_mgpu.strategies.resume import rank_state
+from lightning_mgpu.strategies.resume.random_sources import accelerators, random_streams
 
 # Larger buffers (tables, queues) are copied where they have been written to; smaller ones always,
 # since kernels such as batch normalisation's write without counting it.
 _SMALL = 2**16
-
-
-def accelerators(trainer: Trainer) -> list[torch.device]:
-    """The devices of this process that have random generators of their own."""
-    strategy = trainer.strategy
-    devices = [strategy.root_device]
-    for name in ("devices", "own_devices"):  # of replicas, and of stages
-        devices += getattr(strategy, name, None) or []
-    return [device for device in dict.fromkeys(devices) if is_accelerator(device)]
-
-
-def random_streams(trainer: Trainer) -> dict[str, Any] | None:
-    """The state of the strategy's random streams, if it has any."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, MultiDeviceStrategy):
-        return None
-    return strategy.random_streams().state_dict()
 
 
 @dataclass(frozen=True)

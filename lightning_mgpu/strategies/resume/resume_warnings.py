@@ -9,9 +9,9 @@ from lightning_mgpu._compat.lightning import (
     is_overridden,
     rank_zero_warn,
 )
-from lightning_mgpu.callbacks.resumable_loader import ResumableLoader
 from lightning_mgpu.engine.data_parallel.copying.generators import KINDS as GENERATORS
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
+from lightning_mgpu.strategies.resume.resumable_loader import ResumableLoader
 
 
 def of_rank(state: dict[str, Any], trainer: Trainer) -> dict[str, Any] | None:

@@ -24,9 +24,13 @@ from lightning_mgpu._compat.lightning_results import (
     metrics_to_reset,
     set_callback_metrics,
 )
-from lightning_mgpu.callbacks import rank_state
-from lightning_mgpu.callbacks.resumable_loader import Position, ResumableLoader
-from lightning_mgpu.callbacks.resume_warnings import (
+from lightning_mgpu.engine.random_state import RandomState
+from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
+from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
+from lightning_mgpu.strategies.resume import rank_state
+from lightning_mgpu.strategies.resume.random_sources import accelerators, random_streams
+from lightning_mgpu.strategies.resume.resumable_loader import Position, ResumableLoader
+from lightning_mgpu.strategies.resume.resume_warnings import (
     of_rank,
     warn_of_callbacks,
     warn_of_generators,
@@ -35,10 +39,6 @@ from lightning_mgpu.callbacks.resume_warnings import (
     warn_of_loaders,
     warn_of_stop,
 )
-from lightning_mgpu.callbacks.step_record import accelerators, random_streams
-from lightning_mgpu.engine.random_state import RandomState
-from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
-from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 
 # Where a checkpoint is written decides what a Trainer that goes on from it has still to do:
 #

@@ -1,0 +1,1 @@
+"""Go on with training as if it had not been interrupted."""
