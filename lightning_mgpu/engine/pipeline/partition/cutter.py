@@ -166,12 +166,14 @@ class Cutter:
         """Measure layers, and have the planner choose if there is one."""
         if self._planner is None:
             return measured(self.module, runs[usual])
-        found = {
-            count: measured(self.module, run, self._planner.least) for count, run in runs.items()
-        }
+        found: dict[int, Measured] = {}
+        for count in sorted(runs, reverse=True):  # small micro-batches first
+            if not found or self._planner.has_room(found, count):
+                found[count] = measured(self.module, runs[count], self._planner.least)
         self._take(self._planner.chosen(found, self._dealt))
         # Another process may have chosen what is not possible here.
-        return found.get(self.chosen.best.chunks if self.chosen else usual, found[usual])
+        nearest = self.chosen.best.chunks if self.chosen else usual
+        return found[min(found, key=lambda count: abs(count - nearest))]
 
     def _chosen(self, found: Measured, chunks: int) -> tuple[choice.Layers, list[int]]:
         dealt = self._dealt(found, chunks, self.stages)

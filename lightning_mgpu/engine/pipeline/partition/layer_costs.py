@@ -1,5 +1,6 @@
 """Measure the time and memory of each layer for one micro-batch."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ class Cost:
         received: Bytes that it is called with.
         inputs: The same, by the number of the memory, which several layers may be called with.
         returned: Bytes that it returns.
+        held: Bytes that gradients of weights need until they are computed later.
     """
 
     seconds: float = 0.0
@@ -40,6 +42,7 @@ class Cost:
     received: int = 0
     inputs: Mapping[int, int] = field(default_factory=dict)
     returned: int = 0
+    held: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -51,6 +54,7 @@ class Cost:
             self.received + other.received,
             {**self.inputs, **other.inputs},
             self.returned + other.returned,
+            self.held + other.held,
         )
 
 
@@ -80,13 +84,14 @@ def measured(module: Any, run: Callable[[], Any], least: int | None = None) -> M
     products = Multiplications(least)
     for time in range(_TIMES):
         with products if time == 0 else nullcontext():
-            called, output = observe(module, run, count_kept=True)
+            called, output = observe(module, run, count_kept=True, counter=lambda: products.held)
         whole, _ = observe(module, partial(_backward, module, output))
         found.append((called, whole.seconds))
     costs = _sizes(found[1][0])
     rounds = [_Span(called, called.began, called.began + called.seconds) for called, _ in found[1:]]
     _add_quickest(costs, rounds)
-    _add_kept(costs, _Span(found[1][0], 0, found[1][0].kept))
+    _share_out(costs, _Span(found[1][0], 0, found[1][0].kept), "activations", "kept_before")
+    _share_out(costs, _Span(found[0][0], 0, products.held), "held", "counted_before")
     share = min(back / called.seconds if called.seconds else 0.0 for called, back in found[1:])
     for name, cost in costs.items():
         backward = cost.forward * share
@@ -131,13 +136,20 @@ def _add_quickest(costs: dict[str, Cost], rounds: Sequence[_Span]) -> float:
     return seconds
 
 
-def _add_kept(costs: dict[str, Cost], span: _Span) -> None:
-    """Add the bytes kept of a call, and of those that it makes, to their costs."""
-    for inside in span.inside(lambda call: call.kept_before):
-        _add_kept(costs, inside)
+def _share_out(costs: dict[str, Cost], span: _Span, what: str, before: str) -> None:
+    """Add the bytes of a call, and of those that it makes, to their costs.
+
+    Args:
+        costs: By name.
+        span: The call.
+        what: Which attribute of theirs.
+        before: The attribute of calls that says how many bytes there were when they began.
+    """
+    for inside in span.inside(operator.attrgetter(before)):
+        _share_out(costs, inside, what, before)
     known = costs[span.call.name]
-    kept = known.activations + round(span.end - span.start)
-    costs[span.call.name] = replace(known, activations=kept)
+    changes: dict[str, Any] = {what: getattr(known, what) + round(span.end - span.start)}
+    costs[span.call.name] = replace(known, **changes)
 
 
 def _sizes(called: ModuleCall) -> dict[str, Cost]:

@@ -6,6 +6,7 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 from lightning_mgpu.engine.pipeline.partition.layer_costs import Cost
+from lightning_mgpu.engine.pipeline.runtime import schedule
 from lightning_mgpu.engine.pipeline.runtime.checkpointing import (
     CHECKPOINTS,
     Checkpoint,
@@ -73,7 +74,7 @@ class _Stage:
 
     whole: float
     inputs: float
-    largest: float
+    at_once: float
     seconds: float
 
 
@@ -89,7 +90,8 @@ class MemoryModel:
     """Memory of devices for any cut of a row of layers.
 
     Devices hold all micro-batches until their backward: what autograd keeps of them, or only the
-    inputs of layers, of which one at a time is computed again, from a copy of its inputs.
+    inputs of layers, of which one at a time is computed again, from a copy of its inputs, and with
+    the gradient of its output.
 
     Args:
         limit: What devices have.
@@ -127,7 +129,7 @@ class MemoryModel:
             What fits, or takes least memory if nothing does.
         """
         weights = self._weights_of(bounds)
-        stages = [self._stage(self._row[a:b]) for a, b in pairwise(bounds)]
+        stages = [self._stage(self._row[a:b], first=a == 0) for a, b in pairwise(bounds)]
         checkpoint = list(least)
         found = []
         for device in range(self._devices):
@@ -160,17 +162,20 @@ class MemoryModel:
             else:
                 # The last micro-batch's backward is over before others are computed again.
                 last += (self._chunks - again) * stage.whole
-                at_once = max(at_once, stage.largest)
+                at_once = max(at_once, stage.at_once)
         return _Way(
             seconds, kept + max(last + _EARLY * output, at_once + _LATE * output), checkpoint
         )
 
-    def _stage(self, row: Sequence[Cost]) -> _Stage:
+    def _stage(self, row: Sequence[Cost], first: bool) -> _Stage:
         inputs = {number: size for cost in row for number, size in cost.inputs.items()}
+        # What waits for gradients of weights: of the visit that is at work, and of those before.
+        visits = 1 if first else 1 + schedule.DEFERRED_RECOMPUTED_VISITS
+        held = sum(cost.held for cost in row)
         return _Stage(
             sum(cost.activations for cost in row),
             sum(inputs.values()),
-            max(cost.activations + cost.received for cost in row),
+            max(c.activations + c.received + c.returned for c in row) + visits * held,
             sum(cost.forward for cost in row),
         )
 

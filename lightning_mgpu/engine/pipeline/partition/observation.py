@@ -28,6 +28,7 @@ class ModuleCall:
         seconds: What it took, calls it made included.
         kept: The bytes that autograd kept of it, if that was counted.
         kept_before: Those that it had kept of the split module when the call began.
+        counted_before: What a counter of the caller's said then.
         received: The bytes of the tensors that it was called with.
         inputs: The same, by the memory's number, if bytes were counted.
         returned: The bytes of the tensors that it returned.
@@ -41,6 +42,7 @@ class ModuleCall:
     seconds: float = 0.0
     kept: int = 0
     kept_before: int = 0
+    counted_before: int = 0
     received: int = 0
     inputs: dict[int, int] = field(default_factory=dict)
     returned: int = 0
@@ -63,7 +65,10 @@ def registered(module: nn.Module, name: str = "") -> ModuleCall:
 
 
 def observe(
-    module: nn.Module, run: Callable[[], Any], count_kept: bool = False
+    module: nn.Module,
+    run: Callable[[], Any],
+    count_kept: bool = False,
+    counter: Callable[[], int] = lambda: 0,
 ) -> tuple[ModuleCall, Any]:
     """Watch a call of a module.
 
@@ -71,6 +76,7 @@ def observe(
         module: The module.
         run: Calls its `forward`.
         count_kept: Whether to count what autograd keeps.
+        counter: Asked at each call.
 
     Returns:
         The call, and what `run` has returned.
@@ -91,6 +97,7 @@ def observe(
             _mark(open_calls, given)  # (which drops nothing while it is watched)
         made = ModuleCall(name, called, given=[(t, version_of(t)) for t in given])
         made.received = _bytes(given)
+        made.counted_before = counter()
         if count_kept:
             made.kept_before = root.kept
             for tensor in given:

@@ -125,6 +125,20 @@ class StagePlanner:
         best = next(c for c in fitting if c.seconds <= (1 + _MARGIN) * quickest)
         return self.share(Chosen(best, candidates))
 
+    def has_room(self, measured: Mapping[int, Measured], chunks: int) -> bool:
+        """Return whether a device can hold what is kept while larger micro-batches are measured.
+
+        Args:
+            measured: What has been measured, by the number of micro-batches.
+            chunks: How many the larger ones would be.
+        """
+        if self.memory is None:
+            return True
+        fewest = min(measured)
+        whole = measured[fewest].costs[""]
+        needed = whole.parameters + whole.activations * fewest / chunks
+        return needed <= self.memory().size
+
     def _hand_over(self, measured: Measured) -> float:
         sizes = [cost.received for cost in measured.costs.values() if cost.received]
         return self.hand_over(median(sizes) if sizes else 0.0)

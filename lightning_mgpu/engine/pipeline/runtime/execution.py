@@ -303,9 +303,14 @@ class Execution:
             before = stays.index(stay) - 1
             if before >= 0:
                 ready[id(stays[before])].put(None)
-            # Nobody waits for a first visit.
-            later.work_off(schedule.DEFERRED_VISITS if before >= 0 else 0)
+            later.work_off(self._visits_left(stage, chunk) if before >= 0 else 0)
         later.work_off(0)
+
+    def _visits_left(self, stage: int, chunk: int) -> int:
+        """Of how many visits gradients may be left; of none at a first one: nobody waits."""
+        if chunk < self._checkpointed[stage]:
+            return schedule.DEFERRED_RECOMPUTED_VISITS
+        return schedule.DEFERRED_VISITS
 
     @contextmanager
     def _at_weights(self, stage: int, chunk: int) -> Iterator[None]:

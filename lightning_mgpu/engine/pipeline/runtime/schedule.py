@@ -30,6 +30,9 @@ DEFERRED_VISITS = 4
 One would do if stages were even. Each holds on to inputs, and to gradients of outputs.
 """
 
+DEFERRED_RECOMPUTED_VISITS = 1
+"""The same of visits that are computed again to save memory: inputs had been given up."""
+
 
 class Visit(NamedTuple):
     """Visit of a micro-batch to a stage: its `number`-th of all, counted from 0."""

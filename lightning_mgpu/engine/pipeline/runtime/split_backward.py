@@ -93,6 +93,8 @@ class Multiplications(TorchFunctionMode):
     def __init__(self, least: int | None) -> None:
         super().__init__()
         self._least, self._all, self._large = least, 0.0, 0.0
+        self.held = 0
+        """Bytes that gradients of the weights of large ones need: of inputs, and of outputs."""
 
     @property
     def large_share(self) -> float:
@@ -109,14 +111,16 @@ class Multiplications(TorchFunctionMode):
         output = func(*args, **kwargs)
         if parse is not None and not torch.compiler.is_compiling():
             with suppress(TypeError, AttributeError):  # other arguments than those of products
-                self._count(parse(*args, **kwargs))
+                self._count(parse(*args, **kwargs), output)
         return output
 
-    def _count(self, found: _Found | None) -> None:
+    def _count(self, found: _Found | None, output: Tensor) -> None:
         if found is not None and isinstance(found[2], nn.Parameter):
             count = found[0].multiplications(found[1], found[2])
             self._all += count
-            self._large += count if self._least is not None and count >= self._least else 0.0
+            if self._least is not None and count >= self._least:
+                self._large += count
+                self.held += found[1].nbytes + output.nbytes
 
 
 class _SplitNode(torch.autograd.Function):
