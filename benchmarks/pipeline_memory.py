@@ -241,9 +241,9 @@ class _FromSecondStep(pl.Callback):
     """Forgets the peak of the first step, in which layers are measured and a sample is compared."""
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, out: Any, batch: Any, n: int
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if n == 0:
+        if batch_idx == 0:
             Path("/proc/self/clear_refs").write_text("5")
 
 
