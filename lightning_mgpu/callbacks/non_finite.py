@@ -151,8 +151,8 @@ class NonFiniteGuard(Callback):
             return  # of an accumulation, the first one counts
         value = loss.sum()
         if not _scales(trainer):
-            gradients = [local(p.grad) for p in pl_module.parameters() if p.grad is not None]
-            value = value + torch.nn.utils.get_total_norm(gradients).to(value.device)
+            norm = torch.nn.utils.get_total_norm(_gradients(trainer))
+            value = value + norm.to(value.device)
         if math.isfinite(float(value)):
             return
         symptom = self._symptom(trainer, pl_module, loss)
@@ -264,6 +264,17 @@ class NonFiniteGuard(Callback):
             self._override.remove()
         self._override = self._recorder = self._snapshots = None
         self._record = self._loss = self._bad = None
+
+
+def _gradients(trainer: Trainer) -> list[Tensor]:
+    """The gradients that optimizers are to use."""
+    return [
+        local(parameter.grad)
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
 
 
 def _scales(trainer: Trainer) -> bool:

@@ -1,6 +1,7 @@
 """The first NaN or Inf is named and kept from the weights, whatever the strategy."""
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from lightning_mgpu.callbacks import NonFiniteGuard
+from lightning_mgpu.callbacks import NonFiniteGuard, OutOfMemoryGuard
 from lightning_mgpu.callbacks.bundle import load_bundle, model_of
 from lightning_mgpu.callbacks.replay import replay
 from lightning_mgpu.errors import NonFiniteError
@@ -230,6 +231,36 @@ def test_bundle_that_cannot_be_written_is_told(
     assert any("The step could not be saved" in text for text in boring.told(caplog))
     with pytest.raises(ValueError, match="does not load"):
         load_bundle(tmp_path / "file")
+    torch.save({"format": 0}, tmp_path / "file")
+    with pytest.raises(ValueError, match="was not written by `NonFiniteGuard`"):
+        load_bundle(tmp_path / "file")
+
+
+def test_model_that_does_not_pickle_is_built_from_its_hyperparameters(tmp_path: Path) -> None:
+    class Thread(Net):
+        def __init__(self, rate: float = 0.5) -> None:
+            super().__init__(RootOfZero())
+            self.save_hyperparameters()
+            self.lock = threading.Lock()
+
+    with pytest.raises(NonFiniteError, match="mode=replay"):
+        fit(Thread(rate=0.25), loader(5), guard(tmp_path))
+    bundle = load_bundle(next(tmp_path.iterdir()))
+    model = model_of(bundle)
+    assert model.hparams == {"rate": 0.25}
+    again = replay(bundle, model, "cpu")
+    assert again.now is not None
+    assert again.now in again.then
+    bundle["hparams"]["missing"] = 1
+    with pytest.raises(ValueError, match=r"could not be pickled .*call `self.save_hyperparam"):
+        model_of(bundle)
+
+
+def test_memory_and_nan_at_once(tmp_path: Path) -> None:
+    """The step that is computed again is computed in parts, as it was."""
+    guards = [OutOfMemoryGuard(parts=2)]
+    with pytest.raises(NonFiniteError, match=r"Inf by `SqrtBackward0`, in backward, in `net.1`"):
+        fit(Net(RootOfZero()), loader(5), guard(tmp_path), others=guards)
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
