@@ -184,18 +184,18 @@ class NonFiniteGuard(Callback):
         found = find(trainer, None if bad is None else bad.record)
         everybody = rank_state.gathered((found, None if bad is None else bad.symptom))
         words = self._words(trainer, bad, everybody)
-        words += self._keep(trainer, bad, words, everybody)
+        saved = self._keep(trainer, bad, words, everybody)
         if self.action == "stop":
             raise NonFiniteError(
                 words,
-                f"The weights are those from before this step. {_ADVICE} Or go on without such"
-                " steps: `NonFiniteGuard(action='skip')` or 'rollback'.",
+                f"{saved}The weights are those from before this step. {_ADVICE} Or go on without"
+                " such steps: `NonFiniteGuard(action='skip')` or 'rollback'.",
             )
         if in_a_row > self.max_skips:
             raise NonFiniteError(
                 f"{words} It is number {in_a_row} in a row, more than"
                 f" `NonFiniteGuard(max_skips={self.max_skips})`.",
-                _ADVICE,
+                f"{saved}{_ADVICE}",
             )
         optimizer.zero_grad(set_to_none=True)  # without gradients its step changes nothing
         self.skipped += 1
@@ -204,7 +204,7 @@ class NonFiniteGuard(Callback):
             step = self._snapshots.go_back(trainer)
             done = f"Weights and optimizer state are back to those of step {step}."
         if trainer.is_global_zero:
-            log.warning("%s %s (%d so far.)", words, done, self.skipped)
+            log.warning("%s %s%s (%d so far.)", words, saved, done, self.skipped)
         pl_module.log("non_finite_steps", float(self.skipped), rank_zero_only=True)
 
     def _words(self, trainer: Trainer, bad: _Bad | None, everybody: list[Any]) -> str:
@@ -245,7 +245,7 @@ class NonFiniteGuard(Callback):
             written = save_bundle(path, trainer, bad.record, facts)
         if not all(rank_state.gathered(written)):
             return ""
-        return f" To see it again: python -m lightning_mgpu mode=replay bundle={path}."
+        return f"To see it again: python -m lightning_mgpu mode=replay bundle={path}. "
 
     # --- Ending
 
