@@ -47,10 +47,6 @@ def test_note_of_stages() -> None:
     assert "help: more micro-batches, `chunks=16`; `checkpoint='always'`, which" in note
 
 
-def test_note_of_ranks() -> None:
-    assert f"(By device, of rank 0: {HELD}" in note_of("mgpu_ddp", 2)
-
-
 def test_advice_for_a_model_that_fills_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_note, "memory_of", lambda _: (2700, 3000))
     note = note_of("dp", 2)
