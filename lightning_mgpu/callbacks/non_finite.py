@@ -22,7 +22,13 @@ from lightning_mgpu.callbacks.bundle import save_bundle
 from lightning_mgpu.callbacks.method_override import MethodOverride
 from lightning_mgpu.callbacks.snapshots import Snapshots
 from lightning_mgpu.callbacks.step_record import Recorder, StepRecord
-from lightning_mgpu.callbacks.step_replay import Found, find, gradients_not_finite, local
+from lightning_mgpu.callbacks.step_replay import (
+    Found,
+    find,
+    gradients_not_finite,
+    local,
+    why_not_replayed,
+)
 from lightning_mgpu.engine.finite_watch import not_finite
 from lightning_mgpu.errors import NonFiniteError
 
@@ -222,11 +228,7 @@ class NonFiniteGuard(Callback):
 
     def _keep(self, trainer: Trainer, bad: _Bad | None, words: str, everybody: list[Any]) -> str:
         """Save the step on the rank where it went wrong; returns what to say of that."""
-        if (
-            not self.bundle
-            or self._saved is not None
-            or not trainer.lightning_module.automatic_optimization
-        ):
+        if not self.bundle or self._saved is not None or why_not_replayed(trainer):
             return ""
         rank = _first([found for found, symptom in everybody if symptom]).rank
         suffix = f"-rank{rank}" if trainer.world_size > 1 else ""

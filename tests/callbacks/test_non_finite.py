@@ -164,6 +164,7 @@ def test_skip_leaves_out_the_step_and_nothing_else(
     assert digest(model) == digest(expected)
     assert model.seen.update_count == expected.seen.update_count == 6
     assert model.seen.compute() == expected.seen.compute()
+    assert (model.steps, model.sizes) == (expected.steps, expected.sizes)
     assert guarding.skipped == 1
     assert trainer.callback_metrics["non_finite_steps"] == 1
     (told,) = [text for text in boring.told(caplog) if "SqrtBackward0" in text]
