@@ -30,7 +30,7 @@ from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.notices import Notices
 from lightning_mgpu.sweep.store.records import TrialRecord
 from lightning_mgpu.sweep.store.study import OptunaStudy
-from lightning_mgpu.sweep.store.tune_state import StateKeeper
+from lightning_mgpu.sweep.store.tune_state import FOLDER, StateKeeper
 from lightning_mgpu.sweep.trial.failures import SweepTrial, retrying
 from lightning_mgpu.sweep.trial.resources import requests_of
 from lightning_mgpu.sweep.trial.trainable import END_SECONDS, HydraTrial
@@ -160,7 +160,7 @@ def _run(
         keeper.put_back()
     ray.tune.run(
         HydraTrial.of(plan, hides_gpus),
-        name=sweep.directory.name,
+        name=f"{sweep.directory.name}/{FOLDER}",
         storage_path=str(sweep.directory.parent),
         metric=metric,
         mode=mode,
@@ -182,6 +182,9 @@ def _run(
     )
     keeper.take()
     keeper.clear()
+    if options.keep_checkpoints:
+        trials = sweep.records.ordered()
+        keeper.show_checkpoints({trial.number: Path(trial.directory) for trial in trials})
 
 
 def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:
