@@ -203,6 +203,31 @@ def test_worker_that_gloo_ends_shows_its_stack() -> None:
     assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
 
 
+def fail(*_: Any) -> Any:
+    raise ArithmeticError("on one rank")
+
+
+def fail_in_backward(model: Zoo) -> None:
+    model.net[2].bias.register_hook(fail)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("act", "hook", "rank"),
+    [(fail_in_backward, "training_step", 1), (fail, "on_train_epoch_end", 0)],
+    ids=["in backward", "in a hook"],
+)
+def test_error_on_one_rank_ends_all(act: _Act, hook: str, rank: int) -> None:
+    with pytest.raises(ArithmeticError, match="on one rank"):
+        fit(Zoo(act, hook, rank))
+
+
+@slow
+def test_sigterm_of_one_rank_ends_all() -> None:
+    with pytest.raises(RuntimeError, match=r"Rank 1 raised .*SIGTERMException"):
+        fit(Zoo(send(signal.SIGTERM)))
+
+
 def test_slow_ranks_are_no_hang() -> None:
     """Slow ones by turns, each within the limit; and a long time in which nobody waits."""
 
