@@ -221,6 +221,8 @@ class RayTuneSweeperConf:
     on_oom: str = "fail"
     keep_checkpoints: int = 0  # for each trial, beside those of the job itself
 
+    # A database for Optuna's dashboard, such as sqlite:///sweep.db, with any search algorithm.
+    optuna_storage: str | None = None
     resume: str | None = None  # the directory of a sweep that was interrupted
     # Arguments of ray.init; address=auto or host:port joins a cluster, ray://host:port sends the
     # sweep to one. null: RAY_ADDRESS, or a private Ray (local).

@@ -83,6 +83,17 @@ def metrics_to_reset(trainer: "Trainer", at_epoch_end: bool) -> set[str]:
     return {result.meta.metric_attribute for result in results} - {None}
 
 
+def synced_names(trainer: "Trainer") -> list[str]:
+    """Names that the training epoch has logged so far and averages over all ranks, in order."""
+    results = trainer.fit_loop.epoch_loop._results
+    syncs = [(name, result.meta.sync) for name, result in results.items()]
+    return [
+        name
+        for name, sync in syncs
+        if sync.should and not sync.rank_zero_only and sync._group is None
+    ]
+
+
 def callback_metrics(trainer: "Trainer") -> dict[str, torch.Tensor]:
     """What callbacks and schedulers may monitor, on the host."""
     return {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}

@@ -10,7 +10,7 @@ from ray.train._internal.session import get_session
 from ray.tune import report
 from ray.tune.experiment import Trial
 from ray.tune.result import RESULT_DUPLICATE
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import HyperBandScheduler, TrialScheduler
 from ray.tune.search import SearchGenerator
 from ray.tune.trainable.function_trainable import FunctionTrainable
 from typing_extensions import Self, override
@@ -140,8 +140,41 @@ def follow(
             stopped(trial)
         return decision
 
+    if isinstance(scheduler, HyperBandScheduler):
+        _release_waiting(scheduler)
     assign(scheduler, "on_trial_add", on_trial_add, "ray")
     assign(scheduler, "on_trial_result", on_trial_result, "ray")
+
+
+def _release_waiting(scheduler: HyperBandScheduler) -> None:
+    """Go on with a bracket when the last trial is gone that the others have waited for.
+
+    Ray Tune does so when such a trial reports, and when it is gone before the first halving. After
+    that, one that fails or ends by itself would leave the others waiting for ever.
+    """
+    remove, process = scheduler.on_trial_remove, scheduler._process_bracket
+    is_busy = False
+
+    def process_bracket(controller: Any, bracket: Any) -> str:
+        nonlocal is_busy
+        is_busy, before = True, is_busy  # trials that it stops are removed meanwhile
+        try:
+            return str(process(controller, bracket))
+        finally:
+            is_busy = before
+
+    def on_trial_remove(controller: Any, trial: Trial) -> None:
+        remove(controller, trial)
+        bracket, _ = scheduler._trial_info[trial]
+        waiting = bracket.current_trials()
+        released = bracket.trials_to_unpause
+        if is_busy or not waiting or not bracket.cur_iter_done():
+            return
+        if all(one.status == Trial.PAUSED and one not in released for one in waiting):
+            process_bracket(controller, bracket)
+
+    assign(scheduler, "_process_bracket", process_bracket, "ray")
+    assign(scheduler, "on_trial_remove", on_trial_remove, "ray")
 
 
 def make(trial: Trial, kind: type[Trial]) -> None:

@@ -1,7 +1,8 @@
 """What `torch.distributed` records of this process's collectives, whoever starts them.
 
 Its flight recorder has those of Gloo and NCCL, of DDP's reducer in C++ among them.
-It is always on, but for ``TORCH_FR_BUFFER_SIZE=0``, and older releases record NCCL only.
+It is always on, but for ``TORCH_FR_BUFFER_SIZE=0``. Older releases have none for Gloo, and one for
+NCCL that is off by default.
 """
 
 import pickle
@@ -52,7 +53,7 @@ def collective_counts() -> dict[GroupId, tuple[int, int]]:
     return {
         (recorder, int(group)): (status["last_enqueued_collective"], _ended(status))
         for recorder, found in enumerate(_dumps(False))
-        for group, status in found["pg_status"].items()
+        for group, status in found.get("pg_status", {}).items()
     }
 
 
@@ -65,7 +66,7 @@ def recorded_collectives(without: set[GroupId]) -> list[RecordedCollective]:
         without: Process groups to leave out.
     """
     return [
-        _collective(entry, in_order=recorder > 0, status=found["pg_status"])
+        _collective(entry, in_order=recorder > 0, status=found.get("pg_status", {}))
         for recorder, found in enumerate(_dumps(True))
         for entry in found.get("entries", ())
         if (recorder, entry["pg_id"]) not in without and not entry["is_p2p"]
@@ -103,4 +104,5 @@ def _ended(status: dict[str, int]) -> int:
 
 
 def _dumps(entries: bool) -> list[dict[str, Any]]:
-    return [pickle.loads(recorder(entries, False, False)) for recorder in _RECORDERS]
+    dumps = [recorder(entries, False, False) for recorder in _RECORDERS]
+    return [pickle.loads(dump) if dump else {} for dump in dumps]

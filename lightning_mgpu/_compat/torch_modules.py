@@ -205,3 +205,8 @@ def weights_of(layer: nn.RNNBase) -> LayerWeights:
 def has_weights(layer: nn.RNNBase) -> bool:
     """Return whether a recurrent layer has made its lists yet."""
     return bool(vars(layer).get(_WEIGHT_NAMES))
+
+
+def ignored_by_ddp(module: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that `DistributedDataParallel` is to leave alone."""
+    return set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))

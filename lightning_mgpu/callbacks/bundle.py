@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_mgpu._compat.lightning import LightningModule, Trainer
+from lightning_mgpu._compat.namespace import describe
 from lightning_mgpu.callbacks.step_record import StepRecord
 from lightning_mgpu.engine.batch import map_leaves
 from lightning_mgpu.strategies.data_parallel import DataParallelStrategy
@@ -83,6 +84,10 @@ def model_of(bundle: dict[str, Any]) -> LightningModule:
     """
     if bundle["pickled"] is not None:
         model: LightningModule = _loaded(io.BytesIO(bundle["pickled"]))
+        if not isinstance(model, LightningModule):
+            raise ValueError(
+                f"its model, a `{type(model).__name__}`, is not for the Trainer of {describe()}"
+            )
         return model
     try:
         model = bundle["class"](**bundle["hparams"])

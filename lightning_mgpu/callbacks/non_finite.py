@@ -21,7 +21,13 @@ from lightning_mgpu.callbacks.bundle import save_bundle
 from lightning_mgpu.callbacks.method_override import MethodOverride
 from lightning_mgpu.callbacks.snapshots import Snapshots
 from lightning_mgpu.callbacks.step_record import Recorder, StepRecord
-from lightning_mgpu.callbacks.step_replay import Found, find, gradients_not_finite, local
+from lightning_mgpu.callbacks.step_replay import (
+    Found,
+    find,
+    gradients_not_finite,
+    local,
+    why_not_replayed,
+)
 from lightning_mgpu.engine.finite_watch import not_finite
 from lightning_mgpu.errors import NonFiniteError
 from lightning_mgpu.strategies.resume import rank_state
@@ -151,8 +157,8 @@ class NonFiniteGuard(Callback):
             return  # of an accumulation, the first one counts
         value = loss.sum()
         if not _scales(trainer):
-            gradients = [local(p.grad) for p in pl_module.parameters() if p.grad is not None]
-            value = value + torch.nn.utils.get_total_norm(gradients).to(value.device)
+            norm = torch.nn.utils.get_total_norm(_gradients(trainer))
+            value = value + norm.to(value.device)
         if math.isfinite(float(value)):
             return
         symptom = self._symptom(trainer, pl_module, loss)
@@ -184,18 +190,18 @@ class NonFiniteGuard(Callback):
         found = find(trainer, None if bad is None else bad.record)
         everybody = rank_state.gathered((found, None if bad is None else bad.symptom))
         words = self._words(trainer, bad, everybody)
-        words += self._keep(trainer, bad, words, everybody)
+        saved = self._keep(trainer, bad, words, everybody)
         if self.action == "stop":
             raise NonFiniteError(
                 words,
-                f"The weights are those from before this step. {_ADVICE} Or go on without such"
-                " steps: `NonFiniteGuard(action='skip')` or 'rollback'.",
+                f"{saved}The weights are those from before this step. {_ADVICE} Or go on without"
+                " such steps: `NonFiniteGuard(action='skip')` or 'rollback'.",
             )
         if in_a_row > self.max_skips:
             raise NonFiniteError(
                 f"{words} It is number {in_a_row} in a row, more than"
                 f" `NonFiniteGuard(max_skips={self.max_skips})`.",
-                _ADVICE,
+                f"{saved}{_ADVICE}",
             )
         optimizer.zero_grad(set_to_none=True)  # without gradients its step changes nothing
         self.skipped += 1
@@ -204,7 +210,7 @@ class NonFiniteGuard(Callback):
             step = self._snapshots.go_back(trainer)
             done = f"Weights and optimizer state are back to those of step {step}."
         if trainer.is_global_zero:
-            log.warning("%s %s (%d so far.)", words, done, self.skipped)
+            log.warning("%s %s%s (%d so far.)", words, saved, done, self.skipped)
         pl_module.log("non_finite_steps", float(self.skipped), rank_zero_only=True)
 
     def _words(self, trainer: Trainer, bad: _Bad | None, everybody: list[Any]) -> str:
@@ -222,11 +228,7 @@ class NonFiniteGuard(Callback):
 
     def _keep(self, trainer: Trainer, bad: _Bad | None, words: str, everybody: list[Any]) -> str:
         """Save the step on the rank where it went wrong; returns what to say of that."""
-        if (
-            not self.bundle
-            or self._saved is not None
-            or not trainer.lightning_module.automatic_optimization
-        ):
+        if not self.bundle or self._saved is not None or why_not_replayed(trainer):
             return ""
         rank = _first([found for found, symptom in everybody if symptom]).rank
         suffix = f"-rank{rank}" if trainer.world_size > 1 else ""
@@ -245,7 +247,7 @@ class NonFiniteGuard(Callback):
             written = save_bundle(path, trainer, bad.record, facts)
         if not all(rank_state.gathered(written)):
             return ""
-        return f" To see it again: python -m lightning_mgpu mode=replay bundle={path}."
+        return f"To see it again: python -m lightning_mgpu mode=replay bundle={path}. "
 
     # --- Ending
 
@@ -264,6 +266,17 @@ class NonFiniteGuard(Callback):
             self._override.remove()
         self._override = self._recorder = self._snapshots = None
         self._record = self._loss = self._bad = None
+
+
+def _gradients(trainer: Trainer) -> list[Tensor]:
+    """The gradients that optimizers are to use."""
+    return [
+        local(parameter.grad)
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
 
 
 def _scales(trainer: Trainer) -> bool:

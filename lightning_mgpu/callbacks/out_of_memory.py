@@ -16,12 +16,12 @@ from lightning_mgpu._compat.lightning import (
     MisconfigurationException,
     Trainer,
 )
-from lightning_mgpu._compat.lightning_messages import says_out_of_memory
 from lightning_mgpu.callbacks.method_override import MethodOverride
 from lightning_mgpu.callbacks.step_in_parts import StepInParts
 from lightning_mgpu.callbacks.step_replay import loss_of
 from lightning_mgpu.engine.device import release_memory
 from lightning_mgpu.engine.error_notes import add_note
+from lightning_mgpu.strategies.base.memory_note import is_out_of_memory
 from lightning_mgpu.strategies.resume.random_sources import accelerators
 from lightning_mgpu.strategies.stages.pipelined import PipelineMixin
 
@@ -189,11 +189,6 @@ class OutOfMemoryGuard(Callback):
         output = loss_of(self._in_parts(trainer, step, logs=False))
         assert output is not None
         return own(output / trainer.accumulate_grad_batches, *args, **kwargs)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or says_out_of_memory(error)
 
 
 def _check(trainer: Trainer) -> None:

@@ -63,7 +63,7 @@ def find(trainer: Trainer, record: StepRecord | None) -> Found:
         return Found(f"{', '.join(tensors[:_MOST_NAMES])}{more}, before the step", rank=rank)
     if record is None:
         return Found(None, rank=rank)
-    if why := _why_not(trainer):
+    if why := why_not_replayed(trainer):
         return Found(None, f"The step was not computed again to find out where: {why}.", rank)
     try:
         return _replayed(trainer, record)
@@ -103,7 +103,8 @@ def _not_finite_tensors(model: LightningModule) -> Iterator[str]:
             yield f"{what} is in the parameter `{name}`"
 
 
-def _why_not(trainer: Trainer) -> str | None:
+def why_not_replayed(trainer: Trainer) -> str | None:
+    """Why steps of a run cannot be computed again; `None` if they can."""
     strategy = trainer.strategy
     if not trainer.lightning_module.automatic_optimization:
         return "with manual optimization it steps optimizers itself"

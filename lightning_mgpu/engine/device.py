@@ -167,6 +167,19 @@ def synchronize(devices: Iterable[torch.device]) -> None:
                 torch.get_device_module(device).synchronize()
 
 
+def memory_of(device: torch.device) -> tuple[int, int] | None:
+    """The most bytes that tensors have had on a device at once, and all that it has.
+
+    `None` for a device that cannot tell.
+    """
+    if not is_accelerator(device):
+        return None
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    return int(module.max_memory_allocated(device)), int(module.mem_get_info(device)[1])
+
+
 def release_memory(devices: Iterable[torch.device]) -> None:
     """Give back memory that torch keeps for later on devices, but that no tensor has."""
     for device in dict.fromkeys(devices):

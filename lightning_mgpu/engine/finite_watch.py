@@ -170,7 +170,8 @@ class FiniteWatch(CarriedMode):
 
     def _origin(self, value: str, name: str) -> Origin:
         shared = self._shared
-        node = node_at_hand() if shared.backward else None
+        node = node_at_hand()  # (a step may differentiate itself, as for a gradient penalty)
+        backward = shared.backward or node is not None
         module = self._stack[-1] if self._stack else None
         if node is not None:
             name, module = node.name(), shared.owner(node)
@@ -179,9 +180,9 @@ class FiniteWatch(CarriedMode):
             next(shared.numbers),
             value,
             name,
-            backward=shared.backward,
+            backward=backward,
             module=module,
-            line=None if shared.backward else _line(),
+            line=None if backward else _line(),
             where=None if place is None else _told(place, module),
         )
 

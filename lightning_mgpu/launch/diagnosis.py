@@ -80,6 +80,10 @@ class Situation:
                 others[other] = theirs
         return Wait(rank, collective, tuple(absent), tuple(unknown), others)
 
+    def told(self) -> str:
+        """A line for each rank that has answered."""
+        return "\n".join(f"Rank {rank} {self._described(rank)}" for rank in sorted(self.positions))
+
     def certain(self) -> RankHungError | None:
         """The error for a wait that cannot end."""
         for wait in self.waits():

@@ -25,15 +25,17 @@ class WorkerDiedError(RuntimeError):
     Attributes:
         rank: The rank that was lost.
         exit_code: As in `subprocess.Popen.returncode`: negative for a signal.
+        details: Its Python stacks, and where others waited for it; empty if that is not known.
     """
 
-    def __init__(self, rank: int, exit_code: int | None) -> None:
+    def __init__(self, rank: int, exit_code: int | None, details: str = "") -> None:
         self.rank = rank
         self.exit_code = exit_code
-        super().__init__(f"Rank {rank} died: {_describe_exit(exit_code)}")
+        self.details = details
+        super().__init__(f"Rank {rank} died: {_describe_exit(exit_code)}\n{details}".rstrip())
 
-    def __reduce__(self) -> tuple[type["WorkerDiedError"], tuple[int, int | None]]:
-        return type(self), (self.rank, self.exit_code)
+    def __reduce__(self) -> tuple[type["WorkerDiedError"], tuple[int, int | None, str]]:
+        return type(self), (self.rank, self.exit_code, self.details)
 
 
 class RankHungError(TimeoutError):
@@ -138,5 +140,10 @@ def _describe_exit(exit_code: int | None) -> str:
         name = signal.Signals(-exit_code).name
     except ValueError:
         name = f"signal {-exit_code}"
-    hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
-    return f"its process was killed by {name}{hint}"
+    return f"its process was killed by {name}{_HINTS.get(name, '')}"
+
+
+_HINTS = {
+    "SIGKILL": ", as the kernel does when memory runs out",
+    "SIGABRT": ", as Gloo does it where ranks run different collectives",
+}

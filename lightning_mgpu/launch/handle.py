@@ -14,8 +14,9 @@ from typing import Any
 
 from lightning_mgpu.launch import protocol
 from lightning_mgpu.launch.channel import Channel
+from lightning_mgpu.launch.last_words import LastWords
 
-_BOOT = "from lightning_mgpu.launch.worker import main; main({fd}, {parent}, {main})"
+_BOOT = "from lightning_mgpu.launch.worker import main; main({fd}, {parent}, {main}, {crash})"
 _PRELOAD = "from lightning_mgpu._compat.namespace import preload; preload({namespace!r}); "
 _EXIT_SECONDS = 5.0
 
@@ -36,10 +37,12 @@ class WorkerHandle:
         self, environment: dict[str, str], path: Sequence[str], namespace: str | None = None
     ) -> None:
         self.channel, theirs = Channel.pair()
+        self._last_words = LastWords()
         boot = _BOOT.format(
             fd=theirs.fileno(),
             parent=os.getpid(),
             main=threading.current_thread() is threading.main_thread(),
+            crash=self._last_words.file,
         )
         # `-P`-like safety without needing Python 3.11: the path is set before the first import.
         # Collecting garbage while importing costs a third of the start and finds none.
@@ -52,7 +55,7 @@ class WorkerHandle:
                 [sys.executable, "-c", boot],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), self._last_words.file],
                 start_new_session=True,
             )
 
@@ -102,6 +105,10 @@ class WorkerHandle:
         except subprocess.TimeoutExpired:
             return None
 
+    def last_words(self) -> str:
+        """The Python stacks of a worker that has crashed; empty where there are none."""
+        return self._last_words.read()
+
     def kill(self) -> None:
         """Kill the process and all it started. May be called twice."""
         with suppress(ProcessLookupError, PermissionError):
@@ -112,6 +119,7 @@ class WorkerHandle:
         """Kill the process and close the socket."""
         self.kill()
         self.channel.close()
+        self._last_words.close()
 
 
 class Deliveries:

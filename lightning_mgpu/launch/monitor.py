@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from lightning_mgpu.launch import protocol
-from lightning_mgpu.launch.errors import RemoteFailure, WorkerDiedError
+from lightning_mgpu.launch.errors import RemoteFailure
 from lightning_mgpu.launch.handle import WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupted, Interrupter
 from lightning_mgpu.launch.position import Observer
@@ -200,10 +200,11 @@ class LaunchMonitor:
         try:
             message, file = self._workers[rank].channel.receive()
         except EOFError:
-            exit_code = None if self._conclusion else self._workers[rank].exit_code()
-            with self._changed:
-                if rank not in self._failures:
-                    self._conclude(WorkerDiedError(rank, exit_code))
+            if self._conclusion is None:
+                error = self._watchdog.death_of(rank)
+                with self._changed:
+                    if rank not in self._failures:
+                        self._conclude(error)
             return False
         with self._changed:
             if isinstance(message, protocol.Failed):

@@ -20,6 +20,7 @@ from lightning_mgpu.launch import payload, protocol
 from lightning_mgpu.launch.errors import LaunchError
 from lightning_mgpu.launch.handle import Deliveries, WorkerHandle
 from lightning_mgpu.launch.interrupt import Interrupter
+from lightning_mgpu.launch.last_words import stacks_on_crash
 from lightning_mgpu.launch.monitor import LaunchMonitor
 from lightning_mgpu.launch.process_state import (
     ProcessState,
@@ -106,6 +107,7 @@ class WorkerPool:
             rendezvous = stack.enter_context(Rendezvous())
             stack.enter_context(GroupGuard())
             stack.enter_context(_intra_op_threads(threads))
+            stack.enter_context(stacks_on_crash())
             # Like the group below what kills the workers, which ends every delivery.
             deliveries = stack.enter_context(Deliveries())
             # Below the group on the stack, so that a failure kills the workers before the group

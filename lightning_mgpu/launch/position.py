@@ -50,6 +50,8 @@ class Position:
     @property
     def pending(self) -> RecordedCollective | None:
         """The oldest collective that has not ended."""
+        if not self.is_pending:  # what is not marked as ended was never watched
+            return None
         return next((each for each in self.collectives or () if not each.done), None)
 
 

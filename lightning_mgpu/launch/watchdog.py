@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_mgpu.launch import protocol
 from lightning_mgpu.launch.diagnosis import Situation
-from lightning_mgpu.launch.errors import RankHungError
+from lightning_mgpu.launch.errors import RankHungError, WorkerDiedError
 from lightning_mgpu.launch.handle import WorkerHandle
 from lightning_mgpu.launch.position import Observer, Position
 
@@ -104,6 +104,15 @@ class Watchdog:
         """
         here = {0: self._observer.look(self._details)}
         return Situation(here | self._answers, frozenset(ended), tracebacks or {})
+
+    def death_of(self, rank: int) -> WorkerDiedError:
+        """The error for a worker that has closed its connection."""
+        worker = self._workers[rank]
+        exit_code, details = worker.exit_code(), worker.last_words()
+        if details:  # a crash, perhaps since others run something else
+            others = Situation({0: self._observer.look(detailed=True)}).told()
+            details = f"{others}\nPython stacks of rank {rank} when it died:\n{details}"
+        return WorkerDiedError(rank, exit_code, details)
 
     def _ask(self, ranks: Iterable[int]) -> None:
         self._answers.clear()

@@ -5,6 +5,7 @@ with `multiprocessing`, so that nothing of the caller's ``__main__`` runs again.
 """
 
 import ctypes
+import faulthandler
 import gc
 import os
 import queue
@@ -36,7 +37,7 @@ def is_worker() -> bool:
     return _running_in_worker
 
 
-def main(descriptor: int, parent: int, spawned_by_main_thread: bool) -> None:
+def main(descriptor: int, parent: int, spawned_by_main_thread: bool, crash_file: int) -> None:
     """Serve launches until the caller closes its end of the socket.
 
     Args:
@@ -44,9 +45,11 @@ def main(descriptor: int, parent: int, spawned_by_main_thread: bool) -> None:
         parent: Process id of the caller.
         spawned_by_main_thread: Whether the kernel's parent-death signal, which follows the
             *thread* that spawned us, can be trusted.
+        crash_file: Descriptor of the file for our stacks if we crash.
     """
     global _running_in_worker
     _running_in_worker = True
+    faulthandler.enable(crash_file)
     if spawned_by_main_thread:
         _die_with_parent()
         os.register_at_fork(before=_note_forking_thread, after_in_child=_die_with_main_thread)

@@ -75,12 +75,15 @@ class Net(pl.LightningModule):
         )
         self.first = nn.Parameter(torch.ones(6, **double))
         self.seen = MeanMetric()
+        self.steps, self.sizes = 0, [0]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x * self.first)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
+        self.steps += 1
+        self.sizes.append(len(x))
         error = nn.functional.cross_entropy(self(x), y)
         penalty = torch.log(1 - _marked(x)).mean() if self.term else error.new_zeros(())
         self.seen(error.detach())

@@ -1,6 +1,7 @@
 """The first NaN or Inf is named and kept from the weights, whatever the strategy."""
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from lightning_mgpu.callbacks import NonFiniteGuard
+from lightning_mgpu.callbacks import NonFiniteGuard, OutOfMemoryGuard
 from lightning_mgpu.callbacks.bundle import load_bundle, model_of
 from lightning_mgpu.callbacks.replay import replay
 from lightning_mgpu.errors import NonFiniteError
@@ -163,6 +164,7 @@ def test_skip_leaves_out_the_step_and_nothing_else(
     assert digest(model) == digest(expected)
     assert model.seen.update_count == expected.seen.update_count == 6
     assert model.seen.compute() == expected.seen.compute()
+    assert (model.steps, model.sizes) == (expected.steps, expected.sizes)
     assert guarding.skipped == 1
     assert trainer.callback_metrics["non_finite_steps"] == 1
     (told,) = [text for text in boring.told(caplog) if "SqrtBackward0" in text]
@@ -230,10 +232,47 @@ def test_bundle_that_cannot_be_written_is_told(
     assert any("The step could not be saved" in text for text in boring.told(caplog))
     with pytest.raises(ValueError, match="does not load"):
         load_bundle(tmp_path / "file")
+    torch.save({"format": 0}, tmp_path / "file")
+    with pytest.raises(ValueError, match="was not written by `NonFiniteGuard`"):
+        load_bundle(tmp_path / "file")
+
+
+def test_model_that_does_not_pickle_is_built_from_its_hyperparameters(tmp_path: Path) -> None:
+    class Thread(Net):
+        def __init__(self, rate: float = 0.5) -> None:
+            super().__init__(RootOfZero())
+            self.save_hyperparameters()
+            self.lock = threading.Lock()
+
+    with pytest.raises(NonFiniteError, match="mode=replay"):
+        fit(Thread(rate=0.25), loader(5), guard(tmp_path))
+    bundle = load_bundle(next(tmp_path.iterdir()))
+    model = model_of(bundle)
+    assert model.hparams == {"rate": 0.25}
+    again = replay(bundle, model, "cpu")
+    assert again.now is not None
+    assert again.now in again.then
+    bundle["hparams"]["missing"] = 1
+    with pytest.raises(ValueError, match=r"could not be pickled .*call `self.save_hyperparam"):
+        model_of(bundle)
+
+
+def test_memory_and_nan_at_once(tmp_path: Path) -> None:
+    """The step that is computed again is computed in parts, as it was."""
+    guards = [OutOfMemoryGuard(parts=2)]
+    with pytest.raises(NonFiniteError, match=r"Inf by `SqrtBackward0`, in backward, in `net.1`"):
+        fit(Net(RootOfZero()), loader(5), guard(tmp_path), others=guards)
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
     """Rank 1 alone has a NaN of its own; the other has it from the reduction, or not at all."""
+    # A loss of Inf with finite gradients: nothing tells the other rank but the callback.
+    model, guarding = Net(nn.Identity(), term=True), guard(tmp_path, "skip", bundle=False)
+    fit(model, loader(OF_RANK_1), guarding, strategy="mgpu_ddp", devices=2)
+    assert guarding.skipped == 1
+    expected = Net(nn.Identity(), term=True)
+    fit(expected, loader(OF_RANK_1), others=[LeavesOut()], strategy="mgpu_ddp", devices=2)
+    assert digest(model) == digest(expected)
     with pytest.raises(NonFiniteError, match=r"Step 2 .*SqrtBackward0.*in `net.1`, rank 1 of 2"):
         fit(Net(RootOfZero()), loader(OF_RANK_1), guard(tmp_path), strategy="mgpu_ddp", devices=2)
     (path,) = tmp_path.iterdir()
@@ -242,14 +281,6 @@ def test_ranks_agree(tmp_path: Path) -> None:
     again = replay(bundle, model_of(bundle), "cpu")
     assert again.now is not None
     assert again.now.startswith("Step 2 (epoch 0, batch 0): gradients of `first` (NaN).")
-    # A loss of Inf with finite gradients: nothing tells the other rank but the callback.
-    model = Net(nn.Identity(), term=True)
-    guarding = guard(tmp_path, "skip")
-    fit(model, loader(OF_RANK_1), guarding, strategy="mgpu_ddp", devices=2)
-    assert guarding.skipped == 1
-    expected = Net(nn.Identity(), term=True)
-    fit(expected, loader(OF_RANK_1), others=[LeavesOut()], strategy="mgpu_ddp", devices=2)
-    assert digest(model) == digest(expected)
 
 
 @pytest.mark.slow

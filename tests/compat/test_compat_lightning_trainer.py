@@ -15,6 +15,7 @@ import lightning_mgpu._compat.lightning as names
 from lightning_mgpu._compat import (
     lightning_loops,
     lightning_module,
+    lightning_results,
     lightning_trainer,
 )
 from lightning_mgpu._compat.lightning import (
@@ -200,6 +201,27 @@ def test_progress_is_told_in_all_stages() -> None:
     assert told["validate"]["logged"] == "validation_step.val_loss"
     trainer.predict(Model())
     assert told["predict"]["batches begun"] == 2
+
+
+def test_names_that_are_averaged_over_the_ranks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = object()
+
+    class Logging(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("ours", 1.0, sync_dist=True)
+            self.log("first", 1.0, sync_dist=True, rank_zero_only=True)
+            self.log("of a group", 1.0, sync_dist=True, sync_dist_group=group)
+            return super().training_step(batch, batch_idx)
+
+    def spread(trainer: Trainer) -> None:  # or Lightning forgets what is to be averaged
+        monkeypatch.setattr(type(trainer._accelerator_connector), "is_distributed", True)
+
+    def tell(trainer: Trainer) -> None:
+        told.append(lightning_results.synced_names(trainer))
+
+    told: list[list[str]] = []
+    quiet(Calls(on_train_start=spread, on_train_batch_end=tell)).fit(Logging())
+    assert told[0] == ["training_step.ours"]
 
 
 def test_loaders_of_a_prediction() -> None:

@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayT
 from ray.train._internal import storage
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, HyperBandScheduler, TrialScheduler
 from ray.tune.search import SearchGenerator
 from ray.tune.search.searcher import Searcher
 
@@ -187,6 +187,49 @@ def test_follow_sees_what_a_scheduler_is_told_and_decides(
     scheduler.on_trial_add(controller._wrapped(), trial)
     assert scheduler.on_trial_result(controller._wrapped(), trial, {}) == "STOP"
     assert (added, stopped) == ([trial], [trial])
+
+
+@pytest.mark.parametrize("rungs", [1, 2])
+@pytest.mark.parametrize("how", ["on_trial_error", "on_trial_complete"])
+def test_trials_do_not_wait_for_one_that_is_gone(rungs: int, how: str) -> None:
+    """Two have come to the end of a rung, the last one, and the third ends without a report."""
+    scheduler = HyperBandScheduler(metric="m", mode="max", max_t=9, reduction_factor=3)
+    ray_tune.follow(scheduler, lambda *_: None, lambda _: None)
+    controller = MagicMock()
+
+    def stop(trial: Trial) -> None:
+        trial.status = Trial.TERMINATED
+        scheduler.on_trial_remove(controller, trial)
+
+    controller.stop_trial.side_effect = stop
+    trials = [Trial("nothing", stub=True) for _ in range(3 if rungs == 1 else 8)]
+    bracket = scheduler._create_bracket(rungs - 1)
+    scheduler._state["bracket"] = bracket
+    bracket._n = len(trials)
+    for trial in trials:
+        scheduler.on_trial_add(controller, trial)
+        trial.status = Trial.RUNNING
+
+    def report(trial: Trial, time: int) -> None:
+        result = {"training_iteration": time, "m": float(trials.index(trial))}
+        if scheduler.on_trial_result(controller, trial, result) == TrialScheduler.PAUSE:
+            trial.status = Trial.PAUSED
+
+    if rungs == 2:
+        for trial in trials:
+            report(trial, 3)
+        trials = [trial for trial in trials if trial.status != Trial.TERMINATED]
+        assert len(trials) == 3
+        for trial in trials:
+            trial.status = Trial.RUNNING
+    *waiting, last = trials
+    for trial in waiting:
+        report(trial, 9)
+        assert trial.status == Trial.PAUSED
+    last.status = Trial.ERROR
+    given = () if how == "on_trial_error" else ({"training_iteration": 4, "m": 1.0},)
+    getattr(scheduler, how)(controller, last, *given)
+    assert [trial.status for trial in waiting] == [Trial.TERMINATED] * 2
 
 
 def test_make_changes_the_class_of_a_trial(trial: Trial) -> None:

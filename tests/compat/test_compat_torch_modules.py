@@ -205,3 +205,12 @@ def test_weights_that_are_gone_are_an_error() -> None:
     del vars(layer)[compat.WEIGHTS]
     with pytest.raises(AttributeError, match=r"torch .* lists of weights of a `LSTM`"):
         compat.weights_of(layer)
+
+
+def test_what_ddp_ignores_is_told_before_it_is_built() -> None:
+    module = nn.Linear(2, 2)
+    assert compat.ignored_by_ddp(module) == set()
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        module, ["bias"]
+    )
+    assert compat.ignored_by_ddp(module) == {"bias"}

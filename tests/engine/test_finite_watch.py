@@ -75,3 +75,15 @@ def test_threads_are_watched_and_say_where_they_are() -> None:
     trace = str(watch.trace(second))
     assert trace.startswith("Inf by `div` outside of submodules, in forward (test_finite_watch.py:")
     assert trace.endswith("), part 1")
+
+
+def test_gradient_within_forward_is_told_as_one() -> None:
+    class Penalised(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(x.sqrt().sum(), x, create_graph=True)
+            return gradient
+
+    found = traced(nn.Sequential(Penalised()), torch.zeros(2))
+    assert found is not None
+    assert found.startswith("Inf by `SqrtBackward0`, in backward")

@@ -1,6 +1,8 @@
 """Programs in which stock DDP waits without a word: each ends soon, in a sentence that says why."""
 
 import os
+import pickle
+import re
 import signal
 import threading
 import time
@@ -16,10 +18,10 @@ import torchmetrics
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_mgpu import DDPStrategy, PipelineDDPStrategy
-from lightning_mgpu.launch.errors import RankHungError
+from lightning_mgpu.launch.errors import RankHungError, WorkerDiedError
 
 FAR = 60.0  # seconds; the collectives' own timeout is half an hour
-SHORT = 1.0
+SHORT = 2.0  # far more than ranks of a busy machine are apart
 
 _Act = Callable[["Zoo"], Any]
 
@@ -111,7 +113,7 @@ class SleepyBlobs(boring.Blobs):
 
 DIFFERENT = r"The ranks run different collectives: as number \d+, rank 0 runs .* and rank 1 "
 UNEVEN = DIFFERENT + "|Rank 1 has ended, and will not come to"
-LATE = r"waited more than 1 s for rank 1, at .*test_ddp_hangs.py:\d+ in "
+LATE = r"waited more than 2 s for rank 1, at .*test_ddp_hangs.py:\d+ in "
 slow = pytest.mark.slow
 
 CASES = [
@@ -164,9 +166,9 @@ CASES = [
 ]
 
 
-def fit(model: pl.LightningModule, data: Any = None, **strategy: Any) -> pl.Trainer:
+def fit(model: pl.LightningModule, data: Any = None) -> pl.Trainer:
     trainer = boring.trainer(
-        DDPStrategy(**{"hang_timeout_s": SHORT, **strategy}), use_distributed_sampler=False
+        DDPStrategy(hang_timeout_s=SHORT), use_distributed_sampler=False, num_sanity_val_steps=0
     )
     trainer.fit(model, datamodule=data or boring.Blobs())
     return trainer
@@ -182,6 +184,50 @@ def test_hang_ends_in_a_sentence(model: Zoo, data: pl.LightningDataModule, messa
         assert "global step" in str(info.value)
 
 
+def test_worker_that_gloo_ends_shows_its_stack() -> None:
+    """It aborts a process that gets more bytes than it has room for."""
+
+    def log_single(model: Zoo) -> None:
+        model.log("only", torch.tensor(1.0), sync_dist=True)
+
+    class Logs(Zoo):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, sync_dist=True)
+            return loss
+
+    with pytest.raises(WorkerDiedError, match="SIGABRT, as Gloo does it where") as info:
+        fit(Logs(log_single))
+    assert re.search(r"\nRank 0 .*`all_reduce`", str(info.value))
+    assert "in log_single" in str(info.value)
+    assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
+
+
+def fail(*_: Any) -> Any:
+    raise ArithmeticError("on one rank")
+
+
+def fail_in_backward(model: Zoo) -> None:
+    model.net[2].bias.register_hook(fail)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("act", "hook", "rank"),
+    [(fail_in_backward, "training_step", 1), (fail, "on_train_epoch_end", 0)],
+    ids=["in backward", "in a hook"],
+)
+def test_error_on_one_rank_ends_all(act: _Act, hook: str, rank: int) -> None:
+    with pytest.raises(ArithmeticError, match="on one rank"):
+        fit(Zoo(act, hook, rank))
+
+
+@slow
+def test_sigterm_of_one_rank_ends_all() -> None:
+    with pytest.raises(RuntimeError, match=r"Rank 1 raised .*SIGTERMException"):
+        fit(Zoo(send(signal.SIGTERM)))
+
+
 def test_slow_ranks_are_no_hang() -> None:
     """Slow ones by turns, each within the limit; and a long time in which nobody waits."""
 
@@ -193,10 +239,9 @@ def test_slow_ranks_are_no_hang() -> None:
 
         def on_validation_start(self) -> None:
             dist.barrier()
-            time.sleep(2.5 * SHORT)
+            time.sleep(1.5 * SHORT)
 
-    trainer = fit(Slow(), hang_timeout_s=SHORT)
-    assert trainer.state.finished
+    assert fit(Slow()).state.finished
 
 
 @slow

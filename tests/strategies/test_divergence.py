@@ -85,14 +85,39 @@ def test_ranks_that_agree_are_left_alone() -> None:
     _fit(Drifting())
 
 
-def test_parameters_of_other_names_are_told_of() -> None:
+def test_structures_that_differ_are_told_of() -> None:
     class Growing(boring.Classifier):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 1 and self.global_rank == 1:
                 self.extra = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
 
-    with pytest.raises(RanksDivergedError, match=r"names, shapes or dtypes on rank 1 are not"):
+    with pytest.raises(RanksDivergedError, match=r"`extra` is \[1\] torch.float32 on rank 1, and"):
         _fit(Growing(), detect_divergence=1)
+
+
+def test_buffers_of_another_shape_are_refused_before_training() -> None:
+    """DDP would send the values of one into those of another."""
+
+    class PerRank(boring.Classifier):
+        def setup(self, stage: str) -> None:
+            size = 4 + 2 * self.global_rank
+            self.norm = torch.nn.BatchNorm1d(size, affine=False)
+
+    with pytest.raises(RanksDivergedError, match=r"`norm.running_mean` is \[6\] .* on rank 1, and"):
+        _fit(PerRank())
+
+
+def test_other_names_that_are_averaged_are_told_of() -> None:
+    """Their values would be mixed, as many as there are on each rank."""
+
+    class Logging(boring.Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.log(f"of_{self.global_rank}", 1.0, sync_dist=True)
+            self.log(f"own_{self.global_rank}", 1.0)
+            return self._loss(batch)
+
+    with pytest.raises(RanksDivergedError, match=r"rank 0 `.*of_0`, and rank 1 `.*of_1`\."):
+        _fit(Logging(), detect_divergence=1)
 
 
 @pytest.mark.parametrize("every", [0, 1.5, -1])

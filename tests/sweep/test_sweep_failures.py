@@ -73,7 +73,7 @@ def test_error_in_words_says_where_a_nan_comes_from() -> None:
     words = "Step 3 (epoch 0, batch 3): the loss is NaN. First: NaN by `log` in `net.1`."
     with pytest.raises(TrialFailedError) as caught, failures_in_words():
         raise NonFiniteError(words, "Lower the learning rate.")
-    assert reason(of_an_actor(caught.value)).startswith(f"NonFiniteError: {words}")
+    assert reason(of_an_actor(caught.value)) == f"NonFiniteError: {words}"
 
 
 @pytest.mark.parametrize(
@@ -177,26 +177,33 @@ def test_application_without_a_batch_size_is_refused(config: dict[str, Any], mes
 
 
 def test_files_of_ray_go_where_a_copy_holds_them(tmp_path: Path) -> None:
-    staging, directory = tmp_path / "staging", tmp_path / "sweep"
+    staging, directory, folder = tmp_path / "staging", tmp_path / "sweep", tmp_path / "sweep/.ray"
     staging.mkdir()
-    directory.mkdir()
+    for place in (folder, folder / "0", folder / "1/checkpoint_000003", directory / "1"):
+        place.mkdir(parents=True)
+    (folder / "0/error.pkl").touch()
+    (folder / ".validate_storage_marker").touch()
     for name in ("experiment_state-1.json", "searcher-state-1.pkl"):
         (staging / name).write_text(name)
-        (directory / name).write_text(name)
-    (directory / "callback-states-1.pkl").write_text("not in the copy")
+        (folder / name).write_text(name)
+    (folder / "callback-states-1.pkl").write_text("not in the copy")
     one = Mock()
     one.storage.experiment_driver_staging_path = str(staging)
     keeper = StateKeeper(directory)
     keeper.clear()  # there is no copy
-    assert len(list(directory.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 6
     keeper.on_step_end(0, [one])
     keeper.clear()
-    assert {path.name for path in directory.iterdir()} == {"state.tar", "callback-states-1.pkl"}
+    assert {path.name for path in folder.iterdir()} == {"state.tar", "callback-states-1.pkl", "1"}
     again = StateKeeper(directory)
     again.put_back()
-    assert (directory / "searcher-state-1.pkl").read_text() == "searcher-state-1.pkl"
+    assert (folder / "searcher-state-1.pkl").read_text() == "searcher-state-1.pkl"
     again.clear()
-    assert {path.name for path in directory.iterdir()} == {"state.tar", "callback-states-1.pkl"}
+    assert {path.name for path in folder.iterdir()} == {"state.tar", "callback-states-1.pkl", "1"}
+    for _ in range(2):
+        keeper.show_checkpoints({0: directory / "0", 1: directory / "1"})
+        assert [path.name for path in (directory / "1").iterdir()] == ["checkpoint_000003"]
+    assert {path.name for path in directory.iterdir()} == {".ray", "1"}
 
 
 def test_process_has_time_to_end_a_trial_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What a trial reports from within Lightning's Trainer; no Ray needed."""
 
+import json
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -553,5 +554,9 @@ def test_second_fit_of_a_restored_trial_starts_as_the_user_says(tmp_path: Path) 
 def test_restored_at_the_last_epoch_ends_without_a_report(tmp_path: Path) -> None:
     fit(Keeping(tmp_path), Classifier(), saves=True)
     sent = Sent()
-    fit(sent, restore_from=tmp_path / "1", max_epochs=2)
+    trainer = fit(sent, restore_from=tmp_path / "1", max_epochs=2)
     assert sent.epochs == []
+    # which a job may ask for at its end
+    expected = json.loads((tmp_path / "1" / "metrics.json").read_text())
+    assert "val_loss" in expected
+    assert {n: float(v) for n, v in trainer.callback_metrics.items()} == pytest.approx(expected)

@@ -158,11 +158,11 @@ def test_sweep_that_has_ended_goes_on_with_more_trials(ray_address: str) -> None
     assert [trial["params"] for trial in done.trials] == drawn  # as if it had never ended
     assert done.trials[:2] == before  # these were not run again
     for trial in done.trials:
-        assert len(list(Path(trial["directory"]).glob("checkpoint_*"))) == 2
-    files = {path.name for path in done.directory.iterdir() if path.is_file()}
-    assert {name for name in files if not name.startswith(".")} == {
-        *("journal.jsonl", "multirun.yaml", "optimization_results.yaml"),
-        *("search_space.yaml", "state.tar"),
+        kept = list(Path(trial["directory"]).glob("checkpoint_*/*.ckpt"))
+        assert len(kept) == 2
+    assert {path.name for path in done.directory.iterdir()} == {
+        *("journal.jsonl", "multirun.yaml", "optimization_results.yaml", "search_space.yaml"),
+        *("trials.csv", ".lock", ".ray", "0", "1", "2"),
     }
     stretches = [trial.stretches for trial in read(done.directory).trials]
     assert len({stretch.worker for own in stretches for stretch in own}) == 3

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 
-from torch import nn
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import ParallelStrategy, Trainer
@@ -30,10 +29,6 @@ class MultiDeviceStrategy(Belonging, ParallelStrategy, ABC):
     @abstractmethod
     def random_streams(self) -> RandomStreams:
         """The random numbers of the run's steps; made if they have not been needed so far."""
-
-    def copies(self) -> list[nn.Module]:
-        """Copies of the LightningModule that compute steps beside it."""
-        return []
 
     @abstractmethod
     def _release(self) -> None:

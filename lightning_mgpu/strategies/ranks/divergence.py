@@ -1,7 +1,8 @@
-"""Compare the ranks' parameters by hash."""
+"""Compare the ranks' models: their structure, and parameters by hash."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ _FACTOR = 0x5851F42D4C957F2D
 
 
 class RanksDivergedError(RuntimeError):
-    """The ranks of a DDP strategy do not have the same parameters."""
+    """The ranks of a DDP strategy do not have the same model, or do not log the same."""
 
 
 class DivergenceCheck:
@@ -40,11 +41,18 @@ class DivergenceCheck:
         # What was loaded, or has not been trained, is as it was sent to all ranks.
         return last is not None and turn > last
 
-    def compare(self, parameters: Mapping[str, Tensor], step: int, device: torch.device) -> None:
-        """Compare parameters bit by bit; called on all ranks.
+    def compare(
+        self,
+        parameters: Mapping[str, Tensor],
+        logged: Sequence[str],
+        step: int,
+        device: torch.device,
+    ) -> None:
+        """Compare parameters bit by bit, and what is logged; called on all ranks.
 
         Args:
             parameters: By name.
+            logged: Names of what is averaged over the ranks, in that order.
             step: Optimizer steps so far, for the message.
             device: Where tensors are that the ranks exchange.
 
@@ -52,15 +60,20 @@ class DivergenceCheck:
             RanksDivergedError: Names the first that differs, on all ranks.
         """
         hashes = torch.stack([fingerprint(each).to(device) for each in parameters.values()])
-        structure = [(name, tuple(each.shape), each.dtype) for name, each in parameters.items()]
-        digest = hashlib.blake2b(repr(structure).encode(), digest_size=7).digest()
-        kind = torch.tensor(int.from_bytes(digest, "big"), device=device)
-        kinds, totals = _of_all_ranks(torch.stack([kind, fingerprint(hashes)])).unbind(1)
-        if others := _unlike_the_first(kinds):
+        digests = torch.tensor([_digest(_structure(parameters)), _digest(logged)], device=device)
+        structures, names, totals = _of_all_ranks(
+            torch.cat([digests, fingerprint(hashes)[None]])
+        ).unbind(1)
+        if _unlike_the_first(structures):
+            _refuse_structure(parameters, f"After {step} optimizer steps")
+        if others := _unlike_the_first(names):
+            everyone = _objects(list(logged))
+            ours, theirs = everyone[0], everyone[others[0]]
             raise RanksDivergedError(
-                f"After {step} optimizer steps the ranks have different parameters: names, shapes"
-                f" or dtypes on {_ranks(others)} are not those of rank 0, which has"
-                f" {len(structure)}. Add and replace parameters on all ranks alike."
+                f"The ranks log different values with `sync_dist=True`: rank 0 {_listed(ours)}, and"
+                f" rank {others[0]} {_listed(theirs)}. They are averaged over the ranks in this"
+                " order, whatever their names are. Log the same on all ranks, or without"
+                " `sync_dist`."
             )
         if not _unlike_the_first(totals):
             return
@@ -70,13 +83,62 @@ class DivergenceCheck:
         ]
         found = [(name, others) for name, others in differing if others]
         name, others = found[0]
-        rest = f" and {len(found) - 1} more of {len(structure)}" if len(found) > 1 else ""
+        rest = f" and {len(found) - 1} more of {len(parameters)}" if len(found) > 1 else ""
         raise RanksDivergedError(
             f"After {step} optimizer steps the parameter `{name}`{rest} on {_ranks(others)} is not"
             " what it is on rank 0: the ranks train different models. Look for what only some ranks"
             " do (`if self.global_rank == 0`), parameters that are changed by random numbers, and"
             " gradients that are not averaged (`no_sync`, `torch.autograd.grad`)."
         )
+
+
+def compare_structure(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Compare names, shapes and dtypes of tensors that rank 0 is about to send to the others.
+
+    Where they differ, the others would take a part of what comes, or read on.
+
+    Args:
+        tensors: By name.
+        device: Where tensors are that the ranks exchange.
+
+    Raises:
+        RanksDivergedError: Names the first that differs, on all ranks.
+    """
+    digests = _of_all_ranks(torch.tensor([_digest(_structure(tensors))], device=device))
+    if _unlike_the_first(digests.flatten()):
+        _refuse_structure(tensors, "Before training")
+
+
+def _refuse_structure(tensors: Mapping[str, Tensor], when: str) -> None:
+    structures = [dict(each) for each in _objects(_structure(tensors))]
+    for rank, structure in enumerate(structures):
+        for name in {**structures[0], **structure}:
+            ours, theirs = structures[0].get(name, "missing"), structure.get(name, "missing")
+            if ours != theirs:
+                raise RanksDivergedError(
+                    f"{when} the ranks have different models: `{name}` is {theirs} on rank {rank},"
+                    f" and {ours} on rank 0. Build, add and replace parameters and buffers on all"
+                    " ranks alike."
+                )
+    raise RanksDivergedError(f"{when} the ranks have their parameters in different orders.")
+
+
+def _structure(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    return [(name, f"{list(each.shape)} {each.dtype}") for name, each in tensors.items()]
+
+
+def _digest(parts: Sequence[object]) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
+
+
+def _objects(ours: list[Any]) -> list[list[Any]]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, ours)
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "nothing"
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

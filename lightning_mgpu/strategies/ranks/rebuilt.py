@@ -2,15 +2,19 @@
 
 import logging
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import DDPStrategy as _LightningDDPStrategy
+from lightning_mgpu._compat.lightning_results import synced_names
+from lightning_mgpu._compat.torch_modules import ignored_by_ddp
 from lightning_mgpu.strategies.base.belonging import Belonging
-from lightning_mgpu.strategies.ranks.divergence import DivergenceCheck
+from lightning_mgpu.strategies.ranks.divergence import DivergenceCheck, compare_structure
 from lightning_mgpu.strategies.ranks.reduced import (
     Reduced,
     as_trainable,
@@ -27,8 +31,8 @@ class RebuiltDDPStrategy(Belonging, _LightningDDPStrategy):
 
     Args:
         *args: As Lightning's `DDPStrategy`.
-        detect_divergence: Compare the ranks' parameters each time after so many optimizer steps;
-            default: never.
+        detect_divergence: Compare the ranks' parameters, and names of what they log, each time
+            after so many optimizer steps; default: never.
         **kwargs: As Lightning's `DDPStrategy`.
 
     Raises:
@@ -51,6 +55,7 @@ class RebuiltDDPStrategy(Belonging, _LightningDDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
+        self._compare_structure()
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
         self._reduced = Reduced(self.model)
@@ -86,7 +91,17 @@ class RebuiltDDPStrategy(Belonging, _LightningDDPStrategy):
             return
         ignored = model.parameters_to_ignore
         named = {name: p for name, p in model.module.named_parameters() if name not in ignored}
-        check.compare(named, step, self.root_device)
+        check.compare(named, synced_names(module.trainer), step, self.root_device)
+
+    def _compare_structure(self) -> None:
+        module, kwargs = self.model, self._ddp_kwargs
+        assert module is not None
+        if False in (kwargs.get("broadcast_buffers"), kwargs.get("forward_sync_buffers")):
+            return  # each rank has its own
+        ignored = ignored_by_ddp(module)
+        named = chain(module.named_parameters(), module.named_buffers())
+        tensors = {name: each for name, each in named if name not in ignored and not is_lazy(each)}
+        compare_structure(tensors, self.root_device)
 
     def _follow_parameters(self) -> None:
         """Rebuild DDP if parameters were unfrozen, frozen or added since it was built.

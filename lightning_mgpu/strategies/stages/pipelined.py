@@ -22,6 +22,7 @@ from lightning_mgpu.engine.pipeline.pipeline import Pipeline
 from lightning_mgpu.engine.pipeline.runtime.checkpointing import Checkpoint
 from lightning_mgpu.engine.pipeline.runtime.deferral import Defer
 from lightning_mgpu.engine.randomness import RandomStreams
+from lightning_mgpu.strategies.base.belonging import LESS_STATE
 from lightning_mgpu.strategies.base.loader_hint import loader_hint
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
@@ -289,6 +290,21 @@ class PipelineMixin(MultiDeviceStrategy):
                 pipeline.cutter.chosen,
             )
         self._placed.append(cut)
+
+    @override
+    def memory_advice(self) -> tuple[list[str], list[str]]:
+        chunks = 4 * len(self.own_devices)
+        if self._pipeline is not None:
+            chunks = self._pipeline.chunks.usual
+        return [
+            f"more micro-batches, `chunks={2 * chunks}`",
+            "`checkpoint='always'`, which computes activations again",
+            "stages that take as much memory as each other, `balance='memory'`",
+        ], [
+            "more devices, and with them stages",
+            "stages that take as much memory as each other, `balance='memory'`",
+            LESS_STATE,
+        ]
 
     @override
     def random_streams(self) -> RandomStreams:

@@ -9,6 +9,7 @@ import yaml
 
 from lightning_mgpu.sweep.report.reader import JOURNAL
 from lightning_mgpu.sweep.store.results import RESULTS
+from lightning_mgpu.sweep.store.tune_state import FOLDER
 
 _CHUNK = 16 * 2**20  # bytes
 _CHECKPOINT = ".ckpt"
@@ -65,6 +66,8 @@ def _best_checkpoints(results: Path) -> list[Path]:
 def _files(directory: Path, kept: list[Path]) -> Iterator[File]:
     for path in sorted(directory.rglob("*")):
         parts = path.relative_to(directory).parts
+        if parts[0] == FOLDER:  # of use where the sweep can be resumed
+            continue
         is_checkpoint = any(part.endswith(_CHECKPOINT) for part in parts)
         # (Lightning resolves links in the paths of its checkpoints.)
         if is_checkpoint and not any(path.resolve().is_relative_to(one) for one in kept):

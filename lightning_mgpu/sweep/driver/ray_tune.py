@@ -28,7 +28,9 @@ from lightning_mgpu.sweep.settings.extent import extent
 from lightning_mgpu.sweep.settings.nodes import is_population, needs_checkpoints, stops_early
 from lightning_mgpu.sweep.store.journal import Journal
 from lightning_mgpu.sweep.store.notices import Notices
-from lightning_mgpu.sweep.store.tune_state import StateKeeper
+from lightning_mgpu.sweep.store.records import TrialRecord
+from lightning_mgpu.sweep.store.study import OptunaStudy
+from lightning_mgpu.sweep.store.tune_state import FOLDER, StateKeeper
 from lightning_mgpu.sweep.trial.failures import SweepTrial, retrying
 from lightning_mgpu.sweep.trial.resources import requests_of
 from lightning_mgpu.sweep.trial.trainable import END_SECONDS, HydraTrial
@@ -54,17 +56,18 @@ _CHECKPOINT_SECONDS = "2"  # what a SIGKILL of the driver may cost
 
 
 class Algorithms(NamedTuple):
-    """What draws values and what stops trials."""
+    """What draws values, what stops trials, and where Optuna finds them."""
 
     searcher: Searcher
     scheduler: TrialScheduler
+    study: OptunaStudy | None
 
     @classmethod
     def of(cls, sweep: "PreparedSweep") -> "Algorithms":
-        """Make both, before anything starts.
+        """Make them, before anything starts.
 
         Raises:
-            ConfigError: One does not take its arguments.
+            ConfigError: One does not take its arguments, or the study's storage cannot be used.
         """
         options, objectives = sweep.options, sweep.records.objectives
         scheduler = build_scheduler(options, sweep.space, sweep.reports)
@@ -73,7 +76,12 @@ class Algorithms(NamedTuple):
             options.max_concurrent_trials
         ):
             searcher = ConcurrencyLimiter(searcher, options.max_concurrent_trials)
-        return cls(searcher, scheduler)
+        study = None
+        if options.optuna_storage is not None:
+            resumes = options.resume is not None
+            given = (options.optuna_storage, sweep.space, sweep.records, sweep.directory, resumes)
+            study = OptunaStudy(*given)
+        return cls(searcher, scheduler, study)
 
 
 def tune(sweep: "PreparedSweep", algorithms: Algorithms, interrupts: Interrupts) -> str | None:
@@ -108,11 +116,19 @@ def tune(sweep: "PreparedSweep", algorithms: Algorithms, interrupts: Interrupts)
         retries = options.on_oom == "retry_smaller"
         kind = retrying(sweep.smaller) if retries else SweepTrial
         journal.begin(options, sweep.space, sweep.records)
+
+        def listen(record: TrialRecord | None) -> None:
+            show(record)
+            if algorithms.study is not None:
+                algorithms.study.add(record)
+
         watcher = RecordingCallback(
-            sweep.records, sweep.space.active, sweep.describe, show, journal, interrupts, kind
+            sweep.records, sweep.space.active, sweep.describe, listen, journal, interrupts, kind
         )
         stopper = SweepStopper(sweep.records, options.max_failure_rate, options.time_budget_s)
         _run(sweep, algorithms, watcher, stopper, notices, requests.hides_gpus)
+        if algorithms.study is not None:
+            algorithms.study.add_all()
         return stopper.why
 
 
@@ -144,7 +160,7 @@ def _run(
         keeper.put_back()
     ray.tune.run(
         HydraTrial.of(plan, hides_gpus),
-        name=sweep.directory.name,
+        name=f"{sweep.directory.name}/{FOLDER}",
         storage_path=str(sweep.directory.parent),
         metric=metric,
         mode=mode,
@@ -166,6 +182,9 @@ def _run(
     )
     keeper.take()
     keeper.clear()
+    if options.keep_checkpoints:
+        trials = sweep.records.ordered()
+        keeper.show_checkpoints({trial.number: Path(trial.directory) for trial in trials})
 
 
 def _checkpoints_kept(options: "RayTuneSweeperConf") -> int | None:

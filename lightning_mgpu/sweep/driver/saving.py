@@ -12,6 +12,7 @@ from lightning_mgpu.errors import ConfigError, SweepFailedError, one_line
 from lightning_mgpu.ray.connection import remove_files
 from lightning_mgpu.sweep.driver.interrupts import Interrupts
 from lightning_mgpu.sweep.store.results import RESULTS, relative, resume_command, write_results
+from lightning_mgpu.sweep.store.table import write_table
 
 if TYPE_CHECKING:
     from lightning_mgpu.sweep.settings.prepared import PreparedSweep
@@ -71,3 +72,4 @@ def _save(sweep: "PreparedSweep") -> None:
     # A sweep that failed to resume knows none of its trials, and an earlier run has written them.
     if sweep.records.trials or not (sweep.directory / RESULTS).exists():
         write_results(sweep.records, sweep.directory)
+        write_table(sweep.records, sweep.directory)

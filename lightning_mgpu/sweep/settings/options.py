@@ -156,6 +156,11 @@ def _check_installed(options: "RayTuneSweeperConf") -> None:
             missing.append((f"sweeper/search_alg={search}", package, extra))
         elif package in _OLDEST:
             _check_release(package, extra, f"hydra/sweeper/search_alg={search}")
+    if options.optuna_storage is not None and find_spec("optuna") is None:
+        raise ConfigError(
+            f"hydra.sweeper.optuna_storage={options.optuna_storage}: needs optuna: pip install"
+            " 'lightning_mgpu[search]'."
+        )
     if is_kind(options.scheduler, "PB2") and find_spec("sklearn") is None:
         missing.append((f"sweeper/scheduler={options.scheduler.name}", "scikit-learn", "search"))
     if find_spec("ray") is None:

@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import shutil
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,30 @@ from lightning_mgpu._compat.ray_tune import state_directory
 
 log = logging.getLogger(__name__)
 
+FOLDER = ".ray"
+"""What is Ray Tune's own, in the directory of a sweep."""
+
 STATE = "state.tar"
+"""Copy of its state, in that folder."""
+
+_MARKER = ".validate_storage_marker"
+_CHECKPOINTS = "checkpoint_*"
 
 
 class StateKeeper(Callback):
     """Keep copies of Ray's state of trials, searcher and scheduler.
 
-    Ray writes its files at one place and copies them to the sweep's directory one by one. A driver
-    that is killed meanwhile leaves a mixture there, with which Ray would start all over again.
+    Ray writes its files at one place and copies them to its folder in the sweep's directory one by
+    one. A driver that is killed meanwhile leaves a mixture there, with which Ray would start all
+    over again.
 
     Args:
         directory: The sweep's.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / STATE
+        self._directory = directory
+        self._path = directory / FOLDER / STATE
         self._source: Path | None = None
         self._seen: list[tuple[str, int]] = []
         self._has_warned = False
@@ -68,14 +79,26 @@ class StateKeeper(Callback):
             self._has_warned = True
 
     def clear(self) -> None:
-        """Remove Ray's own files from the sweep's directory, as far as the copy holds them."""
+        """Remove what Ray has left in its folder but for the copy, and checkpoints."""
+        folder = self._path.parent
         with contextlib.suppress(OSError, tarfile.TarError):
             with tarfile.open(self._path) as archive:
                 held = {Path(name).name for name in archive.getnames()}
-            for name in held | self._put_back:  # the latter are older than what the copy holds
-                (self._path.parent / name).unlink(missing_ok=True)
+            for name in (*held, *self._put_back, _MARKER):  # older than what the copy holds
+                (folder / name).unlink(missing_ok=True)
+            for place in folder.iterdir():
+                if place.is_dir() and not any(place.glob(_CHECKPOINTS)):
+                    shutil.rmtree(place)  # the reasons of failures are in the results
+
+    def show_checkpoints(self, places: Mapping[int, Path]) -> None:
+        """Link the checkpoints of trials that are kept in their directories, by number."""
+        for number, place in places.items():
+            for path in (self._path.parent / str(number)).glob(_CHECKPOINTS):
+                with contextlib.suppress(OSError):  # it is there, or the file system has no links
+                    place.joinpath(path.name).symlink_to(os.path.relpath(path, place))
 
     def _write(self, files: list[Path]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_suffix(".new")
         with tarfile.open(unfinished, "w") as archive:
             for path in files:

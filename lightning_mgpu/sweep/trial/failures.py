@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_mgpu._compat.lightning_messages import says_out_of_memory
 from lightning_mgpu._compat.ray import memory_of
 from lightning_mgpu._compat.ray_tune import ActorLostError, make
-from lightning_mgpu.errors import one_line
+from lightning_mgpu.errors import NonFiniteError, one_line
 from lightning_mgpu.sweep.trial.crashes import crash_in
 
 
@@ -43,7 +43,8 @@ def failures_in_words() -> Iterator[None]:
         raise  # these are words already
     except Exception as error:
         traceback.print_exc()
-        words = f"{type(error).__name__}: {one_line(error)}"
+        said = error.words if isinstance(error, NonFiniteError) else one_line(error)
+        words = f"{type(error).__name__}: {said}"
         if is_out_of_memory(error):
             raise TrialOutOfMemoryError(f"out of memory, {words}") from None
         raise TrialFailedError(words) from None

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import (
@@ -26,6 +27,7 @@ from lightning_mgpu._compat.lightning import (
     TrainerFn,
 )
 from lightning_mgpu._compat.lightning_loops import is_epoch_trained
+from lightning_mgpu._compat.lightning_results import set_callback_metrics
 from lightning_mgpu._compat.lightning_trainer import restore_model_and_callbacks
 from lightning_mgpu.ray import worker
 from lightning_mgpu.sweep.store.records import BEST_CHECKPOINT, SAVED
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.ckpt"
 _GROUPS = "param_groups.json"
+_METRICS = "metrics.json"
 _OURS = "lightning_mgpu."
 
 
@@ -79,6 +82,7 @@ class TrialReportCallback(Checkpoint):
         self._saves = saves
         self._restore_from = restore_from
         self._written: dict[str, int] = {}  # when each checkpoint was
+        self._metrics_before: dict[str, float] = {}  # of the run that goes on
         self._is_new = False  # a validation was not reported yet
         self._has_warned = False
         self._before: dict[str, float] = {}
@@ -108,7 +112,15 @@ class TrialReportCallback(Checkpoint):
         _tell(trainer, reporting.note_restored)  # a second fit of the trial starts as the user says
         self._mutations = pbt.compare(json.loads((path / _GROUPS).read_text()), self._groups)
         restore_model_and_callbacks(trainer, path / CHECKPOINT)
+        self._metrics_before = json.loads((path / _METRICS).read_text())
         _take_over_last(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where all epochs were trained before, nothing was logged, and the job may ask for metrics.
+        lacking = self._metrics_before.keys() - trainer.callback_metrics.keys()
+        values = {name: torch.tensor(self._metrics_before[name]) for name in lacking}
+        set_callback_metrics(trainer, values)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,6 +205,7 @@ class TrialReportCallback(Checkpoint):
         trainer.save_checkpoint(directory / CHECKPOINT)
         if trainer.is_global_zero:
             (directory / _GROUPS).write_text(json.dumps(self._groups))
+            (directory / _METRICS).write_text(json.dumps(_numbers(trainer)))
         return directory
 
 
