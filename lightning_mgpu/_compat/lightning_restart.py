@@ -112,9 +112,9 @@ def begin_validation(trainer: "Trainer") -> None:
     total.ready = total.started = total.processed
 
 
-def end_epoch(trainer: "Trainer") -> None:
-    """Have a restart that stands after the last batch go on with the end of the epoch."""
-    assign(trainer.fit_loop.epoch_loop.val_loop, "_has_run", True)
+def go_on_behind_batch(trainer: "Trainer", validates: bool) -> None:
+    """Have a restart that stands after a batch go on with validation, or the end of the epoch."""
+    assign(trainer.fit_loop.epoch_loop.val_loop, "_has_run", not validates)
 
 
 def step_plateau_schedulers(trainer: "Trainer") -> None:

@@ -42,12 +42,13 @@ def go_on_logging(trainer: "Trainer", logged: dict[str, Any]) -> None:
     """Have the epoch go on with what was logged before.
 
     Args:
-        trainer: In an epoch that has logged nothing yet.
+        trainer: In an epoch that has not begun to log yet.
         logged: What `logged_so_far` has returned.
     """
     model = trainer.lightning_module
     modules = dict(model.named_modules())
     results = trainer.fit_loop.epoch_loop._results
+    results.clear()  # of a run that was interrupted
     assign(trainer._logger_connector, "_first_loop_iter", logged["is_first_batch"])
     assign(trainer._logger_connector, "_current_fx", logged["hook"])
     for known in logged["results"]:

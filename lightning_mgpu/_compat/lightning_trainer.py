@@ -90,6 +90,12 @@ def end_search(trainer: "Trainer") -> None:
     trainer.state.status, trainer.state.stage = TrainerStatus.FINISHED, None
 
 
+def begin_again(trainer: "Trainer") -> None:
+    """Make a Trainer whose `fit` has failed ready for its function that fits, as `fit` does."""
+    trainer._teardown()
+    trainer.state.status, trainer.training, trainer.should_stop = TrainerStatus.RUNNING, True, False
+
+
 def attribute_of_found_rate(callback: "Callback", model: "LightningModule") -> str | None:
     """The model's attribute to which a search has set the learning rate; `None` without one."""
     if not isinstance(callback, LearningRateFinder) or not callback._update_attr:

@@ -22,6 +22,7 @@ from lightning_mgpu.strategies.ranks.environment import PoolEnvironment
 from lightning_mgpu.strategies.ranks.launcher import PoolLauncher
 from lightning_mgpu.strategies.ranks.rank_data import process_loader
 from lightning_mgpu.strategies.ranks.rebuilt import RebuiltDDPStrategy
+from lightning_mgpu.strategies.ranks.recovery import Recovery
 
 
 class DDPStrategy(RebuiltDDPStrategy):
@@ -48,6 +49,11 @@ class DDPStrategy(RebuiltDDPStrategy):
         detect_divergence: Compare the ranks' parameters by hash each time after so many optimizer
             steps, and end the run where they differ; default: never. Buffers are left out: each
             rank has its own until rank 0's are sent to all in the next forward pass.
+        max_failures: How often `fit` may lose a rank's process, as to the kernel when memory runs
+            out, and go on with new ones; default: never. It goes on from the last snapshot, with
+            the same bits as if nothing had been (see `ExactResume`). Rank 0 is the program itself.
+        snapshot_every_n_steps: Optimizer steps between two snapshots, in memory if there is room
+            (default 100).
         **kwargs: As Lightning's `DDPStrategy`, and through it
             `torch.nn.parallel.DistributedDataParallel`. `start_method` must stay ``"popen"``.
 
@@ -59,15 +65,34 @@ class DDPStrategy(RebuiltDDPStrategy):
 
     strategy_name = "mgpu_ddp"
     hang_timeout_s: float | None = None
+    recovery: Recovery | None = None
+    """What goes on when a rank's process is lost; `None`: nobody does."""
 
-    def __init__(self, *args: Any, hang_timeout_s: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        hang_timeout_s: float | None = None,
+        max_failures: int = 0,
+        snapshot_every_n_steps: int = 100,
+        **kwargs: Any,
+    ) -> None:
         if hang_timeout_s is not None and not hang_timeout_s > 0:
             raise ValueError(
                 f"`{type(self).__name__}(hang_timeout_s={hang_timeout_s!r})`: give seconds, more"
                 " than 0, or leave it out for a little less than `timeout`."
             )
+        for name, value, least in (
+            ("max_failures", max_failures, 0),
+            ("snapshot_every_n_steps", snapshot_every_n_steps, 1),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"`{type(self).__name__}({name}={value!r})`: give a number from {least} on."
+                )
         super().__init__(*args, **kwargs)
         self.hang_timeout_s = hang_timeout_s
+        if max_failures:
+            self.recovery = Recovery(max_failures, snapshot_every_n_steps)
 
     @property
     def cluster_environment(self) -> ClusterEnvironment | None:

@@ -29,6 +29,7 @@ from lightning_mgpu.launch.rank import Rank
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 from lightning_mgpu.strategies.ranks.environment import PoolEnvironment
 from lightning_mgpu.strategies.ranks.predictions import RankPredictions, merge_predictions
+from lightning_mgpu.strategies.ranks.recovery import Recovery
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,23 @@ class PoolLauncher(_Launcher):
             Rank 0's result; for `Trainer.predict` the predictions of all ranks, as one process
             would have returned them.
         """
+
+        def launch(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            return self._launch(trainer, function, args, kwargs)
+
+        recovery: Recovery | None = getattr(self._strategy, "recovery", None)
+        is_alone = self._strategy.num_processes == 1
+        if recovery is None or is_alone or trainer is None or not _fits(trainer):
+            return launch(function, args, kw)
+        return recovery.run(trainer, launch, function, args, kw)
+
+    def _launch(
+        self,
+        trainer: "Trainer | None",
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kw: dict[str, Any],
+    ) -> Any:
         entry = _RankEntry(self._strategy, trainer, function, args, kw)
         world_size = self._strategy.num_processes
         with entry.pickled() if world_size > 1 else nullcontext() as payload:
@@ -159,7 +177,7 @@ class _RankEntry:
 
         Evaluation does not wrap the model in DDP, and reads the weights only.
         """
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+        if self.trainer is None or not _fits(self.trainer):
             return []
         module = self.trainer.lightning_module
         return [*module.parameters(), *module.buffers()]
@@ -183,6 +201,10 @@ def names_of_parts(
     names |= {"trainer.strategy": strategy}
     names |= {type(argument).__name__: argument for argument in args}
     return {**names, "trainer": trainer}
+
+
+def _fits(trainer: "Trainer") -> bool:
+    return trainer.state.fn == TrainerFn.FITTING
 
 
 def _announce_rank(rank: Rank) -> None:

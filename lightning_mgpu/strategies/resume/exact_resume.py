@@ -122,12 +122,12 @@ class ExactResume(Callback):
     def _gather_when_saving(self, trainer: Trainer) -> None:
         """Have all ranks' states in checkpoints that all ranks write together."""
         strategy = trainer.strategy
-        save = strategy.save_checkpoint
+        save, handled = strategy.save_checkpoint, sys.exc_info()[1]  # by whoever called `fit`
 
         def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             # After an error there may be nobody to answer.
-            if state and sys.exc_info()[1] is None:
+            if state and sys.exc_info()[1] is handled:
                 for ranks in rank_state.gathered(state["ranks"]):
                     state["ranks"].update(ranks)
             save(checkpoint, *args, **kwargs)
@@ -256,8 +256,7 @@ class ExactResume(Callback):
         elif known["at_batch_end"] and (known["validates"] or known["is_last"]):
             self._settle()  # there is no hook before what follows
             self._begins_validation = known["validates"]
-            if not known["validates"]:
-                restart.end_epoch(trainer)
+            restart.go_on_behind_batch(trainer, known["validates"])
 
     def _stop_if_stopped(self, trainer: Trainer, known: dict[str, Any]) -> None:
         if known["stops"] and not trainer.should_stop:
