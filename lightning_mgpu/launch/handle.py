@@ -107,7 +107,7 @@ class WorkerHandle:
 
     def last_words(self) -> str:
         """The Python stacks of a worker that has crashed; empty where there are none."""
-        return self._last_words.read()
+        return self._last_words.read(self._process.returncode)
 
     def kill(self) -> None:
         """Kill the process and all it started. May be called twice."""

@@ -2,10 +2,13 @@
 
 import faulthandler
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+_CRASHES = frozenset({signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV})
 
 
 class LastWords:
@@ -16,8 +19,14 @@ class LastWords:
         self.file, path = tempfile.mkstemp(prefix="lightning_mgpu_")
         os.unlink(path)
 
-    def read(self) -> str:
-        """What the worker has written; empty if it has not crashed."""
+    def read(self, exit_code: int | None) -> str:
+        """What the worker has written; empty if it has not crashed.
+
+        Args:
+            exit_code: How it ended. A process that it had forked may have written, too.
+        """
+        if exit_code is None or -exit_code not in _CRASHES:
+            return ""
         text = os.pread(self.file, os.fstat(self.file).st_size, 0).decode(errors="replace")
         return text.partition("\nExtension modules:")[0].strip()
 

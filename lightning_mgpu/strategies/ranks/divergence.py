@@ -1,7 +1,7 @@
 """Compare the ranks' models: their structure, and parameters by hash."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class DivergenceCheck:
         Raises:
             RanksDivergedError: Names the first that differs, on all ranks.
         """
-        hashes = torch.stack([fingerprint(each).to(device) for each in parameters.values()])
+        hashes = _hashes(parameters.values(), device)
         digests = torch.tensor([_digest(_structure(parameters)), _digest(logged)], device=device)
         structures, names, totals = _of_all_ranks(
             torch.cat([digests, fingerprint(hashes)[None]])
@@ -67,14 +67,7 @@ class DivergenceCheck:
         if _unlike_the_first(structures):
             _refuse_structure(parameters, f"After {step} optimizer steps")
         if others := _unlike_the_first(names):
-            everyone = _objects(list(logged))
-            ours, theirs = everyone[0], everyone[others[0]]
-            raise RanksDivergedError(
-                f"The ranks log different values with `sync_dist=True`: rank 0 {_listed(ours)}, and"
-                f" rank {others[0]} {_listed(theirs)}. They are averaged over the ranks in this"
-                " order, whatever their names are. Log the same on all ranks, or without"
-                " `sync_dist`."
-            )
+            _refuse_names(logged, others[0])
         if not _unlike_the_first(totals):
             return
         differing = [
@@ -123,6 +116,24 @@ def _refuse_structure(tensors: Mapping[str, Tensor], when: str) -> None:
     raise RanksDivergedError(f"{when} the ranks have their parameters in different orders.")
 
 
+def _refuse_names(logged: Sequence[str], rank: int) -> None:
+    everyone = _objects(list(logged))
+    raise RanksDivergedError(
+        f"The ranks log different values with `sync_dist=True`: rank 0 {_listed(everyone[0])}, and"
+        f" rank {rank} {_listed(everyone[rank])}. They are averaged over the ranks in this order,"
+        " whatever their names are. Log the same on all ranks, or without `sync_dist`."
+    )
+
+
+def _hashes(tensors: Collection[Tensor], device: torch.device) -> Tensor:
+    sizes: dict[torch.device, int] = {}
+    for tensor in tensors:
+        # Twice, for the parts of a complex number.
+        sizes[tensor.device] = max(2 * tensor.numel(), sizes.get(tensor.device, 0))
+    weights = {where: weights_on(where, size) for where, size in sizes.items()}
+    return torch.stack([fingerprint(each, weights[each.device]).to(device) for each in tensors])
+
+
 def _structure(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     return [(name, f"{list(each.shape)} {each.dtype}") for name, each in tensors.items()]
 
@@ -141,18 +152,29 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "nothing"
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
-    """Hash of a tensor's bits, in the order of its elements; int64, on its device."""
+def fingerprint(tensor: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Hash of a tensor's bits, in the order of its elements; int64, on its device.
+
+    Args:
+        tensor: Any dense tensor.
+        weights: Those of `weights_on` its device, to use for several tensors.
+    """
     flat = tensor.detach()
     flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
     bits = flat.view(_INTEGERS[flat.element_size()])
+    if weights is None:
+        weights = weights_on(flat.device, len(bits))
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, len(bits), _CHUNK):
         part = bits[start : start + _CHUNK].to(torch.int64)
-        places = torch.arange(start, start + len(part), device=flat.device)
-        weights = (places * _FACTOR) ^ (places << 32)
-        total += (part * (weights * 2 + 1)).sum()
+        total = total * _FACTOR + (part * weights[: len(part)]).sum()
     return total
+
+
+def weights_on(device: torch.device, size: int) -> Tensor:
+    """Odd numbers, one for each element, but for what exceeds a chunk."""
+    places = torch.arange(min(size, _CHUNK), device=device)
+    return ((places * _FACTOR) ^ (places << 32)) * 2 + 1
 
 
 def _of_all_ranks(tensor: Tensor) -> Tensor:
