@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from resuming import Endless, Net, Saver, fit, loader
+from resuming import Augmented, Endless, Net, Result, Saver, fit, loader
 from torch.utils.data import DataLoader
 
 from lightning_mgpu.callbacks import ExactResume
@@ -269,6 +269,43 @@ def test_workers_that_live_on(tmp_path: Path, recwarn: pytest.WarningsRecorder) 
     fit(loaders, whole, max_epochs=2)
     fit(loaders, Saver(), whole.saved[12], max_epochs=2)
     assert warned(recwarn, "`persistent_workers=True`")
+
+
+class FailsOnce(pl.Callback):
+    """Fails in the second epoch."""
+
+    def __init__(self) -> None:
+        self.is_due = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.is_due and trainer.current_epoch == 1:
+            self.is_due = False
+            raise RuntimeError("in the middle")
+
+
+def test_trainer_that_has_failed_goes_on(tmp_path: Path) -> None:
+    """Wherever the checkpoint was written, and where the error is still being handled."""
+    directory = tmp_path / "whole"
+    directory.mkdir()
+    saver = Saver(directory)
+    whole = fit(loader, saver)
+    ends = next(n for n, path in enumerate(saver.saved) if path.stem.endswith("epoch"))
+    for checkpoint in [saver.saved[0], *saver.saved[2 : ends + 3]]:
+        saves, net = Saver(), Net()
+        trainer = boring.trainer(
+            "auto",
+            1,
+            callbacks=[FailsOnce(), saves, ExactResume()],
+            enable_checkpointing=True,
+            max_epochs=3,
+        )
+        loaders = loader(), DataLoader(Augmented(), batch_size=11)
+        try:
+            trainer.fit(net, *loaders)
+        except RuntimeError:
+            saves.epochs.clear()
+            trainer.fit(net, *loaders, ckpt_path=checkpoint)
+        Result(trainer, net, saves).assert_continues(whole, checkpoint.name)
 
 
 def test_same_trainer_again(tmp_path: Path) -> None:
