@@ -110,7 +110,8 @@ def test_names_a_parameter_that_is_nan_already(tmp_path: Path) -> None:
 
 def test_names_the_samples_of_a_batch_that_has_nan(tmp_path: Path) -> None:
     data = loader()
-    data.dataset.tensors[0][[18, 21], 3] = float("nan")  # type: ignore[attr-defined]
+    samples: Any = data.dataset
+    samples.tensors[0][[18, 21], 3] = float("nan")
     words = r"NaN is in the batch \(`batch\[0\]`, samples 2, 5\) already"
     for strategy in STRATEGIES:
         with pytest.raises(NonFiniteError, match=words):
@@ -208,13 +209,15 @@ def test_infinite_gradients_are_left_to_a_scaler(tmp_path: Path) -> None:
 
 def halves(*marked: int) -> Any:
     data = loader(*marked)
-    x, y = data.dataset.tensors  # type: ignore[attr-defined]
+    samples: Any = data.dataset
+    x, y = samples.tensors
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x.float(), y), batch_size=8)
 
 
 def test_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown: Any = "halt"
     with pytest.raises(ValueError, match=r"action='halt'\)`: use 'stop', 'skip'"):
-        NonFiniteGuard("halt")  # type: ignore[arg-type]
+        NonFiniteGuard(unknown)
     with pytest.raises(ValueError, match=r"max_skips=0\)`: use a number from 1 on"):
         NonFiniteGuard(max_skips=0)
     monkeypatch.setattr(SingleDeviceStrategy, "handles_gradient_accumulation", True)
