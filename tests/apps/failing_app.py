@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 
 import hydra
 from omegaconf import DictConfig
@@ -31,6 +32,7 @@ def main(cfg: DictConfig):
             signal.signal(signum, lambda *_: sys.exit(0))
     if cfg.kind == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+        time.sleep(60)  # another thread may be the one that gets it
     if cfg.kind == "flaky" and not os.path.exists("tried"):
         open("tried", "w").close()
         raise RuntimeError("only once")

@@ -85,7 +85,7 @@ def test_each_worker_asks_for_its_stages() -> None:
 def test_config_takes_the_arguments_of_both() -> None:
     strategy = instantiate(config("+strategy=ray_pipeline", "strategy.chunks=2").strategy)
     assert isinstance(strategy, RayPipelineStrategy)
-    assert (strategy.num_workers, strategy.stages, strategy._chunks) == (2, 2, 2)
+    assert (strategy.num_workers, strategy.stages, strategy._planning.chunks) == (2, 2, 2)
     assert strategy._resources == {"CPU": 2}
 
 

@@ -8,10 +8,12 @@ import pytest
 import ray
 from omegaconf import OmegaConf
 
+from hydra_plugins.ray_tune_sweeper import config
 from lightning_mgpu.errors import ConfigError
 from lightning_mgpu.sweep.space.space import Choice, Space
 from lightning_mgpu.sweep.trial.resources import Requests, request
 
+SCHEDULERS = {"asha": config.AshaConf, "pbt": config.PbtConf}
 _RAY = {"_target_": "lightning_mgpu.ray.RayStrategy", "num_workers": 2, "num_cpus_per_worker": 2}
 
 
@@ -37,7 +39,7 @@ def _requests(
         directory=Path(),
         options=SimpleNamespace(
             resources_per_trial=SimpleNamespace(cpu=3, gpu=gpu),
-            scheduler=SimpleNamespace(name=scheduler),
+            scheduler=SCHEDULERS[scheduler](),
         ),
     )
     return Requests(sweep)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_mgpu import PipelineDDPStrategy, PipelineStrategy
 from lightning_mgpu.engine.pipeline.profile import recording
 from lightning_mgpu.engine.pipeline.profile.timeline import Kind, PipelineTimeline, StageSpan
-from lightning_mgpu.strategies.stages import pipelined
+from lightning_mgpu.strategies.stages import planning
 from lightning_mgpu.strategies.stages.step_trace import chrome_trace
 from lightning_mgpu.timeline import drawing as report
 
@@ -184,7 +184,7 @@ def test_efficiency_of_known_spans() -> None:
 
 
 def test_stages_that_are_chosen_in_the_step_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipelined, "NUMBERS", (2,))
+    monkeypatch.setattr(planning, "NUMBERS", (2,))
     strategy = PipelineStrategy(trace_dir="trace", chunks=4, stages_per_device="auto")
     trainer = boring.trainer(strategy, 2, max_steps=1, max_epochs=-1, limit_val_batches=0)
     trainer.fit(Deep(), datamodule=boring.Blobs(8))
