@@ -58,6 +58,9 @@ def version_kept(tensor: Tensor) -> AbstractContextManager[None]:
 add_to_each: Callable[..., None] = torch._foreach_add_
 """Add to tensors in place, each of the first list with its counterpart in the second."""
 
+copy_to_each: Callable[..., None] = torch._foreach_copy_
+"""Copy to tensors in place, to each of the first list its counterpart in the second."""
+
 ATEN_ADD_TO_EACH: Any = torch.ops.aten._foreach_add_
 """The operation behind that, as a dispatch mode sees it."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mgpu._compat.lightning import LightningModule, Trainer
-from lightning_mgpu._compat.torch import version_of
+from lightning_mgpu._compat.torch import copy_to_each, version_of
 from lightning_mgpu.engine.random_state import RandomState
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.resume import rank_state
@@ -46,39 +46,55 @@ class Recorder:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._devices = trainer, accelerators(trainer)
-        self._named: list[tuple[str, Tensor]] | None = None
+        self._is_known = False
         self._copies: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[Tensor, int]] = {}
+        self._small: tuple[list[Tensor], list[Tensor]] = [], []
+        self._large: list[tuple[str, Tensor]] = []
+        self._versions: dict[str, int] = {}
 
     def look_again(self) -> None:
         """Find the buffers anew, since they may have been replaced."""
-        self._named = None
+        self._is_known = False
 
     def keep(self) -> None:
         """Have the copies that the last record refers to stay as they are."""
-        self._copies, self._versions = {}, {}
+        self._is_known = False
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepRecord:
         """The record of a step that is about to begin."""
-        if self._named is None:
-            self._named = list(self._trainer.lightning_module.named_buffers())
-        with torch.no_grad():
-            for name, buffer in self._named:
-                self._copy(name, buffer)
+        try:
+            self._update()
+        except RuntimeError:  # a buffer has another shape now
+            self._find()
         random, streams = RandomState(self._devices), random_streams(self._trainer)
         return StepRecord(args, kwargs, random, streams, self._copies)
 
-    def _copy(self, name: str, buffer: Tensor) -> None:
-        known, version = self._versions.get(name, (None, -1))
-        counts = not buffer.is_inference()
-        if known is buffer and counts and buffer.numel() > _SMALL and version == version_of(buffer):
+    def _update(self) -> None:
+        if not self._is_known:
+            self._find()
             return
-        copied = self._copies.get(name)
-        if copied is None or copied.shape != buffer.shape or copied.device != buffer.device:
-            self._copies[name] = buffer.detach().clone()
-        else:
-            copied.copy_(buffer)
-        self._versions[name] = buffer, version_of(buffer) if counts else -1
+        with torch.no_grad():
+            if self._small[0]:
+                copy_to_each(*self._small)
+            for name, buffer in self._large:
+                if self._versions[name] != _version(buffer) or buffer.is_inference():
+                    self._copies[name].copy_(buffer)
+                    self._versions[name] = _version(buffer)
+
+    def _find(self) -> None:
+        """Copy all buffers, to tensors of their own."""
+        named = {n: b.detach() for n, b in self._trainer.lightning_module.named_buffers()}
+        self._copies = {name: buffer.clone() for name, buffer in named.items()}
+        small = [name for name, buffer in named.items() if buffer.numel() <= _SMALL]
+        self._small = [self._copies[n] for n in small], [named[n] for n in small]
+        self._large = [pair for pair in named.items() if pair[0] not in small]
+        self._versions = {name: _version(buffer) for name, buffer in self._large}
+        self._is_known = True
+
+
+def _version(buffer: Tensor) -> int:
+    """How often a buffer has been written to, as far as that is counted."""
+    return -1 if buffer.is_inference() else version_of(buffer)
 
 
 def put_back(trainer: Trainer, record: StepRecord) -> None:

@@ -132,6 +132,14 @@ class _Watch(compat.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_copy_to_each_copies_pair_by_pair() -> None:
+    into = [torch.zeros(2), torch.zeros((), dtype=torch.int64)]
+    compat.copy_to_each(into, [torch.tensor([1.0, float("nan")]), torch.tensor(3)])
+    assert into[0][0] == 1
+    assert into[0][1].isnan()
+    assert into[1] == 3
+
+
 def test_add_to_each_adds_pair_by_pair_in_one_operation() -> None:
     into, others = [torch.zeros(2), torch.ones(1)], [torch.ones(2), torch.ones(1)]
     with _Watch() as watch:
