@@ -14,8 +14,8 @@ from lightning_mgpu.engine.pipeline.runtime.checkpointing import (
 )
 
 # How often the caller has the module's output when backward begins: itself, what a loss keeps, and
-# the gradients of both; and when the loss is through.
-_EARLY, _LATE = 4.0, 2.0
+# the gradient; and when the loss is through.
+_EARLY, _LATE = 3.0, 2.0
 
 
 class Weight(NamedTuple):
