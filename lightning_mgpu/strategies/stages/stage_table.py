@@ -48,7 +48,7 @@ def show_stages(
     if costs:
         columns["activations"] = [readable_bytes(cost.activations) for cost in measured]
         columns["time"] = [duration(cost.seconds) for cost in measured]
-    if len({*checkpoint}) > 1:
+    if any(of_stage != "never" for of_stage in checkpoint):
         columns["computed again"] = [_AGAIN[of_stage] for of_stage in checkpoint]
     rows = [[*columns], *zip(*columns.values(), strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]

@@ -214,11 +214,11 @@ class StagePlanner:
         best = min(candidates, key=lambda candidate: candidate.excess)
         device, taken = max(enumerate(best.memory), key=lambda pair: pair[1].total)
         return (
-            f"`memory` of {_gigabytes(limit.size)} for each device is too little. Even with what"
+            f"`memory` of {_readable(limit.size)} for each device is too little. Even with what"
             f" takes least (stages per device: {best.stages_per_device}, micro-batches:"
             f" {best.chunks}, computed again in backward: whatever saves memory), device {device}"
-            f" takes {_gigabytes(taken.total)}: {_gigabytes(taken.weights)} for parameters,"
-            f" gradients and the optimizer, {_gigabytes(taken.activations)} for activations. Use"
+            f" takes {_readable(taken.total)}: {_readable(taken.weights)} for parameters,"
+            f" gradients and the optimizer, {_readable(taken.activations)} for activations. Use"
             " more devices, smaller batches, or an optimizer that keeps less."
         )
 
@@ -228,8 +228,8 @@ def tries(stages: int, chunks: int) -> int:
     return _TASKS // (stages * chunks)
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.4g} GB"
+def _readable(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def quickest_cut(
