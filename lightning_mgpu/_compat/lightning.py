@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.fabric.loggers.csv_logs import _ExperimentWriter as _ExperimentWriter
     from lightning.fabric.plugins import CheckpointIO as CheckpointIO
     from lightning.fabric.plugins import ClusterEnvironment as ClusterEnvironment
+    from lightning.fabric.plugins import TorchCheckpointIO as TorchCheckpointIO
     from lightning.fabric.plugins.environments.lightning import (
         LightningEnvironment as LightningEnvironment,
     )
@@ -96,7 +97,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "fabric.loggers.csv_logs": ("CSVLogger", "_ExperimentWriter"),
-    "fabric.plugins": ("CheckpointIO", "ClusterEnvironment"),
+    "fabric.plugins": ("CheckpointIO", "ClusterEnvironment", "TorchCheckpointIO"),
     "fabric.plugins.environments.lightning": ("LightningEnvironment",),
     "fabric.strategies.fsdp": ("_get_full_state_dict_context",),
     "fabric.utilities.device_dtype_mixin": ("_DeviceDtypeModuleMixin",),

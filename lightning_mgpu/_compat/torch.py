@@ -53,6 +53,11 @@ def version_kept(tensor: Tensor) -> AbstractContextManager[None]:
     return _unsafe_preserve_version_counter(tensor)
 
 
+def scales_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer unscales gradients in its own step, as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 # --- Operations
 
 add_to_each: Callable[..., None] = torch._foreach_add_

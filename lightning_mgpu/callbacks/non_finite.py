@@ -17,6 +17,7 @@ from lightning_mgpu._compat.lightning import (
     MisconfigurationException,
     Trainer,
 )
+from lightning_mgpu._compat.torch import scales_gradients
 from lightning_mgpu.callbacks.bundle import save_bundle
 from lightning_mgpu.callbacks.method_override import MethodOverride
 from lightning_mgpu.callbacks.snapshots import Snapshots
@@ -203,7 +204,7 @@ class NonFiniteGuard(Callback):
                 f" `NonFiniteGuard(max_skips={self.max_skips})`.",
                 f"{saved}{_ADVICE}",
             )
-        optimizer.zero_grad(set_to_none=True)  # without gradients its step changes nothing
+        _leave_out(trainer, optimizer)
         self.skipped += 1
         done = "The optimizer's step is left out."
         if self._snapshots is not None:
@@ -277,6 +278,20 @@ def _gradients(trainer: Trainer) -> list[Tensor]:
         for parameter in group["params"]
         if parameter.grad is not None
     ]
+
+
+def _leave_out(trainer: Trainer, optimizer: Any) -> None:
+    """Have an optimizer's step change nothing, and those of others that the same loss went to."""
+    if _scales(trainer) and scales_gradients(optimizer):
+        return  # the scaler finds out itself, and wants to see them
+    for each in trainer.optimizers:
+        gradients = [local(p.grad) for p in _parameters(each) if p.grad is not None]
+        if each is optimizer or any(not_finite(gradient) for gradient in gradients):
+            each.zero_grad(set_to_none=True)  # without gradients a step changes nothing
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _scales(trainer: Trainer) -> bool:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import (
@@ -204,11 +204,21 @@ def _check(trainer: Trainer) -> None:
             f"`OutOfMemoryGuard` is not for `{name}`, which computes batches in parts already. Give"
             " it more of them, `chunks=32`, or `checkpoint='always'`."
         )
+    if trainer.world_size > 1 and _has_collectives(model):
+        raise MisconfigurationException(
+            "`OutOfMemoryGuard` is not for `SyncBatchNorm`, whose forward waits for all ranks: they"
+            " may compute different numbers of parts. Use a smaller batch with"
+            " `accumulate_grad_batches`."
+        )
     if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
         raise MisconfigurationException(
             f"`OutOfMemoryGuard` is not for `{name}`, whose ranks compute each layer together: one"
             " cannot begin again alone. Use a smaller batch with `accumulate_grad_batches`."
         )
+
+
+def _has_collectives(model: LightningModule) -> bool:
+    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
 
 @contextmanager

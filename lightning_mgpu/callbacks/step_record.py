@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_mgpu._compat.lightning import LightningModule, Trainer
 from lightning_mgpu._compat.torch import copy_to_each, version_of
+from lightning_mgpu._compat.torch_modules import buffers_of
 from lightning_mgpu.engine.random_state import RandomState
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
 from lightning_mgpu.strategies.resume import rank_state
@@ -47,6 +48,7 @@ class Recorder:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._devices = trainer, accelerators(trainer)
         self._is_known = False
+        self._holders: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self._copies: dict[str, Tensor] = {}
         self._small: tuple[list[Tensor], list[Tensor]] = [], []
         self._large: list[tuple[str, Tensor]] = []
@@ -70,7 +72,8 @@ class Recorder:
         return StepRecord(args, kwargs, random, streams, self._copies)
 
     def _update(self) -> None:
-        if not self._is_known:
+        # (Steps may assign a buffer anew, as `self.mean = 0.9 * self.mean + ...`.)
+        if not self._is_known or any(held.get(key) is not b for held, key, b in self._holders):
             self._find()
             return
         with torch.no_grad():
@@ -83,7 +86,14 @@ class Recorder:
 
     def _find(self) -> None:
         """Copy all buffers, to tensors of their own."""
-        named = {n: b.detach() for n, b in self._trainer.lightning_module.named_buffers()}
+        model = self._trainer.lightning_module
+        self._holders = [
+            (held, key, buffer)
+            for held in map(buffers_of, model.modules())
+            for key, buffer in held.items()
+            if buffer is not None
+        ]
+        named = {name: buffer.detach() for name, buffer in model.named_buffers()}
         self._copies = {name: buffer.clone() for name, buffer in named.items()}
         small = [name for name, buffer in named.items() if buffer.numel() <= _SMALL]
         self._small = [self._copies[n] for n in small], [named[n] for n in small]

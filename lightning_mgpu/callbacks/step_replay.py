@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mgpu._compat.lightning import DDPStrategy, LightningModule, Trainer
 from lightning_mgpu.callbacks.log_override import logging_to
@@ -110,6 +110,10 @@ def why_not_replayed(trainer: Trainer) -> str | None:
         return "with manual optimization it steps optimizers itself"
     if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
         return f"`{type(strategy).__name__}` spreads the model over ranks"
+    if trainer.world_size > 1 and any(
+        isinstance(module, nn.SyncBatchNorm) for module in trainer.lightning_module.modules()
+    ):
+        return "`SyncBatchNorm` waits for all ranks, of which some may have no such step"
     return None
 
 

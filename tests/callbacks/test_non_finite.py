@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boring
@@ -17,6 +18,7 @@ from torch import nn
 from lightning_mgpu.callbacks import NonFiniteGuard, OutOfMemoryGuard
 from lightning_mgpu.callbacks.bundle import load_bundle, model_of
 from lightning_mgpu.callbacks.replay import replay
+from lightning_mgpu.callbacks.step_record import Recorder
 from lightning_mgpu.errors import NonFiniteError
 
 STRATEGIES: dict[str, tuple[int, str]] = {
@@ -212,6 +214,63 @@ def halves(*marked: int) -> Any:
     samples: Any = data.dataset
     x, y = samples.tensors
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x.float(), y), batch_size=8)
+
+
+class TwoOptimizers(pl.LightningModule):
+    """Steps two optimizers by one loss, which is NaN in the third batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.a, self.b = nn.Linear(6, 3).double(), nn.Linear(6, 3).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        loss = (self.a(batch[0]) + self.b(batch[0])).square().mean()
+        self.manual_backward(loss * (float("nan") if batch_idx == 2 else 1.0))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters()) for part in (self.a, self.b)]
+
+
+def test_no_optimizer_of_a_step_by_hand_takes_the_nan(tmp_path: Path) -> None:
+    model = TwoOptimizers()
+    trainer = boring.trainer(
+        "auto", 1, callbacks=[NonFiniteGuard("skip", dirpath=tmp_path)], max_epochs=1
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(boring.blobs(24), batch_size=4))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.a.weight.grad is None or model.a.weight.grad.isfinite().all()
+
+
+class Assigns(nn.Module):
+    """Assigns its buffers anew, a small and a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("small", torch.zeros(3))
+        self.register_buffer("large", torch.zeros(2**17))
+
+
+def test_record_has_buffers_as_they_are_assigned() -> None:
+    module = Assigns()
+    model: Any = pl.LightningModule()
+    model.net = module
+    trainer: Any = SimpleNamespace(
+        lightning_module=model, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+    recorder = Recorder(trainer)
+    for step in range(3):
+        record = recorder.take((), {})
+        assert record.buffers["net.small"].tolist() == [step] * 3
+        assert record.buffers["net.large"][0] == step
+        module.small = module.small + 1
+        module.large = module.large + 1
+    module.small.add_(1)
+    assert recorder.take((), {}).buffers["net.small"].tolist() == [4] * 3
 
 
 def test_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

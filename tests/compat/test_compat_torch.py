@@ -132,6 +132,13 @@ class _Watch(compat.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_fused_optimizers_unscale_gradients_themselves() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    fused = torch.optim.Adam(parameters, fused=True)
+    assert compat.scales_gradients(fused)
+    assert not compat.scales_gradients(torch.optim.Adam(parameters))
+
+
 def test_copy_to_each_copies_pair_by_pair() -> None:
     into = [torch.zeros(2), torch.zeros((), dtype=torch.int64)]
     compat.copy_to_each(into, [torch.tensor([1.0, float("nan")]), torch.tensor(3)])

@@ -136,6 +136,30 @@ def test_one_failure_too_many_is_an_error(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("batch-*"))) == 2
 
 
+def test_snapshot_that_cannot_be_written_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training goes on, and from the one before if a rank is lost."""
+    save = torch.save
+
+    def full(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if "step-4" in str(path):
+            Path(path).write_bytes(b"half of it")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+        save(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    trainer, _ = _train(
+        DDPStrategy(max_failures=1, snapshot_every_n_steps=2),
+        Killer(tmp_path, [("backward", 5)]),
+        tmp_path / "first",
+    )
+    assert trainer.global_step == EPOCHS * BATCHES
+    first, second, *_ = boring.told(caplog)
+    assert "could not be written: PytorchStreamWriter" in first
+    assert "goes on from step 2" in second
+
+
 class Raises(Dropping):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.global_rank == 1 and self.global_step == 3:

@@ -1,5 +1,6 @@
 """Go on with training when a rank's process is lost, from a snapshot of the run."""
 
+import copy
 import itertools
 import logging
 import os
@@ -15,7 +16,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_mgpu._compat.lightning import Callback, Checkpoint, CheckpointIO
+from lightning_mgpu._compat.lightning import (
+    Callback,
+    Checkpoint,
+    CheckpointIO,
+    TorchCheckpointIO,
+)
 from lightning_mgpu._compat.lightning_attributes import assign
 from lightning_mgpu._compat.lightning_trainer import begin_again, resumed_from
 from lightning_mgpu.engine.batch import map_leaves
@@ -80,10 +86,10 @@ class Snapshots(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: "Trainer") -> None:
-        if self._writer is None:
-            self._writer = _Writer()
         strategy = trainer.strategy
         own = strategy.checkpoint_io
+        if self._writer is None:
+            self._writer = _Writer(own)
         strategy.checkpoint_io = self._writer
         try:
             path = self._directory / f"step-{trainer.global_step}.ckpt"
@@ -178,7 +184,8 @@ def _roomy(trainer: "Trainer") -> str | None:
 class _Writer(CheckpointIO):
     """Write one checkpoint after another in a thread; the last one stays."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: CheckpointIO) -> None:
+        self._own = own
         self._thread = ThreadPoolExecutor(1, "mgpu-snapshot")
         self._writing: Future[None] | None = None
         self._latest: Path | None = None
@@ -196,6 +203,10 @@ class _Writer(CheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         self._wait()
+        if type(self._own) is not TorchCheckpointIO:  # which has to read it, too
+            self._own.save_checkpoint(checkpoint, path, storage_options)
+            self._take(Path(path), self._own.remove_checkpoint)
+            return
         copied = map_leaves(_copied, checkpoint)
         self._writing = self._thread.submit(self._write, copied, Path(path))
 
@@ -209,11 +220,17 @@ class _Writer(CheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         part = path.with_suffix(".part")
-        torch.save(checkpoint, part)
-        os.replace(part, path)
+        try:
+            torch.save(checkpoint, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        self._take(path, Path.unlink)
+
+    def _take(self, path: Path, remove: Callable[[Path], None]) -> None:
         before, self._latest = self._latest, path
         if before is not None and before != path:
-            before.unlink(missing_ok=True)
+            remove(before)
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
@@ -221,10 +238,15 @@ class _Writer(CheckpointIO):
             return
         try:
             writing.result()
-        except OSError as error:
+        except Exception as error:  # such as torch's own of a disk that is full
             log.warning("A snapshot could not be written: %s. The one before stays.", error)
 
 
 def _copied(value: Any) -> Any:
-    """A tensor of its own on the host."""
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    """A copy that later steps do not change; tensors on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # what cannot be copied is as it is when it is written
+        return value

@@ -112,7 +112,8 @@ class TrialReportCallback(Checkpoint):
         _tell(trainer, reporting.note_restored)  # a second fit of the trial starts as the user says
         self._mutations = pbt.compare(json.loads((path / _GROUPS).read_text()), self._groups)
         restore_model_and_callbacks(trainer, path / CHECKPOINT)
-        self._metrics_before = json.loads((path / _METRICS).read_text())
+        metrics = path / _METRICS
+        self._metrics_before = json.loads(metrics.read_text()) if metrics.exists() else {}
         _take_over_last(trainer)
 
     @override
@@ -124,7 +125,8 @@ class TrialReportCallback(Checkpoint):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _tell(trainer, reporting.note_fit, trainer.current_epoch)
+        if not trainer.fit_loop.restarting:  # nor after the loss of a rank
+            _tell(trainer, reporting.note_fit, trainer.current_epoch)
         pbt.apply(self._mutations, trainer.optimizers, trainer.lr_scheduler_configs)
         self._mutations = []
 
