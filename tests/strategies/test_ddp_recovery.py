@@ -88,9 +88,9 @@ def _train(strategy: Any, killer: Killer, tmp_path: Path, devices: int = 2) -> t
 @pytest.mark.parametrize(
     ("every", "when"),
     [
-        (1, [("batch", 4)]),
+        pytest.param(1, [("batch", 4)], marks=pytest.mark.slow),
         (6, [("backward", 7), ("validation", 12)]),
-        (100, [("backward", 2)]),
+        pytest.param(100, [("backward", 2)], marks=pytest.mark.slow),
     ],
 )
 def test_run_ends_with_the_bits_of_one_that_lost_nobody(
@@ -136,6 +136,7 @@ def test_one_failure_too_many_is_an_error(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("batch-*"))) == 2
 
 
+@pytest.mark.slow
 def test_snapshot_that_cannot_be_written_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
