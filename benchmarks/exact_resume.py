@@ -5,7 +5,6 @@ which is the dearest: Lightning fetches a batch ahead.
 """
 
 import argparse
-import itertools
 import json
 import os
 import tempfile
@@ -42,7 +41,8 @@ def main() -> None:
 def measure(way: str) -> tuple[float, float, float]:
     """Milliseconds of a step and of a checkpoint, and its size in kB."""
     import torch
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
+    from rounds.stamps import Stamps
     from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
     from lightning_mgpu.callbacks import ExactResume
@@ -69,26 +69,18 @@ def measure(way: str) -> tuple[float, float, float]:
         def __iter__(self):
             return ((sample,) for sample in samples)
 
-    class Stamps(Callback):
-        def __init__(self) -> None:
-            self.stamps: list[float] = []
-
-        def on_train_batch_end(self, *_: object) -> None:
-            self.stamps.append(time.perf_counter())
-
     stamps = Stamps()
     data = TensorDataset(samples) if way.startswith("length") else Endless()
     callbacks = [stamps, *([ExactResume()] if way.endswith("with") else [])]
     trainer = Trainer(**QUIET, max_epochs=1, callbacks=callbacks)
     trainer.fit(Model(), DataLoader(data, batch_size=64))
-    steps = [after - before for before, after in itertools.pairwise(stamps.stamps)]
     with tempfile.TemporaryDirectory() as directory:
         path, saved = Path(directory, "x.ckpt"), []
         for _ in range(9):
             started = time.perf_counter()
             trainer.save_checkpoint(path)
             saved.append(time.perf_counter() - started)
-        return 1e3 * median(steps[20:]), 1e3 * median(saved), os.path.getsize(path) / 1e3
+        return stamps.milliseconds(), 1e3 * median(saved), os.path.getsize(path) / 1e3
 
 
 if __name__ == "__main__":

@@ -5,10 +5,7 @@ copied for each step.
 """
 
 import argparse
-import itertools
 import json
-import time
-from statistics import median
 
 from rounds import QUIET, interleaved, spread
 
@@ -41,7 +38,8 @@ def main() -> None:
 def measure(way: str) -> float:
     """Milliseconds of a step."""
     import torch
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
+    from rounds.stamps import Stamps
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -67,19 +65,11 @@ def measure(way: str) -> float:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    class Stamps(Callback):
-        def __init__(self) -> None:
-            self.stamps: list[float] = []
-
-        def on_train_batch_end(self, *_: object) -> None:
-            self.stamps.append(time.perf_counter())
-
     stamps = Stamps()
     guards = [] if action == "without" else [NonFiniteGuard(action, bundle=False)]
     trainer = Trainer(**QUIET, max_epochs=1, callbacks=[*guards, stamps])
     trainer.fit(Model(), DataLoader(TensorDataset(torch.randn(64 * 400, 256)), batch_size=64))
-    steps = [after - before for before, after in itertools.pairwise(stamps.stamps)]
-    return 1e3 * median(steps[20:])
+    return stamps.milliseconds()
 
 
 if __name__ == "__main__":

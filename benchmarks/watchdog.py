@@ -5,9 +5,7 @@ With and without the watch, which asks nothing while steps of some milliseconds 
 """
 
 import argparse
-import itertools
 import json
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -35,10 +33,10 @@ def main() -> None:
 
 def measure(way: str, steps: int) -> float:
     """Milliseconds of a step, the median."""
-    import time
 
     import torch
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
+    from rounds.stamps import Stamps
     from torch.utils.data import DataLoader, TensorDataset
 
     from lightning_mgpu import DDPStrategy
@@ -65,21 +63,13 @@ def measure(way: str, steps: int) -> float:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    class Stamps(Callback):
-        def __init__(self) -> None:
-            self.stamps: list[float] = []
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.stamps.append(time.perf_counter())
-
     stamps = Stamps()
     trainer = Trainer(
         **QUIET, devices=2, strategy=DDPStrategy(**options), max_steps=steps, callbacks=[stamps]
     )
     data = TensorDataset(torch.randn(64 * 2 * steps, 256))
     trainer.fit(Model(), DataLoader(data, batch_size=64))
-    taken = [after - before for before, after in itertools.pairwise(stamps.stamps)]
-    return 1e3 * median(taken[20:])
+    return stamps.milliseconds()
 
 
 if __name__ == "__main__":

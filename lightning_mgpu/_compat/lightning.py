@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from lightning.fabric.loggers.csv_logs import _ExperimentWriter as _ExperimentWriter
     from lightning.fabric.plugins import CheckpointIO as CheckpointIO
     from lightning.fabric.plugins import ClusterEnvironment as ClusterEnvironment
-    from lightning.fabric.plugins import TorchCheckpointIO as TorchCheckpointIO
     from lightning.fabric.plugins.environments.lightning import (
         LightningEnvironment as LightningEnvironment,
     )
@@ -67,6 +66,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.overrides.distributed import (
         _IndexBatchSamplerWrapper as _IndexBatchSamplerWrapper,
     )
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO as AsyncCheckpointIO
     from lightning.pytorch.plugins.precision import Precision as Precision
     from lightning.pytorch.strategies import DDPStrategy as DDPStrategy
     from lightning.pytorch.strategies import FSDPStrategy as FSDPStrategy
@@ -97,7 +97,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "fabric.loggers.csv_logs": ("CSVLogger", "_ExperimentWriter"),
-    "fabric.plugins": ("CheckpointIO", "ClusterEnvironment", "TorchCheckpointIO"),
+    "fabric.plugins": ("CheckpointIO", "ClusterEnvironment"),
     "fabric.plugins.environments.lightning": ("LightningEnvironment",),
     "fabric.strategies.fsdp": ("_get_full_state_dict_context",),
     "fabric.utilities.device_dtype_mixin": ("_DeviceDtypeModuleMixin",),
@@ -127,6 +127,7 @@ _NAMES = {
         "UnrepeatedDistributedSamplerWrapper",
         "_IndexBatchSamplerWrapper",
     ),
+    "pytorch.plugins.io": ("AsyncCheckpointIO",),
     "pytorch.plugins.precision": ("Precision",),
     "pytorch.strategies": (
         "DDPStrategy",

@@ -2,24 +2,23 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import (
-    Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
 )
 from lightning_mgpu._compat.torch import scales_gradients
 from lightning_mgpu.callbacks.bundle import save_bundle
-from lightning_mgpu.callbacks.method_override import MethodOverride
 from lightning_mgpu.callbacks.snapshots import Snapshots
 from lightning_mgpu.callbacks.step_record import Recorder, StepRecord
 from lightning_mgpu.callbacks.step_replay import (
@@ -31,6 +30,8 @@ from lightning_mgpu.callbacks.step_replay import (
 )
 from lightning_mgpu.engine.finite_watch import not_finite
 from lightning_mgpu.errors import NonFiniteError
+from lightning_mgpu.strategies.base.method_override import MethodOverride
+from lightning_mgpu.strategies.base.run_callback import RunCallback
 from lightning_mgpu.strategies.resume import rank_state
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class _Bad:
     batch_idx: int
 
 
-class NonFiniteGuard(Callback):
+class NonFiniteGuard(RunCallback):
     """Catch NaN and Inf in loss and gradients before the optimizer's step, and say where from.
 
     Each step is watched by one number, the norm of the gradients plus the loss. When that is not
@@ -111,7 +112,7 @@ class NonFiniteGuard(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+        self._end_run()
         if stage != "fit":
             return
         strategy = trainer.strategy
@@ -158,7 +159,7 @@ class NonFiniteGuard(Callback):
             return  # of an accumulation, the first one counts
         value = loss.sum()
         if not _scales(trainer):
-            norm = torch.nn.utils.get_total_norm(_gradients(trainer))
+            norm = torch.nn.utils.get_total_norm(_gradients(trainer.optimizers))
             value = value + norm.to(value.device)
         if math.isfinite(float(value)):
             return
@@ -253,27 +254,18 @@ class NonFiniteGuard(Callback):
     # --- Ending
 
     @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
-
-    def _release(self) -> None:
+    def _end_run(self) -> None:
         if self._override is not None:
             self._override.remove()
         self._override = self._recorder = self._snapshots = None
         self._record = self._loss = self._bad = None
 
 
-def _gradients(trainer: Trainer) -> list[Tensor]:
+def _gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """The gradients that optimizers are to use."""
     return [
         local(parameter.grad)
-        for optimizer in trainer.optimizers
+        for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
@@ -285,13 +277,8 @@ def _leave_out(trainer: Trainer, optimizer: Any) -> None:
     if _scales(trainer) and scales_gradients(optimizer):
         return  # the scaler finds out itself, and wants to see them
     for each in trainer.optimizers:
-        gradients = [local(p.grad) for p in _parameters(each) if p.grad is not None]
-        if each is optimizer or any(not_finite(gradient) for gradient in gradients):
+        if each is optimizer or any(map(not_finite, _gradients([each]))):
             each.zero_grad(set_to_none=True)  # without gradients a step changes nothing
-
-
-def _parameters(optimizer: Any) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _scales(trainer: Trainer) -> bool:

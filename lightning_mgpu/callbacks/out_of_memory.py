@@ -6,22 +6,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_mgpu._compat.lightning import (
-    Callback,
     DDPStrategy,
     LightningModule,
     MisconfigurationException,
     Trainer,
 )
-from lightning_mgpu.callbacks.method_override import MethodOverride
 from lightning_mgpu.callbacks.step_in_parts import StepInParts
 from lightning_mgpu.callbacks.step_replay import loss_of
 from lightning_mgpu.engine.device import release_memory
 from lightning_mgpu.engine.error_notes import add_note
+from lightning_mgpu.strategies.base.checks import has_synchronised_layers
 from lightning_mgpu.strategies.base.memory_note import is_out_of_memory
+from lightning_mgpu.strategies.base.method_override import MethodOverride
+from lightning_mgpu.strategies.base.run_callback import RunCallback
 from lightning_mgpu.strategies.resume.random_sources import accelerators
 from lightning_mgpu.strategies.stages.pipelined import PipelineMixin
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 _FROM_THE_START = "Compute them in parts from the start: `OutOfMemoryGuard(parts={})`."
 
 
-class OutOfMemoryGuard(Callback):
+class OutOfMemoryGuard(RunCallback):
     """When a training step runs out of memory, compute its batch in 2, 4, 8 ... parts.
 
     Gradients are summed up over the parts, so that the optimizer makes the step of the whole batch,
@@ -58,7 +59,7 @@ class OutOfMemoryGuard(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+        self._end_run()
         if stage != "fit":
             return
         _check(trainer)
@@ -85,16 +86,7 @@ class OutOfMemoryGuard(Callback):
             self._step.look_again()
 
     @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
-
-    def _release(self) -> None:
+    def _end_run(self) -> None:
         for each in self._overrides:
             each.remove()
         self._overrides = []
@@ -204,7 +196,7 @@ def _check(trainer: Trainer) -> None:
             f"`OutOfMemoryGuard` is not for `{name}`, which computes batches in parts already. Give"
             " it more of them, `chunks=32`, or `checkpoint='always'`."
         )
-    if trainer.world_size > 1 and _has_collectives(model):
+    if trainer.world_size > 1 and has_synchronised_layers(model):
         raise MisconfigurationException(
             "`OutOfMemoryGuard` is not for `SyncBatchNorm`, whose forward waits for all ranks: they"
             " may compute different numbers of parts. Use a smaller batch with"
@@ -215,10 +207,6 @@ def _check(trainer: Trainer) -> None:
             f"`OutOfMemoryGuard` is not for `{name}`, whose ranks compute each layer together: one"
             " cannot begin again alone. Use a smaller batch with `accumulate_grad_batches`."
         )
-
-
-def _has_collectives(model: LightningModule) -> bool:
-    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
 
 @contextmanager

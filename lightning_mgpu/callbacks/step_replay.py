@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mgpu._compat.lightning import DDPStrategy, LightningModule, Trainer
 from lightning_mgpu.callbacks.log_override import logging_to
 from lightning_mgpu.callbacks.step_record import StepRecord, as_before
 from lightning_mgpu.engine.batch import leaves
 from lightning_mgpu.engine.finite_watch import FiniteWatch, not_finite
+from lightning_mgpu.strategies.base.checks import has_synchronised_layers
 from lightning_mgpu.strategies.base.module_names import module_names
 
 _MOST_NAMES = 3
@@ -110,9 +111,7 @@ def why_not_replayed(trainer: Trainer) -> str | None:
         return "with manual optimization it steps optimizers itself"
     if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
         return f"`{type(strategy).__name__}` spreads the model over ranks"
-    if trainer.world_size > 1 and any(
-        isinstance(module, nn.SyncBatchNorm) for module in trainer.lightning_module.modules()
-    ):
+    if trainer.world_size > 1 and has_synchronised_layers(trainer.lightning_module):
         return "`SyncBatchNorm` waits for all ranks, of which some may have no such step"
     return None
 

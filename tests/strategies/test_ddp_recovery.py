@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -136,22 +137,23 @@ def test_one_failure_too_many_is_an_error(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("batch-*"))) == 2
 
 
-@pytest.mark.slow
-def test_snapshot_that_cannot_be_written_is_told_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Training goes on, and from the one before if a rank is lost."""
-    save = torch.save
+class Full(TorchCheckpointIO):
+    """Of a disk that is full at step 4."""
 
-    def full(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+    def save_checkpoint(self, checkpoint: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         if "step-4" in str(path):
             Path(path).write_bytes(b"half of it")
             raise RuntimeError("PytorchStreamWriter failed writing file data/0")
-        save(content, path, *args, **kwargs)
+        super().save_checkpoint(checkpoint, path, *args, **kwargs)
 
-    monkeypatch.setattr(torch, "save", full)
+
+@pytest.mark.slow
+def test_snapshot_that_cannot_be_written_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training goes on, and from the one before if a rank is lost."""
     trainer, _ = _train(
-        DDPStrategy(max_failures=1, snapshot_every_n_steps=2),
+        DDPStrategy(max_failures=1, snapshot_every_n_steps=2, checkpoint_io=Full()),
         Killer(tmp_path, [("backward", 5)]),
         tmp_path / "first",
     )

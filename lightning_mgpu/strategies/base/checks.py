@@ -70,6 +70,11 @@ def check_layer_sync(strategy: str, wanted: bool) -> None:
         )
 
 
+def has_synchronised_layers(module: torch.nn.Module) -> bool:
+    """Return whether forward waits for all ranks, to normalise batches together."""
+    return any(isinstance(each, torch.nn.SyncBatchNorm) for each in module.modules())
+
+
 def _check_submodule(strategy: str, name: str, module: torch.nn.Module) -> None:
     if isinstance(module, torch.nn.SyncBatchNorm):
         raise MisconfigurationException(

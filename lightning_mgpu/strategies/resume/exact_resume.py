@@ -9,7 +9,6 @@ from typing_extensions import override
 
 from lightning_mgpu._compat import lightning_restart as restart
 from lightning_mgpu._compat.lightning import (
-    Callback,
     LightningModule,
     Trainer,
 )
@@ -25,7 +24,9 @@ from lightning_mgpu._compat.lightning_results import (
     set_callback_metrics,
 )
 from lightning_mgpu.engine.random_state import RandomState
+from lightning_mgpu.strategies.base.method_override import MethodOverride
 from lightning_mgpu.strategies.base.multi_device import MultiDeviceStrategy
+from lightning_mgpu.strategies.base.run_callback import RunCallback
 from lightning_mgpu.strategies.base.trainer_callbacks import callbacks_of
 from lightning_mgpu.strategies.resume import rank_state
 from lightning_mgpu.strategies.resume.random_sources import accelerators, random_streams
@@ -53,7 +54,7 @@ from lightning_mgpu.strategies.resume.resume_warnings import (
 # and asks for iterators before it goes on (`_settle`).
 
 
-class ExactResume(Callback):
+class ExactResume(RunCallback):
     """Save with each checkpoint all that a run needs to go on with the same bits.
 
     Beside what Lightning saves: random states of Python, NumPy, torch and the strategy's streams,
@@ -122,9 +123,11 @@ class ExactResume(Callback):
     def _gather_when_saving(self, trainer: Trainer) -> None:
         """Have all ranks' states in checkpoints that all ranks write together."""
         strategy = trainer.strategy
-        save, handled = strategy.save_checkpoint, sys.exc_info()[1]  # by whoever called `fit`
+        handled = sys.exc_info()[1]  # by whoever called `fit`
 
-        def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        def save_checkpoint(
+            save: Callable[..., None], checkpoint: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> None:
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             # After an error there may be nobody to answer.
             if state and sys.exc_info()[1] is handled:
@@ -132,8 +135,7 @@ class ExactResume(Callback):
                     state["ranks"].update(ranks)
             save(checkpoint, *args, **kwargs)
 
-        assign(strategy, "save_checkpoint", save_checkpoint)
-        self._undo.append(lambda: vars(strategy).pop("save_checkpoint", None))
+        self._undo.append(MethodOverride(strategy, "save_checkpoint", save_checkpoint).remove)
 
     # --- Going on
 
@@ -234,15 +236,13 @@ class ExactResume(Callback):
 
     def _start_behind_hooks(self, trainer: Trainer) -> None:
         """Have `_start` called after everybody's `on_train_start`: the strategy's is the last."""
-        strategy = trainer.strategy
-        own = strategy.on_train_start
 
-        def on_train_start() -> None:
+        def on_train_start(own: Callable[[], None]) -> None:
             own()
             self._start(trainer)
 
-        assign(strategy, "on_train_start", on_train_start)
-        self._undo.append(lambda: vars(strategy).pop("on_train_start", None))
+        override = MethodOverride(trainer.strategy, "on_train_start", on_train_start)
+        self._undo.append(override.remove)
 
     def _start(self, trainer: Trainer) -> None:
         known = self._known
@@ -281,21 +281,12 @@ class ExactResume(Callback):
             self._resumed = False
 
     @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._undo_all()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._undo_all()
-
-    def _undo_all(self) -> None:
+    def _end_run(self) -> None:
         self._be_loud()
         while self._undo:
             self._undo.pop()()
 
     def _release(self) -> None:
-        self._undo_all()
+        self._end_run()
         self._trainer = self._loader = self._known = None
         self._resumed = self._begins_validation = False
